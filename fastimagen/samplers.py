@@ -1,0 +1,126 @@
+"""Samplers: plain functions of one signature that walk a descending grid of times from noise to image.
+
+    sample(denoise, x, times, *, schedule, noise=None, callback=None) -> Tensor
+
+x (B, C, H, W) is noise at times[0]; `denoise(x, time) -> x0` has prediction type, guidance and thresholding applied
+already; times (steps + 1,) ends at the clean image; `noise(step) -> (B, C, H, W)` feeds the stochastic sampler;
+`callback(step, x, x0)` sees every intermediate state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from hashlib import blake2b
+
+import torch
+from torch import Tensor
+
+from .schedule import Schedule
+
+Denoise = Callable[[Tensor, Tensor], Tensor]
+Noise = Callable[[int], Tensor]
+Callback = Callable[[int, Tensor, Tensor], None]
+
+
+def _levels(schedule: Schedule, times: Tensor) -> list[tuple[float, float]]:
+    """(alpha, sigma) of every time of the grid as Python numbers: one transfer before the loop, none inside."""
+    alpha, sigma = schedule.alpha_sigma(times)
+    return list(zip(alpha.tolist(), sigma.tolist()))
+
+
+def sample_ddpm(denoise: Denoise, x: Tensor, times: Tensor, *, schedule: Schedule, noise: Noise | None = None,
+                callback: Callback | None = None) -> Tensor:
+    """Ancestral sampling with the small posterior variance (DDPM, eq. 6-7), on any subset of the steps."""
+    if noise is None:
+        raise ValueError("ddpm is stochastic: give noise(step)")
+    levels = _levels(schedule, times)
+    for step in range(len(times) - 1):
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = levels[step], levels[step + 1]
+        x0 = denoise(x, times[step])
+        ratio = alpha_t / alpha_s
+        step_variance = sigma_t**2 - ratio**2 * sigma_s**2
+        x = (ratio * sigma_s**2 * x + alpha_s * step_variance * x0) / sigma_t**2
+        if (deviation := math.sqrt(max(step_variance, 0.0)) * sigma_s / sigma_t) > 0 and step + 2 < len(times):
+            x = x + deviation * noise(step)
+        if callback:
+            callback(step, x, x0)
+    return x
+
+
+def sample_ddim(denoise: Denoise, x: Tensor, times: Tensor, *, schedule: Schedule, noise: Noise | None = None,
+                callback: Callback | None = None) -> Tensor:
+    """Deterministic DDIM (Song et al. 2021, eq. 12 with eta = 0): first order on the probability-flow ODE."""
+    levels = _levels(schedule, times)
+    for step in range(len(times) - 1):
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = levels[step], levels[step + 1]
+        x0 = denoise(x, times[step])
+        x = alpha_s * x0 + sigma_s / sigma_t * (x - alpha_t * x0)
+        if callback:
+            callback(step, x, x0)
+    return x
+
+
+def sample_dpmpp_2m(denoise: Denoise, x: Tensor, times: Tensor, *, schedule: Schedule, noise: Noise | None = None,
+                    callback: Callback | None = None) -> Tensor:
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): second order, one evaluation a step.
+
+    The first and the last step are of first order: there is no history before the one, and the other reaches so far
+    in log-SNR that extrapolation would hurt. The order of the whole stays two.
+    """
+    levels = _levels(schedule, times)
+    log_ratio = [math.log(alpha / sigma) if sigma > 0 else math.inf for alpha, sigma in levels]
+    previous = None
+    for step in range(len(times) - 1):
+        (_, sigma_t), (alpha_s, sigma_s) = levels[step], levels[step + 1]
+        x0 = denoise(x, times[step])
+        width = log_ratio[step + 1] - log_ratio[step]
+        estimate = x0
+        if previous is not None and step + 2 < len(times):
+            r = (log_ratio[step] - log_ratio[step - 1]) / width
+            estimate = x0 + (x0 - previous) / (2 * r)
+        x = sigma_s / sigma_t * x - alpha_s * math.expm1(-width) * estimate
+        previous = x0
+        if callback:
+            callback(step, x, x0)
+    return x
+
+
+def sample_heun(denoise: Denoise, x: Tensor, times: Tensor, *, schedule: Schedule, noise: Noise | None = None,
+                callback: Callback | None = None) -> Tensor:
+    """Heun's method on the ODE of Karras et al. 2022 (algorithm 1): second order, two evaluations a step.
+
+    Works on y = x / alpha, where dy/ds = (y - x0) / s with s = sigma / alpha. A last step onto the clean image itself
+    (sigma = 0) is a single Euler step.
+    """
+    levels = _levels(schedule, times)
+    for step in range(len(times) - 1):
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = levels[step], levels[step + 1]
+        here, there = sigma_t / alpha_t, sigma_s / alpha_s
+        x0 = denoise(x, times[step])
+        y = x / alpha_t
+        slope = (y - x0) / here
+        x = alpha_s * (y + (there - here) * slope)
+        if there > 0:
+            corrected = (x / alpha_s - denoise(x, times[step + 1])) / there
+            x = alpha_s * (y + (there - here) * (slope + corrected) / 2)
+        if callback:
+            callback(step, x, x0)
+    return x
+
+
+SAMPLERS = {"ddpm": sample_ddpm, "ddim": sample_ddim, "dpmpp_2m": sample_dpmpp_2m, "heun": sample_heun}
+
+
+def image_noise(seeds: list[int], shape: tuple[int, ...], *, stage: str, step: int, device: torch.device) -> Tensor:
+    """Standard normal noise (B, *shape) fp32, row i a function of (seeds[i], stage, step) alone.
+
+    Made on the CPU, so that an image's noise has the same bits in every batch, order, process and device.
+    """
+    rows = [torch.randn(shape, generator=torch.Generator().manual_seed(_mix(seed, stage, step))) for seed in seeds]
+    return torch.stack(rows).to(device)  # (B, *shape)
+
+
+def _mix(seed: int, stage: str, step: int) -> int:
+    """A 63-bit seed that differs in every bit for neighbouring inputs."""
+    return int.from_bytes(blake2b(f"{seed}/{stage}/{step}".encode(), digest_size=8).digest(), "big") >> 1
