@@ -352,10 +352,8 @@ class TrainConfig(Section):
     """Pictures of a validation, at most."""
     sample_every: int = Field(1000, ge=1)
     """Steps between sample grids."""
-    sample_captions: tuple[str, ...] = ()
-    """Captions of the grids; empty takes the first captions of the validation set."""
     sample_count: int = Field(16, ge=1)
-    """Pictures of a grid where sample_captions is empty."""
+    """Pictures of a grid: the first captions of the validation set, with seeds 0, 1, 2, ..."""
     max_nonfinite: int = Field(10, ge=1)
     """Steps in a row with a non-finite loss or gradient that end the run."""
 

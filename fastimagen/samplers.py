@@ -117,10 +117,10 @@ def image_noise(seeds: list[int], shape: tuple[int, ...], *, stage: str, step: i
 
     Made on the CPU, so that an image's noise has the same bits in every batch, order, process and device.
     """
-    rows = [torch.randn(shape, generator=torch.Generator().manual_seed(_mix(seed, stage, step))) for seed in seeds]
+    rows = [torch.randn(shape, generator=torch.Generator().manual_seed(mix_seed(seed, stage, step))) for seed in seeds]
     return torch.stack(rows).to(device)  # (B, *shape)
 
 
-def _mix(seed: int, stage: str, step: int) -> int:
-    """A 63-bit seed that differs in every bit for neighbouring inputs."""
-    return int.from_bytes(blake2b(f"{seed}/{stage}/{step}".encode(), digest_size=8).digest(), "big") >> 1
+def mix_seed(*parts: int | str) -> int:
+    """A 63-bit seed from several numbers and names; neighbouring inputs give unrelated seeds."""
+    return int.from_bytes(blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest(), "big") >> 1

@@ -1,0 +1,161 @@
+"""The cascade: stages in order, each enlarging what the one before it drew (Imagen, sections 2.3 and 2.4).
+
+Letters: B batch, C channels, S side of the stage's pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import CascadeConfig, SamplingConfig, StageConfig, validate
+from .diffusion import Diffusion
+from .guidance import denoiser, guided
+from .images import resize
+from .samplers import SAMPLERS, image_noise
+from .schedule import make_schedule
+from .text import TextEmbeddings
+from .unet import UNet
+
+Callback = Callable[[str, int, Tensor, Tensor], None]
+
+
+class Stage:
+    """What one stage does with its U-Net: training loss and sampling. Holds no weights.
+
+    `below` is the stage whose pictures this one enlarges, None for a base stage or a free-standing enlarger.
+    """
+
+    def __init__(self, config: StageConfig, below: StageConfig | None = None) -> None:
+        self.config = config
+        self.name = config.name
+        self.diffusion = Diffusion(config.schedule, config.objective)
+        self.lowres_size = below.size if below else None
+        if config.augmentation:
+            self.augmentation = make_schedule(config.augmentation.schedule)
+
+    # ---- training
+
+    def training_loss(self, unet: nn.Module, images: Tensor, text: TextEmbeddings | None, generator: torch.Generator,
+                      *, drop_captions: bool = True) -> Tensor:
+        """Weighted loss per sample (B,) for images (B, C, S, S) in [-1, 1].
+
+        Times, noise, augmentation and caption dropout all come from `generator`, which lives on the images' device.
+        """
+        batch = len(images)
+        time = self.diffusion.training_times(batch, generator)  # (B,)
+        noise = _randn_like(images, generator)
+        condition: dict[str, Any] = {}
+        if self.config.unet.lowres:
+            low, high = self.config.augmentation.train_range
+            level = low + (high - low) * torch.rand(batch, generator=generator, device=generator.device)
+            condition = self.lowres_condition(self.shrink(images), level, _randn_like(images, generator))
+        if text is not None:
+            kept = torch.rand(batch, generator=generator, device=generator.device)
+            dropout = self.config.objective.caption_dropout if drop_captions else 0.0
+            condition |= {"text": text, "keep_text": kept >= dropout}
+        x_t = self.diffusion.add_noise(images, noise, time)
+        output = unet(self.diffusion.network_input(x_t, time), self.diffusion.schedule.network_time(time), **condition)
+        return self.diffusion.loss(output, self.diffusion.target(images, noise, time), time)
+
+    def shrink(self, images: Tensor) -> Tensor:
+        """The low-resolution version of images (B, C, S, S), or of crops of them, that the stage below would draw."""
+        side = images.shape[-1] * self.lowres_size // self.config.size
+        return resize(images, side)  # (B, C, side, side)
+
+    def lowres_condition(self, lowres: Tensor, level: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        """Resize lowres to noise's size, then noise it at `level` (B,) in [0, 1]: the U-Net's low-res arguments.
+
+        The one path for training and sampling: pictures are in [-1, 1] before the noise comes (Imagen, section 2.4).
+        """
+        time = self.augmentation.training_times(level.double())
+        alpha, sigma = (c.to(noise)[:, None, None, None] for c in self.augmentation.alpha_sigma(time))
+        lowres = resize(lowres, noise.shape[-1])  # (B, C, S, S)
+        return {"lowres": alpha * lowres + sigma * noise, "lowres_time": self.augmentation.network_time(time)}
+
+    # ---- sampling
+
+    @torch.inference_mode()
+    def sample(self, unet: UNet, text: TextEmbeddings | None, seeds: list[int], *, lowres: Tensor | None = None,
+               sampling: SamplingConfig | None = None, callback: Callback | None = None) -> Tensor:
+        """Pictures (B, C, S, S) in [-1, 1], fp32, picture i a function of (caption i, seeds[i], lowres[i]).
+
+        lowres (B, C, s, s) in [-1, 1] for super-resolution; `sampling` overrides the stage's own settings.
+        """
+        sampling = sampling or self.config.sampling
+        device = next(unet.parameters()).device
+        shape = (self.config.unet.channels, self.config.size, self.config.size)
+        condition: dict[str, Tensor] = {}
+        if self.config.unet.lowres:
+            level = torch.full((len(seeds),), self.config.augmentation.sample_level, device=device)
+            noise = image_noise(seeds, shape, stage=f"{self.name}/augmentation", step=0, device=device)
+            condition = self.lowres_condition(lowres.to(noise), level, noise)
+        network = self._network(unet, text, condition, sampling.guidance)
+
+        def step_noise(step: int) -> Tensor:
+            return image_noise(seeds, shape, stage=self.name, step=step, device=device)
+
+        schedule = self.diffusion.schedule
+        x = SAMPLERS[sampling.sampler](
+            denoiser(network, self.diffusion, sampling), step_noise(-1), schedule.grid(sampling.steps),
+            schedule=schedule, noise=step_noise,
+            callback=callback and (lambda step, x, x0: callback(self.name, step, x, x0)))
+        return x.clamp(-1, 1)
+
+    def _network(self, unet: UNet, text: TextEmbeddings | None, condition: dict[str, Tensor], guidance: float):
+        """network(x, time) -> output with captions, low-res image and guidance built in."""
+        if text is None or guidance == 1.0:
+            state = None if text is None else unet.encode_text(text)
+            return lambda x, time: unet(x, time, text=state, **condition).float()
+        rows = torch.arange(len(text), device=text.embeds.device).repeat(2)  # (2B,)
+        kept = torch.arange(len(rows), device=rows.device) < len(text)
+        state = unet.encode_text(text[rows], kept)
+        twice = {name: torch.cat([value, value]) for name, value in condition.items()}
+        return guided(lambda x, time: unet(x, time, text=state, **twice).float(), guidance)
+
+
+class Cascade(nn.Module):
+    """All stages with their U-Nets, `self.unets[name]`."""
+
+    def __init__(self, config: CascadeConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.stages = [Stage(stage, config.below(stage.name)) for stage in config.stages]
+        self.unets = nn.ModuleDict({stage.name: UNet(stage.unet) for stage in config.stages})
+
+    @property
+    def text_dim(self) -> int | None:
+        """Width of the text embeddings that the stages read; None for an unconditional cascade."""
+        return next((stage.unet.text_dim for stage in self.config.stages if stage.unet.text_dim), None)
+
+    def sample(self, text: TextEmbeddings | None, seeds: list[int], *, settings: Mapping[str, SamplingConfig],
+               callback: Callback | None = None) -> Tensor:
+        """Run all stages: pictures (B, C, S, S) of the last one, in [-1, 1]."""
+        images = None
+        for stage in self.stages:
+            images = stage.sample(self.unets[stage.name], text, seeds, lowres=images, sampling=settings[stage.name],
+                                  callback=callback)
+        return images
+
+    def settings(self, **overrides: Any) -> dict[str, SamplingConfig]:
+        """Sampling settings by stage: the configured ones with overrides, each None (keep), one value for all stages,
+        or a mapping from stage name to value. Raises ValueError for unknown stages and values out of range."""
+        names = [stage.name for stage in self.stages]
+        for field, value in overrides.items():
+            if isinstance(value, Mapping) and (unknown := sorted(set(value) - set(names))):
+                raise ValueError(f"{field} is given for unknown stage {unknown[0]}; the cascade has {', '.join(names)}")
+        settings = {}
+        for stage in self.stages:
+            chosen = {field: value.get(stage.name) if isinstance(value, Mapping) else value
+                      for field, value in overrides.items()}
+            merged = stage.config.sampling.model_dump() | {k: v for k, v in chosen.items() if v is not None}
+            settings[stage.name] = validate(SamplingConfig, merged, f"sampling of {stage.name}")
+            stage.diffusion.schedule.grid(settings[stage.name].steps)  # refuses more steps than the schedule has
+        return settings
+
+
+def _randn_like(images: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(images.shape, generator=generator, device=images.device, dtype=images.dtype)

@@ -1,0 +1,181 @@
+"""The `fastimagen` command. Heavy imports happen inside the command that needs them: --help is instant."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point. A user's mistake is one line on stderr and exit status 1."""
+    options = parser().parse_args(arguments)
+    try:
+        options.run_command(options)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {str(error) or type(error).__name__}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    top = argparse.ArgumentParser(prog="fastimagen", description="Train Imagen cascades and sample from them.")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], None], help: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+        sub.set_defaults(run_command=run)
+        return sub
+
+    shards = commands.add_parser("shards", help="pack pictures and captions into WebDataset shards")
+    kinds = shards.add_subparsers(required=True, metavar="KIND")
+    folder = kinds.add_parser("folder", help="images with .txt captions beside them, or a JSONL manifest")
+    folder.add_argument("source", type=Path, help='folder, or a .jsonl of {"image": path, "caption": text}')
+    folder.add_argument("--out", type=Path, required=True)
+    folder.add_argument("--shard-size", type=int, default=1000, help="samples per tar")
+    folder.set_defaults(run_command=_shards_folder)
+    shapes = kinds.add_parser("shapes", help="the built-in captioned shapes")
+    shapes.add_argument("--out", type=Path, required=True)
+    shapes.add_argument("--count", type=int, default=20000, help="training pictures")
+    shapes.add_argument("--size", type=int, default=64, help="height and width in pixels")
+    shapes.add_argument("--seed", type=int, default=0)
+    shapes.set_defaults(run_command=_shards_shapes)
+
+    embed = command("embed", _embed, "fill the cache of text embeddings, once; resumable")
+    embed.add_argument("--config", required=True, help="ds.json")
+    embed.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+
+    export = command("export", _export, "turn a run directory into a model directory")
+    export.add_argument("--run", type=Path, required=True)
+    export.add_argument("--out", type=Path, required=True)
+
+    sample = command("sample", _sample, "draw pictures for captions")
+    sample.add_argument("--model", type=Path, required=True)
+    source = sample.add_mutually_exclusive_group(required=True)
+    source.add_argument("--captions", nargs="+", help="captions, or one .txt file with a caption per line")
+    source.add_argument("--embeddings", type=Path, help="precomputed text embeddings (.safetensors): no text encoder")
+    sample.add_argument("--out", type=Path, default=Path("samples"))
+    sample.add_argument("--steps", type=int)
+    sample.add_argument("--sampler", help="ddpm, ddim, dpmpp_2m or heun")
+    sample.add_argument("--guidance", type=float)
+    sample.add_argument("--seed", type=int, default=0, help="seed of the first picture; the next ones count up")
+    _device_options(sample)
+
+    evaluate = command("evaluate", _evaluate, "read the captions' attributes back out of sampled pictures")
+    evaluate.add_argument("--model", type=Path, required=True)
+    evaluate.add_argument("--data", choices=["shapes"], default="shapes")
+    evaluate.add_argument("--count", type=int, default=200, help="captions of each test split")
+    evaluate.add_argument("--out", type=Path, help="also write report.json and the pictures here")
+    evaluate.add_argument("--steps", type=int)
+    evaluate.add_argument("--guidance", type=float)
+    evaluate.add_argument("--seed", type=int, default=0)
+    _device_options(evaluate)
+
+    minimagen = command("import-minimagen", _import_minimagen, "turn a MinImagen training directory into a model directory")
+    minimagen.add_argument("source", type=Path)
+    minimagen.add_argument("--out", type=Path, required=True)
+
+    command("info", _info, "print versions, devices and active kernels, for a bug report")
+    return top
+
+
+def _device_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--device", help="cuda or cpu; by default cuda where there is one")
+    sub.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    sub.add_argument("--batch-size", type=int, default=32)
+
+
+def _shards_folder(options: argparse.Namespace) -> None:
+    from .data.folder import pack_folder, pack_manifest
+
+    pack = pack_manifest if options.source.suffix == ".jsonl" else pack_folder
+    print(pack(options.source, options.out, shard_size=options.shard_size))
+
+
+def _shards_shapes(options: argparse.Namespace) -> None:
+    from .data.shapes import write_shards
+
+    write_shards(options.out, options.count, options.size, options.seed)
+    print(f"{options.out}: {options.count} training pictures of {options.size}x{options.size}, and the test splits")
+
+
+def _embed(options: argparse.Namespace) -> None:
+    from .config import load_config
+    from .data.source import embed_all
+
+    embed_all(load_config(options.config, options.overrides).fastimagen, say=print)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from .export import export
+
+    print(export(options.run, options.out))
+
+
+def _load(options: argparse.Namespace):
+    import torch
+
+    from .pipeline import ImagenPipeline
+
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return ImagenPipeline.from_pretrained(options.model, device=device, dtype=getattr(torch, options.dtype))
+
+
+def _sample(options: argparse.Namespace) -> None:
+    from .pipeline import refuse_nonempty
+
+    refuse_nonempty(options.out)
+    captions, text = _captions(options)
+    count = len(captions) if captions else len(text)
+    seeds = list(range(options.seed, options.seed + count))
+    output = _load(options)(captions, text=text, seeds=seeds, batch_size=options.batch_size, steps=options.steps,
+                            sampler=options.sampler, guidance=options.guidance)
+    print(output.save(options.out))
+
+
+def _captions(options: argparse.Namespace):
+    """(captions, embeddings) as the user gave them. A line of a file is a caption; blank ones are an error."""
+    if options.embeddings:
+        from .text import TextEmbeddings
+
+        return TextEmbeddings.load_captions(options.embeddings), TextEmbeddings.load(options.embeddings)
+    if len(options.captions) > 1 or not options.captions[0].endswith(".txt"):
+        captions, where = options.captions, "--captions"
+    else:
+        where = options.captions[0]
+        captions = Path(where).read_text(encoding="utf-8").splitlines()
+    if not captions:
+        raise ValueError(f"{where} holds no captions")
+    blank = [str(number) for number, caption in enumerate(captions, 1) if not caption.strip()]
+    if blank:
+        raise ValueError(f"{where}: caption {', '.join(blank[:5])} is blank; line i is image i, so take it out")
+    return captions, None
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from .evaluate import evaluate_shapes, table
+
+    report = evaluate_shapes(_load(options), count=options.count, seed=options.seed, out=options.out,
+                             batch_size=options.batch_size, steps=options.steps, guidance=options.guidance)
+    print(table(report))
+
+
+def _import_minimagen(options: argparse.Namespace) -> None:
+    from .interop import import_minimagen
+
+    print(import_minimagen(options.source, options.out))
+
+
+def _info(options: argparse.Namespace) -> None:
+    from .info import report
+
+    print(report())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

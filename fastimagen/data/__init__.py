@@ -1,0 +1,1 @@
+"""Captioned pictures: shards, transforms, text embeddings, built-in shapes."""

@@ -1,0 +1,174 @@
+"""A folder of pictures with captions beside them, or a list of both -> WebDataset tars as img2dataset names them.
+
+A sample becomes KEY.jpg (or jpeg, png, webp; the bytes as they are), KEY.txt and KEY.json with the path it had. KEY is
+five digits for the shard and four or more for the place in it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from ..images import open_rgb
+from .order import SAMPLES, random_bits
+from .shards import IMAGES
+
+log = logging.getLogger(__name__)
+
+EXAMPLES = 5
+"""Paths that a report remembers of each reason to skip."""
+
+
+@dataclass
+class PackReport:
+    """What packing did: folder written, samples in it, shards, and by reason how many were skipped, with a few paths."""
+
+    folder: Path
+    packed: int = 0
+    shards: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    def skip(self, reason: str, path: str | Path) -> None:
+        """Counts one file that is left out."""
+        self.skipped[reason] = self.skipped.get(reason, 0) + 1
+        examples = self.examples.setdefault(reason, [])
+        if len(examples) < EXAMPLES:
+            examples.append(str(path))
+
+    def __str__(self) -> str:
+        lines = [f"{self.packed} samples in {self.shards} shards: {self.folder}"]
+        for reason, count in self.skipped.items():
+            more = ", ..." if count > len(self.examples[reason]) else ""
+            lines.append(f"skipped, {reason}: {count} ({', '.join(self.examples[reason])}{more})")
+        return "\n".join(lines)
+
+
+Item = tuple[str, Path, str]  # the path as the source names it, where it is, its caption
+
+
+def pack_folder(source: str | Path, out: str | Path, *, shard_size: int = 1000) -> PackReport:
+    """Packs all pictures below `source` whose caption is beside them: a/b.jpg and a/b.txt.
+
+    They are shuffled, always in the same way, so that pictures of one folder do not fill whole shards. Skipped and
+    reported: pictures without caption, captions without picture, empty or undecodable captions, unreadable pictures.
+    Raises ValueError if `source` is no folder, `out` is not empty or nothing is left to pack; then `out` is not touched.
+    """
+    root = Path(source)
+    if not root.is_dir():
+        raise ValueError(f"{source} is no folder of pictures")
+    report = PackReport(_free(out))
+    files = sorted(path for path in root.rglob("*") if path.is_file())
+    pictures = [path for path in files if path.suffix[1:].lower() in IMAGES]
+    captioned = {path.with_suffix("") for path in pictures}
+    captions = {path.with_suffix(""): path for path in files if path.suffix.lower() == ".txt"}
+    for stem, path in captions.items():
+        if stem not in captioned:
+            report.skip("caption without picture", path.relative_to(root))
+    order = np.argsort(random_bits(0, SAMPLES, (0, 0), len(pictures)), kind="stable")
+
+    def items() -> Iterator[Item]:
+        for path in (pictures[i] for i in order):
+            name, beside = str(path.relative_to(root)), captions.get(path.with_suffix(""))
+            if beside is None:
+                report.skip("picture without caption", name)
+                continue
+            try:
+                yield name, path, beside.read_text(encoding="utf-8-sig")
+            except UnicodeDecodeError:
+                report.skip("caption not in UTF-8", name)
+
+    return _pack(items(), report, shard_size)
+
+
+def pack_manifest(manifest: str | Path, out: str | Path, *, shard_size: int = 1000) -> PackReport:
+    """Packs the pictures of a JSONL file, in its order: {"image": path from the file's folder, "caption": "..."} a line.
+
+    Skipped and reported: missing and unreadable pictures, empty captions. Raises ValueError if the file is missing, a
+    line is something else, `out` is not empty or nothing is left to pack; then `out` is not touched.
+    """
+    manifest = Path(manifest)
+    if not manifest.is_file():
+        raise ValueError(f"there is no manifest {manifest}")
+    report = PackReport(_free(out))
+
+    def items() -> Iterator[Item]:
+        with open(manifest, encoding="utf-8-sig") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                name, caption = _entry(line, f"{manifest}:{number}")
+                path = manifest.parent / name
+                if path.is_file():
+                    yield name, path, caption
+                else:
+                    report.skip("picture not found", name)
+
+    return _pack(items(), report, shard_size)
+
+
+def _entry(line: str, place: str) -> tuple[str, str]:
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place}: no JSON: {error}") from error
+    if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("image", "caption")):
+        raise ValueError(f'{place}: expected {{"image": "path", "caption": "text"}}, got {line.strip():.80}')
+    extension = Path(entry["image"]).suffix[1:].lower()
+    if extension not in IMAGES:
+        raise ValueError(f'{place}: image "{entry["image"]}" is none of {", ".join(IMAGES)}')
+    return entry["image"], entry["caption"]
+
+
+def _free(out: str | Path) -> Path:
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} is already there: give a new or empty folder for the shards")
+    return out
+
+
+def _pack(items: Iterable[Item], report: PackReport, shard_size: int) -> PackReport:
+    """Writes into a folder beside the final one, which then appears whole or, after any error, not at all."""
+    from webdataset import ShardWriter
+
+    if shard_size < 1:
+        raise ValueError(f"a shard takes at least one sample, not {shard_size}")
+    out = report.folder.resolve()
+    temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.tmp")
+    digits = max(4, len(str(shard_size - 1)))
+    try:
+        temporary.mkdir(parents=True)
+        # Bytes in, fixed time stamps: the same input gives the same tars. % is ShardWriter's own sign in its pattern.
+        pattern = str(temporary).replace("%", "%%") + "/%05d.tar"
+        with ShardWriter(pattern, maxcount=shard_size, maxsize=float("inf"), verbose=0, encoder=False, mtime=0) as writer:
+            for name, path, caption in items:
+                caption, data = caption.strip(), path.read_bytes()
+                if not caption:
+                    report.skip("empty caption", name)
+                    continue
+                try:
+                    open_rgb(data)
+                except ValueError as error:
+                    report.skip("unreadable picture", f"{name}: {error}")
+                    continue
+                shard, index = divmod(report.packed, shard_size)
+                writer.write({"__key__": f"{shard:05d}{index:0{digits}d}", path.suffix[1:].lower(): data,
+                              "txt": caption.encode(), "json": json.dumps({"path": name}).encode()})
+                report.packed += 1
+        if not report.packed:
+            what = ", ".join(f"{count} {reason}" for reason, count in report.skipped.items()) or "there are no pictures"
+            raise ValueError(f"nothing to pack for {report.folder}: {what}")
+        report.shards = -(-report.packed // shard_size)
+        os.replace(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    log.info("%s", report)
+    return report

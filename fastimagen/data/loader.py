@@ -1,0 +1,207 @@
+"""Tars -> batches of pictures and text embeddings, in an order that depends on the seed and the step alone.
+
+Global batch n holds positions n G .. (n + 1) G - 1 of the data order, whatever the number of ranks, micro-batches and
+threads; so a run resumes from its step number. Threads decode ahead (Pillow and numpy release Python's lock).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..images import open_rgb, resize_and_crop, to_tensor
+from ..text import TextEmbeddings
+from .order import CROPS, Order, random_bits
+from .shards import Shard
+
+log = logging.getLogger(__name__)
+
+ENOUGH_READ = 100
+"""The share of bad samples is judged from this many on; as many unreadable pictures in a row end the run as well."""
+
+
+class Embeddings(Protocol):
+    """The text embeddings of a shard; `EmbeddingCache` is one."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Tensor: ...  # (L, D), not padded
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """b samples: images (b, 3, H, W) float32 in [-1, 1]; text, None if the loader has no embeddings; positions (b,) int64
+    in the data order; keys of the samples, which are those of the replacements for unreadable pictures."""
+
+    images: Tensor
+    text: TextEmbeddings | None
+    positions: Tensor
+    keys: list[str]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+@dataclass(frozen=True, eq=False)
+class _Sample:
+    key: str
+    tokens: Tensor | None
+    upscaled: bool
+    bad: list[tuple[int, int, str]]  # (shard, index, reason) of unreadable pictures that came before
+
+
+Locate = Callable[[int], tuple[int, int]]  # position -> (shard, index)
+
+
+class Loader:
+    """The micro-batches of one rank.
+
+    shards: the tars; caches: the text embeddings of each, None for models without text; order: over their lengths.
+    size: smallest side of the pictures, which are cropped to a square; crop_size: side of a random window of it, drawn
+    from (seed, position); global_batch: samples per optimizer step on all ranks, a multiple of world_size * micro_batch.
+    threads decode; prefetch: micro-batches made ahead.
+
+    An unreadable picture is replaced by the next readable sample of the order, and logged once. Training stops when the
+    share of bad samples (unreadable, or excluded by the index) is above max_bad_share: at once if the index shows it, or
+    when the pictures read so far, at least ENOUGH_READ, have more bad ones than that share can explain by chance (three
+    standard deviations). Data sets of fewer than ENOUGH_READ samples start whatever their index excludes.
+    counters: pictures read (tries), bad (unreadable), upscaled (smaller than size), by this rank so far; excluded: by
+    the index, in all shards.
+    Raises ValueError for sizes that do not fit together, and when it stops.
+    """
+
+    def __init__(self, shards: Sequence[Shard], caches: Sequence[Embeddings] | None, order: Order, *, size: int,
+                 crop_size: int | None = None, global_batch: int, rank: int = 0, world_size: int = 1, micro_batch: int,
+                 threads: int = 2, prefetch: int = 2, max_bad_share: float = 0.01, seed: int) -> None:
+        assert [len(shard) for shard in shards] == order.sizes.tolist(), "the order is of other shards"
+        assert 0 <= rank < world_size and threads > 0 and prefetch > 0
+        if global_batch < 1 or micro_batch < 1 or global_batch % (world_size * micro_batch):
+            raise ValueError(f"a global batch of {global_batch} cannot be split into micro-batches of {micro_batch} "
+                             f"on {world_size} ranks")
+        if crop_size is not None and not 1 <= crop_size <= size:
+            raise ValueError(f"crops of {crop_size} from pictures of {size}")
+        if caches is not None and [len(cache) for cache in caches] != order.sizes.tolist():
+            raise ValueError("the text embeddings are not those of these shards: run fastimagen embed")
+        self.shards, self.caches, self.order = shards, caches, order
+        self.size, self.crop_size, self.seed = size, crop_size, seed
+        self.global_batch, self.micro_batch, self.rank, self.world_size = global_batch, micro_batch, rank, world_size
+        self.threads, self.prefetch, self.max_bad_share = threads, prefetch, max_bad_share
+        self._ends = np.cumsum(order.sizes)
+        self._bad: dict[tuple[int, int], str] = {}
+        reasons: Counter[str] = Counter()
+        for shard in shards:
+            reasons.update(shard.excluded)
+        self.counters = {"read": 0, "bad": 0, "upscaled": 0, "excluded": reasons.total()}
+        known = order.total + reasons.total()
+        self._excluded_share = reasons.total() / known if known >= ENOUGH_READ else 0.0
+        if self._excluded_share > max_bad_share:
+            what = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+            raise ValueError(f"{reasons.total()} of {known} samples cannot be used ({what}), more than "
+                             f"data.max_bad_share = {max_bad_share} allows")
+
+    def batches(self, start_step: int) -> Iterator[Batch]:
+        """This rank's micro-batches from optimizer step `start_step` on, without end; close the iterator to stop early.
+
+        Errors of the decoding threads are raised here.
+        """
+        pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
+        pending: deque[Future[tuple[Batch, list[_Sample]]]] = deque()
+        try:
+            for positions in self._schedule(start_step):
+                pending.append(self._submit(pool, positions, self.order.__getitem__))
+                if len(pending) > self.prefetch:
+                    yield self._count(*pending.popleft().result())
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def fixed_batch(self, indices: Sequence[int]) -> Batch:
+        """The samples at these places of all shards one after another, not shuffled: the same in every run.
+
+        `positions` are the indices. Raises IndexError beyond the last sample.
+        """
+        if not all(0 <= index < self.order.total for index in indices):
+            raise IndexError(f"indices {min(indices)} to {max(indices)} of {self.order.total} samples")
+        with ThreadPoolExecutor(self.threads, thread_name_prefix="decode") as pool:
+            return self._count(*self._submit(pool, indices, self._in_sequence).result())
+
+    def _schedule(self, step: int) -> Iterator[range]:
+        """The positions of each micro-batch of this rank; a rank's share of a global batch is contiguous."""
+        share = self.global_batch // self.world_size
+        while True:
+            first = step * self.global_batch + self.rank * share
+            for start in range(first, first + share, self.micro_batch):
+                yield range(start, start + self.micro_batch)
+            step += 1
+
+    def _in_sequence(self, place: int) -> tuple[int, int]:
+        place %= self.order.total
+        shard = int(np.searchsorted(self._ends, place, side="right"))
+        return shard, place - int(self._ends[shard] - self.order.sizes[shard])
+
+    def _submit(self, pool: ThreadPoolExecutor, positions: Sequence[int],
+                locate: Locate) -> Future[tuple[Batch, list[_Sample]]]:
+        side = self.crop_size or self.size
+        images = torch.empty(len(positions), 3, side, side)
+        rows = images.numpy()
+        samples = [pool.submit(self._read, position, locate, rows[i]) for i, position in enumerate(positions)]
+        # Tasks start in order: when this one does, those that it waits for have all started, so it never blocks them.
+        return pool.submit(self._assemble, images, positions, samples)
+
+    def _read(self, position: int, locate: Locate, pixels: np.ndarray) -> _Sample:
+        """In a thread: writes the picture into `pixels` (3, H, W)."""
+        bad = []
+        for place in range(position, position + ENOUGH_READ):
+            shard, index = locate(place)
+            data = self.shards[shard].image(index)
+            try:
+                image = open_rgb(data, at_least=self.size)
+            except ValueError as error:
+                bad.append((shard, index, str(error)))
+                continue
+            pixels[:] = to_tensor(resize_and_crop(image, self.size, crop=self._window(position))).numpy()
+            return _Sample(self.shards[shard].key(index), None if self.caches is None else self.caches[shard][index],
+                           min(image.size) < self.size, bad)
+        raise ValueError(f"{len(bad)} pictures in a row are unreadable, first {self._describe(*bad[0])}")
+
+    def _window(self, position: int) -> Literal["center"] | tuple[int, int, int]:
+        if self.crop_size is None:
+            return "center"
+        top, left = random_bits(self.seed, CROPS, (position, 0), 2) % np.uint64(self.size - self.crop_size + 1)
+        return int(top), int(left), self.crop_size
+
+    def _assemble(self, images: Tensor, positions: Sequence[int],
+                  futures: list[Future[_Sample]]) -> tuple[Batch, list[_Sample]]:
+        samples = [future.result() for future in futures]
+        text = None if self.caches is None else TextEmbeddings.from_list([sample.tokens for sample in samples])
+        where = torch.tensor(list(positions), dtype=torch.int64)  # (b,)
+        return Batch(images, text, where, [sample.key for sample in samples]), samples
+
+    def _count(self, batch: Batch, samples: list[_Sample]) -> Batch:
+        """In the consumer's thread: books the samples of a batch, and stops if too many were bad."""
+        for sample in samples:
+            self.counters["read"] += 1 + len(sample.bad)
+            self.counters["bad"] += len(sample.bad)
+            self.counters["upscaled"] += sample.upscaled
+            for shard, index, reason in sample.bad:
+                if (shard, index) not in self._bad:
+                    self._bad[shard, index] = self._describe(shard, index, reason)
+                    log.warning("replaced sample %s", self._bad[shard, index])
+        read, bad = self.counters["read"], self.counters["bad"]
+        expected = (self.max_bad_share - self._excluded_share) * read
+        if read >= ENOUGH_READ and bad > expected + 3 * math.sqrt(expected):
+            first = "; ".join(list(self._bad.values())[:3])
+            raise ValueError(f"{bad} of {read} pictures read are unreadable, more than data.max_bad_share = "
+                             f"{self.max_bad_share} allows: {first}{' ...' if len(self._bad) > 3 else ''}")
+        return batch
+
+    def _describe(self, shard: int, index: int, reason: str) -> str:
+        return f'"{self.shards[shard].key(index)}" of {self.shards[shard].path}: {reason}'

@@ -1,0 +1,371 @@
+"""WebDataset tars as random-access collections of (picture, caption): an index of places, read with pread.
+
+A sample is all files of a tar that share a key, the path up to the first dot of the file's name (webdataset's rule).
+KEY.jpg, .jpeg, .png or .webp and KEY.txt make a sample, KEY.json is optional, other files are ignored. What is no sample
+is counted by reason. The index of TAR is kept as TAR.index beside it, since walking 10 000 samples takes half a second.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import uuid
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from glob import escape, glob, has_magic
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..text import write_safetensors
+
+log = logging.getLogger(__name__)
+
+IMAGES = ("jpg", "jpeg", "png", "webp")
+"""Extensions of pictures, in any case."""
+
+FORMAT = "fastimagen.shard.1"
+BLOCK = 512  # bytes of a tar header; contents are padded to multiples of it
+URL = re.compile(r"(?:pipe|file):|[a-zA-Z][a-zA-Z0-9+.-]*://")
+MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
+PRIVATE = re.compile(r"__[^/]*__($|/)")  # webdataset's own notes inside a tar
+
+
+# ---------------------------------------------------------------- one shard
+
+
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """One local tar of n samples; their contents are read on request, from any thread.
+
+    path: the tar; places (n, 6) int64: offset and size in bytes of picture, caption and json (size 0: no json);
+    names (n,): keys as bytes; excluded: how many pictures or keys are no sample, by reason.
+    """
+
+    path: str
+    places: np.ndarray
+    names: np.ndarray
+    excluded: dict[str, int]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def keys(self) -> list[str]:
+        """The keys of all samples, in the order of the tar."""
+        return [_text(name) for name in self.names.tolist()]
+
+    def key(self, index: int) -> str:
+        """The key of one sample."""
+        return _text(self.names[index])
+
+    def image(self, index: int) -> bytes:
+        """The picture file of one sample, as stored."""
+        return self._read(index, 0)
+
+    def caption(self, index: int) -> str:
+        """The caption of one sample, as stored."""
+        return self._read(index, 2).decode("utf-8-sig")
+
+    def captions(self) -> list[str]:
+        """The captions of all samples, read from the tar now."""
+        return [self.caption(index) for index in range(len(self))]
+
+    def metadata(self, index: int) -> dict[str, Any]:
+        """The json of one sample; {} if it has none."""
+        return json.loads(self._read(index, 4) or "{}")
+
+    def _read(self, index: int, column: int) -> bytes:
+        offset, size = self.places[index, column:column + 2].tolist()
+        data = os.pread(_open(self.path).fd, size, offset)
+        if len(data) != size:
+            raise ValueError(f"shard {self.path} has changed since it was opened: {size} bytes at {offset} are gone")
+        return data
+
+
+class _File:
+    """A file descriptor that lives as long as someone, the cache or a reading thread, refers to it."""
+
+    def __init__(self, path: str) -> None:
+        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if hasattr(self, "fd"):
+            os.close(self.fd)
+
+
+_open = lru_cache(maxsize=128)(_File)
+
+
+def _text(name: bytes) -> str:
+    return name.decode("utf-8", "surrogateescape")
+
+
+# ---------------------------------------------------------------- the index
+
+
+def index_shard(path: str | Path) -> Shard:
+    """Walks the headers of a tar, and reads its captions.
+
+    Not samples, and counted: keys with "no image", "no caption", "empty caption" or a "caption not in UTF-8"; pictures
+    with a "dot in the key", which webdataset's rule merges into one key; the "duplicate" second picture or caption of a
+    key. Raises ValueError, one line, if the file is missing, empty, truncated, damaged or no plain tar.
+    """
+    try:
+        file = _File(str(path))
+    except OSError as error:
+        raise ValueError(f"cannot open shard {path}: {error.strerror}") from error
+    samples: dict[str, dict[str, tuple[int, int]]] = {}
+    excluded: Counter[str] = Counter()
+    dotted: Counter[str] = Counter()
+    for name, offset, size in _walk(file.fd, path):
+        match = MEMBER.fullmatch(name)
+        if match is None or PRIVATE.match(name):
+            continue
+        key, extension = match[1], match[2].lower()
+        kind = "image" if extension in IMAGES else extension
+        files = samples.setdefault(key, {})
+        if kind in ("image", "txt", "json"):
+            excluded["duplicate"] += kind in files
+            files.setdefault(kind, (offset, size))
+        elif extension.rpartition(".")[2] in IMAGES:
+            dotted[key] += 1
+    places, names = [], []
+    for key, files in samples.items():
+        reason = _fault(file.fd, files)
+        if reason == "no image" and dotted[key]:
+            excluded["dot in the key"] += dotted[key]
+        elif reason:
+            excluded[reason] += 1
+        else:
+            places.append((*files["image"], *files["txt"], *files.get("json", (0, 0))))
+            names.append(key.encode("utf-8", "surrogateescape"))
+    return Shard(str(path), np.array(places, dtype=np.int64).reshape(-1, 6), np.array(names, dtype=np.bytes_),
+                 {reason: count for reason, count in excluded.items() if count})
+
+
+def _fault(fd: int, files: dict[str, tuple[int, int]]) -> str | None:
+    """Why these files of one key are no sample."""
+    if "image" not in files:
+        return "no image"
+    if "txt" not in files:
+        return "no caption"
+    offset, size = files["txt"]
+    try:
+        return None if os.pread(fd, size, offset).decode("utf-8-sig").strip() else "empty caption"
+    except UnicodeDecodeError:
+        return "caption not in UTF-8"
+
+
+def _walk(fd: int, path: str | Path) -> Iterator[tuple[str, int, int]]:
+    """(name, offset, size) of each regular file of a tar: POSIX.1-1988 (ustar), pax and GNU long names."""
+    total = os.fstat(fd).st_size
+    if not total:
+        raise ValueError(f"shard {path} is empty: 0 bytes")
+    offset = 0
+    long: dict[str, str] = {}  # what pax and GNU headers say about the next file
+    while True:
+        header = os.pread(fd, BLOCK, offset)
+        if len(header) < BLOCK:
+            raise ValueError(f"shard {path} is truncated: it stops at byte {total} without the mark of a tar's end")
+        if not any(header):
+            break
+        size, kind = _check(header, offset, path), header[156:157]
+        offset += BLOCK
+        if kind in b"123456":  # links, devices, directories have no content
+            continue
+        if kind in b"xL":
+            content = os.pread(fd, size, offset)
+            long |= _pax(content, path) if kind == b"x" else {"path": _text(content.rstrip(b"\0"))}
+        elif kind not in b"gK":
+            size = int(long.get("size", size))
+            if offset + size > total:
+                raise ValueError(f"shard {path} is truncated: a file ends at byte {offset + size} of {total}")
+            if kind in b"07\0":
+                yield long.get("path") or _name(header), offset, size
+            long = {}
+        offset += -(-size // BLOCK) * BLOCK
+    if not offset:
+        raise ValueError(f"shard {path} is empty: a tar without files")
+    if any(os.pread(fd, 1 << 16, offset)):
+        raise ValueError(f"shard {path} has content after the mark of a tar's end: are these several tars in one file?")
+
+
+def _check(header: bytes, offset: int, path: str | Path) -> int:
+    """Size in the header, once its checksum is right."""
+    try:
+        expected = int(header[148:156].strip(b"\0 "), 8)
+        if header[124] == 0x80:  # GNU: binary, since octal digits end at 8 GiB
+            size = int.from_bytes(header[125:136], "big")
+        else:
+            size = int(header[124:136].strip(b"\0 ") or b"0", 8)
+    except ValueError:
+        expected = size = -1
+    if expected != sum(header) - sum(header[148:156]) + 8 * ord(" "):
+        what = f"damaged at byte {offset}" if offset else "no tar"
+        raise ValueError(f"shard {path} is {what}{': it is compressed' if header[:2] == bytes([31, 139]) else ''}")
+    return size
+
+
+def _name(header: bytes) -> str:
+    name = header[:100].partition(b"\0")[0]
+    prefix = header[345:500].partition(b"\0")[0] if header[257:263] == b"ustar\0" else b""
+    return _text(prefix + b"/" + name if prefix else name)
+
+
+def _pax(content: bytes, path: str | Path) -> dict[str, str]:
+    """Records "LENGTH KEY=VALUE\\n" of a pax header."""
+    records = {}
+    while content.strip(b"\0"):
+        length = content.partition(b" ")[0]
+        if not length.isdigit() or not 0 < int(length) <= len(content):
+            raise ValueError(f"shard {path} is damaged: a pax header makes no sense")
+        key, _, value = content[len(length) + 1:int(length) - 1].partition(b"=")
+        records[_text(key)] = _text(value)
+        content = content[int(length):]
+    if any(key.startswith("GNU.sparse.") for key in records):
+        raise ValueError(f"shard {path} holds sparse files, which are not supported: write it without --sparse")
+    return records
+
+
+# ---------------------------------------------------------------- many shards
+
+
+def list_shards(source: str | Path | Sequence[str | Path]) -> list[str]:
+    """Tars of a folder (*.tar, sorted), glob, {000..999} range, path or URL, or of a list of these, in its order.
+
+    Raises ValueError that says what was looked for if there is nothing, or if a shard comes twice.
+    """
+    if not isinstance(source, (str, Path)):
+        shards = [shard for part in source for shard in list_shards(part)]
+        twice = [shard for shard, count in Counter(shards).items() if count > 1]
+        if twice or not shards:
+            raise ValueError(f"shard {twice[0]} is listed twice" if twice else "the list of shards is empty")
+        return shards
+    pattern = str(source)
+    if os.path.isdir(pattern):
+        shards = sorted(glob(os.path.join(escape(pattern), "*.tar")))
+        if not shards:
+            raise ValueError(f"no *.tar in the folder {pattern}")
+        return shards
+    if "{" in pattern and not os.path.exists(pattern):
+        from braceexpand import UnbalancedBracesError, braceexpand
+
+        try:
+            expanded = list(braceexpand(pattern))
+        except UnbalancedBracesError as error:
+            raise ValueError(f"shards {pattern}: {error}") from error
+        if expanded != [pattern]:
+            return list_shards(expanded)
+    if URL.match(pattern) or os.path.isfile(pattern):
+        return [pattern]
+    shards = sorted(glob(pattern)) if has_magic(pattern) else []
+    if not shards:
+        raise ValueError(f"no shards: {pattern} is no tar, folder of tars, URL or pattern that matches a file")
+    return shards
+
+
+def open_shards(source: str | Path | Sequence[str | Path], *, cache: str | Path | None = None, rank: int = 0,
+                world_size: int = 1) -> list[Shard]:
+    """All shards of `source` (see `list_shards`), those of URLs fetched into the folder `cache`.
+
+    Indices are read, or made and kept, beside the tars. Each rank starts at another shard, so that ranks that start
+    together share the work of the first time. Raises ValueError as `list_shards` and `index_shard` do, for a URL without
+    cache, a failed download, and if there is no sample at all.
+    """
+    paths = list_shards(source)
+    shards: dict[int, Shard] = {}
+    for i in range(len(paths)):
+        i = (i + rank * len(paths) // world_size) % len(paths)
+        shards[i] = _indexed(fetch(paths[i], cache) if URL.match(paths[i]) else paths[i])
+    excluded: Counter[str] = Counter()
+    for shard in shards.values():
+        excluded.update(shard.excluded)
+    samples = sum(map(len, shards.values()))
+    reasons = ", ".join(f"{count} {reason}" for reason, count in excluded.items()) or "nothing"
+    if not samples:
+        raise ValueError(f"no sample in {len(shards)} shards ({paths[0]} ...): left out {reasons}")
+    log.log(logging.WARNING if excluded else logging.INFO, "%d samples in %d shards; left out: %s", samples, len(shards),
+            reasons)
+    return [shards[i] for i in range(len(paths))]
+
+
+def fetch(url: str, cache: str | Path | None) -> str:
+    """Copies a shard from wherever webdataset's gopen reads into the folder `cache`, once, and returns its path there.
+
+    The file appears whole, after its index could be made. Processes that want the same shard wait for the first.
+    Raises ValueError if there is no cache folder, the download fails or the tar is damaged.
+    """
+    from webdataset import gopen
+
+    if cache is None:
+        raise ValueError(f"shard {url} is remote: set data.cache to a folder with room for the shards")
+    stem = (re.findall(r"[\w.-]+\.tar\b", url) or ["shard.tar"])[-1]
+    target = Path(cache) / f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{stem}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(target.with_name(f".{target.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if target.exists():
+            return str(target)
+        log.info("fetching %s", url)
+        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+        try:
+            with gopen(url) as stream, open(temporary, "wb") as file:
+                shutil.copyfileobj(stream, file, 1 << 20)
+            shard = index_shard(temporary)
+            os.replace(temporary, target)
+        except (OSError, ValueError) as error:
+            reason = str(error).partition("\n")[0].replace(f"shard {temporary}", "it")
+            raise ValueError(f"cannot fetch shard {url}: {reason}") from error
+        finally:
+            temporary.unlink(missing_ok=True)
+        _keep_index(replace(shard, path=str(target)))
+    return str(target)
+
+
+def _indexed(path: str) -> Shard:
+    """The shard with its kept index if that still fits the tar, else with a new one."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(f"{path}.index", framework="np") as file:
+            header = file.metadata()
+            if header.get("tar") == _stamp(path):
+                names = file.get_tensor("names")  # (n, longest) uint8
+                return Shard(path, file.get_tensor("places"), names.view(f"S{names.shape[1]}").reshape(-1),
+                             json.loads(header["excluded"]))
+    except FileNotFoundError:
+        pass  # the first time, or the tar itself is missing: index_shard will say so
+    except SafetensorError as error:
+        log.warning("making %s.index anew: %s", path, error)
+    shard = index_shard(path)
+    _keep_index(shard)
+    return shard
+
+
+def _keep_index(shard: Shard) -> None:
+    names = torch.from_numpy(shard.names.view(np.uint8).reshape(len(shard), shard.names.itemsize))  # (n, longest)
+    try:
+        write_safetensors(f"{shard.path}.index", {"places": torch.from_numpy(shard.places), "names": names},
+                          {"tar": _stamp(shard.path), "excluded": json.dumps(shard.excluded)})
+    except OSError as error:
+        _warn_unkept(os.path.dirname(shard.path), error.strerror)
+
+
+@lru_cache
+def _warn_unkept(folder: str, reason: str) -> None:
+    log.warning("indices of the shards in %s cannot be kept there (%s): every start makes them anew", folder, reason)
+
+
+def _stamp(path: str) -> str:
+    stat = os.stat(path)
+    return f"{FORMAT} {stat.st_size} bytes, changed at {stat.st_mtime_ns}"

@@ -1,0 +1,207 @@
+"""The light sampler: an exported model directory, captions or text embeddings in, pictures out.
+
+Needs the core dependencies alone; captions (rather than embeddings) need transformers, the ``text`` extra.
+
+A model directory: model_index.json, ``<stage>/config.json`` + ``<stage>/model.safetensors`` (EMA weights), the text
+encoder by name or, if it is the small built-in one, in full under ``text_encoder/``, README.md.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from . import __version__
+from .cascade import Cascade
+from .config import CascadeConfig, StageConfig, validate
+from .images import grid, save_png
+from .text import T5Encoder, TextEmbeddings
+
+FORMAT = "fastimagen.model.1"
+
+
+@dataclass(frozen=True)
+class Output:
+    """Sampled pictures and all that is needed to make them again."""
+
+    images: Tensor
+    """(B, 3, H, W) float in [-1, 1]."""
+    captions: list[str]
+    seeds: list[int]
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Model, version, and the sampling settings of each stage."""
+
+    def grid(self) -> Image.Image:
+        """All pictures with their captions."""
+        return grid(self.images, self.captions)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write images/000000.png ..., grid.png, captions.txt (line i = image i) and samples.json into a new folder.
+
+        Raises ValueError if the folder holds anything.
+        """
+        folder = Path(folder)
+        refuse_nonempty(folder)
+        (folder / "images").mkdir(parents=True)
+        for index, image in enumerate(self.images):
+            save_png(image, folder / "images" / f"{index:06d}.png")
+        self.grid().save(folder / "grid.png")
+        (folder / "captions.txt").write_text("".join(caption + "\n" for caption in self.captions))
+        records = [{"image": f"images/{index:06d}.png", "caption": caption, "seed": seed}
+                   for index, (caption, seed) in enumerate(zip(self.captions, self.seeds))]
+        (folder / "samples.json").write_text(json.dumps({**self.settings, "samples": records}, indent=2) + "\n")
+        return folder
+
+
+def refuse_nonempty(folder: Path) -> None:
+    """Raise ValueError if `folder` exists and holds anything: results never mix with older files."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is not empty: choose another folder, or remove it first")
+
+
+class ImagenPipeline:
+    """A trained cascade ready to sample.
+
+    `pipe = ImagenPipeline.from_pretrained(path, device="cuda", dtype=torch.bfloat16)`
+    """
+
+    def __init__(self, cascade: Cascade, *, text_encoder: dict[str, Any] | None, source: str = "",
+                 device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        self.cascade = cascade.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        self.text_encoder, self.source = text_encoder, source
+        self.device = torch.device(device)
+        self._encoder: T5Encoder | None = None
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *, device: torch.device | str = "cpu",
+                        dtype: torch.dtype = torch.float32) -> ImagenPipeline:
+        """Load a model directory. Raises ValueError with one line if it is none or is damaged."""
+        path = Path(path)
+        try:
+            index = json.loads((path / "model_index.json").read_text())
+        except OSError:
+            raise ValueError(f"{path} is no model directory: there is no model_index.json in it "
+                             f"(`fastimagen export` makes one from a run)") from None
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path / 'model_index.json'} is not JSON: {error}") from None
+        if index.get("format") != FORMAT:
+            raise ValueError(f"{path} has format {index.get('format')!r}; this version reads {FORMAT!r}")
+        stages = [validate(StageConfig, json.loads((path / name / "config.json").read_text()), f"{name}/config.json")
+                  for name in index["stages"]]
+        with torch.device("meta"):
+            cascade = Cascade(CascadeConfig(stages=tuple(stages)))
+        for stage in stages:
+            weights = _read_weights(path / stage.name / "model.safetensors")
+            unet = cascade.unets[stage.name]
+            expected = {name: tuple(p.shape) for name, p in unet.named_parameters()}
+            if (found := {name: tuple(w.shape) for name, w in weights.items()}) != expected:
+                wrong = sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))
+                raise ValueError(f"{path / stage.name}: weights and config.json disagree about {', '.join(wrong[:3])}")
+            unet.load_state_dict(weights, assign=True)
+        return cls(cascade, text_encoder=index.get("text_encoder"), source=str(path), device=device, dtype=dtype)
+
+    def encode(self, captions: Sequence[str]) -> TextEmbeddings:
+        """Embed captions with the model's own text encoder, loaded once."""
+        if self._encoder is None:
+            if self.text_encoder is None:
+                raise ValueError("this model names no text encoder: give text=TextEmbeddings(...)")
+            where = self.text_encoder["name"]
+            if self.text_encoder.get("included"):
+                where = str(Path(self.source) / where)
+            self._encoder = T5Encoder(where, revision=self.text_encoder.get("revision"),
+                                      max_length=self.text_encoder["max_length"], device=self.device)
+        return self._encoder.encode(captions)
+
+    def __call__(self, captions: Sequence[str] | None = None, *, text: TextEmbeddings | None = None,
+                 seeds: Sequence[int] | None = None, batch_size: int = 32, callback: Callable | None = None,
+                 steps: int | Mapping[str, int] | None = None, sampler: str | Mapping[str, str] | None = None,
+                 guidance: float | Mapping[str, float] | None = None,
+                 threshold: str | Mapping[str, str] | None = None,
+                 percentile: float | Mapping[str, float] | None = None) -> Output:
+        """Draw one picture per caption (or per row of `text`).
+
+        seeds: one per picture, by default 0, 1, 2, ...; a picture depends on its caption and seed, not on its batch.
+        steps, sampler, guidance, threshold, percentile: one value for all stages or a mapping by stage name; None is
+        the model's own. Raises ValueError for what does not fit together.
+        """
+        if captions is not None and (isinstance(captions, str) or not captions):
+            raise ValueError("captions must be a list with at least one caption")
+        if self.cascade.text_dim is not None and text is None:
+            if captions is None:
+                raise ValueError("give captions or text")
+            text = self.encode(captions)
+        count = len(text) if text is not None else len(captions or seeds or [])
+        captions = list(captions) if captions is not None else [""] * count
+        seeds = list(range(count)) if seeds is None else list(seeds)
+        if not len(captions) == len(seeds) == count:
+            raise ValueError(f"{len(captions)} captions, {count} texts and {len(seeds)} seeds do not fit together")
+        settings = self.cascade.settings(steps=steps, sampler=sampler, guidance=guidance, threshold=threshold,
+                                         percentile=percentile)
+        images = []
+        for first in range(0, count, batch_size):
+            rows = slice(first, first + batch_size)
+            part = None if text is None else text[rows].to(device=self.device)
+            images.append(self.cascade.sample(part, seeds[rows], settings=settings, callback=callback).cpu())
+        record = {"model": self.source, "version": __version__,
+                  "stages": {name: chosen.model_dump() for name, chosen in settings.items()}}
+        return Output(torch.cat(images), captions, seeds, record)
+
+    def save_pretrained(self, path: str | Path, *, card: str = "") -> Path:
+        """Write a model directory. Raises ValueError if the folder holds anything."""
+        path = Path(path)
+        weights = {stage.name: self.cascade.unets[stage.name].state_dict() for stage in self.cascade.config.stages}
+        return write_model(path, self.cascade.config, weights, text_encoder=self.text_encoder,
+                           encoder_folder=Path(self.source) / "text_encoder", card=card)
+
+
+def write_model(path: Path, cascade: CascadeConfig, weights: Mapping[str, Mapping[str, Tensor]], *,
+                text_encoder: dict[str, Any] | None, encoder_folder: Path | None, card: str) -> Path:
+    """Write a model directory from weights by stage and parameter name, complete or not at all.
+
+    text_encoder: {"name", "revision", "max_length", "included"}; an included one is copied from encoder_folder.
+    """
+    import shutil
+    import tempfile
+
+    from safetensors.torch import save_file
+
+    refuse_nonempty(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        for stage in cascade.stages:
+            config = stage.model_dump_json(indent=2)
+            (aside / stage.name).mkdir()
+            (aside / stage.name / "config.json").write_text(config + "\n")
+            contiguous = {name: weight.detach().cpu().contiguous() for name, weight in weights[stage.name].items()}
+            save_file(contiguous, aside / stage.name / "model.safetensors", metadata={"format": "pt", "config": config})
+        if text_encoder and text_encoder.get("included"):
+            shutil.copytree(encoder_folder, aside / text_encoder["name"])
+        index = {"format": FORMAT, "version": __version__, "stages": [stage.name for stage in cascade.stages],
+                 "text_encoder": text_encoder}
+        (aside / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (aside / "README.md").write_text(card)
+        aside.chmod(0o755)
+        if path.exists():
+            path.rmdir()
+        aside.rename(path)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    return path
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(str(path), "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"cannot read weights {path}: {error}") from None

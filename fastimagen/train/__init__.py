@@ -1,0 +1,1 @@
+"""Training with DeepSpeed: the loop, the engine, EMA, checkpoints, metrics."""

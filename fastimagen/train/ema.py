@@ -1,0 +1,48 @@
+"""Exponential moving average of the weights, on the fp32 shard that each process owns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from ..config import EMAConfig
+
+
+class EMA:
+    """Average of the flat fp32 shards of a ZeRO optimizer (DDPM, appendix B; Imagen trains with it as well).
+
+    `shards` are the live master weights; the average has the same shapes and stays on the same device.
+    """
+
+    def __init__(self, shards: list[Tensor], config: EMAConfig) -> None:
+        self.config = config
+        self.shards = shards
+        self.average = [shard.detach().clone() for shard in shards]
+
+    def decay(self, step: int) -> float:
+        """Decay after optimizer step `step` (1 is the first): short-sighted at first, so that early weights fade."""
+        return min(self.config.decay, (1 + step) / (self.config.warmup + step))
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """average += (1 - decay) (weights - average)."""
+        torch._foreach_lerp_(self.average, [shard.detach() for shard in self.shards], 1 - self.decay(step))
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """Inside, the master shards hold the average and `average` holds the weights: for gathering by name."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        for shard, average in zip(self.shards, self.average):
+            kept = shard.detach().clone()
+            shard.copy_(average)
+            average.copy_(kept)

@@ -1,0 +1,195 @@
+"""The training loop: one stage after the other, each with its own DeepSpeed engine.
+
+To resume, run the same command again. A step's randomness is a function of (seed, stage, step, rank), its data of
+(seed, epoch, position): a run that was killed and resumed is the run that was not.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..cascade import Stage
+from ..config import CascadeConfig, Config, StageConfig, StageTrainConfig
+from ..data.source import Split, open_split, prepare_shapes
+from ..presets import resolve
+from ..samplers import mix_seed
+from ..unet import UNet
+from . import checkpoint
+from .control import StopRequest, lock_run
+from .ema import EMA
+from .engine import fp32_shards, init_distributed, make_engine, resolve_deepspeed
+from .evaluation import sample_grid, validation_loss
+from .metrics import Metrics, Window
+from .start import check_same_stage, initial_unet, plan
+
+
+class Stopped(Exception):
+    """The run was asked to stop; its state is saved."""
+
+
+class Diverged(Exception):
+    """Loss or gradient was not finite in too many steps in a row."""
+
+
+class Trainer:
+    """Trains the stages of a cascade into a run directory.
+
+    `fit()` returns when all stages are trained; it raises Stopped after a signal (everything is saved), ValueError for
+    what the user can mend, OSError when a checkpoint cannot be written, Diverged when the gradient stays non-finite.
+    """
+
+    def __init__(self, config: Config, run_dir: str | Path | None = None, *, stage: str = "all") -> None:
+        self.config = config
+        self.settings = config.fastimagen.train
+        self.run_dir = Path(run_dir or self.settings.run)
+        self.cascade, self.stages = plan(config, stage)
+
+    def fit(self) -> None:
+        self.device = init_distributed()
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        lock = lock_run(self.run_dir) if self.rank == 0 else None
+        try:
+            if self.rank == 0:
+                prepare_shapes(self.config.fastimagen, say=print)
+                (self.run_dir / "config.json").write_text(self.config.to_json())
+            dist.barrier()
+            with StopRequest() as stop:
+                for config in self.stages:
+                    self._fit_stage(config, stop)
+        finally:
+            if lock:
+                lock.close()
+
+    def _fit_stage(self, config: StageConfig, stop: StopRequest) -> None:
+        """Train one stage from its newest checkpoint, or from the start, to its last step."""
+        settings, here = self.settings, self.settings.stages.get(config.name, StageTrainConfig())
+        steps = here.steps or settings.steps
+        folder = self.run_dir / "checkpoints" / config.name
+        newest = self._newest(folder, config)
+        if newest and checkpoint.read_state(newest)["step"] >= steps:
+            self._say(f"{config.name}: trained ({steps} steps)")
+            return
+        stage = Stage(config, self.cascade.below(config.name))
+        train, validation = self._open_data()
+        engine, deepspeed = self._make_engine(config, here, steps)
+        ema = EMA(fp32_shards(engine), here.ema or settings.ema)
+        state = checkpoint.load(newest, engine, ema) if newest else {"step": 0, "window": {}}
+        start = state["step"]
+        if newest:
+            self._say(f"{config.name}: resuming from step {start}")
+        accumulation = deepspeed["gradient_accumulation_steps"]
+        loader = train.loader(self.config.fastimagen, size=config.size, crop=config.crop, rank=self.rank,
+                              world_size=self.world, global_batch=deepspeed["train_batch_size"],
+                              micro_batch=deepspeed["train_micro_batch_size_per_gpu"], seed=settings.seed)
+        metrics = Metrics(self.run_dir, stage=config.name, steps=steps, start=start, rank=self.rank,
+                          monitor=engine.monitor)
+        window, bad_in_a_row = Window(self.device, **state["window"]), 0
+        batches = loader.batches(start)
+        try:
+            for step in range(start + 1, steps + 1):
+                skipped, loss_sum, waited = engine.skipped_steps, 0.0, 0.0
+                for micro in range(accumulation):
+                    began = time.perf_counter()
+                    batch = next(batches)
+                    images = batch.images.to(self.device, non_blocking=True)  # (b, C, S, S)
+                    text = batch.text.to(device=self.device) if config.unet.text_dim else None
+                    waited += time.perf_counter() - began
+                    loss = stage.training_loss(engine, images, text, self._generator(config, step, micro)).mean()
+                    engine.backward(loss)
+                    engine.step()
+                    loss_sum = loss_sum + loss.detach() / accumulation
+                if engine.skipped_steps > skipped:
+                    bad_in_a_row += 1
+                    self._refuse_nonfinite(bad_in_a_row, config, step)
+                else:
+                    bad_in_a_row = 0
+                    ema.update(step - engine.skipped_steps)
+                    window.add(loss_sum, deepspeed["train_batch_size"], waited)
+                metrics.advance()
+                if step % settings.log_every == 0 or step == steps:
+                    window = self._log(metrics, window, step, engine, loader)
+                if validation and (step % settings.validate_every == 0 or step == steps):
+                    metrics.write(step, val_loss=validation_loss(stage, engine, ema, validation, self.config, self.device))
+                if validation and (step % settings.sample_every == 0 or step == steps):
+                    sample_grid(stage, engine, ema, validation, self.config, self.device,
+                                self.run_dir / "samples" / config.name / f"step-{step:08d}.png")
+                reason = stop.agreed()
+                if reason or step == steps or step % settings.checkpoint_every == 0:
+                    checkpoint.save(folder, engine, ema, self._state(config, step, window), settings.keep_checkpoints)
+                if reason:
+                    raise Stopped(f"{reason}: saved {config.name} at step {step}; the same command resumes")
+        finally:
+            batches.close()
+            metrics.close()
+            engine.destroy()
+
+    # ---- the parts of a stage, in the order in which they are needed
+
+    def _newest(self, folder: Path, config: StageConfig) -> Path | None:
+        """The checkpoint to resume from, after clearing what a killed save left. All processes see the same one."""
+        if self.rank == 0:
+            checkpoint.remove_remnants(folder)
+        dist.barrier()
+        newest = checkpoint.newest(folder)
+        if newest:
+            check_same_stage(checkpoint.read_state(newest)["stage"], config, newest)
+        return newest
+
+    def _open_data(self) -> tuple[Split, Split | None]:
+        ours = self.config.fastimagen
+        text = bool(next((stage for stage in self.cascade.stages if stage.unet.text_dim), None))
+        train = open_split(ours.data.shards, ours, with_text=text)
+        return train, open_split(ours.data.validation, ours, with_text=text) if ours.data.validation else None
+
+    def _make_engine(self, config: StageConfig, here: StageTrainConfig, steps: int) -> tuple[Any, dict[str, Any]]:
+        deepspeed, notices = resolve_deepspeed(
+            self.config.deepspeed, here.deepspeed, steps=steps, world_size=self.world,
+            cuda=self.device.type == "cuda", tensorboard=str(self.run_dir / "tensorboard"), job_name=config.name)
+        for notice in notices:
+            self._say(f"{config.name}: {notice}")
+        unet = initial_unet(config, seed=mix_seed(self.settings.seed, config.name, "weights"), init_from=here.init_from)
+        self._say(f"{config.name}: {sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M parameters, {steps} steps of "
+                  f"{deepspeed['train_batch_size']} images on {self.world} x {self.device.type}")
+        return make_engine(unet, deepspeed), deepspeed
+
+    def _generator(self, config: StageConfig, step: int, micro: int) -> torch.Generator:
+        seed = mix_seed(self.settings.seed, config.name, step, micro, self.rank)
+        return torch.Generator(self.device).manual_seed(seed)
+
+    def _log(self, metrics: Metrics, window: Window, step: int, engine: Any, loader: Any) -> Window:
+        """Write the record of the steps since the last one and begin the next window."""
+        if window.steps:
+            dist.all_reduce(window.loss)
+            seconds = time.perf_counter() - window.since
+            memory = torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else _peak_rss_gib()
+            metrics.write(step, loss=window.loss.item() / self.world / window.steps, lr=engine.get_lr()[0],
+                          grad_norm=float(engine.get_global_grad_norm()), images_per_s=window.images / seconds,
+                          data_wait=window.data_wait / seconds, memory_gib=memory, nonfinite_steps=engine.skipped_steps,
+                          **loader.counters)
+        return Window(self.device)
+
+    def _refuse_nonfinite(self, in_a_row: int, config: StageConfig, step: int) -> None:
+        self._say(f"{config.name} {step}: non-finite gradient, step skipped ({in_a_row} in a row)")
+        if in_a_row >= self.settings.max_nonfinite:
+            raise Diverged(f"{config.name}: the gradient was not finite in {in_a_row} steps in a row up to step "
+                               f"{step}; lower the learning rate, or look at the data. Checkpoints before are intact")
+
+    def _state(self, config: StageConfig, step: int, window: Window) -> dict[str, Any]:
+        return {"step": step, "stage": config.model_dump(mode="json"), "world_size": self.world,
+                "window": window.state()}
+
+    def _say(self, line: str) -> None:
+        if self.rank == 0:
+            print(line, flush=True)
+
+
+def _peak_rss_gib() -> float:
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,0 +1,67 @@
+"""The main job end to end on a laptop: shards, embeddings, two stages, export, pictures, evaluation.
+
+    make quickstart            (or: python launch/quickstart.py)
+
+Every phase is a command that you could type yourself. The same command again goes on where it was interrupted, and
+draws new pictures. Results are in runs/quickstart: grid.png and report.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RUN = Path("runs/quickstart")
+MODEL, PICTURES, EVALUATION = RUN / "model", RUN / "pictures", RUN / "evaluation"
+
+
+def phases() -> list[tuple[str, list[str]]]:
+    """(name, command) of every phase, in order."""
+    shapes = json.loads(Path("ds.json").read_text())["fastimagen"]["data"]["shapes"]
+    python = [sys.executable, "-u"]
+    fastimagen = [*python, "-m", "fastimagen.cli"]
+    train = [*python, "launch/train.py", "--config", "ds.json", "--run", str(RUN)]
+    return [
+        ("shards", [*fastimagen, "shards", "shapes", "--out", "data/shapes", "--count", str(shapes["count"]),
+                    "--size", str(shapes["size"]), "--seed", str(shapes["seed"])]),
+        ("embed", [*fastimagen, "embed", "--config", "ds.json"]),
+        ("train base", [*train, "--stage", "base"]),
+        ("train sr", [*train, "--stage", "sr"]),
+        ("export", [*fastimagen, "export", "--run", str(RUN), "--out", str(MODEL)]),
+        ("sample", [*fastimagen, "sample", "--model", str(MODEL), "--captions", "launch/captions.txt",
+                    "--out", str(PICTURES)]),
+        ("evaluate", [*fastimagen, "evaluate", "--model", str(MODEL), "--data", "shapes", "--out", str(EVALUATION)]),
+    ]
+
+
+def main() -> int:
+    os.chdir(ROOT)
+    RUN.mkdir(parents=True, exist_ok=True)
+    for old in (MODEL, PICTURES, EVALUATION):  # made anew from the checkpoints
+        shutil.rmtree(old, ignore_errors=True)
+    seconds = {}
+    for name, command in phases():
+        print(f"\n== {name}\n$ {' '.join(['python', *command[2:]])}", flush=True)
+        began = time.perf_counter()
+        status = subprocess.run(command).returncode
+        if status:
+            print(f"quickstart: {name} ended with status {status}; the same command goes on from there", file=sys.stderr)
+            return status
+        seconds[name] = round(time.perf_counter() - began, 1)
+    evaluation = json.loads((EVALUATION / "report.json").read_text())
+    report = {"seconds": seconds, "total_seconds": round(sum(seconds.values()), 1), **evaluation}
+    (RUN / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    shutil.copy(PICTURES / "grid.png", RUN / "grid.png")
+    minutes = report["total_seconds"] / 60
+    print(f"\nDone in {minutes:.1f} minutes. Look at {RUN / 'grid.png'}; figures are in {RUN / 'report.json'}.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,52 @@
+"""Train a cascade: what `deepspeed`, `torchrun` or plain `python` starts.
+
+    deepspeed launch/train.py --config ds.json [--stage NAME|all] [--set a.b=c ...] [--run DIR] [--dry-run]
+
+To resume, run the same command again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+TRY_AGAIN = 75  # EX_TEMPFAIL: stopped by a signal, saved; the same command goes on
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a clone without installation
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train the stages of a cascade. The same command again resumes.")
+    parser.add_argument("--config", "--deepspeed_config", required=True, help="ds.json: DeepSpeed's keys and ours")
+    parser.add_argument("--stage", default="all", help='name of a stage, or "all", one after the other')
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+                        help="override a key of the file, e.g. fastimagen.train.steps=100")
+    parser.add_argument("--run", help="run directory; by default fastimagen.train.run")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    from fastimagen.config import load_config
+    from fastimagen.train.trainer import Diverged, Stopped, Trainer
+
+    try:
+        trainer = Trainer(load_config(options.config, options.overrides), options.run, stage=options.stage)
+        if options.dry_run:
+            trainer.describe()
+        else:
+            trainer.fit()
+    except Stopped as stopped:
+        print(stopped, flush=True)
+        return TRY_AGAIN
+    except (ValueError, OSError, Diverged) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,37 @@
+"""Packages and extras of fastimagen. What is tested together is pinned in constraints.txt."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "fastimagen/__init__.py").read_text())[1]
+
+TEXT = ["transformers>=5.0", "sentencepiece>=0.2", "protobuf"]
+KERNELS = ["triton>=3.6; platform_system == 'Linux'"]
+DATA = ["webdataset>=1.0"]
+TRAIN = [*TEXT, *KERNELS, *DATA, "deepspeed>=0.19.8", "tensorboard", "tqdm", "psutil"]
+
+setup(
+    name="fastimagen",
+    version=VERSION,
+    description="Train Imagen, the cascaded text-to-image diffusion model, on CUDA clusters, and sample from it",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.11",
+    # Named one by one: find_packages() would install tests, launch and benchmarks as top-level packages. kernels/ has
+    # no __init__.py and another name, because other packages look for a module called `kernels`.
+    packages=["fastimagen", "fastimagen.data", "fastimagen.train"],
+    install_requires=["torch>=2.11", "safetensors>=0.5", "numpy>=1.26", "einops>=0.8", "pydantic>=2.10", "pillow>=11"],
+    extras_require={
+        "text": TEXT,
+        "kernels": KERNELS,
+        "data": DATA,
+        "train": TRAIN,
+        "xformers": ["xformers"],
+        "test": [*TRAIN, "pytest", "pytest-benchmark", "hypothesis"],
+    },
+    entry_points={"console_scripts": ["fastimagen = fastimagen.cli:main"]},
+)

@@ -1,0 +1,300 @@
+"""Pictures: every kind of file to RGB, tensors and back, sizes, grids."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from fastimagen.images import grid, open_rgb, resize, resize_and_crop, save_png, to_pil, to_tensor, to_uint8
+
+
+def encode(image: Image.Image, format: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def smooth(height: int, width: int) -> Image.Image:
+    """A picture without symmetry that JPEG hardly changes."""
+    y, x = np.mgrid[0:height, 0:width] / max(height, width)
+    waves = [np.sin(5 * x + 3 * y), np.cos(4 * x * y + 1), np.sin(7 * y - 2 * x * x)]
+    return Image.fromarray((np.stack(waves, axis=-1) * 100 + 128).astype(np.uint8))
+
+
+def values(image: Image.Image) -> np.ndarray:
+    assert image.mode == "RGB"
+    return np.asarray(image).astype(int)
+
+
+def png(width: int, height: int, depth: int, color: int, rows: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG written by hand, for what Pillow does not write."""
+    header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
+    parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in parts)
+
+
+# ---------------------------------------------------------------- open_rgb
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+def test_color_picture_keeps_its_pixels(format):
+    picture = smooth(40, 56)
+    options = {"PNG": {}, "JPEG": {"quality": 98, "subsampling": 0}, "WEBP": {"lossless": True}}[format]
+    difference = np.abs(values(open_rgb(encode(picture, format, **options))) - values(picture))
+    assert difference.max() <= (4 if format == "JPEG" else 0)
+
+
+def test_grey_becomes_three_equal_channels():
+    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    assert (values(open_rgb(encode(Image.fromarray(grey)))) == grey[..., None]).all()
+    black_and_white = open_rgb(encode(Image.fromarray(grey > 99)))
+    assert (values(black_and_white) == 255 * (grey > 99)[..., None]).all()
+
+
+def test_palette_with_a_transparent_color_shows_white():
+    picture = Image.new("P", (3, 1))
+    picture.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
+    picture.putdata([0, 1, 2])
+    assert values(open_rgb(encode(picture))).tolist() == [[[255, 0, 0], [0, 255, 0], [0, 0, 255]]]
+    assert values(open_rgb(encode(picture, transparency=1))).tolist() == [[[255, 0, 0], [255] * 3, [0, 0, 255]]]
+
+
+@pytest.mark.parametrize("mode, color, white", [("RGBA", (200, 100, 0), 255), ("LA", (60,), 255)])
+@pytest.mark.parametrize("alpha", [0, 64, 128, 255])
+def test_transparency_is_laid_over_white(mode, color, alpha, white):
+    picture = Image.new(mode, (2, 2), (*color, alpha))
+    expected = [(value * alpha + white * (255 - alpha)) / 255 for value in (color * 3)[:3]]
+    assert np.abs(values(open_rgb(encode(picture)))[0, 0] - expected).max() <= 1
+
+
+def test_cmyk_jpeg_has_the_right_colors():
+    for color in ((255, 0, 0), (0, 128, 0), (20, 30, 200), (255, 255, 255), (0, 0, 0)):
+        data = encode(Image.new("RGB", (16, 16), color).convert("CMYK"), "JPEG", quality=98)
+        assert Image.open(io.BytesIO(data)).mode == "CMYK"
+        assert np.abs(values(open_rgb(data)) - color).max() <= 4
+
+
+def test_sixteen_bits_are_scaled_not_clipped():
+    grey = np.array([[0, 257, 12_850, 30_000, 65_535]], dtype=np.uint16)
+    result = values(open_rgb(encode(Image.fromarray(grey))))
+    assert np.abs(result[..., 0] - grey / 65_535 * 255).max() <= 0.5 and result[0, -1, 0] == 255
+    assert (result == result[..., :1]).all()
+    rows = b"\0" + struct.pack(">2H", 30_000, 65_535)
+    assert values(open_rgb(png(2, 1, 16, 0, rows, (b"tRNS", struct.pack(">H", 30_000)))))[0, :, 0].tolist() == [255, 255]
+    color = values(open_rgb(png(1, 1, 16, 2, b"\0" + struct.pack(">3H", 65_535, 12_850, 0))))
+    assert np.abs(color[0, 0] - [255, 50, 0]).max() <= 1
+
+
+UPRIGHT = {1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1],
+           5: lambda a: a.swapaxes(0, 1), 6: lambda a: np.rot90(a, -1), 7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+           8: lambda a: np.rot90(a, 1)}
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+@pytest.mark.parametrize("format", ["PNG", "WEBP"])
+def test_exif_orientation_is_applied(orientation, format):
+    stored = smooth(20, 32)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(stored, format, exif=exif, **({"lossless": True} if format == "WEBP" else {}))
+    assert (values(open_rgb(data)) == UPRIGHT[orientation](values(stored))).all()
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
+@pytest.mark.parametrize("part", [0.0, 0.1, 0.5, 0.9])
+def test_truncated_files_are_one_line_errors(format, part):
+    data = encode(smooth(64, 64), format)
+    with pytest.raises(ValueError, match="^unreadable picture: .") as error:
+        open_rgb(data[:int(len(data) * part)])
+    assert "\n" not in str(error.value)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(["JPEG", "PNG", "WEBP", "GIF"]), st.data())
+def test_damage_never_raises_anything_but_valueerror(format, data):
+    damaged = bytearray(encode(smooth(24, 24), format))
+    for place in data.draw(st.lists(st.integers(0, len(damaged) - 1), min_size=1, max_size=8)):
+        damaged[place] = data.draw(st.integers(0, 255))
+    try:
+        assert open_rgb(bytes(damaged)).mode == "RGB"
+    except ValueError as error:
+        assert str(error).startswith("unreadable picture: ") and "\n" not in str(error)
+
+
+@pytest.mark.parametrize("side", [9_000, 100_000])
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_decompression_bombs_are_refused(side):
+    with pytest.raises(ValueError, match="unreadable picture: .*pixels"):
+        open_rgb(png(side, side, 8, 2, b""))
+
+
+def test_other_files_are_no_pictures():
+    with pytest.raises(ValueError, match="unreadable picture: none of JPEG, PNG"):
+        open_rgb(b"<html>404 Not Found</html>")
+    with pytest.raises(ValueError, match="unreadable picture: none of"):
+        open_rgb(encode(smooth(8, 8), "TIFF"))
+
+
+def test_reduced_decoding_stays_large_enough_and_alike():
+    data = encode(smooth(600, 801), "JPEG", quality=95)
+    whole, reduced = open_rgb(data), open_rgb(data, at_least=90)
+    assert whole.size == (801, 600) and 135 <= min(reduced.size) < 300
+    assert open_rgb(data, at_least=250).size == whole.size
+    a, b = (values(resize_and_crop(image, 90)) for image in (whole, reduced))
+    assert np.sqrt(np.mean((a - b) ** 2)) < 1
+
+
+# ---------------------------------------------------------------- tensors
+
+
+def test_all_256_values_survive_the_way_to_tensor_and_back():
+    pixels = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
+    tensor = to_tensor(Image.fromarray(pixels))
+    assert tensor.shape == (3, 16, 16) and tensor.dtype == torch.float32 and tensor.is_contiguous()
+    assert tensor[1].flatten().tolist() == pytest.approx([2 * i / 255 - 1 for i in range(256)], abs=1e-7)
+    assert tensor.min() == -1 and tensor.max() == 1
+    assert torch.equal(to_uint8(tensor[None]), torch.from_numpy(pixels)[None])
+    assert torch.equal(to_tensor(pixels), tensor)
+
+
+def test_to_uint8_rounds_and_clamps():
+    row = torch.tensor([-7.0, -1.0, -0.9999, 0.0, 0.5 / 127.5 - 1 + 1e-4, 1.0, 3.0])
+    images = row.view(1, 1, 1, 7).expand(1, 3, 1, 7)
+    assert to_uint8(images)[0, 0, :, 2].tolist() == [0, 0, 0, 128, 1, 255, 255]
+    assert to_uint8(images.bfloat16()).dtype == torch.uint8
+
+
+def test_pictures_that_are_none_are_refused():
+    images = torch.zeros(3, 3, 4, 4)
+    images[1, 0, 0, 0] = float("nan")
+    images[2, 0, 0, 0] = float("inf")
+    with pytest.raises(ValueError, match=r"\[1, 2\] of 3 hold NaN"):
+        to_uint8(images)
+    for wrong in (torch.zeros(3, 4, 4), torch.zeros(1, 4, 4, 4), torch.zeros(1, 3, 4, 4, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match="expected floating point pictures"):
+            to_uint8(wrong)
+    for wrong in (Image.new("L", (4, 4)), np.zeros((4, 4, 3)), np.zeros((3, 4, 4), np.uint8)):
+        with pytest.raises(ValueError, match="expected"):
+            to_tensor(wrong)
+
+
+def test_png_keeps_pixels(tmp_path):
+    image = to_tensor(smooth(12, 17))
+    save_png(image, tmp_path / "new" / "a.png")
+    assert torch.equal(to_tensor(open_rgb((tmp_path / "new" / "a.png").read_bytes())), image)
+    assert to_pil(image).size == (17, 12)
+
+
+# ---------------------------------------------------------------- sizes
+
+
+@pytest.mark.parametrize("height, width", [(120, 160), (160, 120), (300, 100), (30, 41)])
+def test_crop_is_the_middle_of_the_scaled_picture(height, width):
+    picture, size = smooth(height, width), 40
+    scale = size / min(height, width)
+    result = values(resize_and_crop(picture, size))
+    assert result.shape == (size, size, 3)
+    # Independent: sample the analytic picture at the places where the pixels of the crop should lie.
+    source = values(picture)
+    for i, j in ((0, 0), (0, 39), (20, 7), (39, 39)):
+        y, x = ((n + 0.5 - size / 2) / scale + side / 2 - 0.5 for n, side in ((i, height), (j, width)))
+        nearest = source[min(max(round(y), 0), height - 1), min(max(round(x), 0), width - 1)]
+        assert np.abs(result[i, j] - nearest).max() <= 12
+    assert np.abs(result - values(picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+                                  .resize((round(width * scale), round(height * scale))).crop((0, 0, size, size)))).max() > 40
+
+
+def test_whole_picture_resized_first_gives_the_same():
+    picture = smooth(100, 200)
+    expected = picture.resize((100, 50), Image.Resampling.BICUBIC).crop((25, 0, 75, 50))
+    assert np.abs(values(resize_and_crop(picture, 50)) - values(expected)).max() <= 1
+
+
+@pytest.mark.parametrize("height, width", [(64, 64), (64, 90), (150, 200), (33, 50)])
+def test_window_is_a_part_of_the_square(height, width):
+    picture = smooth(height, width)
+    square = values(resize_and_crop(picture, 64))
+    window = values(resize_and_crop(picture, 64, crop=(10, 30, 32)))
+    assert np.abs(window - square[10:42, 30:62]).max() <= (0 if height == 64 else 1)
+
+
+def test_fitting_pictures_are_not_resampled():
+    picture = smooth(32, 47)
+    assert (values(resize_and_crop(picture, 32)) == values(picture)[:, 7:39]).all()
+
+
+@pytest.mark.parametrize("size, crop", [(0, "center"), (8, (0, 0, 9)), (8, (5, 0, 4)), (8, (-1, 0, 4)), (8, (0, 0, 0))])
+def test_senseless_windows_are_refused(size, crop):
+    with pytest.raises(ValueError, match="window"):
+        resize_and_crop(smooth(16, 16), size, crop=crop)
+
+
+def test_shrinking_by_whole_numbers_averages():
+    images = torch.rand(2, 3, 24, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    expected = images.double().reshape(2, 3, 8, 3, 8, 3).mean(dim=(3, 5))
+    assert torch.allclose(resize(images, 8).double(), expected, atol=1e-6)
+    assert resize(images.bfloat16(), 8).dtype == torch.bfloat16
+    assert resize(images, 24) is images
+
+
+@pytest.mark.parametrize("side, size", [(16, 64), (48, 20), (20, 48), (64, 48)])
+def test_other_sizes_are_pillow_bicubic(side, size):
+    plane = torch.rand(side, side, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    expected = np.asarray(Image.fromarray(plane.numpy()).resize((size, size), Image.Resampling.BICUBIC))
+    result = resize(plane[None, None], size)[0, 0]
+    assert torch.allclose(result, torch.from_numpy(expected).clamp(-1, 1), atol=1e-5)
+    assert expected.max() > 1 >= result.max()  # it did overshoot
+
+
+def test_resize_refuses_what_is_not_square():
+    with pytest.raises(ValueError, match="expected square pictures"):
+        resize(torch.zeros(1, 3, 8, 9), 4)
+
+
+# ---------------------------------------------------------------- grids
+
+
+def dark(picture: Image.Image) -> np.ndarray:
+    return (values(picture) < 200).any(axis=-1)
+
+
+def test_grid_shows_every_picture_and_every_caption():
+    colors = torch.tensor([[1.0, -1, -1], [-1, 1, -1], [-1, -1, 1], [0, 0, 0], [1, 1, -1]])
+    images = colors[:, :, None, None].expand(5, 3, 32, 32)
+    captions = ["red", "green", "a very long caption that has to be broken into several lines of text " * 2, "", "yellow"]
+    plain, captioned = grid(images), grid(images, captions)
+    for color in to_uint8(images)[:, 0, 0].tolist():
+        for picture in (plain, captioned):
+            assert (values(picture) == color).all(axis=-1).sum() >= 192 * 192 - 1
+    assert captioned.width == plain.width and captioned.height > plain.height + 60
+    text = dark(captioned) & (values(captioned).std(axis=-1) < 3) & (values(captioned)[..., 0] != 128)
+    assert text.sum() > 200
+    assert not text[:, -12:].any() and not text[-8:].any()  # nothing runs over the edge
+
+
+def test_grid_layout_follows_columns_and_scale():
+    images = torch.zeros(6, 3, 8, 8)
+    wide, tall = grid(images, columns=6, scale=2), grid(images, columns=1, scale=2)
+    assert wide.width > wide.height and tall.height > tall.width
+    assert dark(wide).sum() == dark(tall).sum() == 6 * 16 * 16
+    assert dark(grid(torch.zeros(1, 3, 300, 300))).sum() == 300 * 300  # large pictures stay as they are
+
+
+def test_endless_words_and_captions_stay_inside():
+    picture = grid(torch.ones(1, 3, 32, 32), ["w" * 3000])
+    assert picture.height < 192 + 200 and not dark(picture)[:, :8].any() and not dark(picture)[:, -8:].any()
+
+
+@pytest.mark.parametrize("arguments", [dict(captions=["one"]), dict(columns=0), dict(scale=0)])
+def test_wrong_grids_are_refused(arguments):
+    with pytest.raises(ValueError, match="grid"):
+        grid(torch.zeros(2, 3, 8, 8), **arguments)
