@@ -106,9 +106,11 @@ def _shards_shapes(options: argparse.Namespace) -> None:
 
 def _embed(options: argparse.Namespace) -> None:
     from .config import load_config
-    from .data.source import embed_all
+    from .data.source import embed_all, prepare_shapes
 
-    embed_all(load_config(options.config, options.overrides).fastimagen, say=print)
+    config = load_config(options.config, options.overrides).fastimagen
+    prepare_shapes(config, say=print)
+    embed_all(config, say=print)
 
 
 def _export(options: argparse.Namespace) -> None:

@@ -266,7 +266,7 @@ class CascadeConfig(Section):
 class ShapesConfig(Section):
     """The built-in captioned shapes, rendered by training itself where data.shards is missing."""
 
-    count: int = Field(40000, ge=1)
+    count: int = Field(20000, ge=1)
     """Training pictures."""
     size: int = Field(64, ge=16)
     """Height and width of the pictures."""

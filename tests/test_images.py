@@ -68,11 +68,11 @@ def test_palette_with_a_transparent_color_shows_white():
     assert values(open_rgb(encode(picture, transparency=1))).tolist() == [[[255, 0, 0], [255] * 3, [0, 0, 255]]]
 
 
-@pytest.mark.parametrize("mode, color, white", [("RGBA", (200, 100, 0), 255), ("LA", (60,), 255)])
+@pytest.mark.parametrize("mode, color", [("RGBA", (200, 100, 0)), ("LA", (60,))])
 @pytest.mark.parametrize("alpha", [0, 64, 128, 255])
-def test_transparency_is_laid_over_white(mode, color, alpha, white):
+def test_transparency_is_laid_over_white(mode, color, alpha):
     picture = Image.new(mode, (2, 2), (*color, alpha))
-    expected = [(value * alpha + white * (255 - alpha)) / 255 for value in (color * 3)[:3]]
+    expected = [(value * alpha + 255 * (255 - alpha)) / 255 for value in (color * 3)[:3]]
     assert np.abs(values(open_rgb(encode(picture)))[0, 0] - expected).max() <= 1
 
 
@@ -209,8 +209,6 @@ def test_crop_is_the_middle_of_the_scaled_picture(height, width):
         y, x = ((n + 0.5 - size / 2) / scale + side / 2 - 0.5 for n, side in ((i, height), (j, width)))
         nearest = source[min(max(round(y), 0), height - 1), min(max(round(x), 0), width - 1)]
         assert np.abs(result[i, j] - nearest).max() <= 12
-    assert np.abs(result - values(picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-                                  .resize((round(width * scale), round(height * scale))).crop((0, 0, size, size)))).max() > 40
 
 
 def test_whole_picture_resized_first_gives_the_same():
@@ -248,11 +246,11 @@ def test_shrinking_by_whole_numbers_averages():
 
 @pytest.mark.parametrize("side, size", [(16, 64), (48, 20), (20, 48), (64, 48)])
 def test_other_sizes_are_pillow_bicubic(side, size):
-    plane = torch.rand(side, side, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    expected = np.asarray(Image.fromarray(plane.numpy()).resize((size, size), Image.Resampling.BICUBIC))
+    plane = (torch.rand(side, side, generator=torch.Generator().manual_seed(1)) - 0.5).sign()
+    expected = np.array(Image.fromarray(plane.numpy()).resize((size, size), Image.Resampling.BICUBIC))
     result = resize(plane[None, None], size)[0, 0]
     assert torch.allclose(result, torch.from_numpy(expected).clamp(-1, 1), atol=1e-5)
-    assert expected.max() > 1 >= result.max()  # it did overshoot
+    assert (expected.max() > 1) == (size > side) and result.max() <= 1  # enlarging overshoots
 
 
 def test_resize_refuses_what_is_not_square():

@@ -9,13 +9,14 @@ from pathlib import Path
 from torch import Tensor
 
 from ..config import FastimagenConfig
-from ..text import T5Encoder, TextEmbeddings, build_tiny_t5, encoder_identity
+from ..text import T5Encoder, TextEmbeddings, build_tiny_t5, encoder_identity, text_width
 from .embeddings import EmbeddingCache, EmbedReport, cache_path, captions_hash, embed_shards, open_cache
 from .loader import Batch, Loader
 from .order import Order
 from .shards import Shard, open_shards
 
 Say = Callable[[str], None]
+TINY_T5_WIDTH = 64
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def embed_all(config: FastimagenConfig, *, say: Say, rank: int = 0, world_size: 
 
 
 def prepare_shapes(config: FastimagenConfig, *, say: Say) -> None:
-    """Make the built-in shapes, their text encoder and embedding cache where the configuration asks and they are missing.
+    """Make the built-in shapes and their text encoder where the configuration asks for them and they are missing.
 
     Raises ValueError if the folder holds something else.
     """
@@ -96,13 +97,25 @@ def prepare_shapes(config: FastimagenConfig, *, say: Say) -> None:
     if not encoder.exists():
         say(f"{encoder}: building the small text encoder (random features, for the shapes only)")
         captions = [caption for shard in open_shards(config.data.shards) for caption in shard.captions()]
-        build_tiny_t5(encoder, captions)
+        build_tiny_t5(encoder, captions, dim=TINY_T5_WIDTH)
+
+
+def is_embedded(config: FastimagenConfig) -> bool:
+    """Whether the embedding caches are complete; looks at files only, the text encoder stays unloaded."""
     try:
         for source in (config.data.shards, config.data.validation):
             if source:
                 open_split(source, config, with_text=True)
     except ValueError:
-        embed_all(config, say=say)
+        return False
+    return True
+
+
+def encoder_width(config: FastimagenConfig) -> int:
+    """Width of the text embeddings; the built-in encoder's is known before it is built."""
+    if config.data.shapes is not None and not Path(config.text.encoder).exists():
+        return TINY_T5_WIDTH
+    return text_width(config.text.encoder)
 
 
 def _device() -> str:

@@ -9,7 +9,7 @@ import torch
 
 from ..config import CascadeConfig, Config, StageConfig
 from ..presets import resolve
-from ..text import text_width
+from ..data.source import encoder_width
 from ..unet import UNet
 
 
@@ -19,7 +19,7 @@ def plan(config: Config, stage: str = "all") -> tuple[CascadeConfig, list[StageC
     Raises ValueError for unknown presets, stage names and stages under train.stages that the cascade does not have.
     """
     ours = config.fastimagen
-    width = text_width(ours.text.encoder) if isinstance(ours.cascade, str) else None
+    width = encoder_width(ours) if isinstance(ours.cascade, str) else None
     cascade = resolve(ours.cascade, text_dim=width)
     for name in ours.train.stages:
         try:

@@ -14,11 +14,9 @@ import torch
 import torch.distributed as dist
 
 from ..cascade import Stage
-from ..config import CascadeConfig, Config, StageConfig, StageTrainConfig
-from ..data.source import Split, open_split, prepare_shapes
-from ..presets import resolve
+from ..config import Config, StageConfig, StageTrainConfig
+from ..data.source import Split, embed_all, is_embedded, open_split, prepare_shapes
 from ..samplers import mix_seed
-from ..unet import UNet
 from . import checkpoint
 from .control import StopRequest, lock_run
 from .ema import EMA
@@ -56,7 +54,7 @@ class Trainer:
         lock = lock_run(self.run_dir) if self.rank == 0 else None
         try:
             if self.rank == 0:
-                prepare_shapes(self.config.fastimagen, say=print)
+                self._make_shapes()
                 (self.run_dir / "config.json").write_text(self.config.to_json())
             dist.barrier()
             with StopRequest() as stop:
@@ -130,6 +128,14 @@ class Trainer:
             engine.destroy()
 
     # ---- the parts of a stage, in the order in which they are needed
+
+    def _make_shapes(self) -> None:
+        """The built-in shapes, and only they, are rendered and embedded by training itself."""
+        ours = self.config.fastimagen
+        if ours.data.shapes is not None:
+            prepare_shapes(ours, say=print)
+            if not is_embedded(ours):
+                embed_all(ours, say=print)
 
     def _newest(self, folder: Path, config: StageConfig) -> Path | None:
         """The checkpoint to resume from, after clearing what a killed save left. All processes see the same one."""
