@@ -61,6 +61,9 @@ class UNetConfig(Section):
     behind the stem, its skip, and the low-res image before the last convolution (the known cure for colour shift)."""
     stem_stride: int = Field(1, ge=1)
     """Patch side folded into channels before the stem (pixel-unshuffle) and unfolded after the last convolution."""
+    coordinates: bool = False
+    """Show the stem every pixel's place as two more channels (CoordConv, Liu et al. 2018). Small networks learn words
+    like "left" sooner; not for stages that train on crops."""
     groups: int = Field(8, ge=1)
     """GroupNorm groups."""
     text_padding: Literal["none", "null"] = "none"
@@ -224,6 +227,8 @@ class StageConfig(Section):
             raise ValueError(f'stage "{self.name}": crop {self.crop} is larger than size {self.size}')
         if self.unet.lowres and self.augmentation is None:
             raise ValueError(f'stage "{self.name}" has a low-resolution input, so it needs "augmentation"')
+        if self.crop is not None and self.unet.coordinates:
+            raise ValueError(f'stage "{self.name}" trains on crops, where coordinates would lie: leave one of them out')
         if not self.unet.lowres and self.augmentation is not None:
             raise ValueError(f'stage "{self.name}" has no low-resolution input, so it takes no "augmentation"')
         return self

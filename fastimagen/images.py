@@ -216,14 +216,16 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
     """Breaks text into at most MAX_LINES lines that fit into `width` pixels; words too long for a line are cut up."""
     lines: list[str] = []
     for word in text.split():
-        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
+        if len(lines) > MAX_LINES:
+            break
+        if lines and font.getlength(f"{lines[-1]} {word[:width]}") <= width:
             lines[-1] += f" {word}"
             continue
-        while font.getlength(word) > width and len(word) > 1:
-            fits = next(n for n in range(len(word) - 1, 0, -1) if n == 1 or font.getlength(word[:n]) <= width)
-            lines.append(word[:fits])
-            word = word[fits:]
-        lines.append(word)
+        lines.append("")
+        for letter in word[:width * MAX_LINES]:
+            if lines[-1] and font.getlength(lines[-1] + letter) > width:
+                lines.append("")
+            lines[-1] += letter
     if len(lines) > MAX_LINES:
         last = lines[MAX_LINES - 1]
         while last and font.getlength(f"{last}…") > width:

@@ -152,6 +152,12 @@ class UpLevel(Level):
         return x if self.after is None else self.after(x)
 
 
+def coordinates(x: Tensor) -> Tensor:
+    """The place of every pixel of x (B, C, H, W), each in [-1, 1]: (B, 2, H, W)."""
+    rows, columns = (torch.linspace(-1, 1, side, device=x.device, dtype=x.dtype) for side in x.shape[-2:])
+    return torch.stack(torch.meshgrid(rows, columns, indexing="ij")).expand(len(x), -1, -1, -1)
+
+
 class UNet(nn.Module):
     """Denoising U-Net of one stage.
 
@@ -171,7 +177,8 @@ class UNet(nn.Module):
         self.text = TextConditioning(config, time_dim) if config.text_dim else None
         self.norm_cond = nn.LayerNorm(config.cond_dim or config.dim)
 
-        self.stem = CrossEmbed(config.channels * patch * (2 if config.lowres else 1), config.dim, config.stem_kernels)
+        shown = config.channels * patch * (2 if config.lowres else 1) + (2 if config.coordinates else 0)
+        self.stem = CrossEmbed(shown, config.dim, config.stem_kernels)
         refined = config.full_resolution == "refined"
         self.refine = ResBlock(config, config.dim, config.dim, time_dim) if refined else None
 
@@ -253,9 +260,8 @@ class UNet(nn.Module):
         vector = F.silu(vector)  # (B, T): every block modulates from silu(vector)
 
         x = x.to(self.final_conv.weight.dtype)
-        x = F.pixel_unshuffle(x, self.config.stem_stride).contiguous(memory_format=torch.channels_last)
-        shown = x
-        x = self.stem(x)
+        shown = F.pixel_unshuffle(x, self.config.stem_stride).contiguous(memory_format=torch.channels_last)
+        x = self.stem(torch.cat([shown, coordinates(shown)], dim=1) if self.config.coordinates else shown)
         if self.refine is not None:
             x = self.refine(x, vector, context)
         full = x

@@ -244,13 +244,13 @@ def test_shrinking_by_whole_numbers_averages():
     assert resize(images, 24) is images
 
 
-@pytest.mark.parametrize("side, size", [(16, 64), (48, 20), (20, 48), (64, 48)])
+@pytest.mark.parametrize("side, size", [(16, 64), (20, 48), (64, 48), (48, 20)])
 def test_other_sizes_are_pillow_bicubic(side, size):
     plane = (torch.rand(side, side, generator=torch.Generator().manual_seed(1)) - 0.5).sign()
     expected = np.array(Image.fromarray(plane.numpy()).resize((size, size), Image.Resampling.BICUBIC))
     result = resize(plane[None, None], size)[0, 0]
     assert torch.allclose(result, torch.from_numpy(expected).clamp(-1, 1), atol=1e-5)
-    assert (expected.max() > 1) == (size > side) and result.max() <= 1  # enlarging overshoots
+    assert result.max() <= 1 and (expected.max() > 1 or side > 2 * size)  # sharp edges overshoot
 
 
 def test_resize_refuses_what_is_not_square():

@@ -47,11 +47,13 @@ PRIVATE = re.compile(r"__[^/]*__($|/)")  # webdataset's own notes inside a tar
 class Shard:
     """One local tar of n samples; their contents are read on request, from any thread.
 
-    path: the tar; places (n, 6) int64: offset and size in bytes of picture, caption and json (size 0: no json);
-    names (n,): keys as bytes; excluded: how many pictures or keys are no sample, by reason.
+    path: the tar; stamp: its size and time when it was indexed; places (n, 6) int64: offset and size in bytes of picture,
+    caption and json (size 0: no json); names (n,): keys as bytes; excluded: how many are no sample, by reason.
+    Reading raises ValueError if the tar is not the same any more.
     """
 
     path: str
+    stamp: str
     places: np.ndarray
     names: np.ndarray
     excluded: dict[str, int]
@@ -86,9 +88,10 @@ class Shard:
 
     def _read(self, index: int, column: int) -> bytes:
         offset, size = self.places[index, column:column + 2].tolist()
-        data = os.pread(_open(self.path).fd, size, offset)
+        file = _open(self.path, self.stamp)  # keeps the descriptor open while it is read, even if the cache drops it
+        data = os.pread(file.fd, size, offset)
         if len(data) != size:
-            raise ValueError(f"shard {self.path} has changed since it was opened: {size} bytes at {offset} are gone")
+            raise ValueError(f"shard {self.path} has changed since it was indexed")
         return data
 
 
@@ -97,13 +100,21 @@ class _File:
 
     def __init__(self, path: str) -> None:
         self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        stat = os.fstat(self.fd)
+        self.size = stat.st_size
+        self.stamp = f"{stat.st_size} bytes of {stat.st_mtime_ns} ns"
 
     def __del__(self) -> None:
         if hasattr(self, "fd"):
             os.close(self.fd)
 
 
-_open = lru_cache(maxsize=128)(_File)
+@lru_cache(maxsize=128)
+def _open(path: str, stamp: str) -> _File:
+    file = _File(path)
+    if file.stamp != stamp:
+        raise ValueError(f"shard {path} has changed since it was indexed")
+    return file
 
 
 def _text(name: bytes) -> str:
@@ -127,7 +138,7 @@ def index_shard(path: str | Path) -> Shard:
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     excluded: Counter[str] = Counter()
     dotted: Counter[str] = Counter()
-    for name, offset, size in _walk(file.fd, path):
+    for name, offset, size in _walk(file, path):
         match = MEMBER.fullmatch(name)
         if match is None or PRIVATE.match(name):
             continue
@@ -149,7 +160,7 @@ def index_shard(path: str | Path) -> Shard:
         else:
             places.append((*files["image"], *files["txt"], *files.get("json", (0, 0))))
             names.append(key.encode("utf-8", "surrogateescape"))
-    return Shard(str(path), np.array(places, dtype=np.int64).reshape(-1, 6), np.array(names, dtype=np.bytes_),
+    return Shard(str(path), file.stamp, np.array(places, dtype=np.int64).reshape(-1, 6), np.array(names, dtype=np.bytes_),
                  {reason: count for reason, count in excluded.items() if count})
 
 
@@ -166,9 +177,9 @@ def _fault(fd: int, files: dict[str, tuple[int, int]]) -> str | None:
         return "caption not in UTF-8"
 
 
-def _walk(fd: int, path: str | Path) -> Iterator[tuple[str, int, int]]:
+def _walk(file: _File, path: str | Path) -> Iterator[tuple[str, int, int]]:
     """(name, offset, size) of each regular file of a tar: POSIX.1-1988 (ustar), pax and GNU long names."""
-    total = os.fstat(fd).st_size
+    fd, total = file.fd, file.size
     if not total:
         raise ValueError(f"shard {path} is empty: 0 bytes")
     offset = 0
@@ -182,8 +193,8 @@ def _walk(fd: int, path: str | Path) -> Iterator[tuple[str, int, int]]:
         size, kind = _check(header, offset, path), header[156:157]
         offset += BLOCK
         if kind in b"123456":  # links, devices, directories have no content
-            continue
-        if kind in b"xL":
+            size, long = 0, {}
+        elif kind in b"xL":
             content = os.pread(fd, size, offset)
             long |= _pax(content, path) if kind == b"x" else {"path": _text(content.rstrip(b"\0"))}
         elif kind not in b"gK":
@@ -337,15 +348,16 @@ def _indexed(path: str) -> Shard:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(f"{path}.index", framework="np") as file:
-            header = file.metadata()
-            if header.get("tar") == _stamp(path):
-                names = file.get_tensor("names")  # (n, longest) uint8
-                return Shard(path, file.get_tensor("places"), names.view(f"S{names.shape[1]}").reshape(-1),
+        stamp = _File(path).stamp
+        with safe_open(f"{path}.index", framework="np") as kept:
+            header = kept.metadata() or {}
+            if (header.get("format"), header.get("tar")) == (FORMAT, stamp):
+                names = kept.get_tensor("names")  # (n, longest) uint8
+                return Shard(path, stamp, kept.get_tensor("places"), names.view(f"S{names.shape[1]}").reshape(-1),
                              json.loads(header["excluded"]))
     except FileNotFoundError:
         pass  # the first time, or the tar itself is missing: index_shard will say so
-    except SafetensorError as error:
+    except (OSError, SafetensorError) as error:
         log.warning("making %s.index anew: %s", path, error)
     shard = index_shard(path)
     _keep_index(shard)
@@ -356,7 +368,7 @@ def _keep_index(shard: Shard) -> None:
     names = torch.from_numpy(shard.names.view(np.uint8).reshape(len(shard), shard.names.itemsize))  # (n, longest)
     try:
         write_safetensors(f"{shard.path}.index", {"places": torch.from_numpy(shard.places), "names": names},
-                          {"tar": _stamp(shard.path), "excluded": json.dumps(shard.excluded)})
+                          {"format": FORMAT, "tar": shard.stamp, "excluded": json.dumps(shard.excluded)})
     except OSError as error:
         _warn_unkept(os.path.dirname(shard.path), error.strerror)
 
@@ -364,8 +376,3 @@ def _keep_index(shard: Shard) -> None:
 @lru_cache
 def _warn_unkept(folder: str, reason: str) -> None:
     log.warning("indices of the shards in %s cannot be kept there (%s): every start makes them anew", folder, reason)
-
-
-def _stamp(path: str) -> str:
-    stat = os.stat(path)
-    return f"{FORMAT} {stat.st_size} bytes, changed at {stat.st_mtime_ns}"

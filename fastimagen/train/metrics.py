@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 
@@ -83,12 +84,20 @@ def _drop_after(path: Path, stage: str, start: int) -> None:
 
 
 class Window:
-    """Sums since the last record: loss on the device, without waiting for it, and time spent waiting for data."""
+    """Sums since the last record: loss on the device, without waiting for it, and time spent waiting for data.
+
+    A checkpoint keeps the sums of all processes, so that the next record of a resumed run is the one it would have been.
+    """
 
     def __init__(self, device: torch.device, loss_sum: float = 0.0, steps: int = 0) -> None:
         self.loss = torch.tensor(loss_sum, dtype=torch.float64, device=device)
         self.steps = steps
         self.images, self.data_wait, self.since = 0, 0.0, time.perf_counter()
+
+    @classmethod
+    def resume(cls, device: torch.device, state: dict[str, Any], rank: int) -> Window:
+        """The window that `state()` described, as this process had it."""
+        return cls(device, state["loss_sums"][rank], state["steps"])
 
     def add(self, loss: Tensor, images: int, data_wait: float) -> None:
         """One optimizer step: mean loss over its images on this process."""
@@ -98,5 +107,7 @@ class Window:
         self.data_wait += data_wait
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, so that the next record of a resumed run is the one it would have been."""
-        return {"loss_sum": self.loss.item(), "steps": self.steps}
+        """The sums of all processes, by rank. Every process calls it."""
+        sums: list[float] = [0.0] * dist.get_world_size()
+        dist.all_gather_object(sums, self.loss.item())
+        return {"loss_sums": sums, "steps": self.steps}

@@ -62,11 +62,17 @@ def load_weights(unet: UNet, weights: dict[str, torch.Tensor], source: str) -> N
 
 def check_same_stage(saved: dict[str, Any], config: StageConfig, where: Path) -> None:
     """Refuse to resume a stage whose network or diffusion process has changed; sampling settings may differ."""
-    now = config.model_dump(mode="json")
-    differing = [f"{part}.{key}" if isinstance(now[part], dict) else part
-                 for part in now if part != "sampling"
-                 for key in (now[part] if isinstance(now[part], dict) else [part])
-                 if (saved.get(part) or {}).get(key) != now[part][key]] if saved.keys() == now.keys() else ["keys"]
+    now = flatten(config.model_dump(mode="json", exclude={"sampling"}))
+    then = flatten({key: value for key, value in saved.items() if key != "sampling"})
+    differing = sorted(key for key in now.keys() | then.keys() if now.get(key) != then.get(key))
     if differing:
         raise ValueError(f"{where} is of another architecture: {', '.join(differing[:5])} differ; use another --run, "
                          f"or set them back")
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

@@ -77,9 +77,10 @@ class Trainer:
         train, validation = self._open_data()
         engine, deepspeed = self._make_engine(config, here, steps)
         ema = EMA(fp32_shards(engine), here.ema or settings.ema)
-        state = checkpoint.load(newest, engine, ema) if newest else {"step": 0, "window": {}}
-        start = state["step"]
+        start, window, bad_in_a_row = 0, Window(self.device), 0
         if newest:
+            state = checkpoint.load(newest, engine, ema)
+            start, window = state["step"], Window.resume(self.device, state["window"], self.rank)
             self._say(f"{config.name}: resuming from step {start}")
         accumulation = deepspeed["gradient_accumulation_steps"]
         loader = train.loader(self.config.fastimagen, size=config.size, crop=config.crop, rank=self.rank,
@@ -87,7 +88,6 @@ class Trainer:
                               micro_batch=deepspeed["train_micro_batch_size_per_gpu"], seed=settings.seed)
         metrics = Metrics(self.run_dir, stage=config.name, steps=steps, start=start, rank=self.rank,
                           monitor=engine.monitor)
-        window, bad_in_a_row = Window(self.device, **state["window"]), 0
         batches = loader.batches(start)
         try:
             for step in range(start + 1, steps + 1):

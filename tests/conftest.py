@@ -1,0 +1,70 @@
+"""Shared by all tests: a toy data set with its cache, and a toy ds.json, made once."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests' processes share few cores: spinning threads cost more
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+TOY_UNET = dict(dim=8, dim_mults=[1, 2], groups=4, heads=1, head_dim=16, stem_kernels=[3], text_dim=64, cond_dim=16,
+                self_attention=[False, True], cross_attention=[False, True])
+TOY_STAGES = [
+    {"name": "base", "size": 8, "unet": TOY_UNET, "sampling": {"steps": 2, "guidance": 2.0}},
+    {"name": "sr", "size": 16, "crop": 8, "unet": {**TOY_UNET, "lowres": True, "downsample_first": True},
+     "augmentation": {"train_range": [0.0, 0.5]}, "sampling": {"steps": 2, "guidance": 1.0}},
+]
+
+
+@pytest.fixture(scope="session")
+def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with shapes of 16x16, their text encoder and their embedding cache."""
+    from fastimagen.config import FastimagenConfig
+    from fastimagen.data.source import embed_all, prepare_shapes
+
+    folder = tmp_path_factory.mktemp("toy") / "shapes"
+    config = FastimagenConfig.model_validate(toy_tree(folder)["fastimagen"])
+    prepare_shapes(config, say=lambda line: None)
+    embed_all(config, say=lambda line: None)
+    return folder
+
+
+def toy_tree(data: Path) -> dict[str, Any]:
+    """The content of a ds.json for seconds on a CPU."""
+    return copy.deepcopy({
+        "train_batch_size": 4,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
+        "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 3, "warmup_max_lr": 1e-3}},
+        "gradient_clipping": 1.0,
+        "fastimagen": {
+            "cascade": {"stages": TOY_STAGES},
+            "data": {"shards": str(data / "train"), "validation": str(data / "val"),
+                     "shapes": {"count": 64, "size": 16}},
+            "text": {"encoder": str(data / "text_encoder")},
+            "train": {"steps": 6, "log_every": 1, "checkpoint_every": 2, "validate_every": 3, "validation_samples": 16,
+                      "sample_every": 6, "sample_count": 2},
+        },
+    })
+
+
+@pytest.fixture
+def toy_config(toy_data: Path) -> dict[str, Any]:
+    return toy_tree(toy_data)
+
+
+@pytest.fixture
+def write_config(tmp_path: Path):
+    """Write a ds.json and return its path."""
+    def write(tree: dict[str, Any]) -> Path:
+        path = tmp_path / "ds.json"
+        path.write_text(json.dumps(tree))
+        return path
+    return write

@@ -1,0 +1,143 @@
+"""Packing folders and lists of pictures into shards."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+
+import pytest
+import webdataset
+from PIL import Image
+
+from fastimagen.data.folder import pack_folder, pack_manifest
+from fastimagen.data.shards import open_shards
+
+
+def picture(color, format="PNG") -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (9, 7), color).save(buffer, format)
+    return buffer.getvalue()
+
+
+def write(folder, files: dict[str, bytes | str]):
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return folder
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    files = {}
+    for i in range(25):
+        extension = ("png", "jpg", "JPEG", "webp")[i % 4]
+        data = picture((i, i, 9), {"png": "PNG", "webp": "WEBP"}.get(extension, "JPEG"))
+        files |= {f"{'abc'[i % 3]}/deep/photo.{i}.{extension}": data, f"{'abc'[i % 3]}/deep/photo.{i}.txt": f" picture {i}\n"}
+    return write(tmp_path / "pictures", files)
+
+
+def stored(folder) -> dict[str, dict]:
+    """path -> sample of webdataset."""
+    samples = webdataset.WebDataset(sorted(str(path) for path in folder.glob("*.tar")), shardshuffle=False)
+    return {json.loads(sample["json"])["path"]: sample for sample in samples}
+
+
+def test_everything_arrives_as_it_was(pictures, tmp_path):
+    report = pack_folder(pictures, tmp_path / "out", shard_size=10)
+    assert (report.packed, report.shards, report.skipped) == (25, 3, {})
+    samples = stored(tmp_path / "out")
+    names = {str(path.relative_to(pictures)) for path in pictures.rglob("*") if path.suffix != ".txt" and path.is_file()}
+    assert set(samples) == names
+    for name, sample in samples.items():
+        assert sample[name.rpartition(".")[2].lower()] == (pictures / name).read_bytes()
+        assert sample["txt"].decode() == f"picture {name.split('.')[-2]}"
+    keys = sorted(sample["__key__"] for sample in samples.values())
+    assert keys == [f"{i // 10:05d}{i % 10:04d}" for i in range(25)]
+    shards = open_shards(tmp_path / "out")
+    assert [len(shard) for shard in shards] == [10, 10, 5] and not any(shard.excluded for shard in shards)
+
+
+def test_shards_are_mixed_and_the_same_every_time(pictures, tmp_path):
+    for name in ("one", "two"):
+        pack_folder(pictures, tmp_path / name, shard_size=9)
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
+    folders = [json.loads(sample["json"])["path"][0]
+               for sample in webdataset.WebDataset(str(tmp_path / "one" / "00000.tar"), shardshuffle=False)]
+    assert set(folders) == {"a", "b", "c"}
+
+
+def test_what_cannot_be_packed_is_listed(tmp_path, caplog):
+    good = picture("red")
+    source = write(tmp_path / "in", {
+        "a.png": good, "a.txt": "ok", "lonely.png": good, "d/orphan.txt": "x", "empty.png": good, "empty.txt": " \n",
+        "broken.jpg": picture("red", "JPEG")[:100], "broken.txt": "x", "latin.png": good, "latin.txt": "é".encode("latin-1"),
+        "notes.md": "ignored", **{f"more{i}.png": good for i in range(9)}})
+    report = pack_folder(source, tmp_path / "out")
+    assert report.packed == 1 and list(stored(tmp_path / "out")) == ["a.png"]
+    assert report.skipped == {"caption without picture": 1, "picture without caption": 10, "empty caption": 1,
+                              "unreadable picture": 1, "caption not in UTF-8": 1}
+    assert len(report.examples["picture without caption"]) == 5 and report.examples["empty caption"] == ["empty.png"]
+    text = str(report)
+    assert "1 samples in 1 shards" in text and "unreadable picture: 1 (broken.jpg: " in text and "orphan.txt" in text
+
+
+def test_nothing_to_pack_leaves_nothing(tmp_path):
+    source = write(tmp_path / "in", {"a.png": picture("red"), "b.txt": "x"})
+    for folder in (source, write(tmp_path / "none", {"c.md": "x"})):
+        with pytest.raises(ValueError, match="nothing to pack"):
+            pack_folder(folder, tmp_path / "out")
+    with pytest.raises(ValueError, match="is no folder"):
+        pack_folder(tmp_path / "gone", tmp_path / "out")
+    with pytest.raises(ValueError, match="at least one"):
+        pack_folder(source, tmp_path / "out", shard_size=0)
+    assert sorted(os.listdir(tmp_path)) == ["in", "none"]
+
+
+def test_an_interrupted_run_leaves_nothing(pictures, tmp_path, monkeypatch):
+    def interrupt(data, count=iter(range(9))):
+        if next(count) == 7:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastimagen.data.folder.open_rgb", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        pack_folder(pictures, tmp_path / "out")
+    assert os.listdir(tmp_path) == ["pictures"]
+
+
+def test_only_empty_folders_are_written_to(pictures, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert pack_folder(pictures, tmp_path / "empty").packed == 25
+    with pytest.raises(ValueError, match="already there"):
+        pack_folder(pictures, tmp_path / "empty")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="already there"):
+        pack_folder(pictures, tmp_path / "file")
+    assert pack_folder(pictures, tmp_path / "new" / "100% odd {name}").packed == 25
+    assert len(stored(tmp_path / "new" / "100% odd {name}")) == 25
+
+
+def test_manifest_keeps_its_order(pictures, tmp_path):
+    names = sorted(str(path.relative_to(tmp_path)) for path in pictures.rglob("*.png"))[::-1]
+    lines = [json.dumps({"image": name, "caption": f"nr {i}", "more": 1}) for i, name in enumerate(names)]
+    lines[2:2] = ["", json.dumps({"image": "gone.png", "caption": "x"}), json.dumps({"image": names[0], "caption": " "})]
+    (tmp_path / "list.jsonl").write_text("\n".join(lines))
+    report = pack_manifest(tmp_path / "list.jsonl", tmp_path / "out", shard_size=4)
+    assert report.skipped == {"picture not found": 1, "empty caption": 1} and report.packed == len(names)
+    samples = stored(tmp_path / "out")
+    assert list(samples) == names
+    assert [sample["txt"].decode() for sample in samples.values()] == [f"nr {i}" for i in range(len(names))]
+
+
+@pytest.mark.parametrize("line, message", [
+    ("{'image'}", "list.jsonl:2: no JSON"), ('["a"]', "list.jsonl:2: expected"), ('{"image": "a.png"}', "expected"),
+    ('{"image": "a.png", "caption": 5}', "expected"), ('{"image": "a.gif", "caption": "x"}', "none of jpg")])
+def test_broken_manifests_are_refused(tmp_path, line, message):
+    write(tmp_path, {"a.png": picture("red"), "list.jsonl": '{"image": "a.png", "caption": "x"}\n' + line})
+    with pytest.raises(ValueError, match=message) as error:
+        pack_manifest(tmp_path / "list.jsonl", tmp_path / "out")
+    assert "\n" not in str(error.value) and sorted(os.listdir(tmp_path)) == ["a.png", "list.jsonl"]
+    with pytest.raises(ValueError, match="no manifest"):
+        pack_manifest(tmp_path / "gone.jsonl", tmp_path / "out")

@@ -1,0 +1,331 @@
+"""Shards: what counts as a sample, broken tars, where shards are looked for, the order of samples."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import tarfile
+import threading
+
+import numpy as np
+import pytest
+import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastimagen.data.order import Order, random_bits
+from fastimagen.data.shards import index_shard, list_shards, open_shards
+
+
+def make_tar(path, files: dict[str, bytes], format=tarfile.USTAR_FORMAT):
+    """A tar of these files, in their order."""
+    with tarfile.open(path, "w", format=format) as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def sample_files(count: int, prefix: str = "", start: int = 0) -> dict[str, bytes]:
+    files = {}
+    for i in range(start, start + count):
+        files[f"{prefix}{i:05d}.jpg"] = b"picture %d " % i * (i + 1)
+        files[f"{prefix}{i:05d}.txt"] = f"caption {i} ä".encode()
+    return files
+
+
+# ---------------------------------------------------------------- the index
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("prefix", ["", "./", "a.b/c/", "d" * 90 + "/" + "e" * 60 + "/", "ü/"])
+def test_index_reads_what_webdataset_reads(tmp_path, format, prefix):
+    path = make_tar(tmp_path / "a.tar", {**sample_files(7, prefix), f"{prefix}00003.json": b'{"url": "u"}'}, format)
+    shard = index_shard(path)
+    reference = {}  # webdataset would take the json at the end for a sample of its own
+    for sample in webdataset.WebDataset(str(path), shardshuffle=False):
+        reference.setdefault(sample["__key__"], {}).update(sample)
+    assert shard.keys == list(reference) and len(shard) == 7
+    assert [shard.key(i) for i in range(7)] == shard.keys
+    for i, key in enumerate(shard.keys):
+        assert shard.image(i) == reference[key]["jpg"]
+        assert shard.caption(i) == shard.captions()[i] == reference[key]["txt"].decode()
+    assert shard.metadata(3) == {"url": "u"} and shard.metadata(0) == {}
+    assert not shard.excluded
+
+
+def test_every_extension_and_case(tmp_path):
+    files = {}
+    for i, extension in enumerate(["jpg", "jpeg", "png", "webp", "JPG", "PnG"]):
+        files |= {f"{i}.{extension}": bytes([i]), f"{i}.txt": b"text"}
+    shard = index_shard(make_tar(tmp_path / "a.tar", files))
+    assert shard.keys == list("012345") and [shard.image(i) for i in range(6)] == [bytes([i]) for i in range(6)]
+
+
+def test_what_is_no_sample_is_counted_by_reason(tmp_path):
+    files = sample_files(3) | {
+        "lonely.jpg": b"x", "orphan.txt": b"x", "note.json": b"{}", "blank.png": b"x", "blank.txt": b" \n\t",
+        "void.png": b"x", "void.txt": b"", "latin.png": b"x", "latin.txt": "é".encode("latin-1"), "00001.png": b"second",
+        "00002.seg.png": b"a mask beside a picture is fine", "__notes__": b"", "README": b""}
+    shard = index_shard(make_tar(tmp_path / "a.tar", files))
+    assert len(shard) == 3 and shard.image(1).startswith(b"picture 1")
+    assert shard.excluded == {"no caption": 1, "no image": 2, "empty caption": 2, "caption not in UTF-8": 1, "duplicate": 1}
+
+
+def test_keys_with_dots_are_merged_by_webdataset_and_counted(tmp_path):
+    files = {}
+    for i in range(5):
+        files |= {f"photo.b{i}.jpg": b"x", f"photo.b{i}.txt": b"text"}
+    shard = index_shard(make_tar(tmp_path / "a.tar", files | sample_files(2)))
+    assert len(shard) == 2 and shard.excluded == {"dot in the key": 5}
+
+
+def test_files_of_a_key_need_not_be_neighbours(tmp_path):
+    files = sample_files(3)
+    names = sorted(files, key=lambda name: name[-3:])  # all pictures first
+    shard = index_shard(make_tar(tmp_path / "a.tar", {name: files[name] for name in names}))
+    assert len(shard) == 3 and shard.image(2).startswith(b"picture 2") and shard.caption(2).startswith("caption 2")
+
+
+def test_links_and_folders_are_skipped(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        folder, link = tarfile.TarInfo("d"), tarfile.TarInfo("d/" + "l" * 120 + ".jpg")
+        folder.type, link.type, link.linkname = tarfile.DIRTYPE, tarfile.SYMTYPE, "t" * 120
+        tar.addfile(folder)
+        tar.addfile(link)
+        for name, content in sample_files(2, "d/").items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    assert index_shard(tmp_path / "a.tar").keys == ["d/00000", "d/00001"]
+
+
+def broken(tmp_path, what: str):
+    path = tmp_path / "bad.tar"
+    whole = make_tar(tmp_path / "whole.tar", sample_files(20)).read_bytes()
+    end = len(whole.rstrip(b"\0")) // 512 * 512 + 512
+    path.write_bytes({
+        "0 bytes": b"", "no files": bytes(10240), "cut in a header": whole[:5 * 512 + 100],
+        "cut in a file": whole[:whole.index(b"picture 9") + 5], "cut between files": whole[:end],
+        "no tar": b"<html>" * 1000, "gzip": b"\x1f\x8b" + bytes(2000),
+        "flipped": whole[:2048] + b"\xff" + whole[2049:], "two tars": whole + whole,
+    }[what])
+    return path
+
+
+@pytest.mark.parametrize("what, message", [
+    ("0 bytes", "is empty: 0 bytes"), ("no files", "is empty: a tar without files"), ("cut in a header", "is truncated"),
+    ("cut in a file", "is truncated"), ("cut between files", "is truncated: .* without the mark"), ("no tar", "is no tar"),
+    ("gzip", "is no tar: it is compressed"), ("flipped", "is damaged at byte 2048"), ("two tars", "several tars in one")])
+def test_broken_tars_are_one_line_errors_that_name_the_file(tmp_path, what, message):
+    path = broken(tmp_path, what)
+    with pytest.raises(ValueError, match=message) as error:
+        index_shard(path)
+    assert "\n" not in str(error.value) and str(path) in str(error.value)
+
+
+def test_missing_tar_is_named(tmp_path):
+    with pytest.raises(ValueError, match="cannot open shard .*gone.tar: No such file"):
+        index_shard(tmp_path / "gone.tar")
+
+
+def test_many_threads_read_many_shards(tmp_path):
+    paths = [make_tar(tmp_path / f"{i:03d}.tar", sample_files(2, start=2 * i)) for i in range(150)]  # more than stay open
+    shards = [index_shard(path) for path in paths]
+    wrong = []
+
+    def read(seed):
+        for i in np.random.default_rng(seed).integers(0, 150, size=600):
+            if not shards[i].image(1).startswith(b"picture %d " % (2 * i + 1)):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_index_is_kept_and_made_anew_when_the_tar_changes(tmp_path, monkeypatch):
+    path = make_tar(tmp_path / "a.tar", sample_files(3) | {"lonely.jpg": b"x"})
+    first = open_shards(path)[0]
+    with monkeypatch.context() as patch:
+        patch.setattr("fastimagen.data.shards.index_shard", None)
+        again = open_shards(path)[0]
+    assert again.keys == first.keys and again.excluded == first.excluded == {"no caption": 1}
+    assert again.image(2) == first.image(2) and again.captions() == first.captions()
+    stat = os.stat(path)
+    make_tar(path, {name.replace("0", "9"): content for name, content in sample_files(3).items()} | {"l.jpg": b"x"})
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    assert open_shards(path)[0].keys == ["99999", "99991", "99992"]
+    (tmp_path / "a.tar.index").write_bytes(b"rubbish")
+    assert open_shards(path)[0].keys == ["99999", "99991", "99992"]
+
+
+def test_a_new_tar_under_an_old_name_is_never_read_with_the_old_index(tmp_path):
+    path = make_tar(tmp_path / "a.tar", sample_files(3))
+    old = index_shard(path)
+    assert old.caption(0) == "caption 0 ä"
+    os.replace(make_tar(tmp_path / "b.tar", {"x.txt": b"other", "x.jpg": b"x"}), path)
+    assert index_shard(path).caption(0) == "other"
+    assert old.caption(0) == "caption 0 ä"  # still open
+    for i in range(200):
+        index_shard(make_tar(tmp_path / "c.tar", sample_files(1, start=i))).image(0)
+    with pytest.raises(ValueError, match="has changed since"):
+        old.caption(0)
+
+
+def test_tar_cut_after_indexing_is_an_error_not_a_bad_picture(tmp_path):
+    path = make_tar(tmp_path / "a.tar", sample_files(3))
+    shard = index_shard(path)
+    os.truncate(path, 2000)
+    with pytest.raises(ValueError, match="has changed since"):
+        shard.image(2)
+
+
+# ---------------------------------------------------------------- looking for shards
+
+
+def test_sources_of_every_kind(tmp_path):
+    for folder in ("train", "val"):
+        (tmp_path / folder).mkdir()
+        for i in (10, 2, 0):
+            make_tar(tmp_path / folder / f"{i:03d}.tar", sample_files(1))
+    train = [str(tmp_path / "train" / f"{name}.tar") for name in ("000", "002", "010")]
+    val = [path.replace("train", "val") for path in train]
+    assert list_shards(tmp_path / "train") == train
+    assert list_shards(f"{tmp_path}/train/0?0.tar") == [train[0], train[2]]
+    assert list_shards(f"{tmp_path}/train/{{000,010,002}}.tar") == [train[0], train[2], train[1]]
+    assert list_shards(f"{tmp_path}/{{val,train}}/*.tar") == val + train
+    assert list_shards([train[2], tmp_path / "val"]) == [train[2], *val]
+    assert list_shards("http://host/{008..011}.tar?a=*") == [f"http://host/{i:03d}.tar?a=*" for i in range(8, 12)]
+    assert list_shards("pipe:cat {a,b}.tar | gunzip") == ["pipe:cat a.tar | gunzip", "pipe:cat b.tar | gunzip"]
+
+
+def test_nothing_found_says_what_was_looked_for(tmp_path):
+    make_tar(tmp_path / "000.tar", sample_files(1))
+    (tmp_path / "none").mkdir()
+    for source in (f"{tmp_path}/none", f"{tmp_path}/*.tarr", f"{tmp_path}/{{000..001}}.tar", f"{tmp_path}/gone.tar"):
+        with pytest.raises(ValueError, match="none|tarr|001.tar|gone.tar"):
+            list_shards(source)
+    with pytest.raises(ValueError, match="listed twice"):
+        list_shards([f"{tmp_path}/000.tar", str(tmp_path)])
+    with pytest.raises(ValueError, match="empty"):
+        list_shards([])
+    with pytest.raises(ValueError, match="brace"):
+        list_shards("http://host/{000..001.tar")
+
+
+@pytest.mark.parametrize("scheme", ["file:{}", "file://{}", "pipe:cat {}"])
+def test_remote_shards_are_fetched_once_and_whole(tmp_path, scheme):
+    path = make_tar(tmp_path / "00007.tar", sample_files(4))
+    url, cache = scheme.format(path), tmp_path / "cache"
+    shard, = open_shards(url, cache=cache)
+    assert os.path.dirname(shard.path) == str(cache) and shard.path.endswith("00007.tar")
+    assert shard.captions() == index_shard(path).captions()
+    path.unlink()
+    assert open_shards([url], cache=cache)[0].image(3) == shard.image(3)
+    assert not [name for name in os.listdir(cache) if name.endswith(".tmp")]
+
+
+def test_urls_of_one_name_do_not_share_a_file(tmp_path):
+    urls = []
+    for i in range(2):
+        (tmp_path / str(i)).mkdir()
+        urls.append(f"file:{make_tar(tmp_path / str(i) / '0.tar', sample_files(1, start=i))}")
+    shards = open_shards(urls, cache=tmp_path / "cache")
+    assert [shard.keys for shard in shards] == [["00000"], ["00001"]]
+
+
+@pytest.mark.parametrize("command, message", [
+    ("pipe:cat {}/gone.tar", "exit 1"), ("pipe:head -c 3000 {}/00000.tar", "it is truncated"),
+    ("file:{}/gone.tar", "No such file"), ("nonsense://{}/0.tar", "no gopen handler")])
+def test_failed_downloads_leave_nothing(tmp_path, command, message, capfd):
+    make_tar(tmp_path / "00000.tar", sample_files(20))
+    url, cache = command.format(tmp_path), tmp_path / "cache"
+    with pytest.raises(ValueError, match=f"cannot fetch shard .*{message}") as error:
+        open_shards(url, cache=cache)
+    assert "\n" not in str(error.value)
+    assert all(name.endswith(".lock") for name in os.listdir(cache))
+
+
+def test_remote_shards_need_a_cache():
+    with pytest.raises(ValueError, match="data.cache"):
+        open_shards("http://host/0.tar")
+
+
+def test_opening_reports_what_is_left_out(tmp_path, caplog):
+    for i in range(3):
+        make_tar(tmp_path / f"{i}.tar", sample_files(2) | {"lonely.jpg": b"x"})
+    with caplog.at_level(logging.INFO):
+        shards = open_shards(tmp_path, rank=2, world_size=3)
+    assert [os.path.basename(shard.path) for shard in shards] == ["0.tar", "1.tar", "2.tar"]
+    assert "6 samples in 3 shards; left out: 3 no caption" in caplog.text
+    make_tar(tmp_path / "only.tar", {"a.jpg": b"x", "b.jpg": b"x"})
+    with pytest.raises(ValueError, match="no sample in 1 shards .*2 no caption"):
+        open_shards(tmp_path / "only.tar")
+
+
+def test_index_of_a_read_only_folder_is_made_without_it(tmp_path, monkeypatch, caplog):
+    make_tar(tmp_path / "0.tar", sample_files(2))
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("fastimagen.data.shards.write_safetensors", refuse)
+    assert len(open_shards(tmp_path)[0]) == 2
+    assert "Permission denied" in caplog.text and not (tmp_path / "0.tar.index").exists()
+
+
+# ---------------------------------------------------------------- the order
+
+
+SIZES = st.lists(st.integers(0, 9), min_size=1, max_size=12).filter(any)
+
+
+@settings(max_examples=80, deadline=None)
+@given(sizes=SIZES, seed=st.integers(0, 2**64), block=st.integers(1, 5), epoch=st.integers(0, 1000))
+def test_every_epoch_holds_every_sample_once(sizes, seed, block, epoch):
+    order = Order(sizes, seed, block)
+    assert order.total == sum(sizes)
+    seen = [order[epoch * order.total + place] for place in range(order.total)]
+    assert sorted(seen) == [(shard, index) for shard, size in enumerate(sizes) for index in range(size)]
+
+
+def test_order_depends_on_seed_and_epoch_alone():
+    sizes = [50, 0, 80, 30, 1, 60, 70]
+    order = Order(sizes, seed=3)
+    positions = np.random.default_rng(0).integers(0, 5 * order.total, size=500).tolist()
+    sequential = {position: order[position] for position in range(5 * order.total)}
+    again = Order(sizes, seed=3)
+    assert all(again[position] == sequential[position] for position in positions)
+    first, second = ([sequential[e * order.total + i] for i in range(order.total)] for e in (0, 1))
+    other = Order(sizes, seed=4)
+    assert first != second and first != [other[i] for i in range(order.total)]
+
+
+def test_order_mixes_shards_and_stays_within_blocks():
+    order = Order([100] * 40, seed=0)
+    blocks = [{order[position][0] for position in range(start, start + 400)} for start in range(0, 4000, 400)]
+    assert all(len(block) == 4 for block in blocks)
+    assert len({order[position][0] for position in range(40)}) == 4
+    places = [order[position][1] for position in range(4000)]
+    assert abs(np.corrcoef(places, range(4000))[0, 1]) < 0.1
+
+
+def test_the_order_is_the_same_in_every_version():
+    """A run resumes with the order it began with: these numbers must never change."""
+    order = Order([5, 3, 4, 6, 2], seed=1234)
+    assert [order[position] for position in (0, 1, 2, 19, 20, 21, 1_000_000)] == [
+        (3, 0), (0, 3), (1, 2), (2, 2), (2, 2), (2, 1), (0, 0)]
+    assert random_bits(7, 2, (5, 6), 2).tolist() == [16765835545809318431, 11618318071710758287]
+
+
+def test_no_samples_no_order():
+    with pytest.raises(ValueError, match="no order of 0 samples"):
+        Order([0, 0], seed=0)
+    with pytest.raises(IndexError):
+        Order([1], seed=0)[-1]

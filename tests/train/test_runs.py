@@ -1,0 +1,204 @@
+"""Whole training runs in processes of their own: killed, stopped, resumed, refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TRAIN = [sys.executable, str(ROOT / "launch/train.py")]
+TRY_AGAIN = 75
+
+
+def start(config: Path, run: Path, *extra: str, launcher: list[str] | None = None, **kwargs: Any) -> subprocess.Popen:
+    command = [*(launcher or TRAIN), "--config", str(config), "--run", str(run), *extra]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs)
+
+
+def finish(process: subprocess.Popen, status: int = 0) -> str:
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == status, output
+    return output
+
+
+def records(run: Path, key: str = "loss") -> dict[tuple[str, int], float]:
+    """{(stage, step): value} of metrics.jsonl; a step that stands twice fails."""
+    found: dict[tuple[str, int], float] = {}
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        if key in record:
+            assert (record["stage"], record["step"]) not in found, "a step stands twice"
+            found[record["stage"], record["step"]] = record[key]
+    return found
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen, pause: float = 0.001) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(pause)
+
+
+def lines(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return path.read_text().count('"loss"') if path.exists() else 0
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that nobody disturbed: both stages."""
+    from tests.conftest import toy_tree
+
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    (folder / "ds.json").write_text(json.dumps(toy_tree(toy_data)))
+    finish(start(folder / "ds.json", folder / "run"))
+    return folder / "run"
+
+
+def test_a_run_leaves_what_it_promises(uninterrupted: Path) -> None:
+    assert {stage for stage, _ in records(uninterrupted)} == {"base", "sr"}
+    assert [step for stage, step in records(uninterrupted) if stage == "base"] == [1, 2, 3, 4, 5, 6]
+    assert len(records(uninterrupted, "val_loss")) == 4
+    assert (uninterrupted / "samples/base/step-00000006.png").exists()
+    assert (uninterrupted / "samples/sr/step-00000006.png").exists()
+    kept = sorted(path.name for path in (uninterrupted / "checkpoints/base").iterdir())
+    assert kept == ["step-00000004", "step-00000006"]  # the last two, no remnants
+    for key in ("images_per_s", "memory_gib", "data_wait", "grad_norm", "lr", "bad", "excluded", "nonfinite_steps"):
+        assert len(records(uninterrupted, key)) == 12
+
+
+def saving(run: Path) -> bool:
+    return any(run.glob("checkpoints/base/.step-*.partial/*"))
+
+
+@pytest.mark.parametrize("moment", ["between checkpoints", "while a checkpoint is written", "in the second stage"])
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(moment: str, toy_config: dict, write_config: Callable,
+                                                         tmp_path: Path, uninterrupted: Path) -> None:
+    config, run = write_config(toy_config), tmp_path / "run"
+    process = start(config, run)
+    if moment == "while a checkpoint is written":
+        wait_for(lambda: saving(run), process, pause=0)
+    else:
+        wait_for(lambda: lines(run) >= (3 if moment == "between checkpoints" else 9), process)
+    process.kill()
+    process.wait()
+    if moment == "while a checkpoint is written":
+        assert saving(run), "the kill came too late to test anything"
+    output = finish(start(config, run))
+    assert moment == "while a checkpoint is written" or "resuming from step" in output
+    assert records(run) == records(uninterrupted)
+    assert records(run, "val_loss") == records(uninterrupted, "val_loss")
+    from safetensors.torch import load_file
+
+    for stage in ("base", "sr"):
+        ours, theirs = (load_file(path / f"checkpoints/{stage}/step-00000006/ema.safetensors")
+                        for path in (run, uninterrupted))
+        assert all(ours[name].equal(theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_same_command_goes_on(number: int, toy_config: dict, write_config: Callable,
+                                                     tmp_path: Path, uninterrupted: Path) -> None:
+    toy_config["fastimagen"]["train"]["checkpoint_every"] = 1000
+    config, run = write_config(toy_config), tmp_path / "run"
+    process = start(config, run)
+    wait_for(lambda: lines(run) >= 2, process)
+    process.send_signal(number)
+    assert "the same command resumes" in finish(process, TRY_AGAIN)
+    assert list(run.glob("checkpoints/base/step-*"))
+    finish(start(config, run))
+    assert records(run) == records(uninterrupted)
+
+
+def test_two_ranks_train_through_the_deepspeed_launcher_and_stop_when_it_is_gone(
+        toy_config: dict, write_config: Callable, tmp_path: Path) -> None:
+    toy_config["fastimagen"]["train"] |= {"steps": 400, "checkpoint_every": 1000, "validate_every": 1000,
+                                          "sample_every": 1000}
+    config, run = write_config(toy_config), tmp_path / "run"
+    deepspeed = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port", "0"]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    process = start(config, run, "--stage", "base", launcher=[*deepspeed, TRAIN[1]], env=environment)
+    wait_for(lambda: lines(run) >= 3, process, pause=0.05)
+    process.terminate()  # only the launcher's front process; launch.py and the ranks are not told
+    process.wait()
+    deadline = time.monotonic() + 60
+    while not list(run.glob("checkpoints/base/step-*")):
+        assert time.monotonic() < deadline, "the ranks went on without their launcher"
+        time.sleep(0.1)
+    state = json.loads(next(run.glob("checkpoints/base/step-*/state.json")).read_text())
+    assert state["world_size"] == 2 and len(state["window"]["loss_sums"]) == 2
+    # One process cannot take over from two, and says so.
+    output = finish(start(config, run, "--stage", "base"), 1)
+    assert "was written by 2 processes" in output.splitlines()[-1]
+
+
+def test_a_second_writer_is_refused(toy_config: dict, write_config: Callable, tmp_path: Path) -> None:
+    toy_config["fastimagen"]["train"]["steps"] = 1000
+    config, run = write_config(toy_config), tmp_path / "run"
+    first = start(config, run)
+    wait_for(lambda: lines(run) >= 1, first)
+    assert f"is being written by process {first.pid}" in finish(start(config, run), 1).splitlines()[-1]
+    first.kill()
+    first.communicate()
+
+
+def test_another_architecture_is_refused_and_nothing_is_lost(toy_config: dict, write_config: Callable, tmp_path: Path,
+                                                             uninterrupted: Path) -> None:
+    toy_config["fastimagen"]["cascade"]["stages"][0]["unet"]["dim"] = 16
+    before = {path: path.read_bytes() for path in uninterrupted.rglob("*") if path.is_file() and path.name != ".lock"}
+    output = finish(start(write_config(toy_config), uninterrupted), 1)
+    assert "of another architecture: unet.dim differ" in output.splitlines()[-1]
+    after = {path: path.read_bytes() for path in uninterrupted.rglob("*") if path.is_file() and path.name != ".lock"}
+    assert after == before
+
+
+def test_a_full_disk_keeps_the_older_checkpoint(toy_config: dict, write_config: Callable, tmp_path: Path) -> None:
+    toy_config["fastimagen"]["train"] |= {"steps": 2, "checkpoint_every": 2}
+    run = tmp_path / "run"
+    finish(start(write_config(toy_config), run, "--stage", "base"))
+    toy_config["fastimagen"]["train"]["steps"] = 4
+    size = max(path.stat().st_size for path in run.rglob("*") if path.is_file()) // 2
+
+    def no_space() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    output = finish(start(write_config(toy_config), run, "--stage", "base", preexec_fn=no_space), 1)
+    assert output.splitlines()[-1].startswith("error: cannot write checkpoint")
+    assert [path.name for path in (run / "checkpoints/base").iterdir()] == ["step-00000002"]
+    finish(start(write_config(toy_config), run, "--stage", "base"))
+    assert (run / "checkpoints/base/step-00000004/ema.safetensors").exists()
+
+
+def test_a_gradient_that_stays_non_finite_ends_the_run(toy_config: dict, write_config: Callable, tmp_path: Path) -> None:
+    toy_config["optimizer"]["params"]["lr"] = 1e30
+    del toy_config["scheduler"]
+    toy_config["fastimagen"]["train"] |= {"steps": 100, "max_nonfinite": 3, "validate_every": 1000, "sample_every": 1000}
+    output = finish(start(write_config(toy_config), tmp_path / "run", "--stage", "base"), 1)
+    assert "not finite in 3 steps in a row" in output.splitlines()[-1]
+
+
+def test_a_run_starts_from_exported_weights(toy_config: dict, write_config: Callable, tmp_path: Path,
+                                            uninterrupted: Path) -> None:
+    from fastimagen.export import export
+
+    model = export(uninterrupted, tmp_path / "model")
+    toy_config["fastimagen"]["train"] |= {"steps": 1, "stages": {"base": {"init_from": str(model)}}}
+    toy_config["optimizer"]["params"]["lr"] = 0.0
+    del toy_config["scheduler"]
+    finish(start(write_config(toy_config), tmp_path / "run", "--stage", "base"))
+    from safetensors.torch import load_file
+
+    ours = load_file(tmp_path / "run/checkpoints/base/step-00000001/ema.safetensors")
+    theirs = load_file(model / "base/model.safetensors")
+    assert all(ours[name].allclose(theirs[name]) for name in theirs)
