@@ -1,4 +1,4 @@
-"""Pictures at the edges of the model: files -> RGB -> tensors in [-1, 1], and back to PNG and captioned grids.
+"""Pictures at the edges of the model: files -> RGB -> tensors in [-1, 1] -> PNG files and captioned grids.
 
 Letters: B pictures, C channels, H height, W width.
 """
@@ -20,18 +20,18 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-"""What `open_rgb` reads. Pillow knows more, some through outside programs; the content decides, not the file's name."""
+"""What `open_rgb` reads, by content and not by name; Pillow knows more, some through outside programs."""
 
 MAX_PIXELS = 1 << 26
 """Larger pictures are refused: 8192 x 8192."""
 
-DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error,
-                 Image.DecompressionBombError, Image.DecompressionBombWarning)
+DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, struct.error,
+                 zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning)
 """What Pillow's decoders raise when they meet damaged files."""
 
-UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-           5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-           8: Image.Transpose.ROTATE_90}
+UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+           4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270,
+           7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
 """EXIF orientation (tag 0x0112) -> what turns the stored pixels upright."""
 
 
@@ -41,10 +41,11 @@ UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4:
 def open_rgb(data: bytes, *, at_least: int | None = None) -> Image.Image:
     """Decodes a picture file into 8-bit RGB, upright.
 
-    Grey, palette and CMYK are converted (CMYK by formula: ICC profiles are not applied); transparency is laid over white;
-    16-bit grey is scaled to 8 bits; the EXIF orientation is applied; of an animation the first picture is taken.
-    at_least: a JPEG with sides of 3, 6 or 12 times this and more is decoded at 1/2, 1/4 or 1/8 of its size: for
-    `resize_and_crop` to this size that is about twice as fast and differs by less than 1/255 (root mean square).
+    Grey, palette and CMYK are converted (CMYK by formula: ICC profiles are not applied); transparency is laid
+    over white; 16-bit grey is scaled to 8 bits; the EXIF orientation is applied; of an animation the first
+    picture is taken.
+    at_least: a JPEG with sides of 3, 6 or 12 times this and more is decoded at 1/2, 1/4 or 1/8 of its size:
+    for `resize_and_crop` to this size that is about twice as fast, and off by less than 1/255 (RMS).
     Raises ValueError, one line, for anything damaged, truncated, too large (MAX_PIXELS) or not a picture.
     """
     try:
@@ -101,10 +102,12 @@ def to_uint8(images: Tensor) -> Tensor:
     Raises ValueError for other shapes, and for NaN or infinity rather than turning them into black.
     """
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-        raise ValueError(f"expected floating point pictures (B, 3, H, W), got {images.dtype} {tuple(images.shape)}")
+        raise ValueError("expected floating point pictures (B, 3, H, W), "
+                         f"got {images.dtype} {tuple(images.shape)}")
     finite = images.isfinite().flatten(1).all(dim=1)  # (B,)
     if not finite.all():
-        raise ValueError(f"pictures {(~finite).nonzero().flatten().tolist()} of {len(images)} hold NaN or infinity")
+        broken = (~finite).nonzero().flatten().tolist()
+        raise ValueError(f"pictures {broken} of {len(images)} hold NaN or infinity")
     bytes_ = (images.float() + 1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
     return bytes_.permute(0, 2, 3, 1).contiguous()  # (B, H, W, 3)
 
@@ -115,7 +118,7 @@ def to_pil(image: Tensor) -> Image.Image:
 
 
 def save_png(image: Tensor | Image.Image, path: str | Path) -> None:
-    """Writes one picture, (3, H, W) in [-1, 1] or PIL, as PNG; makes the folder. Raises ValueError as `to_uint8` does."""
+    """Writes a picture, (3, H, W) in [-1, 1] or PIL, as PNG, and its folder. Raises as `to_uint8` does."""
     picture = image if isinstance(image, Image.Image) else to_pil(image)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     picture.save(path, format="PNG")
@@ -128,8 +131,8 @@ def resize_and_crop(image: Image.Image, size: int, *,
                     crop: Literal["center"] | tuple[int, int, int] = "center") -> Image.Image:
     """Scales the smallest side to `size`, keeping the aspect ratio, and cuts out a square; never mirrors.
 
-    crop: "center" gives the (size, size) square in the middle; (top, left, side) a smaller window of that square.
-    Bicubic, antialiased when shrinking. Smaller pictures are enlarged: count them where that matters.
+    crop: "center" gives the (size, size) square in the middle; (top, left, side) a smaller window of that
+    square. Bicubic, antialiased when shrinking. Smaller pictures are enlarged: count them where that matters.
     Raises ValueError for sizes and windows that make no sense.
     """
     top, left, side = (0, 0, size) if crop == "center" else crop
@@ -149,18 +152,20 @@ def resize_and_crop(image: Image.Image, size: int, *,
 def resize(images: Tensor, size: int) -> Tensor:
     """Square pictures (B, C, H, H) in [-1, 1] at another size, (B, C, size, size), antialiased, same dtype.
 
-    Shrinking by a whole number averages areas; anything else is bicubic, clamped to [-1, 1]. The cascade makes the
-    low-resolution pictures of training and enlarges those of sampling with this. Raises ValueError if not square.
+    Shrinking by a whole number averages areas; anything else is bicubic, clamped to [-1, 1]. The cascade
+    makes the low-resolution pictures of training and enlarges those of sampling with this. Raises ValueError
+    if not square.
     """
     if images.ndim != 4 or images.shape[2] != images.shape[3] or size < 1:
-        raise ValueError(f"expected square pictures (B, C, H, H) and a size, got {tuple(images.shape)} and {size}")
+        raise ValueError("expected square pictures (B, C, H, H) and a size, "
+                         f"got {tuple(images.shape)} and {size}")
     side = images.shape[3]
     if side == size:
         return images
     if side % size == 0:
         return F.avg_pool2d(images.float(), side // size).to(images.dtype)  # (B, C, size, size)
-    resized = F.interpolate(images.float(), (size, size), mode="bicubic", antialias=True)  # (B, C, size, size)
-    return resized.clamp(-1, 1).to(images.dtype)
+    resized = F.interpolate(images.float(), (size, size), mode="bicubic", antialias=True)
+    return resized.clamp(-1, 1).to(images.dtype)  # (B, C, size, size)
 
 
 # ---------------------------------------------------------------- grids
@@ -176,13 +181,15 @@ def grid(images: Tensor, captions: Sequence[str] | None = None, columns: int | N
          scale: int | None = None) -> Image.Image:
     """Pictures (B, 3, H, W) in [-1, 1] side by side on white, row by row, each above its caption.
 
-    columns: None is one row up to 4 pictures, else about square; scale: whole-number enlargement without smoothing, None enlarges small pictures
-    to READABLE pixels. Raises ValueError as `to_uint8` does, and if there is not one caption for each picture.
+    columns: None is one row up to 4 pictures, else about square; scale: whole-number enlargement without
+    smoothing, None enlarges small pictures to READABLE pixels. Raises ValueError as `to_uint8` does, and if
+    there is not one caption for each picture.
     """
     pixels = to_uint8(images).cpu().numpy()  # (B, H, W, 3)
     count, height, width = pixels.shape[:3]
-    if not count or (captions is not None and len(captions) != count):
-        raise ValueError(f"a grid of {count} pictures and {count if captions is None else len(captions)} captions")
+    captions = [""] * count if captions is None else captions
+    if not count or len(captions) != count:
+        raise ValueError(f"a grid of {count} pictures and {len(captions)} captions")
     if columns is None:
         columns = count if count <= 4 else math.ceil(math.sqrt(count))
     columns = min(count, columns)
@@ -193,12 +200,13 @@ def grid(images: Tensor, captions: Sequence[str] | None = None, columns: int | N
     font = ImageFont.load_default(max(13, round(math.sqrt(width))))
     line = round(1.3 * font.size)
     margin = max(12, width // 12)
-    texts = [_wrap(caption, font, width) for caption in captions or [""] * count]
+    texts = [_wrap(caption, font, width) for caption in captions]
 
     rows = [range(start, min(start + columns, count)) for start in range(0, count, columns)]
-    below = [line * max(len(texts[i]) for i in row) + (line // 2 if any(texts[i] for i in row) else 0) for row in rows]
-    canvas = Image.new("RGB", (margin + columns * (width + margin), margin + sum(below) + len(rows) * (height + margin)),
-                       "white")
+    lines = [max(len(texts[i]) for i in row) for row in rows]
+    below = [line * n + line // 2 if n else 0 for n in lines]  # pixels
+    size = margin + columns * (width + margin), margin + sum(below) + len(rows) * (height + margin)
+    canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
     top = margin
     for row, space in zip(rows, below):
@@ -207,13 +215,14 @@ def grid(images: Tensor, captions: Sequence[str] | None = None, columns: int | N
             picture = Image.fromarray(pixels[i]).resize((width, height), Image.Resampling.NEAREST)
             canvas.paste(picture, (left, top))
             for number, text in enumerate(texts[i]):
-                draw.text((left, top + height + line // 3 + number * line), text, fill=(48, 48, 48), font=font)
+                place = left, top + height + line // 3 + number * line
+                draw.text(place, text, fill=(48, 48, 48), font=font)
         top += height + space + margin
     return canvas
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """Breaks text into at most MAX_LINES lines that fit into `width` pixels; words too long for a line are cut up."""
+    """Breaks text into at most MAX_LINES lines of at most `width` pixels; long words are cut up."""
     lines: list[str] = []
     for word in text.split():
         if len(lines) > MAX_LINES:

@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         trainer = Trainer(load_config(options.config, options.overrides), options.run, stage=options.stage)
         if options.dry_run:
-            trainer.describe()
+            print(trainer.describe())
         else:
             trainer.fit()
     except Stopped as stopped:

@@ -38,8 +38,9 @@ def png(width: int, height: int, depth: int, color: int, rows: bytes, *chunks: t
     """A PNG written by hand, for what Pillow does not write."""
     header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
     parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in parts)
+    checked = [struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+               for name, data in parts]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(checked)
 
 
 # ---------------------------------------------------------------- open_rgb
@@ -65,7 +66,8 @@ def test_palette_with_a_transparent_color_shows_white():
     picture.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
     picture.putdata([0, 1, 2])
     assert values(open_rgb(encode(picture))).tolist() == [[[255, 0, 0], [0, 255, 0], [0, 0, 255]]]
-    assert values(open_rgb(encode(picture, transparency=1))).tolist() == [[[255, 0, 0], [255] * 3, [0, 0, 255]]]
+    transparent = encode(picture, transparency=1)
+    assert values(open_rgb(transparent)).tolist() == [[[255, 0, 0], [255, 255, 255], [0, 0, 255]]]
 
 
 @pytest.mark.parametrize("mode, color", [("RGBA", (200, 100, 0)), ("LA", (60,))])
@@ -88,15 +90,16 @@ def test_sixteen_bits_are_scaled_not_clipped():
     result = values(open_rgb(encode(Image.fromarray(grey))))
     assert np.abs(result[..., 0] - grey / 65_535 * 255).max() <= 0.5 and result[0, -1, 0] == 255
     assert (result == result[..., :1]).all()
-    rows = b"\0" + struct.pack(">2H", 30_000, 65_535)
-    assert values(open_rgb(png(2, 1, 16, 0, rows, (b"tRNS", struct.pack(">H", 30_000)))))[0, :, 0].tolist() == [255, 255]
+    rows, transparency = b"\0" + struct.pack(">2H", 30_000, 0), (b"tRNS", struct.pack(">H", 30_000))
+    transparent = png(2, 1, 16, 0, rows, transparency)
+    assert values(open_rgb(transparent))[0, :, 0].tolist() == [255, 0]
     color = values(open_rgb(png(1, 1, 16, 2, b"\0" + struct.pack(">3H", 65_535, 12_850, 0))))
     assert np.abs(color[0, 0] - [255, 50, 0]).max() <= 1
 
 
 UPRIGHT = {1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1],
-           5: lambda a: a.swapaxes(0, 1), 6: lambda a: np.rot90(a, -1), 7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
-           8: lambda a: np.rot90(a, 1)}
+           5: lambda a: a.swapaxes(0, 1), 6: lambda a: np.rot90(a, -1),
+           7: lambda a: a[::-1, ::-1].swapaxes(0, 1), 8: lambda a: np.rot90(a, 1)}
 
 
 @pytest.mark.parametrize("orientation", UPRIGHT)
@@ -230,7 +233,8 @@ def test_fitting_pictures_are_not_resampled():
     assert (values(resize_and_crop(picture, 32)) == values(picture)[:, 7:39]).all()
 
 
-@pytest.mark.parametrize("size, crop", [(0, "center"), (8, (0, 0, 9)), (8, (5, 0, 4)), (8, (-1, 0, 4)), (8, (0, 0, 0))])
+@pytest.mark.parametrize("size, crop", [
+    (0, "center"), (8, (0, 0, 9)), (8, (5, 0, 4)), (8, (-1, 0, 4)), (8, (0, 0, 0))])
 def test_senseless_windows_are_refused(size, crop):
     with pytest.raises(ValueError, match="window"):
         resize_and_crop(smooth(16, 16), size, crop=crop)
@@ -268,7 +272,8 @@ def dark(picture: Image.Image) -> np.ndarray:
 def test_grid_shows_every_picture_and_every_caption():
     colors = torch.tensor([[1.0, -1, -1], [-1, 1, -1], [-1, -1, 1], [0, 0, 0], [1, 1, -1]])
     images = colors[:, :, None, None].expand(5, 3, 32, 32)
-    captions = ["red", "green", "a very long caption that has to be broken into several lines of text " * 2, "", "yellow"]
+    long = "a very long caption that has to be broken into several lines of text " * 2
+    captions = ["red", "green", long, "", "yellow"]
     plain, captioned = grid(images), grid(images, captions)
     for color in to_uint8(images)[:, 0, 0].tolist():
         for picture in (plain, captioned):

@@ -1,7 +1,7 @@
-"""A folder of pictures with captions beside them, or a list of both -> WebDataset tars as img2dataset names them.
+"""A folder of pictures with captions beside them, or a list of both -> WebDataset tars as img2dataset's.
 
-A sample becomes KEY.jpg (or jpeg, png, webp; the bytes as they are), KEY.txt and KEY.json with the path it had. KEY is
-five digits for the shard and four or more for the place in it.
+A sample becomes KEY.jpg (or jpeg, png, webp; the bytes as they are), KEY.txt and KEY.json with the path it
+had. KEY is five digits for the shard and four or more for the place in it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ EXAMPLES = 5
 
 @dataclass
 class PackReport:
-    """What packing did: folder written, samples in it, shards, and by reason how many were skipped, with a few paths."""
+    """What packing did: folder, samples and shards in it, files skipped by reason, a few paths of each."""
 
     folder: Path
     packed: int = 0
@@ -58,9 +58,11 @@ Item = tuple[str, Path, str]  # the path as the source names it, where it is, it
 def pack_folder(source: str | Path, out: str | Path, *, shard_size: int = 1000) -> PackReport:
     """Packs all pictures below `source` whose caption is beside them: a/b.jpg and a/b.txt.
 
-    They are shuffled, always in the same way, so that pictures of one folder do not fill whole shards. Skipped and
-    reported: pictures without caption, captions without picture, empty or undecodable captions, unreadable pictures.
-    Raises ValueError if `source` is no folder, `out` is not empty or nothing is left to pack; then `out` is not touched.
+    They are shuffled, always in the same way, so that pictures of one folder do not fill whole shards.
+    Skipped and reported: pictures without caption, captions without picture, empty or undecodable captions,
+    unreadable pictures.
+    Raises ValueError if `source` is no folder, `out` is not empty or nothing is left to pack; then `out` is
+    not touched.
     """
     root = Path(source)
     if not root.is_dir():
@@ -82,18 +84,21 @@ def pack_folder(source: str | Path, out: str | Path, *, shard_size: int = 1000) 
                 report.skip("picture without caption", name)
                 continue
             try:
-                yield name, path, beside.read_text(encoding="utf-8-sig")
+                caption = beside.read_text(encoding="utf-8-sig")
             except UnicodeDecodeError:
                 report.skip("caption not in UTF-8", name)
+            else:
+                yield name, path, caption
 
     return _pack(items(), report, shard_size)
 
 
 def pack_manifest(manifest: str | Path, out: str | Path, *, shard_size: int = 1000) -> PackReport:
-    """Packs the pictures of a JSONL file, in its order: {"image": path from the file's folder, "caption": "..."} a line.
+    """Packs what a JSONL file lists, in its order: {"image": path from the file's folder, "caption": text}.
 
-    Skipped and reported: missing and unreadable pictures, empty captions. Raises ValueError if the file is missing, a
-    line is something else, `out` is not empty or nothing is left to pack; then `out` is not touched.
+    Skipped and reported: missing, unreadable and other pictures, empty captions. Raises ValueError if the
+    file is missing, a line is something else, `out` is not empty or nothing is left to pack; then `out` is
+    not touched.
     """
     manifest = Path(manifest)
     if not manifest.is_file():
@@ -107,10 +112,12 @@ def pack_manifest(manifest: str | Path, out: str | Path, *, shard_size: int = 10
                     continue
                 name, caption = _entry(line, f"{manifest}:{number}")
                 path = manifest.parent / name
-                if path.is_file():
-                    yield name, path, caption
-                else:
+                if path.suffix[1:].lower() not in IMAGES:
+                    report.skip(f"none of {', '.join(IMAGES)}", name)
+                elif not path.is_file():
                     report.skip("picture not found", name)
+                else:
+                    yield name, path, caption
 
     return _pack(items(), report, shard_size)
 
@@ -120,11 +127,9 @@ def _entry(line: str, place: str) -> tuple[str, str]:
         entry = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{place}: no JSON: {error}") from error
-    if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("image", "caption")):
+    values = [entry.get(key) for key in ("image", "caption")] if isinstance(entry, dict) else [None]
+    if not all(isinstance(value, str) for value in values):
         raise ValueError(f'{place}: expected {{"image": "path", "caption": "text"}}, got {line.strip():.80}')
-    extension = Path(entry["image"]).suffix[1:].lower()
-    if extension not in IMAGES:
-        raise ValueError(f'{place}: image "{entry["image"]}" is none of {", ".join(IMAGES)}')
     return entry["image"], entry["caption"]
 
 
@@ -146,9 +151,10 @@ def _pack(items: Iterable[Item], report: PackReport, shard_size: int) -> PackRep
     digits = max(4, len(str(shard_size - 1)))
     try:
         temporary.mkdir(parents=True)
-        # Bytes in, fixed time stamps: the same input gives the same tars. % is ShardWriter's own sign in its pattern.
+        # Bytes and fixed times: the same input gives the same tars. ShardWriter fills its pattern in with %.
         pattern = str(temporary).replace("%", "%%") + "/%05d.tar"
-        with ShardWriter(pattern, maxcount=shard_size, maxsize=float("inf"), verbose=0, encoder=False, mtime=0) as writer:
+        with ShardWriter(pattern, maxcount=shard_size, maxsize=float("inf"), verbose=0, encoder=False,
+                         mtime=0) as writer:
             for name, path, caption in items:
                 caption, data = caption.strip(), path.read_bytes()
                 if not caption:
@@ -164,8 +170,8 @@ def _pack(items: Iterable[Item], report: PackReport, shard_size: int) -> PackRep
                               "txt": caption.encode(), "json": json.dumps({"path": name}).encode()})
                 report.packed += 1
         if not report.packed:
-            what = ", ".join(f"{count} {reason}" for reason, count in report.skipped.items()) or "there are no pictures"
-            raise ValueError(f"nothing to pack for {report.folder}: {what}")
+            what = ", ".join(f"{count} {reason}" for reason, count in report.skipped.items())
+            raise ValueError(f"nothing to pack for {report.folder}: {what or 'there are no pictures'}")
         report.shards = -(-report.packed // shard_size)
         os.replace(temporary, out)
     finally:

@@ -1,7 +1,8 @@
 """Tars -> batches of pictures and text embeddings, in an order that depends on the seed and the step alone.
 
-Global batch n holds positions n G .. (n + 1) G - 1 of the data order, whatever the number of ranks, micro-batches and
-threads; so a run resumes from its step number. Threads decode ahead (Pillow and numpy release Python's lock).
+Global batch n holds positions n G .. (n + 1) G - 1 of the data order, whatever the number of ranks,
+micro-batches and threads; so a run resumes from its step number. Threads decode ahead (Pillow and numpy
+release Python's lock).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from .shards import Shard
 log = logging.getLogger(__name__)
 
 ENOUGH_READ = 100
-"""The share of bad samples is judged from this many on; as many unreadable pictures in a row end the run as well."""
+"""The share of bad pictures is judged from this many on; as many in a row end the run as well."""
 
 
 class Embeddings(Protocol):
@@ -39,8 +40,11 @@ class Embeddings(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """b samples: images (b, 3, H, W) float32 in [-1, 1]; text, None if the loader has no embeddings; positions (b,) int64
-    in the data order; keys of the samples, which are those of the replacements for unreadable pictures."""
+    """b samples.
+
+    images (b, 3, H, W) float32 in [-1, 1]; text, None if the loader has no embeddings; positions (b,) int64
+    in the data order; keys of the samples (of the replacement where a picture was unreadable).
+    """
 
     images: Tensor
     text: TextEmbeddings | None
@@ -65,35 +69,38 @@ Locate = Callable[[int], tuple[int, int]]  # position -> (shard, index)
 class Loader:
     """The micro-batches of one rank.
 
-    shards: the tars; caches: the text embeddings of each, None for models without text; order: over their lengths.
-    size: smallest side of the pictures, which are cropped to a square; crop_size: side of a random window of it, drawn
-    from (seed, position); global_batch: samples per optimizer step on all ranks, a multiple of world_size * micro_batch.
-    threads decode; prefetch: micro-batches made ahead.
+    shards, caches: the tars and the text embeddings of each (None: no text); order: over their lengths.
+    size: of the square in the middle of a scaled picture; crop_size: of a random window of it, drawn from
+    (seed, position). global_batch: samples per optimizer step on all ranks, a multiple of
+    world_size * micro_batch. threads: for decoding; prefetch: micro-batches made ahead.
 
-    An unreadable picture is replaced by the next readable sample of the order, and logged once. Training stops when the
-    share of bad samples (unreadable, or excluded by the index) is above max_bad_share: at once if the index shows it, or
-    when the pictures read so far, at least ENOUGH_READ, have more bad ones than that share can explain by chance (three
-    standard deviations). Data sets of fewer than ENOUGH_READ samples start whatever their index excludes.
-    counters: pictures read (tries), bad (unreadable), upscaled (smaller than size), by this rank so far; excluded: by
-    the index, in all shards.
+    An unreadable picture is replaced by the next readable sample of the order, and logged once. Training
+    stops when the share of bad samples (unreadable, or excluded by the index) is above max_bad_share: at once
+    if the index shows it, or when the pictures read so far, at least ENOUGH_READ, have more bad ones than
+    that share can explain by chance (three standard deviations). Data sets of fewer than ENOUGH_READ samples
+    start whatever their index excludes.
+    counters: pictures read (tries), bad (unreadable), upscaled (smaller than size), by this rank so far;
+    excluded: by the index, in all shards.
     Raises ValueError for sizes that do not fit together, and when it stops.
     """
 
-    def __init__(self, shards: Sequence[Shard], caches: Sequence[Embeddings] | None, order: Order, *, size: int,
-                 crop_size: int | None = None, global_batch: int, rank: int = 0, world_size: int = 1, micro_batch: int,
-                 threads: int = 2, prefetch: int = 2, max_bad_share: float = 0.01, seed: int) -> None:
+    def __init__(self, shards: Sequence[Shard], caches: Sequence[Embeddings] | None, order: Order, *,
+                 size: int, crop_size: int | None = None, global_batch: int, micro_batch: int, rank: int = 0,
+                 world_size: int = 1, threads: int = 2, prefetch: int = 2, max_bad_share: float = 0.01,
+                 seed: int) -> None:
         assert [len(shard) for shard in shards] == order.sizes.tolist(), "the order is of other shards"
         assert 0 <= rank < world_size and threads > 0 and prefetch > 0
         if global_batch < 1 or micro_batch < 1 or global_batch % (world_size * micro_batch):
-            raise ValueError(f"a global batch of {global_batch} cannot be split into micro-batches of {micro_batch} "
-                             f"on {world_size} ranks")
+            raise ValueError(f"a global batch of {global_batch} cannot be split into micro-batches of "
+                             f"{micro_batch} on {world_size} ranks")
         if crop_size is not None and not 1 <= crop_size <= size:
             raise ValueError(f"crops of {crop_size} from pictures of {size}")
         if caches is not None and [len(cache) for cache in caches] != order.sizes.tolist():
             raise ValueError("the text embeddings are not those of these shards: run fastimagen embed")
         self.shards, self.caches, self.order = shards, caches, order
         self.size, self.crop_size, self.seed = size, crop_size, seed
-        self.global_batch, self.micro_batch, self.rank, self.world_size = global_batch, micro_batch, rank, world_size
+        self.global_batch, self.micro_batch = global_batch, micro_batch
+        self.rank, self.world_size = rank, world_size
         self.threads, self.prefetch, self.max_bad_share = threads, prefetch, max_bad_share
         self._ends = np.cumsum(order.sizes)
         self._bad: dict[tuple[int, int], str] = {}
@@ -109,9 +116,9 @@ class Loader:
                              f"data.max_bad_share = {max_bad_share} allows")
 
     def batches(self, start_step: int) -> Iterator[Batch]:
-        """This rank's micro-batches from optimizer step `start_step` on, without end; close the iterator to stop early.
+        """This rank's micro-batches from optimizer step `start_step` on, without end.
 
-        Errors of the decoding threads are raised here.
+        Close the iterator to end the decoding threads; their errors are raised here.
         """
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
         pending: deque[Future[tuple[Batch, list[_Sample]]]] = deque()
@@ -153,7 +160,7 @@ class Loader:
         images = torch.empty(len(positions), 3, side, side)
         rows = images.numpy()
         samples = [pool.submit(self._read, position, locate, rows[i]) for i, position in enumerate(positions)]
-        # Tasks start in order: when this one does, those that it waits for have all started, so it never blocks them.
+        # Tasks start in order: when this one does, those that it waits for have started, so none is blocked.
         return pool.submit(self._assemble, images, positions, samples)
 
     def _read(self, position: int, locate: Locate, pixels: np.ndarray) -> _Sample:
@@ -168,20 +175,22 @@ class Loader:
                 bad.append((shard, index, str(error)))
                 continue
             pixels[:] = to_tensor(resize_and_crop(image, self.size, crop=self._window(position))).numpy()
-            return _Sample(self.shards[shard].key(index), None if self.caches is None else self.caches[shard][index],
-                           min(image.size) < self.size, bad)
+            tokens = None if self.caches is None else self.caches[shard][index]
+            return _Sample(self.shards[shard].key(index), tokens, min(image.size) < self.size, bad)
         raise ValueError(f"{len(bad)} pictures in a row are unreadable, first {self._describe(*bad[0])}")
 
     def _window(self, position: int) -> Literal["center"] | tuple[int, int, int]:
         if self.crop_size is None:
             return "center"
-        top, left = random_bits(self.seed, CROPS, (position, 0), 2) % np.uint64(self.size - self.crop_size + 1)
-        return int(top), int(left), self.crop_size
+        places = self.size - self.crop_size + 1
+        top, left = random_bits(self.seed, CROPS, (position, 0), 2).tolist()
+        return top % places, left % places, self.crop_size
 
     def _assemble(self, images: Tensor, positions: Sequence[int],
                   futures: list[Future[_Sample]]) -> tuple[Batch, list[_Sample]]:
         samples = [future.result() for future in futures]
-        text = None if self.caches is None else TextEmbeddings.from_list([sample.tokens for sample in samples])
+        tokens = [sample.tokens for sample in samples]
+        text = None if self.caches is None else TextEmbeddings.from_list(tokens)
         where = torch.tensor(list(positions), dtype=torch.int64)  # (b,)
         return Batch(images, text, where, [sample.key for sample in samples]), samples
 

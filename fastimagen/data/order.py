@@ -1,7 +1,7 @@
-"""The order of the data as a pure function of (seed, epoch, position): exact resume needs no state but a number.
+"""The order of the data as a pure function of (seed, epoch, position): a number is all it takes to resume.
 
-Every epoch permutes the shards, takes them in blocks of a few, and permutes the samples inside each block. So any
-position is found without making the whole order, and reading touches few shards at a time.
+Every epoch permutes the shards, takes them in blocks of a few, and permutes the samples inside each block. So
+any position is found without making the whole order, and reading touches few shards at a time.
 """
 
 from __future__ import annotations
@@ -20,22 +20,23 @@ def random_bits(seed: int, stream: int, place: tuple[int, int], count: int) -> n
 
     Raw output of the generator: numpy promises that it stays the same, and not so for its permutations.
     """
-    key = [seed & 0xFFFF_FFFF_FFFF_FFFF, stream]
-    return np.random.Philox(key=np.array(key, dtype=np.uint64), counter=np.array([0, 0, *place], np.uint64)).random_raw(count)
+    key = np.array([seed & 0xFFFF_FFFF_FFFF_FFFF, stream], dtype=np.uint64)
+    counter = np.array([0, 0, *place], dtype=np.uint64)
+    return np.random.Philox(key=key, counter=counter).random_raw(count)
 
 
 class Order:
     """order[position] -> (shard, index) for any position >= 0; position // total is the epoch.
 
-    sizes: samples of each shard; block: shards whose samples are mixed. Each epoch holds every sample exactly once.
-    Raises ValueError if there are no samples. Threads may share it.
+    sizes: samples of each shard; block: shards whose samples are mixed. Each epoch holds every sample once.
+    Threads may share it. Raises ValueError if there are no samples.
     """
 
     def __init__(self, sizes: Sequence[int], seed: int, block: int = 4) -> None:
         self.sizes = np.array(sizes, dtype=np.int64)
         self.total = int(self.sizes.sum())
         if not self.total or self.sizes.min() < 0 or block < 1:
-            raise ValueError(f"no order of {self.total} samples in {len(self.sizes)} shards, {block} to a block")
+            raise ValueError(f"no order of {self.total} samples in {len(self.sizes)} shards, {block} a block")
         self.seed = seed
         self.block = block
         self._shards = lru_cache(maxsize=2)(self._permute_shards)

@@ -2,7 +2,7 @@
 
 A picture and its caption are a pure function of (split, index, seed, size), whatever else was made. Some pairs of colour
 and shape never occur in training; every caption of the split "unseen" names one, so that composition is measured and
-not memory. Lengths below are in pixels of a 64-pixel canvas.
+not memory. Lengths below are in pixels of a 64-pixel canvas; x grows to the right, y downwards.
 """
 
 from __future__ import annotations
@@ -12,23 +12,25 @@ import math
 import re
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
+from io import BytesIO
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 COLORS: dict[str, tuple[int, int, int]] = {
-    "red": (220, 30, 30), "orange": (245, 135, 20), "yellow": (245, 220, 30), "green": (40, 160, 60),
-    "cyan": (40, 200, 210), "blue": (40, 70, 220), "purple": (130, 50, 170), "pink": (245, 130, 190),
+    "red": (220, 25, 25), "orange": (240, 125, 15), "yellow": (250, 230, 40), "green": (35, 155, 50),
+    "cyan": (40, 205, 215), "blue": (35, 70, 225), "purple": (120, 25, 160), "pink": (245, 130, 190),
 }
-BACKGROUNDS: dict[str, tuple[int, int, int]] = {
-    "white": (250, 250, 250), "black": (12, 12, 12), "gray": (128, 128, 128), **COLORS,
-}
+# No word is both a shape's colour and a background: a small network learns such captions three times as fast.
+BACKGROUNDS: dict[str, tuple[int, int, int]] = {"white": (250, 250, 250), "black": (12, 12, 12), "gray": (128, 128, 128)}
 SHAPES = ("circle", "square", "triangle", "star", "cross")
 RADIUS = {"small": 10.0, "large": 16.0}
-POSITIONS: dict[str, tuple[float, float]] = {  # offset of the centre from the middle, x to the right, y down
+POSITIONS: dict[str, tuple[float, float]] = {  # offset of the object from the middle
     "center": (0, 0), "left": (-15, 0), "right": (15, 0), "top": (0, -15), "bottom": (0, 15),
 }
 PLACES = {"center": "in the center", "left": "on the left", "right": "on the right", "top": "at the top",
@@ -36,8 +38,8 @@ PLACES = {"center": "in the center", "left": "on the left", "right": "on the rig
 RELATIONS: dict[str, tuple[float, float]] = {  # offset of the first object; the second is opposite
     "to the left of": (-15, 0), "to the right of": (15, 0), "above": (0, -15), "below": (0, 15),
 }
-UNSEEN_PAIRS = frozenset({("red", "star"), ("blue", "cross"), ("green", "circle"), ("yellow", "triangle"),
-                          ("purple", "square")})
+UNSEEN_PAIRS = (("red", "star"), ("blue", "cross"), ("green", "circle"), ("yellow", "triangle"), ("purple", "square"))
+SEEN_PAIRS = tuple(pair for pair in product(COLORS, SHAPES) if pair not in UNSEEN_PAIRS)
 SPLITS = ("train", "val", "seen", "unseen")
 HELD_OUT = {"val": 512, "seen": 500, "unseen": 500}
 """Pictures of the other splits, whatever the number of training pictures."""
@@ -46,14 +48,16 @@ CANVAS = 64
 SUPERSAMPLING = 4
 JITTER = 1.5  # of the centre, uniform to each side
 RADIUS_JITTER = 0.05  # relative, uniform to each side
-UNMENTIONED = 0.1  # share of training captions that leave out the size, and of those that leave out the place
+UNMENTIONED = 0.1  # share of training captions that leave out the size, and of those that leave out the position
 TWO_OBJECTS = 4  # every fourth picture shows two objects
-VERSION = 1  # of the pictures: raise it when anything above changes
+VERSION = 2  # of scenes and pictures: raise it when anything above or below changes them
+
+_STREAMS = ("picture", "mention", "object", "place", "ground", "first", "second", "two grounds", "relation", "order")
 
 
 @dataclass(frozen=True)
 class Object:
-    """One shape; what the caption does not mention is None. The second of two objects has no size and position."""
+    """One shape; what the caption does not mention is None. Of two objects neither has a size or a position."""
 
     color: str
     shape: str
@@ -100,15 +104,27 @@ _PAIR = re.compile(f"an? {_one_of(COLORS)} {_one_of(SHAPES)} {_one_of(RELATIONS)
 
 
 def parse(text: str) -> Scene:
-    """The scene of a caption: the inverse of `caption`. Raises ValueError for sentences outside the grammar."""
+    """The scene of a caption: the inverse of `caption`.
+
+    Raises ValueError for sentences outside the grammar, and for scenes that no split can hold: an object on a
+    background of its own colour, two objects of the same colour and shape.
+    """
+    scene = None
     if match := _SINGLE.fullmatch(text):
         size, color, shape, place, background = match.groups()
         position = next((name for name, words in PLACES.items() if words == place), None)
-        return Scene((Object(color, shape, size, position),), background)
-    if match := _PAIR.fullmatch(text):
+        scene = Scene((Object(color, shape, size, position),), background)
+    elif match := _PAIR.fullmatch(text):
         color, shape, relation, color2, shape2, background = match.groups()
-        return Scene((Object(color, shape), Object(color2, shape2)), background, relation)
-    raise ValueError(f'not a caption of the shapes: "{text}"')
+        scene = Scene((Object(color, shape), Object(color2, shape2)), background, relation)
+    if scene is None or caption(scene) != text:  # a/an
+        raise ValueError(f'not a caption of the shapes: {text!r}; one is "a large red circle on the left of a white '
+                         'background"')
+    if scene.background in [thing.color for thing in scene.objects]:
+        raise ValueError(f"an object of the shapes never has the colour of its background: {text!r}")
+    if len(set(scene.objects)) < len(scene.objects):
+        raise ValueError(f"two objects of the shapes are never alike: {text!r}")
+    return scene
 
 
 # ---------------------------------------------------------------- scenes
@@ -117,79 +133,78 @@ def parse(text: str) -> Scene:
 def scene(split: str, index: int, seed: int = 0) -> Scene:
     """Scene number `index` of a split: a pure function of its arguments.
 
-    Attributes are uniform, but for the pairs that a split must not or must contain. Test captions ("seen", "unseen") of
-    one object mention everything. Raises ValueError for an unknown split.
+    Each attribute takes all its values equally often, in shuffled runs, so that a split is balanced wherever it ends.
+    Test captions ("seen", "unseen") of one object mention everything. Raises ValueError for an unknown split and for a
+    negative index or seed.
     """
-    return _draw_scene(split, index, _generator(split, index, seed))
+    def draw(choices: Sequence, stream: str):
+        run, place = divmod(number, len(choices))
+        return choices[_generator(seed, split, stream, run).permutation(len(choices))[place]]
+
+    firsts = UNSEEN_PAIRS if split == "unseen" else SEEN_PAIRS
+    group, within = divmod(index, TWO_OBJECTS)
+    if within < TWO_OBJECTS - 1:
+        number = group * (TWO_OBJECTS - 1) + within
+        color, shape = draw(firsts, "object")
+        size, position = draw([*product(RADIUS, POSITIONS)], "place")
+        if split in ("train", "val"):
+            no_size, no_position = _generator(seed, split, "mention", index).random(2) < UNMENTIONED
+            size, position = None if no_size else size, None if no_position else position
+        background = draw([name for name in BACKGROUNDS if name != color], "ground")
+        return Scene((Object(color, shape, size, position),), background)
+    number = group
+    first = draw(firsts, "first")
+    second = draw([pair for pair in SEEN_PAIRS if pair != first], "second")
+    if split == "unseen" and draw((False, True), "order"):  # the new pair in either place
+        first, second = second, first
+    background = draw([name for name in BACKGROUNDS if name not in (first[0], second[0])], "two grounds")
+    return Scene((Object(*first), Object(*second)), background, draw([*RELATIONS], "relation"))
 
 
 def sample(split: str, index: int, seed: int = 0, size: int = CANVAS) -> tuple[np.ndarray, str]:
-    """(picture (size, size, 3) uint8, caption) number `index` of a split."""
-    rng = _generator(split, index, seed)
-    drawn = _draw_scene(split, index, rng)
-    return render(drawn, size, rng), caption(drawn)
+    """(picture (size, size, 3) uint8, caption) number `index` of a split. Raises ValueError as `scene` does."""
+    drawn = scene(split, index, seed)
+    return render(drawn, size, _generator(seed, split, "picture", index)), caption(drawn)
 
 
-def _generator(split: str, index: int, seed: int) -> np.random.Generator:
+def _generator(seed: int, split: str, stream: str, number: int) -> np.random.Generator:
     if split not in SPLITS:
         raise ValueError(f'no split "{split}"; there are {", ".join(SPLITS)}')
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, SPLITS.index(split), index))))
-
-
-def _pick(rng: np.random.Generator, choices) -> str:
-    choices = tuple(choices)
-    return choices[rng.integers(len(choices))]
-
-
-def _draw_scene(split: str, index: int, rng: np.random.Generator) -> Scene:
-    first = _pair(rng, unseen=split == "unseen")
-    if index % TWO_OBJECTS == TWO_OBJECTS - 1:
-        second = first
-        while second == first:
-            second = _pair(rng, unseen=False)
-        background = _pick(rng, [name for name in BACKGROUNDS if name not in (first[0], second[0])])
-        objects = (Object(*first), Object(*second))
-        if split == "unseen" and rng.random() < 0.5:  # the new pair in either place
-            objects = objects[::-1]
-        return Scene(objects, background, _pick(rng, RELATIONS))
-    background = _pick(rng, [name for name in BACKGROUNDS if name != first[0]])
-    size, position = _pick(rng, RADIUS), _pick(rng, POSITIONS)
-    unmentioned = rng.random(2) < (UNMENTIONED if split in ("train", "val") else 0.0)
-    return Scene((Object(*first, None if unmentioned[0] else size, None if unmentioned[1] else position),), background)
-
-
-def _pair(rng: np.random.Generator, *, unseen: bool) -> tuple[str, str]:
-    if unseen:
-        return sorted(UNSEEN_PAIRS)[rng.integers(len(UNSEEN_PAIRS))]
-    while (pair := (_pick(rng, COLORS), _pick(rng, SHAPES))) in UNSEEN_PAIRS:
-        pass
-    return pair
+    if seed < 0 or number < 0:
+        raise ValueError(f"seed and index of a picture are 0 or more, got seed {seed}, index {number}")
+    key = (seed, SPLITS.index(split), _STREAMS.index(stream), number)
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
 
 
 # ---------------------------------------------------------------- pictures
 
 
-def outline(shape: str, radius: float) -> list[tuple[float, float]] | None:
-    """Corners around (0, 0), y down, of a shape of this radius; None for the circle. Areas are alike by design."""
+@lru_cache(maxsize=None)
+def outline(shape: str) -> np.ndarray:
+    """Corners (n, 2) of a shape of radius 1, (x, y) around the middle of what it spans; the circle has 64.
+
+    The factors bring the areas as close (1.85 to 2.7) as room allows, so that size and shape do not get mixed up.
+    """
     if shape == "circle":
-        return None
-    if shape == "square":
-        half = 0.85 * radius
-        return [(-half, -half), (half, -half), (half, half), (-half, half)]
-    if shape == "triangle":
-        return _regular(3, 1.15 * radius, dy=0.15 * radius)
-    if shape == "star":
-        outer, inner = _regular(5, 1.15 * radius), _regular(5, 0.5 * radius, turn=math.pi / 5)
-        return [corner for pair in zip(outer, inner) for corner in pair]
-    arm, half = radius, 0.36 * radius
-    return [(-half, -arm), (half, -arm), (half, -half), (arm, -half), (arm, half), (half, half),
-            (half, arm), (-half, arm), (-half, half), (-arm, half), (-arm, -half), (-half, -half)]
+        corners = _regular(64, 0.92)
+    elif shape == "square":
+        corners = _regular(4, 0.8 * math.sqrt(2), turn=math.pi / 4)
+    elif shape == "triangle":
+        corners = _regular(3, 1.2)
+    elif shape == "star":
+        corners = np.stack([_regular(5, 1.14), _regular(5, 0.55, turn=math.pi / 5)], 1).reshape(10, 2)
+    else:
+        arm, half = 1.0, 0.38
+        corner = np.array([(-half, -arm), (half, -arm), (half, -half)])
+        turns = [np.array([(math.cos(a), -math.sin(a)), (math.sin(a), math.cos(a))]) for a in math.pi / 2 * np.arange(4)]
+        corners = np.concatenate([corner @ turn.T for turn in turns])
+    return corners - (corners.min(0) + corners.max(0)) / 2
 
 
-def _regular(corners: int, radius: float, turn: float = 0.0, dy: float = 0.0) -> list[tuple[float, float]]:
-    """Corners of a regular polygon, the first one on top."""
-    angles = (turn + 2 * math.pi * i / corners for i in range(corners))
-    return [(radius * math.sin(angle), dy - radius * math.cos(angle)) for angle in angles]
+def _regular(count: int, radius: float, turn: float = 0.0) -> np.ndarray:
+    """Corners (count, 2) of a regular polygon around (0, 0), the first one on top."""
+    angles = turn + 2 * math.pi / count * np.arange(count)
+    return radius * np.stack([np.sin(angles), -np.cos(angles)], 1)
 
 
 def render(scene: Scene, size: int, rng: np.random.Generator) -> np.ndarray:
@@ -197,22 +212,17 @@ def render(scene: Scene, size: int, rng: np.random.Generator) -> np.ndarray:
     scale = SUPERSAMPLING * size / CANVAS
     canvas = Image.new("RGB", (SUPERSAMPLING * size,) * 2, BACKGROUNDS[scene.background])
     pen = ImageDraw.Draw(canvas)
-    for number, thing in enumerate(scene.objects):
+    for side, thing in zip((1, -1), scene.objects):
         if scene.relation:
-            x, y = RELATIONS[scene.relation]
-            x, y, radius = (x, y, RADIUS["small"]) if number == 0 else (-x, -y, RADIUS["small"])
+            middle, radius = side * np.array(RELATIONS[scene.relation]), RADIUS["small"]
         else:
-            x, y = POSITIONS[thing.position or _pick(rng, POSITIONS)]
-            radius = RADIUS[thing.size or _pick(rng, RADIUS)]
-        x, y = (CANVAS / 2 + offset + rng.uniform(-JITTER, JITTER) for offset in (x, y))
+            middle = np.array(POSITIONS[thing.position or rng.choice([*POSITIONS])])
+            radius = RADIUS[thing.size or rng.choice([*RADIUS])]
+        middle = CANVAS / 2 + middle + rng.uniform(-JITTER, JITTER, 2)
         radius *= rng.uniform(1 - RADIUS_JITTER, 1 + RADIUS_JITTER)
-        corners = outline(thing.shape, radius)
-        if corners is None:
-            pen.ellipse([scale * (x - radius), scale * (y - radius), scale * (x + radius), scale * (y + radius)],
-                        fill=COLORS[thing.color])
-        else:
-            pen.polygon([(scale * (x + dx), scale * (y + dy)) for dx, dy in corners], fill=COLORS[thing.color])
-    return np.asarray(canvas.reduce(SUPERSAMPLING))
+        corners = scale * (middle + radius * outline(thing.shape))
+        pen.polygon(corners.ravel().tolist(), fill=COLORS[thing.color])
+    return np.array(canvas.reduce(SUPERSAMPLING))
 
 
 # ---------------------------------------------------------------- shards
@@ -223,43 +233,53 @@ def write_shards(out: str | Path, count: int, size: int = CANVAS, seed: int = 0,
     """Write WebDataset shards out/train (count samples), out/val, out/seen, out/unseen: KEY.png, KEY.txt, KEY.json.
 
     Complete or not at all. Shards of the same pictures are left as they are; raises ValueError if `out` holds anything
-    else. progress(done, total) is called now and then.
+    else, and for counts and sizes that make no sense. progress(done, total) is called now and then.
     """
-    import webdataset
-
-    out = Path(out)
+    if count < 1 or size < 16 or seed < 0 or not 1 <= shard_size <= 10000:
+        raise ValueError(f"shapes need count >= 1, size >= 16, seed >= 0 and shard_size from 1 to 10000, got "
+                         f"{count}, {size}, {seed}, {shard_size}")
+    out = Path(out).resolve()
     if has_shards(out, count, size, seed):
         return
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is not empty and does not hold these shapes: choose another folder, or remove it first")
-    out.parent.mkdir(parents=True, exist_ok=True)
     aside = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.partial"
-    done, total = 0, count + sum(HELD_OUT.values())
+    counts = {split: HELD_OUT.get(split, count) for split in SPLITS}
+    before, total = 0, sum(counts.values())
     try:
         for split in SPLITS:
-            (aside / split).mkdir(parents=True)
-            with webdataset.ShardWriter(str(aside / split / "%05d.tar"), maxcount=shard_size, verbose=0) as writer:
-                for index in range(HELD_OUT.get(split, count)):
-                    image, text = sample(split, index, seed, size)
-                    key = f"{index // shard_size:05d}{index % shard_size:04d}"
-                    about = json.dumps({"caption": text, **asdict(parse(text))}).encode()
-                    writer.write({"__key__": key, "png": _png(image), "txt": text, "json": about})
-                    done += 1
-                    if progress and done % 1000 == 0:
-                        progress(done, total)
+            for done in _write_split(aside / split, split, counts[split], size, seed, shard_size):
+                if progress and (before + done) % 1000 == 0:
+                    progress(before + done, total)
+            before += counts[split]
         (aside / "shapes.json").write_text(json.dumps(_stamp(count, size, seed)) + "\n")
-        if out.exists():
-            out.rmdir()
-        aside.rename(out)
+        aside.replace(out)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _write_split(folder: Path, split: str, count: int, size: int, seed: int, shard_size: int):
+    """Write the shards of one split; yields the number of samples written so far."""
+    from webdataset import ShardWriter
+
+    folder.mkdir(parents=True)
+    # Bytes in, fixed time stamps: the same pictures give the same tars. % is ShardWriter's own sign in its pattern.
+    pattern = str(folder).replace("%", "%%") + "/%05d.tar"
+    with ShardWriter(pattern, maxcount=shard_size, maxsize=float("inf"), verbose=0, encoder=False, mtime=0) as writer:
+        for index in range(count):
+            image, text = sample(split, index, seed, size)
+            shard, within = divmod(index, shard_size)
+            about = {"caption": text, **asdict(parse(text))}
+            writer.write({"__key__": f"{shard:05d}{within:04d}", "png": _png(image), "txt": text.encode(),
+                          "json": json.dumps(about).encode()})
+            yield index + 1
 
 
 def has_shards(out: str | Path, count: int, size: int, seed: int) -> bool:
     """Whether `out` holds exactly these pictures, complete."""
     try:
         return json.loads((Path(out) / "shapes.json").read_text()) == _stamp(count, size, seed)
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ValueError):  # no such file, or not ours
         return False
 
 
@@ -268,8 +288,6 @@ def _stamp(count: int, size: int, seed: int) -> dict[str, int]:
 
 
 def _png(image: np.ndarray) -> bytes:
-    from io import BytesIO
-
     buffer = BytesIO()
     Image.fromarray(image).save(buffer, format="PNG", compress_level=1)
     return buffer.getvalue()

@@ -1,8 +1,9 @@
 """WebDataset tars as random-access collections of (picture, caption): an index of places, read with pread.
 
-A sample is all files of a tar that share a key, the path up to the first dot of the file's name (webdataset's rule).
-KEY.jpg, .jpeg, .png or .webp and KEY.txt make a sample, KEY.json is optional, other files are ignored. What is no sample
-is counted by reason. The index of TAR is kept as TAR.index beside it, since walking 10 000 samples takes half a second.
+A sample is all files of a tar that share a key, the path up to the first dot of the file's name (webdataset's
+rule). KEY.jpg, .jpeg, .png or .webp and KEY.txt make a sample, KEY.json is optional, other files are ignored.
+What is no sample is counted by reason. The index of TAR is kept as TAR.index beside it, since walking 10 000
+samples takes half a second.
 """
 
 from __future__ import annotations
@@ -47,9 +48,9 @@ PRIVATE = re.compile(r"__[^/]*__($|/)")  # webdataset's own notes inside a tar
 class Shard:
     """One local tar of n samples; their contents are read on request, from any thread.
 
-    path: the tar; stamp: its size and time when it was indexed; places (n, 6) int64: offset and size in bytes of picture,
-    caption and json (size 0: no json); names (n,): keys as bytes; excluded: how many are no sample, by reason.
-    Reading raises ValueError if the tar is not the same any more.
+    path: the tar; stamp: its size and time when it was indexed; places (n, 6) int64: offset and size in bytes
+    of picture, caption and json (size 0: no json); names (n,): keys as bytes; excluded: how many are no
+    sample, by reason. Reading raises ValueError if the tar is not the same any more.
     """
 
     path: str
@@ -88,7 +89,7 @@ class Shard:
 
     def _read(self, index: int, column: int) -> bytes:
         offset, size = self.places[index, column:column + 2].tolist()
-        file = _open(self.path, self.stamp)  # keeps the descriptor open while it is read, even if the cache drops it
+        file = _open(self.path, self.stamp)  # keeps the descriptor open even if the cache drops it now
         data = os.pread(file.fd, size, offset)
         if len(data) != size:
             raise ValueError(f"shard {self.path} has changed since it was indexed")
@@ -127,9 +128,10 @@ def _text(name: bytes) -> str:
 def index_shard(path: str | Path) -> Shard:
     """Walks the headers of a tar, and reads its captions.
 
-    Not samples, and counted: keys with "no image", "no caption", "empty caption" or a "caption not in UTF-8"; pictures
-    with a "dot in the key", which webdataset's rule merges into one key; the "duplicate" second picture or caption of a
-    key. Raises ValueError, one line, if the file is missing, empty, truncated, damaged or no plain tar.
+    Not samples, and counted: keys with "no image", "no caption", "empty caption" or a "caption not in UTF-8";
+    pictures with a "dot in the key", which webdataset's rule merges into one key; the "duplicate" second
+    picture or caption of a key. Raises ValueError, one line, if the file is missing, empty, truncated,
+    damaged or no plain tar.
     """
     try:
         file = _File(str(path))
@@ -160,8 +162,8 @@ def index_shard(path: str | Path) -> Shard:
         else:
             places.append((*files["image"], *files["txt"], *files.get("json", (0, 0))))
             names.append(key.encode("utf-8", "surrogateescape"))
-    return Shard(str(path), file.stamp, np.array(places, dtype=np.int64).reshape(-1, 6), np.array(names, dtype=np.bytes_),
-                 {reason: count for reason, count in excluded.items() if count})
+    return Shard(str(path), file.stamp, np.array(places, dtype=np.int64).reshape(-1, 6),
+                 np.array(names, dtype=np.bytes_), {reason: n for reason, n in excluded.items() if n})
 
 
 def _fault(fd: int, files: dict[str, tuple[int, int]]) -> str | None:
@@ -187,7 +189,7 @@ def _walk(file: _File, path: str | Path) -> Iterator[tuple[str, int, int]]:
     while True:
         header = os.pread(fd, BLOCK, offset)
         if len(header) < BLOCK:
-            raise ValueError(f"shard {path} is truncated: it stops at byte {total} without the mark of a tar's end")
+            raise ValueError(f"shard {path} is truncated: it stops at byte {total} without a tar's end mark")
         if not any(header):
             break
         size, kind = _check(header, offset, path), header[156:157]
@@ -208,7 +210,7 @@ def _walk(file: _File, path: str | Path) -> Iterator[tuple[str, int, int]]:
     if not offset:
         raise ValueError(f"shard {path} is empty: a tar without files")
     if any(os.pread(fd, 1 << 16, offset)):
-        raise ValueError(f"shard {path} has content after the mark of a tar's end: are these several tars in one file?")
+        raise ValueError(f"shard {path} goes on after a tar's end mark: are these several tars in one file?")
 
 
 def _check(header: bytes, offset: int, path: str | Path) -> int:
@@ -223,7 +225,9 @@ def _check(header: bytes, offset: int, path: str | Path) -> int:
         expected = size = -1
     if expected != sum(header) - sum(header[148:156]) + 8 * ord(" "):
         what = f"damaged at byte {offset}" if offset else "no tar"
-        raise ValueError(f"shard {path} is {what}{': it is compressed' if header[:2] == bytes([31, 139]) else ''}")
+        if header.startswith(b"\x1f\x8b"):
+            what += ": it is compressed, and cannot be read at random places"
+        raise ValueError(f"shard {path} is {what}")
     return size
 
 
@@ -244,7 +248,7 @@ def _pax(content: bytes, path: str | Path) -> dict[str, str]:
         records[_text(key)] = _text(value)
         content = content[int(length):]
     if any(key.startswith("GNU.sparse.") for key in records):
-        raise ValueError(f"shard {path} holds sparse files, which are not supported: write it without --sparse")
+        raise ValueError(f"shard {path} holds sparse files: write it without --sparse")
     return records
 
 
@@ -252,7 +256,7 @@ def _pax(content: bytes, path: str | Path) -> dict[str, str]:
 
 
 def list_shards(source: str | Path | Sequence[str | Path]) -> list[str]:
-    """Tars of a folder (*.tar, sorted), glob, {000..999} range, path or URL, or of a list of these, in its order.
+    """The tars of a folder (sorted), glob, {000..999} range, path or URL, or of a list of these in its order.
 
     Raises ValueError that says what was looked for if there is nothing, or if a shard comes twice.
     """
@@ -281,7 +285,7 @@ def list_shards(source: str | Path | Sequence[str | Path]) -> list[str]:
         return [pattern]
     shards = sorted(glob(pattern)) if has_magic(pattern) else []
     if not shards:
-        raise ValueError(f"no shards: {pattern} is no tar, folder of tars, URL or pattern that matches a file")
+        raise ValueError(f"no shards: {pattern} is no tar, folder, URL or pattern that matches a file")
     return shards
 
 
@@ -289,9 +293,9 @@ def open_shards(source: str | Path | Sequence[str | Path], *, cache: str | Path 
                 world_size: int = 1) -> list[Shard]:
     """All shards of `source` (see `list_shards`), those of URLs fetched into the folder `cache`.
 
-    Indices are read, or made and kept, beside the tars. Each rank starts at another shard, so that ranks that start
-    together share the work of the first time. Raises ValueError as `list_shards` and `index_shard` do, for a URL without
-    cache, a failed download, and if there is no sample at all.
+    Indices are read, or made and kept, beside the tars. Each rank starts at another shard, so that ranks that
+    start together share the work of the first time. Raises ValueError as `list_shards` and `index_shard` do,
+    for a URL without cache, a failed download, and if there is no sample at all.
     """
     paths = list_shards(source)
     shards: dict[int, Shard] = {}
@@ -305,15 +309,15 @@ def open_shards(source: str | Path | Sequence[str | Path], *, cache: str | Path 
     reasons = ", ".join(f"{count} {reason}" for reason, count in excluded.items()) or "nothing"
     if not samples:
         raise ValueError(f"no sample in {len(shards)} shards ({paths[0]} ...): left out {reasons}")
-    log.log(logging.WARNING if excluded else logging.INFO, "%d samples in %d shards; left out: %s", samples, len(shards),
-            reasons)
+    log.log(logging.WARNING if excluded else logging.INFO, "%d samples in %d shards; left out: %s",
+            samples, len(shards), reasons)
     return [shards[i] for i in range(len(paths))]
 
 
 def fetch(url: str, cache: str | Path | None) -> str:
-    """Copies a shard from wherever webdataset's gopen reads into the folder `cache`, once, and returns its path there.
+    """Copies a shard, once, from wherever webdataset's gopen reads into the folder `cache`; returns its path.
 
-    The file appears whole, after its index could be made. Processes that want the same shard wait for the first.
+    The file appears whole, after its index could be made. Of processes that want the same shard, one fetches.
     Raises ValueError if there is no cache folder, the download fails or the tar is damaged.
     """
     from webdataset import gopen
@@ -353,8 +357,8 @@ def _indexed(path: str) -> Shard:
             header = kept.metadata() or {}
             if (header.get("format"), header.get("tar")) == (FORMAT, stamp):
                 names = kept.get_tensor("names")  # (n, longest) uint8
-                return Shard(path, stamp, kept.get_tensor("places"), names.view(f"S{names.shape[1]}").reshape(-1),
-                             json.loads(header["excluded"]))
+                return Shard(path, stamp, kept.get_tensor("places"),
+                             names.view(f"S{names.shape[1]}").reshape(-1), json.loads(header["excluded"]))
     except FileNotFoundError:
         pass  # the first time, or the tar itself is missing: index_shard will say so
     except (OSError, SafetensorError) as error:
@@ -365,9 +369,10 @@ def _indexed(path: str) -> Shard:
 
 
 def _keep_index(shard: Shard) -> None:
-    names = torch.from_numpy(shard.names.view(np.uint8).reshape(len(shard), shard.names.itemsize))  # (n, longest)
+    names = shard.names.view(np.uint8).reshape(len(shard), shard.names.itemsize)  # (n, longest)
+    tensors = {"places": torch.from_numpy(shard.places), "names": torch.from_numpy(names)}
     try:
-        write_safetensors(f"{shard.path}.index", {"places": torch.from_numpy(shard.places), "names": names},
+        write_safetensors(f"{shard.path}.index", tensors,
                           {"format": FORMAT, "tar": shard.stamp, "excluded": json.dumps(shard.excluded)})
     except OSError as error:
         _warn_unkept(os.path.dirname(shard.path), error.strerror)
@@ -375,4 +380,4 @@ def _keep_index(shard: Shard) -> None:
 
 @lru_cache
 def _warn_unkept(folder: str, reason: str) -> None:
-    log.warning("indices of the shards in %s cannot be kept there (%s): every start makes them anew", folder, reason)
+    log.warning("the index of shards in %s cannot be kept (%s): every start makes it anew", folder, reason)

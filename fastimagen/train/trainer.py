@@ -6,6 +6,8 @@ To resume, run the same command again. A step's randomness is a function of (see
 
 from __future__ import annotations
 
+import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from ..cascade import Stage
 from ..config import Config, StageConfig, StageTrainConfig
 from ..data.source import Split, embed_all, is_embedded, open_split, prepare_shapes
 from ..samplers import mix_seed
+from ..unet import UNet
 from . import checkpoint
 from .control import StopRequest, lock_run
 from .ema import EMA
@@ -46,6 +49,24 @@ class Trainer:
         self.settings = config.fastimagen.train
         self.run_dir = Path(run_dir or self.settings.run)
         self.cascade, self.stages = plan(config, stage)
+
+    def describe(self) -> str:
+        """What `fit()` would run: the stages, the DeepSpeed configuration of each, the whole file. Writes nothing."""
+        lines = []
+        world, cuda = int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.is_available()
+        for config in self.stages:
+            here = self.settings.stages.get(config.name, StageTrainConfig())
+            steps = here.steps or self.settings.steps
+            deepspeed, notices = resolve_deepspeed(
+                self.config.deepspeed, here.deepspeed, steps=steps, world_size=world, cuda=cuda,
+                tensorboard=str(self.run_dir / "tensorboard"), job_name=config.name)
+            with torch.device("meta"):
+                millions = sum(p.numel() for p in UNet(config.unet).parameters()) / 1e6
+            lines.append(f"{config.name}: {config.size}x{config.size}, {millions:.2f} M parameters, {steps} steps of "
+                         f"{deepspeed['train_batch_size']} images on {world} x {'cuda' if cuda else 'cpu'}")
+            lines += [f"{config.name}: {notice}" for notice in notices]
+            lines.append(f"{config.name}: DeepSpeed {json.dumps(deepspeed)}")
+        return "\n".join([*lines, self.config.to_json()])
 
     def fit(self) -> None:
         self.device = init_distributed()

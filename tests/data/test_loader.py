@@ -87,10 +87,13 @@ def shards(tmp_path_factory):
     (1, 12, 1, 1), (2, 6, 2, 2), (2, 3, 3, 1), (4, 3, 2, 2), (3, 2, 1, 3), (12, 1, 2, 1)])
 @pytest.mark.parametrize("start", [0, 17])
 def test_global_batches_do_not_depend_on_how_they_are_split(shards, world, micro, threads, prefetch, start):
-    steps, order = 16, Order([len(shard) for shard in shards], 5, block=2)  # 178 samples: step 14 crosses an epoch
-    parts = [take(make_loader(shards, world_size=world, rank=rank, micro_batch=micro, threads=threads, prefetch=prefetch),
-                  start, steps * 12 // world // micro) for rank in range(world)]
-    per_step = 12 // world // micro
+    order = Order([len(shard) for shard in shards], 5, block=2)
+    steps, per_step = 16, 12 // world // micro  # 178 samples: the 14th step crosses the end of an epoch
+    parts = []
+    for rank in range(world):
+        loader = make_loader(shards, world_size=world, rank=rank, micro_batch=micro, threads=threads,
+                             prefetch=prefetch)
+        parts.append(take(loader, start, steps * per_step))
     for step in range(steps):
         batches = [batch for part in parts for batch in part[step * per_step:(step + 1) * per_step]]
         found = {int(p): key for batch in batches for p, key in zip(batch.positions, batch.keys)}
@@ -120,7 +123,8 @@ def test_no_sample_is_lost_or_repeated_in_an_epoch(tmp_path_factory, sizes, worl
     needed = -(-2 * total // (world * share)) * steps  # micro-batches of two epochs
     seen: dict[int, str] = {}
     for rank in range(world):
-        loader = make_loader(shards, seed=seed, world_size=world, rank=rank, micro_batch=micro, global_batch=world * share)
+        loader = make_loader(shards, seed=seed, world_size=world, rank=rank, micro_batch=micro,
+                             global_batch=world * share)
         for batch in take(loader, 0, needed):
             for position, key in zip(batch.positions.tolist(), batch.keys):
                 assert seen.setdefault(position, key) is key
@@ -133,7 +137,7 @@ def test_fixed_batch_is_in_the_order_of_the_shards(shards):
     loader = make_loader(shards)
     indices = [0, 1, 39, 40, 64, 65, 177, 5]
     batch = loader.fixed_batch(indices)
-    assert numbers(batch) == indices and batch.keys == [str(i) for i in indices] and batch.positions.tolist() == indices
+    assert numbers(batch) == indices == batch.positions.tolist() and batch.keys == [str(i) for i in indices]
     with pytest.raises(IndexError, match="178"):
         loader.fixed_batch([3, 178])
 
@@ -167,7 +171,8 @@ def test_random_windows_depend_on_the_position_alone(tmp_path):
         assert batch.images.shape == (6, 3, 16, 16)
         for window, key in zip(batch.images, batch.keys):
             square = to_tensor(resize_and_crop(Image.fromarray(noise[int(key)]), 40))
-            hits = [(y, x) for y in range(25) for x in range(25) if torch.equal(square[:, y:y + 16, x:x + 16], window)]
+            hits = [(y, x) for y in range(25) for x in range(25)
+                    if torch.equal(square[:, y:y + 16, x:x + 16], window)]
             assert len(hits) == 1
             offsets.add(hits[0])
     rows, columns = zip(*offsets)
@@ -199,7 +204,8 @@ def test_damaged_pictures_are_replaced_alike_in_every_run(tmp_path, caplog):
             while int(shards[order[wanted][0]].key(order[wanted][1])) in bad:
                 wanted, replaced = wanted + 1, replaced + 1
             assert key == shards[order[wanted][0]].key(order[wanted][1])
-    assert loader.counters["bad"] == replaced >= 2 * len(bad) and loader.counters["read"] == 2 * total + replaced
+    assert loader.counters["bad"] == replaced >= 2 * len(bad)
+    assert loader.counters["read"] == 2 * total + replaced
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == len(bad) and sum('"90" of' in line and "002.tar" in line for line in lines) == 1
     resumed = take(make_loader(shards, max_bad_share=1.0, world_size=3, rank=2, micro_batch=2), 7, 2)
@@ -216,7 +222,7 @@ def test_chance_does_not_stop_but_a_larger_share_does(tmp_path):
     assert len(take(make_loader(rare), 0, 100)) == 100
     often = make_shards(tmp_path, [300], bad=set(range(0, 300, 20)))  # 5 %
     loader = make_loader(often)
-    with pytest.raises(ValueError, match=r'pictures read are unreadable, more than data.max_bad_share = 0.01 .*"\d*0" of'):
+    with pytest.raises(ValueError, match=r'unreadable, more than data.max_bad_share = 0.01 .*"\d*0" of'):
         take(loader, 0, 100)
     assert 100 <= loader.counters["read"] < 600
     assert len(take(make_loader(often, max_bad_share=0.05), 0, 50)) == 50
@@ -239,7 +245,7 @@ def test_what_the_index_excludes_counts(tmp_path):
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
     shards = [index_shard(path)]
-    with pytest.raises(ValueError, match=r"20 of 200 samples cannot be used \(20 empty caption\), more than data.max_bad"):
+    with pytest.raises(ValueError, match=r"20 of 200 samples cannot be used \(20 empty caption\), more than"):
         make_loader(shards)
     assert make_loader(shards, max_bad_share=0.1).counters["excluded"] == 20
 

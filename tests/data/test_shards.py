@@ -42,7 +42,8 @@ def sample_files(count: int, prefix: str = "", start: int = 0) -> dict[str, byte
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 @pytest.mark.parametrize("prefix", ["", "./", "a.b/c/", "d" * 90 + "/" + "e" * 60 + "/", "ü/"])
 def test_index_reads_what_webdataset_reads(tmp_path, format, prefix):
-    path = make_tar(tmp_path / "a.tar", {**sample_files(7, prefix), f"{prefix}00003.json": b'{"url": "u"}'}, format)
+    files = sample_files(7, prefix) | {f"{prefix}00003.json": b'{"url": "u"}'}
+    path = make_tar(tmp_path / "a.tar", files, format)
     shard = index_shard(path)
     reference = {}  # webdataset would take the json at the end for a sample of its own
     for sample in webdataset.WebDataset(str(path), shardshuffle=False):
@@ -61,17 +62,20 @@ def test_every_extension_and_case(tmp_path):
     for i, extension in enumerate(["jpg", "jpeg", "png", "webp", "JPG", "PnG"]):
         files |= {f"{i}.{extension}": bytes([i]), f"{i}.txt": b"text"}
     shard = index_shard(make_tar(tmp_path / "a.tar", files))
-    assert shard.keys == list("012345") and [shard.image(i) for i in range(6)] == [bytes([i]) for i in range(6)]
+    assert shard.keys == list("012345")
+    assert [shard.image(i) for i in range(6)] == [bytes([i]) for i in range(6)]
 
 
 def test_what_is_no_sample_is_counted_by_reason(tmp_path):
     files = sample_files(3) | {
         "lonely.jpg": b"x", "orphan.txt": b"x", "note.json": b"{}", "blank.png": b"x", "blank.txt": b" \n\t",
-        "void.png": b"x", "void.txt": b"", "latin.png": b"x", "latin.txt": "é".encode("latin-1"), "00001.png": b"second",
-        "00002.seg.png": b"a mask beside a picture is fine", "__notes__": b"", "README": b""}
+        "void.png": b"x", "void.txt": b"", "latin.png": b"x", "latin.txt": "é".encode("latin-1"),
+        "00001.png": b"second", "00002.seg.png": b"a mask beside a picture is fine", "__notes__": b"",
+        "README": b""}
     shard = index_shard(make_tar(tmp_path / "a.tar", files))
     assert len(shard) == 3 and shard.image(1).startswith(b"picture 1")
-    assert shard.excluded == {"no caption": 1, "no image": 2, "empty caption": 2, "caption not in UTF-8": 1, "duplicate": 1}
+    assert shard.excluded == {"no caption": 1, "no image": 2, "empty caption": 2, "caption not in UTF-8": 1,
+                              "duplicate": 1}
 
 
 def test_keys_with_dots_are_merged_by_webdataset_and_counted(tmp_path):
@@ -86,7 +90,8 @@ def test_files_of_a_key_need_not_be_neighbours(tmp_path):
     files = sample_files(3)
     names = sorted(files, key=lambda name: name[-3:])  # all pictures first
     shard = index_shard(make_tar(tmp_path / "a.tar", {name: files[name] for name in names}))
-    assert len(shard) == 3 and shard.image(2).startswith(b"picture 2") and shard.caption(2).startswith("caption 2")
+    assert len(shard) == 3
+    assert shard.image(2).startswith(b"picture 2") and shard.caption(2).startswith("caption 2")
 
 
 def test_links_and_folders_are_skipped(tmp_path):
@@ -116,9 +121,11 @@ def broken(tmp_path, what: str):
 
 
 @pytest.mark.parametrize("what, message", [
-    ("0 bytes", "is empty: 0 bytes"), ("no files", "is empty: a tar without files"), ("cut in a header", "is truncated"),
-    ("cut in a file", "is truncated"), ("cut between files", "is truncated: .* without the mark"), ("no tar", "is no tar"),
-    ("gzip", "is no tar: it is compressed"), ("flipped", "is damaged at byte 2048"), ("two tars", "several tars in one")])
+    ("0 bytes", "is empty: 0 bytes"), ("no files", "is empty: a tar without files"),
+    ("cut in a header", "is truncated"), ("cut in a file", "is truncated"),
+    ("cut between files", "is truncated: .* without a tar's end"), ("no tar", "is no tar"),
+    ("gzip", "is no tar: it is compressed"), ("flipped", "is damaged at byte 2048"),
+    ("two tars", "several tars in one")])
 def test_broken_tars_are_one_line_errors_that_name_the_file(tmp_path, what, message):
     path = broken(tmp_path, what)
     with pytest.raises(ValueError, match=message) as error:
@@ -132,8 +139,9 @@ def test_missing_tar_is_named(tmp_path):
 
 
 def test_many_threads_read_many_shards(tmp_path):
-    paths = [make_tar(tmp_path / f"{i:03d}.tar", sample_files(2, start=2 * i)) for i in range(150)]  # more than stay open
-    shards = [index_shard(path) for path in paths]
+    shards = []
+    for i in range(150):  # more than stay open
+        shards.append(index_shard(make_tar(tmp_path / f"{i:03d}.tar", sample_files(2, start=2 * i))))
     wrong = []
 
     def read(seed):
@@ -158,7 +166,8 @@ def test_index_is_kept_and_made_anew_when_the_tar_changes(tmp_path, monkeypatch)
     assert again.keys == first.keys and again.excluded == first.excluded == {"no caption": 1}
     assert again.image(2) == first.image(2) and again.captions() == first.captions()
     stat = os.stat(path)
-    make_tar(path, {name.replace("0", "9"): content for name, content in sample_files(3).items()} | {"l.jpg": b"x"})
+    files = {name.replace("0", "9"): content for name, content in sample_files(3).items()}
+    make_tar(path, files | {"l.jpg": b"x"})  # as large as before
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
     assert open_shards(path)[0].keys == ["99999", "99991", "99992"]
     (tmp_path / "a.tar.index").write_bytes(b"rubbish")
@@ -201,16 +210,18 @@ def test_sources_of_every_kind(tmp_path):
     assert list_shards(f"{tmp_path}/train/{{000,010,002}}.tar") == [train[0], train[2], train[1]]
     assert list_shards(f"{tmp_path}/{{val,train}}/*.tar") == val + train
     assert list_shards([train[2], tmp_path / "val"]) == [train[2], *val]
-    assert list_shards("http://host/{008..011}.tar?a=*") == [f"http://host/{i:03d}.tar?a=*" for i in range(8, 12)]
-    assert list_shards("pipe:cat {a,b}.tar | gunzip") == ["pipe:cat a.tar | gunzip", "pipe:cat b.tar | gunzip"]
+    urls = [f"http://host/{i:03d}.tar?a=*" for i in range(8, 12)]
+    assert list_shards("http://host/{008..011}.tar?a=*") == urls
+    assert list_shards("pipe:cat {a,b}.tar | cat") == ["pipe:cat a.tar | cat", "pipe:cat b.tar | cat"]
 
 
 def test_nothing_found_says_what_was_looked_for(tmp_path):
     make_tar(tmp_path / "000.tar", sample_files(1))
     (tmp_path / "none").mkdir()
-    for source in (f"{tmp_path}/none", f"{tmp_path}/*.tarr", f"{tmp_path}/{{000..001}}.tar", f"{tmp_path}/gone.tar"):
-        with pytest.raises(ValueError, match="none|tarr|001.tar|gone.tar"):
-            list_shards(source)
+    for source, missing in (("none", "none"), ("*.tarr", "tarr"), ("{000..001}.tar", "001.tar"),
+                            ("gone.tar", "gone.tar")):
+        with pytest.raises(ValueError, match=f"no .*{tmp_path}/.*{missing}"):
+            list_shards(f"{tmp_path}/{source}")
     with pytest.raises(ValueError, match="listed twice"):
         list_shards([f"{tmp_path}/000.tar", str(tmp_path)])
     with pytest.raises(ValueError, match="empty"):
