@@ -9,12 +9,12 @@ from pathlib import Path
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point. A user's mistake is one line on stderr and exit status 1."""
+    """Entry point. A user's mistake is one line on stderr and exit status 1; one that argparse finds, usage and 2."""
     options = parser().parse_args(arguments)
     try:
         options.run_command(options)
     except (ValueError, OSError, ImportError) as error:
-        print(f"error: {str(error) or type(error).__name__}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -125,6 +125,10 @@ def _load(options: argparse.Namespace):
     from .pipeline import ImagenPipeline
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise ValueError(f"--device {device} is not to be had here: {str(error).partition(chr(10))[0]}") from None
     return ImagenPipeline.from_pretrained(options.model, device=device, dtype=getattr(torch, options.dtype))
 
 
@@ -150,13 +154,24 @@ def _captions(options: argparse.Namespace):
         captions, where = options.captions, "--captions"
     else:
         where = options.captions[0]
-        captions = Path(where).read_text(encoding="utf-8").splitlines()
+        captions = _lines(Path(where))
     if not captions:
         raise ValueError(f"{where} holds no captions")
     blank = [str(number) for number, caption in enumerate(captions, 1) if not caption.strip()]
     if blank:
         raise ValueError(f"{where}: caption {', '.join(blank[:5])} is blank; line i is image i, so take it out")
     return captions, None
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a text file. Raises ValueError naming it when it cannot be read."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would also break at form feeds and such
+    except OSError as error:
+        raise ValueError(f"cannot read captions {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"captions {path} are not UTF-8: {error}") from None
+    return lines if lines[-1] else lines[:-1]
 
 
 def _evaluate(options: argparse.Namespace) -> None:

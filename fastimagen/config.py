@@ -48,7 +48,7 @@ class UNetConfig(Section):
     """Heads of cross-attention; None means heads."""
     head_dim: int = Field(64, ge=16, le=128, multiple_of=8)
     """Channels per head."""
-    cond_dim: int | None = None
+    cond_dim: int | None = Field(None, ge=1)
     """Width of the conditioning tokens (time and text); None means dim."""
     time_tokens: int = Field(2, ge=1)
     """Conditioning tokens made from the time embedding, and as many from the low-res time."""
@@ -94,7 +94,9 @@ class UNetConfig(Section):
         for width in (self.dim, *(self.dim * mult for mult in self.dim_mults)):
             if width % self.groups:
                 raise ValueError(f"a level of {width} channels cannot be split into groups = {self.groups}")
-        if any(kernel % 2 == 0 for kernel in self.stem_kernels) or not self.stem_kernels:
+        if min(self.per_level("num_blocks")) < 0:
+            raise ValueError(f"num_blocks must not be negative, got {self.num_blocks}")
+        if not self.stem_kernels or any(kernel < 1 or kernel % 2 == 0 for kernel in self.stem_kernels):
             raise ValueError(f"stem_kernels must be odd, got {self.stem_kernels}")
         if self.text_dim is None and (self.text_in_self_attention or self.text_padding == "null"):
             raise ValueError("text_in_self_attention and text_padding need text_dim")
@@ -211,11 +213,15 @@ class StageConfig(Section):
     crop: int | None = None
     """Train on random crops of this side (the paper's 1024 stage: 256); sampling is always at full size."""
     unet: UNetConfig
+    """The network."""
     schedule: ScheduleConfig = ScheduleConfig()
+    """How noise grows with time."""
     objective: ObjectiveConfig = ObjectiveConfig()
+    """What training asks of the network."""
     augmentation: AugmentationConfig | None = None
     """Given for, and only for, super-resolution stages."""
     sampling: SamplingConfig = SamplingConfig()
+    """Defaults of sampling."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "StageConfig":
@@ -238,6 +244,7 @@ class CascadeConfig(Section):
     """The stages in order, smallest first."""
 
     stages: tuple[StageConfig, ...] = Field(min_length=1)
+    """One or more, of ascending size; every stage after the first has a low-resolution input."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "CascadeConfig":
@@ -345,6 +352,7 @@ class TrainConfig(Section):
     stages: dict[str, StageTrainConfig] = {}
     """Overrides by stage name."""
     ema: EMAConfig = EMAConfig()
+    """Averaging of the weights, for every stage that does not say its own."""
     log_every: int = Field(10, ge=1)
     """Steps between lines of metrics.jsonl and of the console."""
     checkpoint_every: int = Field(500, ge=1)
@@ -379,15 +387,20 @@ class FastimagenConfig(Section):
     ] = "shapes"
     """Name of a preset (presets.py) or the stages in full."""
     data: DataConfig = DataConfig()
+    """Pictures and captions."""
     text: TextConfig = TextConfig()
+    """Text encoder and embedding cache."""
     train: TrainConfig = TrainConfig()
+    """Training loop."""
 
 
 class Config(Section):
     """A whole ds.json: DeepSpeed's keys as they are, and ours."""
 
     deepspeed: dict[str, Any]
+    """Every top-level key of the file but "fastimagen", for DeepSpeed."""
     fastimagen: FastimagenConfig
+    """Everything of ours."""
 
     def to_json(self) -> str:
         """The file this configuration stands for."""

@@ -28,8 +28,10 @@ def evaluate_shapes(pipe: ImagenPipeline, *, count: int = 200, seed: int = 0, ou
 
     Seeds are seed, seed + 1, ...; `sampling` goes to the pipeline. Returns {"accuracy": {split: {"single", "pair"}},
     "sampling_seconds", "versions", ...}; with `out`, also writes it as report.json with a grid per split there. Raises
-    ValueError if `out` is not empty.
+    ValueError if `out` is not empty or `count` is below 1.
     """
+    if count < 1:
+        raise ValueError(f"count must be at least 1, got {count}")
     if out is not None:
         refuse_nonempty(out)
         out.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import CascadeConfig, Config, StageConfig, load_config, validate
-from .pipeline import write_model
+from .pipeline import read_weights, write_model
 from .train.checkpoint import newest, read_state
 
 CARD = """# {name}
@@ -29,21 +29,18 @@ RANDOM_FEATURES = ("the small built-in T5, included in full. Its weights are ran
 
 def export(run: str | Path, out: str | Path) -> Path:
     """Write the model directory of a run. Raises ValueError when a stage has no checkpoint or `out` is not empty."""
-    from safetensors.torch import load_file
-
     run = Path(run)
     if not (run / "config.json").exists():
         raise ValueError(f"{run} is no run directory: there is no config.json in it")
     config = load_config(run / "config.json")
-    names = _stage_names(run, config)
     stages, weights, rows = [], {}, []
-    for name in names:
+    for name in _stage_names(config):
         checkpoint = newest(run / "checkpoints" / name)
         if checkpoint is None:
             raise ValueError(f"{run}: stage {name} has no checkpoint yet; train it first")
         state = read_state(checkpoint)
         stages.append(validate(StageConfig, state["stage"], f"stage {name}"))
-        weights[name] = load_file(checkpoint / "ema.safetensors")
+        weights[name] = read_weights(checkpoint / "ema.safetensors")
         millions = sum(weight.numel() for weight in weights[name].values()) / 1e6
         rows.append(f"| {name} | {stages[-1].size}x{stages[-1].size} | {millions:.2f} M | {state['step']} |")
     encoder, folder = _text_encoder(config)
@@ -56,7 +53,7 @@ def export(run: str | Path, out: str | Path) -> Path:
                        encoder_folder=folder, card=card)
 
 
-def _stage_names(run: Path, config: Config) -> list[str]:
+def _stage_names(config: Config) -> list[str]:
     """Names of the cascade's stages in order."""
     from .train.start import plan
 

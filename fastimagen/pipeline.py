@@ -46,15 +46,18 @@ class Output:
     def save(self, folder: str | Path) -> Path:
         """Write images/000000.png ..., grid.png, captions.txt (line i = image i) and samples.json into a new folder.
 
-        Raises ValueError if the folder holds anything.
+        A line break in a caption is a space in captions.txt; samples.json has the caption as it is. Raises ValueError,
+        and writes nothing, if the folder holds anything or a picture holds NaN.
         """
         folder = Path(folder)
         refuse_nonempty(folder)
+        overview = self.grid()
         (folder / "images").mkdir(parents=True)
         for index, image in enumerate(self.images):
             save_png(image, folder / "images" / f"{index:06d}.png")
-        self.grid().save(folder / "grid.png")
-        (folder / "captions.txt").write_text("".join(caption + "\n" for caption in self.captions))
+        overview.save(folder / "grid.png")
+        lines = "".join(" ".join(caption.splitlines()) + "\n" for caption in self.captions)
+        (folder / "captions.txt").write_text(lines, encoding="utf-8")
         records = [{"image": f"images/{index:06d}.png", "caption": caption, "seed": seed}
                    for index, (caption, seed) in enumerate(zip(self.captions, self.seeds))]
         (folder / "samples.json").write_text(json.dumps({**self.settings, "samples": records}, indent=2) + "\n")
@@ -85,21 +88,19 @@ class ImagenPipeline:
                         dtype: torch.dtype = torch.float32) -> ImagenPipeline:
         """Load a model directory. Raises ValueError with one line if it is none or is damaged."""
         path = Path(path)
-        try:
-            index = json.loads((path / "model_index.json").read_text())
-        except OSError:
+        if not (path / "model_index.json").is_file():
             raise ValueError(f"{path} is no model directory: there is no model_index.json in it "
-                             f"(`fastimagen export` makes one from a run)") from None
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path / 'model_index.json'} is not JSON: {error}") from None
+                             f"(`fastimagen export` makes one from a run)")
+        index = _read_object(path / "model_index.json")
         if index.get("format") != FORMAT:
             raise ValueError(f"{path} has format {index.get('format')!r}; this version reads {FORMAT!r}")
-        stages = [validate(StageConfig, json.loads((path / name / "config.json").read_text()), f"{name}/config.json")
-                  for name in index["stages"]]
+        stages = [validate(StageConfig, _read_object(path / name / "config.json"), f"{path / name}/config.json")
+                  for name in index.get("stages", [])]
+        config = validate(CascadeConfig, {"stages": stages}, f"{path}/model_index.json")
         with torch.device("meta"):
-            cascade = Cascade(CascadeConfig(stages=tuple(stages)))
+            cascade = Cascade(config)
         for stage in stages:
-            weights = _read_weights(path / stage.name / "model.safetensors")
+            weights = read_weights(path / stage.name / "model.safetensors")
             unet = cascade.unets[stage.name]
             expected = {name: tuple(p.shape) for name, p in unet.named_parameters()}
             if (found := {name: tuple(w.shape) for name, w in weights.items()}) != expected:
@@ -116,8 +117,13 @@ class ImagenPipeline:
             where = self.text_encoder["name"]
             if self.text_encoder.get("included"):
                 where = str(Path(self.source) / where)
-            self._encoder = T5Encoder(where, revision=self.text_encoder.get("revision"),
-                                      max_length=self.text_encoder["max_length"], device=self.device)
+                if not Path(where).is_dir():
+                    raise ValueError(f"{self.source} is damaged: its text encoder {where} is missing")
+            try:
+                self._encoder = T5Encoder(where, revision=self.text_encoder.get("revision"),
+                                          max_length=self.text_encoder["max_length"], device=self.device)
+            except SafetensorError as error:
+                raise ValueError(f"cannot read the weights of text encoder {where}: {error}") from None
         return self._encoder.encode(captions)
 
     def __call__(self, captions: Sequence[str] | None = None, *, text: TextEmbeddings | None = None,
@@ -134,17 +140,21 @@ class ImagenPipeline:
         """
         if captions is not None and (isinstance(captions, str) or not captions):
             raise ValueError("captions must be a list with at least one caption")
-        if self.cascade.text_dim is not None and text is None:
-            if captions is None:
-                raise ValueError("give captions or text")
-            text = self.encode(captions)
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if self.cascade.text_dim is not None and captions is None and text is None:
+            raise ValueError("give captions or text")
         count = len(text) if text is not None else len(captions or seeds or [])
+        if not count:
+            raise ValueError("nothing to draw: give captions, text or seeds")
         captions = list(captions) if captions is not None else [""] * count
         seeds = list(range(count)) if seeds is None else list(seeds)
         if not len(captions) == len(seeds) == count:
             raise ValueError(f"{len(captions)} captions, {count} texts and {len(seeds)} seeds do not fit together")
         settings = self.cascade.settings(steps=steps, sampler=sampler, guidance=guidance, threshold=threshold,
                                          percentile=percentile)
+        if self.cascade.text_dim is not None and text is None:  # last: the text encoder may take minutes to load
+            text = self.encode(captions)
         images = []
         for first in range(0, count, batch_size):
             rows = slice(first, first + batch_size)
@@ -154,9 +164,14 @@ class ImagenPipeline:
                   "stages": {name: chosen.model_dump() for name, chosen in settings.items()}}
         return Output(torch.cat(images), captions, seeds, record)
 
-    def save_pretrained(self, path: str | Path, *, card: str = "") -> Path:
-        """Write a model directory. Raises ValueError if the folder holds anything."""
-        path = Path(path)
+    def save_pretrained(self, path: str | Path, *, card: str | None = None) -> Path:
+        """Write a model directory; card None keeps the one it was loaded with.
+
+        Raises ValueError if the folder holds anything.
+        """
+        path, old_card = Path(path), Path(self.source) / "README.md"
+        if card is None:
+            card = old_card.read_text(encoding="utf-8") if self.source and old_card.is_file() else ""
         weights = {stage.name: self.cascade.unets[stage.name].state_dict() for stage in self.cascade.config.stages}
         return write_model(path, self.cascade.config, weights, text_encoder=self.text_encoder,
                            encoder_folder=Path(self.source) / "text_encoder", card=card)
@@ -188,7 +203,7 @@ def write_model(path: Path, cascade: CascadeConfig, weights: Mapping[str, Mappin
         index = {"format": FORMAT, "version": __version__, "stages": [stage.name for stage in cascade.stages],
                  "text_encoder": text_encoder}
         (aside / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-        (aside / "README.md").write_text(card)
+        (aside / "README.md").write_text(card, encoding="utf-8")
         aside.chmod(0o755)
         if path.exists():
             path.rmdir()
@@ -199,7 +214,21 @@ def write_model(path: Path, cascade: CascadeConfig, weights: Mapping[str, Mappin
     return path
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
+def _read_object(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises ValueError naming the file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object")
+    return content
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file by name. Raises ValueError naming the file."""
     try:
         with safe_open(str(path), "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}

@@ -31,6 +31,9 @@ class TextState:
     lengths: Tensor | None
     kv: tuple[tuple[Tensor, Tensor], ...]
 
+    def __len__(self) -> int:
+        return len(self.vector)
+
 
 class TimeEmbedding(nn.Module):
     """A number per sample (B,) -> vector (B, T) and tokens (B, R, K)."""
@@ -68,9 +71,10 @@ class TextConditioning(nn.Module):
                                        nn.Linear(time_dim, time_dim))
 
     def forward(self, text: TextEmbeddings, keep: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
+        if text.embeds.shape[1] > self.max_length:
+            raise ValueError(f"text of {text.embeds.shape[1]} tokens, but max_text_length is {self.max_length}")
         embeds = text.embeds.to(self.project.weight.dtype)  # (B, L, D)
-        if embeds.shape[1] > self.max_length:
-            raise ValueError(f"text of {embeds.shape[1]} tokens, but max_text_length is {self.max_length}")
+        embeds = embeds.masked_fill(~text.mask[..., None], 0)  # padding may hold anything: NaN * 0 would be NaN
         keep = torch.ones(len(embeds), dtype=torch.bool, device=embeds.device) if keep is None else keep
         tokens = self.project(embeds)  # (B, L, K)
         if self.padding == "null":
@@ -247,7 +251,7 @@ class UNet(nn.Module):
         (B, C, H, W) is already resized, in [-1, 1] and noised at lowres_time (B,). keep_text (B,) bool: False means
         the caption is dropped. text=None is a call without any text path.
         """
-        self._check(x, lowres, lowres_time)
+        self._check(x, text, keep_text, lowres, lowres_time)
         vector, tokens = self.time(time)
         if lowres is not None:
             lowres_vector, lowres_tokens = self.lowres_time(lowres_time)
@@ -287,7 +291,14 @@ class UNet(nn.Module):
             return checkpoint(level, *inputs, use_reentrant=False)
         return level(*inputs)
 
-    def _check(self, x: Tensor, lowres: Tensor | None, lowres_time: Tensor | None) -> None:
+    def _check(self, x: Tensor, text: TextEmbeddings | TextState | None, keep_text: Tensor | None,
+               lowres: Tensor | None, lowres_time: Tensor | None) -> None:
+        if x.shape[1] != self.config.channels:
+            raise ValueError(f"images have {x.shape[1]} channels, but the U-Net was built for {self.config.channels}")
+        if text is not None and len(text) != len(x):
+            raise ValueError(f"{len(text)} texts for {len(x)} images")
+        if keep_text is not None and not isinstance(text, TextEmbeddings):
+            raise ValueError("keep_text goes with TextEmbeddings: a TextState has its captions dropped already")
         if self.config.lowres != (lowres is not None):
             raise ValueError("this U-Net needs lowres and lowres_time" if self.config.lowres else
                              "this U-Net is not built for a low-resolution image, but lowres was given")

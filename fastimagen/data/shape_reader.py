@@ -1,8 +1,8 @@
 """Reads the attributes of captioned shapes back out of the pixels: plain image processing, no network.
 
-The background is the median of the picture's rim, objects are connected regions that differ from it, an object's shape
-is the ideal outline that overlaps most with it, and everything else follows from its area and centre. Pictures of any
-size are read; lengths are in pixels of the 64-pixel canvas of `shapes`.
+The background is the median of the picture's rim, objects are connected regions that differ from it, an
+object's shape is the ideal outline that overlaps most with it, and everything else follows from its area and
+centre. Square pictures of any size are read; lengths are in pixels of the 64-pixel canvas of `shapes`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 
 from .shapes import BACKGROUNDS, CANVAS, COLORS, POSITIONS, RADIUS, SHAPES, Scene, outline
 
-CONTRAST = 45.0  # least RGB distance of an object from the background; the palette's colours are 90 or more apart
+CONTRAST = 45.0  # least RGB distance of an object from the background; the palette's are 100 or more apart
 LEAST_AREA = 0.01  # share of the picture; the smallest object covers 0.04, and what is below is noise
 FRAME = 32  # cells along the side of the frame in which outlines are compared
 REACH = 1.05  # half the side of that frame, for objects of area 1
@@ -44,16 +44,16 @@ class Reading:
 
 
 def read(image: np.ndarray) -> Reading:
-    """Read a picture (H, W, 3) uint8. Raises ValueError for other arrays and for pictures below 16 pixels."""
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or min(image.shape[:2]) < 16:
-        raise ValueError(f"expected pixels (H, W, 3) uint8 of at least 16x16, got {image.dtype} {image.shape}")
+    """Read a picture (size, size, 3) uint8. Raises ValueError for other arrays and for sizes below 16."""
+    if image.dtype != np.uint8 or image.shape != (len(image), len(image), 3) or len(image) < 16:
+        raise ValueError(f"expected pixels (size, size, 3) uint8 from 16 on, got {image.dtype} {image.shape}")
     pixels = image.astype(np.float32)
-    rim = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])  # (2W + 2H, 3)
+    rim = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])  # (4 size, 3)
     ground = np.median(rim, axis=0)
-    contrast = np.linalg.norm(pixels - ground, axis=2)  # (H, W)
+    contrast = np.linalg.norm(pixels - ground, axis=2)  # (size, size)
     labels = components(contrast > CONTRAST)
     strong = np.zeros(labels.shape, dtype=bool)
-    for label in _large(labels):  # at half its own contrast a region falls apart where only a haze joins two objects
+    for label in _large(labels):  # at half its contrast a region falls apart where only haze joins objects
         inside = labels == label
         strong |= inside & (contrast > 0.5 * np.quantile(contrast[inside], 0.9))
     labels = components(strong)
@@ -67,29 +67,30 @@ def _large(labels: np.ndarray) -> list[int]:
     return [int(name) for area, name in sorted(zip(-areas, names)) if -area >= LEAST_AREA * labels.size]
 
 
-def _read_object(pixels: np.ndarray, ground: np.ndarray, contrast: np.ndarray, labels: np.ndarray, label: int) -> Found:
-    inside = labels == label  # (H, W)
-    core = inside & (contrast >= np.quantile(contrast[inside], 0.7))  # without the mixed pixels of the edge
-    color = np.median(pixels[core], axis=0)
-    # Share of the object in each pixel, if pixels are mixtures of background and object; steeper around one half, which
-    # leaves a blurred outline where it is and takes the haze away.
-    mixture = (pixels - ground) @ (color - ground) / np.sum((color - ground) ** 2)  # (H, W)
+def _read_object(pixels: np.ndarray, ground: np.ndarray, contrast: np.ndarray, labels: np.ndarray,
+                 label: int) -> Found:
+    inside = labels == label  # (size, size)
+    core = pixels[inside & (contrast >= np.quantile(contrast[inside], 0.7))]  # (n, 3), not the mixed ones
+    # The pixel nearest to the median, since the median of several colours may be that of the background.
+    color = core[np.argmin(np.linalg.norm(core - np.median(core, axis=0), axis=1))]
+    # Share of the object in each pixel, if pixels are mixtures of background and object; steeper around one
+    # half, which leaves a blurred outline where it is and takes the haze away.
+    mixture = (pixels - ground) @ (color - ground) / np.sum((color - ground) ** 2)  # (size, size)
     share = np.clip(2 * (mixture - 0.5) + 0.5, 0, 1)
     share[~_grown(_grown(_grown(inside))) | (~inside & (labels >= 0))] = 0
     area = float(share.sum())
-    height, width = share.shape
-    x = float(share.sum(0) @ (np.arange(width) + 0.5)) / area
-    y = float(share.sum(1) @ (np.arange(height) + 0.5)) / area
+    centers = np.arange(len(share)) + 0.5
+    x, y = float(share.sum(0) @ centers) / area, float(share.sum(1) @ centers) / area
 
     spots = _spots()  # (FRAME,)
     window = _at(share, y + math.sqrt(area) * spots, x + math.sqrt(area) * spots)  # (FRAME, FRAME)
     ideals = _ideals()
     shape = min(SHAPES, key=lambda name: np.abs(window - ideals[name].mask).sum())
 
-    scale = CANVAS / math.sqrt(height * width)
+    scale = CANVAS / len(share)
     radius = scale * math.sqrt(area / ideals[shape].area)
     dx, dy = radius * ideals[shape].centroid
-    middle = (x * CANVAS / width - dx, y * CANVAS / height - dy)
+    middle = (scale * x - dx, scale * y - dy)
     position = _nearest(np.array(middle) - CANVAS / 2, POSITIONS)
     size = min(RADIUS, key=lambda name: abs(math.log(radius / RADIUS[name])))
     return Found(_nearest(color, COLORS), shape, size, position, middle, radius)
@@ -103,10 +104,11 @@ def _nearest(value: np.ndarray, named: dict[str, tuple[float, ...]]) -> str:
 
 
 def components(mask: np.ndarray) -> np.ndarray:
-    """Connected regions (4 neighbours) of a mask (H, W): labels (H, W) int64, equal within a region, -1 outside.
+    """Connected regions (4 neighbours) of a mask (H, W): labels (H, W) int64, -1 outside.
 
-    A region's label is the flat index of its first pixel. Each round takes the least label around and then jumps to
-    the label of that label, so that rounds grow with the bends of a region and hardly with its length.
+    A region's label is the flat index of its first pixel. Each round takes the least label around and then
+    jumps to the label of that label, so that rounds grow with the bends of a region and hardly with its
+    length.
     """
     height, width = mask.shape
     nowhere = height * width
@@ -183,21 +185,22 @@ def _inside(corners: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def judge(image: np.ndarray, scene: Scene) -> dict[str, bool]:
-    """Which parts of a caption's scene the picture shows. Raises ValueError as `read` does. See `compare` for the keys."""
+    """Which parts of a scene a picture shows, by key of `compare`. Raises ValueError like `read`."""
     return compare(read(image), scene)
 
 
 def compare(reading: Reading, scene: Scene) -> dict[str, bool]:
     """Which parts of a scene a reading agrees with.
 
-    Always "number" (as many objects as named) and "background". One object: "color", "shape" and, if mentioned, "size"
-    and "position", each of the largest object seen. Two objects, judged on the two largest seen (all wrong if there are
-    fewer): "colors" and "shapes", the two colours and the two shapes in any order; "binding", each colour on its shape;
-    "relation", the objects lie along the right axis and fit the named sides better than the opposite ones. "caption":
-    all of these.
+    Always "number" (as many objects as named) and "background". One object: "color", "shape" and, if
+    mentioned, "size" and "position", each of the largest object seen. Two objects, judged on the two largest
+    seen (all wrong if there are fewer): "colors" and "shapes", the two colours and the two shapes in any
+    order; "binding", each colour on its shape; "relation", the objects lie along the right axis and their
+    colours and shapes fit the named sides better than the opposite ones. "caption": all of these.
     """
     seen = reading.objects[:len(scene.objects)]
-    verdict = {"number": len(reading.objects) == len(scene.objects), "background": reading.background == scene.background}
+    verdict = {"number": len(reading.objects) == len(scene.objects),
+               "background": reading.background == scene.background}
     if len(scene.objects) == 1:
         named, = scene.objects
         for key in ("color", "shape", "size", "position"):
@@ -222,7 +225,7 @@ def _related(seen: Sequence[Found], scene: Scene) -> bool:
     sideways = scene.relation in ("to the left of", "to the right of")
     if sideways != (abs(x1 - x2) > abs(y1 - y2)):
         return False
-    seen_order = sorted(seen, key=lambda thing: thing.middle[0 if sideways else 1])  # from left to right, top to bottom
+    seen_order = sorted(seen, key=lambda thing: thing.middle[0 if sideways else 1])  # rightwards or downwards
     named_order = scene.objects if scene.relation in ("to the left of", "above") else scene.objects[::-1]
     return _agreement(seen_order, named_order) > _agreement(seen_order[::-1], named_order)
 
@@ -234,9 +237,10 @@ def _agreement(seen, named) -> int:
 def accuracy(images: Sequence[np.ndarray] | np.ndarray, scenes: Sequence[Scene]) -> dict[str, dict]:
     """How often pictures (N, H, W, 3) uint8 agree with their captions' scenes.
 
-    Returns {"single": ..., "pair": ...} for captions of one and of two objects (a kind without captions is absent), each
-    {"count": captions, KEY: {"mean", "error", "count"}} with the keys of `compare`: the share that agrees, its binomial
-    standard error and the number of captions that mention it. Raises ValueError if the numbers differ.
+    Returns {"single": ..., "pair": ...} for captions of one and of two objects (a kind without captions is
+    absent), each {"count": captions, KEY: {"mean", "error", "count"}} with the keys of `compare`: the share
+    that agrees, its binomial standard error and the number of captions that mention it. Raises ValueError if
+    the numbers differ.
     """
     if len(images) != len(scenes):
         raise ValueError(f"{len(images)} pictures cannot be judged by {len(scenes)} scenes")
@@ -244,7 +248,8 @@ def accuracy(images: Sequence[np.ndarray] | np.ndarray, scenes: Sequence[Scene])
     for image, scene in zip(images, scenes):
         for key, right in judge(image, scene).items():
             verdicts["single" if len(scene.objects) == 1 else "pair"][key].append(right)
-    return {kind: {"count": len(verdicts[kind]["caption"]), **{key: _share(values) for key, values in verdicts[kind].items()}}
+    return {kind: {"count": len(verdicts[kind]["caption"])}
+            | {key: _share(values) for key, values in verdicts[kind].items()}
             for kind in ("single", "pair") if kind in verdicts}
 
 

@@ -24,6 +24,8 @@ def init_distributed() -> torch.device:
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"),
                         ("MASTER_PORT", "0")):
         os.environ.setdefault(name, value)
+    if os.environ["WORLD_SIZE"] != "1" and os.environ["MASTER_PORT"] == "0":
+        raise ValueError("MASTER_PORT 0 means any free port, which several processes cannot guess alike: name one")
     cuda = torch.cuda.is_available()
     if not cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

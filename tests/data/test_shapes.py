@@ -14,9 +14,9 @@ import webdataset
 from PIL import Image
 
 from fastimagen.data import shapes
-from fastimagen.data.shapes import (BACKGROUNDS, COLORS, HELD_OUT, POSITIONS, RADIUS, RELATIONS, SHAPES, SPLITS,
-                                    UNSEEN_PAIRS, Object, Scene, caption, has_shards, parse, render, sample, scene,
-                                    write_shards)
+from fastimagen.data.shapes import (BACKGROUNDS, COLORS, HELD_OUT, POSITIONS, RADIUS, RELATIONS, SHAPES,
+                                    SPLITS, UNSEEN_PAIRS, Object, Scene, caption, has_shards, parse, render,
+                                    sample, scene, write_shards)
 from fastimagen.data.shards import open_shards
 
 AREAS = {  # of a shape of radius 1, from the formulas of geometry
@@ -54,11 +54,12 @@ class Placed:
 @pytest.mark.parametrize("text, expected", [
     ("a large red circle on the left of a white background",
      Scene((Object("red", "circle", "large", "left"),), "white")),
-    ("a small orange star in the center of a blue background",
-     Scene((Object("orange", "star", "small", "center"),), "blue")),
-    ("an orange cross at the top of a black background", Scene((Object("orange", "cross", None, "top"),), "black")),
-    ("a large pink triangle on an orange background", Scene((Object("pink", "triangle", "large", None),), "orange")),
-    ("a red circle on a blue background", Scene((Object("red", "circle"),), "blue")),
+    ("a small orange star in the center of a black background",
+     Scene((Object("orange", "star", "small", "center"),), "black")),
+    ("an orange cross at the top of a black background",
+     Scene((Object("orange", "cross", None, "top"),), "black")),
+    ("a large pink triangle on a gray background", Scene((Object("pink", "triangle", "large"),), "gray")),
+    ("a red circle on a white background", Scene((Object("red", "circle"),), "white")),
     ("a red circle to the left of a green square on a white background",
      Scene((Object("red", "circle"), Object("green", "square")), "white", "to the left of")),
     ("a red circle below an orange circle on a gray background",
@@ -72,21 +73,22 @@ def test_captions_are_plain_english_and_parse_back(text, expected):
 def test_every_scene_has_its_own_caption_and_parses_back(scenes):
     every = [Scene((Object(color, shape, size, position),), ground)
              for color, shape, size, position, ground in itertools.product(
-                 COLORS, SHAPES, [*RADIUS, None], [*POSITIONS, None], BACKGROUNDS) if ground != color]
+                 COLORS, SHAPES, [*RADIUS, None], [*POSITIONS, None], BACKGROUNDS)]
     captions = [caption(item) for item in every]
-    assert len(set(captions)) == len(every) == 8 * 5 * 3 * 6 * 10
+    assert len(set(captions)) == len(every) == 8 * 5 * 3 * 6 * 3
     assert [parse(text) for text in captions] == every
     for items in scenes.values():
         assert [parse(caption(item)) for item in items] == items
 
 
 @pytest.mark.parametrize("text", [
-    "", "a red circle", "A red circle on a blue background", "a red circle on a blue background.",
-    " a red circle on a blue background", "a red circle on a blue background\n", "a huge red circle on a blue background",
-    "an red circle on a blue background", "a orange circle on a blue background", "a red circle on a orange background",
-    "a brown circle on a blue background", "a red circle on the middle of a blue background",
-    "a red circle on a red background", "a red circle above a blue star on a blue background",
-    "a red circle above a red circle on a blue background", "a large red circle above a blue star on a white background",
+    "", "a red circle", "A red circle on a black background", "a red circle on a black background.",
+    " a red circle on a black background", "a red circle on a black background\n",
+    "a huge red circle on a black background", "an red circle on a black background",
+    "a orange circle on a black background", "a red circle on an black background",
+    "a brown circle on a black background", "a red circle on the middle of a black background",
+    "a red circle on a blue background", "a red circle above a red circle on a gray background",
+    "a large red circle above a blue star on a white background",
     "a red circle near a blue star on a white background",
 ])
 def test_other_sentences_are_refused_in_one_line(text):
@@ -126,7 +128,7 @@ def test_unseen_pairs_are_in_the_unseen_split_and_nowhere_else(scenes):
     assert all(any(flags) for flags in found)
     assert {len(flags) for flags in found} == {1, 2}
     places = Counter(flags.index(True) for flags in found if len(flags) == 2)  # first or second object
-    assert min(places.values()) >= 0.4 * sum(places.values())
+    assert abs(places[0] - places[1]) <= 1
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -137,30 +139,30 @@ def test_splits_are_balanced(scenes, split):
     kinds = Counter(pair for item in alone for pair in pairs_of(item))
     assert len(kinds) == (5 if split == "unseen" else 35) and max(kinds.values()) - min(kinds.values()) <= 1
     grounds = Counter(item.background for item in items)
-    assert set(grounds) == set(BACKGROUNDS) and min(grounds.values()) > 0.5 * max(grounds.values())
+    assert set(grounds) == set(BACKGROUNDS) and max(grounds.values()) - min(grounds.values()) <= 2
     relations = Counter(item.relation for item in items if item.relation)
     assert set(relations) == set(RELATIONS) and max(relations.values()) - min(relations.values()) <= 1
-    for item in items:
-        assert item.background not in [thing.color for thing in item.objects]
-        assert len(set(item.objects)) == len(item.objects)
+    assert all(len(set(item.objects)) == len(item.objects) for item in items)
 
 
 def test_captions_of_tests_mention_everything_and_those_of_training_most(scenes):
     for split in ("seen", "unseen"):
-        places = Counter((thing.size, thing.position) for item in singles(scenes[split]) for thing in item.objects)
+        places = Counter((item.objects[0].size, item.objects[0].position) for item in singles(scenes[split]))
         assert set(places) == {*itertools.product(RADIUS, POSITIONS)}
         assert max(places.values()) - min(places.values()) <= 1
     things = [item.objects[0] for item in singles(scenes["train"])]
-    for share in (sum(thing.size is None for thing in things), sum(thing.position is None for thing in things)):
-        assert abs(share / len(things) - 0.1) < 4 * math.sqrt(0.09 / len(things))
+    for attribute in ("size", "position"):
+        share = sum(getattr(thing, attribute) is None for thing in things) / len(things)
+        assert abs(share - 0.1) < 4 * math.sqrt(0.09 / len(things))
     assert any(thing.size is thing.position is None for thing in things)
     # Knowing one attribute says nothing about another: every combination of shape and place occurs.
     assert len({(thing.shape, thing.size, thing.position) for thing in things
                 if thing.size and thing.position}) == len(SHAPES) * len(RADIUS) * len(POSITIONS)
 
 
-@pytest.mark.parametrize("split, index, seed, word", [("test", 0, 0, "train, val, seen, unseen"), ("train", -1, 0, "-1"),
-                                                      ("train", 3, -2, "-2")])
+@pytest.mark.parametrize("split, index, seed, word", [
+    ("test", 0, 0, "train, val, seen, unseen"), ("train", -1, 0, "-1"), ("train", 3, -2, "-2"),
+])
 def test_unknown_splits_and_negative_numbers_are_refused(split, index, seed, word):
     with pytest.raises(ValueError, match=word):
         sample(split, index, seed)
@@ -171,10 +173,10 @@ def test_changed_pictures_need_a_new_version():
     texts = [sample("train", i)[1] for i in (0, 1, 3)]
     means = [[round(float(value)) for value in sample("train", i)[0].mean((0, 1))] for i in (0, 1, 3)]
     assert shapes.VERSION == 2
-    assert texts == ["a small orange star on the left of a cyan background",
-                     "a large purple cross on the right of a white background",
-                     "a blue square above a red triangle on a cyan background"]
-    assert np.abs(np.subtract(means, [[0, 0, 0]] * 3)).max() <= 1
+    assert texts == ["a small orange star on the left of a white background",
+                     "a large purple cross on the right of a black background",
+                     "a blue square above a red triangle on a white background"]
+    assert np.abs(np.subtract(means, [[250, 244, 239], [30, 14, 37], [236, 229, 238]])).max() <= 1
 
 
 # ---------------------------------------------------------------- pictures
@@ -182,7 +184,8 @@ def test_changed_pictures_need_a_new_version():
 
 def cover(image: np.ndarray, color: str, background: str) -> np.ndarray:
     """Share (H, W) of a colour in pixels that mix it with the background."""
-    start, step = np.array(BACKGROUNDS[background], float), np.subtract(COLORS[color], BACKGROUNDS[background])
+    start = np.array(BACKGROUNDS[background], float)
+    step = COLORS[color] - start
     return (image - start) @ step / (step @ step)
 
 
@@ -213,7 +216,9 @@ def test_every_large_shape_is_larger_than_every_small_one():
         item = Scene((Object("red", shape, size, "left"),), "white")
         return [cover(render(item, 64, np.random.default_rng(i)), "red", "white").sum() for i in range(30)]
 
-    assert min(min(area(shape, "large")) for shape in SHAPES) > 1.2 * max(max(area(shape, "small")) for shape in SHAPES)
+    least, most = (min(min(area(shape, "large")) for shape in SHAPES),
+                   max(max(area(shape, "small")) for shape in SHAPES))
+    assert least > 1.2 * most
 
 
 @pytest.mark.parametrize("size", [32, 64])

@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -48,6 +49,12 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen, pause: fl
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(pause)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def lines(run: Path) -> int:
@@ -126,7 +133,8 @@ def test_two_ranks_train_through_the_deepspeed_launcher_and_stop_when_it_is_gone
     toy_config["fastimagen"]["train"] |= {"steps": 400, "checkpoint_every": 1000, "validate_every": 1000,
                                           "sample_every": 1000}
     config, run = write_config(toy_config), tmp_path / "run"
-    deepspeed = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port", "0"]
+    deepspeed = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2",
+                 "--master_port", str(free_port())]
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     process = start(config, run, "--stage", "base", launcher=[*deepspeed, TRAIN[1]], env=environment)
     wait_for(lambda: lines(run) >= 3, process, pause=0.05)
