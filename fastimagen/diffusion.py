@@ -15,9 +15,9 @@ from .schedule import make_schedule
 
 
 def expand(coefficient: Tensor, like: Tensor) -> Tensor:
-    """(B,) or () float64 coefficients as `like`'s dtype, broadcastable against (B, C, H, W)."""
+    """(B,) or () float64 coefficients as (B, 1, 1, 1) or (1, 1, 1, 1), in `like`'s dtype but at least fp32."""
     coefficient = coefficient.to(device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
-    return coefficient.reshape(-1, *(1,) * (like.dim() - 1)) if coefficient.dim() else coefficient
+    return coefficient.reshape(-1, *(1,) * (like.dim() - 1))
 
 
 class Diffusion:
@@ -36,9 +36,15 @@ class Diffusion:
                              f'use "v", "x0" or more timesteps')
 
     def training_times(self, batch: int, generator: torch.Generator) -> Tensor:
-        """Random times (B,) on the generator's device, uniform over the schedule."""
+        """Random times (B,) on the generator's device: uniform, or with log-normal noise levels sigma / alpha.
+
+        Log-normal levels beyond the schedule's become its first or last time.
+        """
         uniform = torch.rand(batch, generator=generator, device=generator.device, dtype=torch.float64)
-        return self.schedule.training_times(uniform)
+        if self.objective.times == "uniform":
+            return self.schedule.training_times(uniform)
+        log_ratio = self.objective.edm_mean + self.objective.edm_std * torch.special.ndtri(uniform)
+        return self.schedule.time_of(-2 * log_ratio)
 
     def add_noise(self, x0: Tensor, noise: Tensor, time: Tensor) -> Tensor:
         """x_t = alpha x_0 + sigma noise (DDPM, eq. 4)."""
@@ -55,9 +61,10 @@ class Diffusion:
             return 0 * one, one, one
         if self.objective.prediction == "v":
             return alpha, -sigma, one
-        ratio, data = sigma / alpha, self.objective.sigma_data
-        total = (ratio**2 + data**2).sqrt()
-        return data**2 / total**2 / alpha, ratio * data / total, 1 / (alpha * total)
+        # Karras et al., table 1, for x_t / alpha with noise level sigma / alpha; multiplied out, nothing divides by alpha.
+        data = self.objective.sigma_data
+        total = (sigma**2 + (alpha * data) ** 2).sqrt()  # standard deviation of x_t
+        return alpha * data**2 / total**2, sigma * data / total, 1 / total
 
     def network_input(self, x_t: Tensor, time: Tensor) -> Tensor:
         """c_in x_t: what the U-Net is shown."""
@@ -80,12 +87,12 @@ class Diffusion:
         alpha, sigma = self.schedule.alpha_sigma(time)
         if self.objective.prediction == "v":
             return expand(alpha, x0) * noise - expand(sigma, x0) * x0
-        ratio, data = sigma / alpha, self.objective.sigma_data
-        total = data * (ratio**2 + data**2).sqrt()
-        return expand(ratio / total, x0) * x0 - expand(data**2 / total, x0) * noise
+        data = self.objective.sigma_data
+        total = (sigma**2 + (alpha * data) ** 2).sqrt()
+        return expand(sigma / (data * total), x0) * x0 - expand(alpha * data / total, x0) * noise
 
     def weight(self, time: Tensor) -> Tensor:
-        """Loss weight (B,) of samples at `time`, float64: the x0-space weight times c_out^2."""
+        """Loss weight (B,) of samples at `time`, float64: min_snr is min(SNR, gamma) on x0's squared error."""
         alpha, sigma = self.schedule.alpha_sigma(time)
         if self.objective.weighting == "none":
             return torch.ones_like(alpha)

@@ -25,7 +25,7 @@ def guided(both: Network, weight: float) -> Network:
 
     def network(x: Tensor, time: Tensor) -> Tensor:
         conditional, unconditional = both(torch.cat([x, x]), torch.cat([time, time])).chunk(2)  # 2 x (B, C, H, W)
-        return unconditional + weight * (conditional - unconditional)
+        return unconditional.lerp(conditional, weight)  # exact for weight 0 and 1
 
     return network
 

@@ -336,8 +336,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _read_state_dict(path: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"cannot read weights {path}: {str(error).splitlines()[0]}") from None
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:  # all that a damaged file raises
+        raise ValueError(f"cannot read weights {path}: {str(error).partition(chr(10))[0]}") from None
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"{path} must hold a state dict: parameter names and tensors")
     return content

@@ -3,8 +3,8 @@
     sample(denoise, x, times, *, schedule, noise=None, callback=None) -> Tensor
 
 x (B, C, H, W) is noise at times[0]; `denoise(x, time) -> x0` has prediction type, guidance and thresholding applied
-already; times (steps + 1,) ends at the clean image; `noise(step) -> (B, C, H, W)` feeds the stochastic sampler;
-`callback(step, x, x0)` sees every intermediate state.
+already; times (steps + 1,) ends at the clean image, as schedule.grid does, or earlier; `noise(step) -> (B, C, H, W)`
+feeds the stochastic sampler; `callback(step, x, x0)` sees every intermediate state. alpha = 0 is a valid start.
 """
 
 from __future__ import annotations
@@ -29,6 +29,13 @@ def _levels(schedule: Schedule, times: Tensor) -> list[tuple[float, float]]:
     return list(zip(alpha.tolist(), sigma.tolist()))
 
 
+def _log_ratio(alpha: float, sigma: float) -> float:
+    """log(alpha / sigma): half the log-SNR, minus infinity for pure noise and infinity for the clean image."""
+    if min(alpha, sigma) == 0:
+        return math.inf if alpha > 0 else -math.inf
+    return math.log(alpha / sigma)
+
+
 def sample_ddpm(denoise: Denoise, x: Tensor, times: Tensor, *, schedule: Schedule, noise: Noise | None = None,
                 callback: Callback | None = None) -> Tensor:
     """Ancestral sampling with the small posterior variance (DDPM, eq. 6-7), on any subset of the steps."""
@@ -41,8 +48,8 @@ def sample_ddpm(denoise: Denoise, x: Tensor, times: Tensor, *, schedule: Schedul
         ratio = alpha_t / alpha_s
         step_variance = sigma_t**2 - ratio**2 * sigma_s**2
         x = (ratio * sigma_s**2 * x + alpha_s * step_variance * x0) / sigma_t**2
-        if (deviation := math.sqrt(max(step_variance, 0.0)) * sigma_s / sigma_t) > 0 and step + 2 < len(times):
-            x = x + deviation * noise(step)
+        if sigma_s > 0:  # no noise on the way to the clean image
+            x = x + math.sqrt(max(step_variance, 0.0)) * sigma_s / sigma_t * noise(step)
         if callback:
             callback(step, x, x0)
     return x
@@ -65,18 +72,18 @@ def sample_dpmpp_2m(denoise: Denoise, x: Tensor, times: Tensor, *, schedule: Sch
                     callback: Callback | None = None) -> Tensor:
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): second order, one evaluation a step.
 
-    The first and the last step are of first order: there is no history before the one, and the other reaches so far
-    in log-SNR that extrapolation would hurt. The order of the whole stays two.
+    The first step and one onto the clean image are of first order: there is no history before the one, and the
+    other reaches infinitely far in log-SNR. The order of the whole stays two.
     """
     levels = _levels(schedule, times)
-    log_ratio = [math.log(alpha / sigma) if sigma > 0 else math.inf for alpha, sigma in levels]
+    log_ratio = [_log_ratio(alpha, sigma) for alpha, sigma in levels]
     previous = None
     for step in range(len(times) - 1):
         (_, sigma_t), (alpha_s, sigma_s) = levels[step], levels[step + 1]
         x0 = denoise(x, times[step])
         width = log_ratio[step + 1] - log_ratio[step]
         estimate = x0
-        if previous is not None and step + 2 < len(times):
+        if previous is not None and width < math.inf:
             r = (log_ratio[step] - log_ratio[step - 1]) / width
             estimate = x0 + (x0 - previous) / (2 * r)
         x = sigma_s / sigma_t * x - alpha_s * math.expm1(-width) * estimate
@@ -88,22 +95,24 @@ def sample_dpmpp_2m(denoise: Denoise, x: Tensor, times: Tensor, *, schedule: Sch
 
 def sample_heun(denoise: Denoise, x: Tensor, times: Tensor, *, schedule: Schedule, noise: Noise | None = None,
                 callback: Callback | None = None) -> Tensor:
-    """Heun's method on the ODE of Karras et al. 2022 (algorithm 1): second order, two evaluations a step.
+    """Heun's method on dx/dphi = v, where tan(phi) = sigma / alpha (Salimans and Ho 2022, appendix D).
 
-    Works on y = x / alpha, where dy/ds = (y - x0) / s with s = sigma / alpha. A last step onto the clean image itself
-    (sigma = 0) is a single Euler step.
+    Second order, two evaluations a step: DDIM predicts, the mean of v at both ends corrects. A step onto the clean
+    image is DDIM's alone. Differs from Karras et al. 2022, algorithm 1, which steps in sigma / alpha: that variable
+    runs away where alpha is small, and on an even grid of times the first corrections do more harm than good.
     """
     levels = _levels(schedule, times)
     for step in range(len(times) - 1):
         (alpha_t, sigma_t), (alpha_s, sigma_s) = levels[step], levels[step + 1]
-        here, there = sigma_t / alpha_t, sigma_s / alpha_s
         x0 = denoise(x, times[step])
-        y = x / alpha_t
-        slope = (y - x0) / here
-        x = alpha_s * (y + (there - here) * slope)
-        if there > 0:
-            corrected = (x / alpha_s - denoise(x, times[step + 1])) / there
-            x = alpha_s * (y + (there - here) * (slope + corrected) / 2)
+        predicted = alpha_s * x0 + sigma_s / sigma_t * (x - alpha_t * x0)
+        if sigma_s > 0:
+            v_t = (alpha_t * x - x0) / sigma_t
+            v_s = (alpha_s * predicted - denoise(predicted, times[step + 1])) / sigma_s
+            angle = math.atan2(sigma_t, alpha_t) - math.atan2(sigma_s, alpha_s)
+            x = x - angle * (v_t + v_s) / 2
+        else:
+            x = predicted
         if callback:
             callback(step, x, x0)
     return x
@@ -115,7 +124,8 @@ SAMPLERS = {"ddpm": sample_ddpm, "ddim": sample_ddim, "dpmpp_2m": sample_dpmpp_2
 def image_noise(seeds: list[int], shape: tuple[int, ...], *, stage: str, step: int, device: torch.device) -> Tensor:
     """Standard normal noise (B, *shape) fp32, row i a function of (seeds[i], stage, step) alone.
 
-    Made on the CPU, so that an image's noise has the same bits in every batch, order, process and device.
+    Made on the CPU, so that an image's noise has the same bits in every batch, order, process and device. The
+    CPU's generator uses 32 bits of the seed: two draws share their noise with chance 2^-32.
     """
     rows = [torch.randn(shape, generator=torch.Generator().manual_seed(mix_seed(seed, stage, step))) for seed in seeds]
     return torch.stack(rows).to(device)  # (B, *shape)

@@ -5,6 +5,7 @@ Letters: B batch, C channels, H height, W width, T time width, K conditioning wi
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from .config import UNetConfig
 from .layers import Conv2d, CrossEmbed, Downsample, GroupNormSiLU, Sinusoidal, Upsample, Widen
 from .text import TextEmbeddings
 
+PLACE_OCTAVES = 3  # waves that show a pixel's place: half a period over the picture, a whole one, two
 SKIP_SCALE = 2**-0.5  # Imagen, appendix B.1: skip connections are scaled
 
 
@@ -156,10 +158,15 @@ class UpLevel(Level):
         return x if self.after is None else self.after(x)
 
 
-def coordinates(x: Tensor) -> Tensor:
-    """The place of every pixel of x (B, C, H, W), each in [-1, 1]: (B, 2, H, W)."""
-    rows, columns = (torch.linspace(-1, 1, side, device=x.device, dtype=x.dtype) for side in x.shape[-2:])
-    return torch.stack(torch.meshgrid(rows, columns, indexing="ij")).expand(len(x), -1, -1, -1)
+def place_waves(x: Tensor) -> Tensor:
+    """Sines and cosines of every pixel's row and column, octave by octave: (1, 4 * PLACE_OCTAVES, H, W) for x
+    (B, C, H, W)."""
+    waves = []
+    for axis, side in enumerate(x.shape[-2:]):
+        angle = torch.linspace(0, math.pi, side, device=x.device)[:, None] * 2.0 ** torch.arange(PLACE_OCTAVES, device=x.device)
+        wave = torch.cat([angle.sin(), angle.cos()], dim=1).T  # (2 * PLACE_OCTAVES, side)
+        waves.append((wave[:, :, None] if axis == 0 else wave[:, None, :]).expand(-1, *x.shape[-2:]))
+    return torch.cat(waves)[None].to(x.dtype)
 
 
 class UNet(nn.Module):
@@ -181,8 +188,8 @@ class UNet(nn.Module):
         self.text = TextConditioning(config, time_dim) if config.text_dim else None
         self.norm_cond = nn.LayerNorm(config.cond_dim or config.dim)
 
-        shown = config.channels * patch * (2 if config.lowres else 1) + (2 if config.coordinates else 0)
-        self.stem = CrossEmbed(shown, config.dim, config.stem_kernels)
+        self.stem = CrossEmbed(config.channels * patch * (2 if config.lowres else 1), config.dim, config.stem_kernels)
+        self.place = Conv2d(4 * PLACE_OCTAVES, config.dim, 1) if config.coordinates else None
         refined = config.full_resolution == "refined"
         self.refine = ResBlock(config, config.dim, config.dim, time_dim) if refined else None
 
@@ -265,7 +272,9 @@ class UNet(nn.Module):
 
         x = x.to(self.final_conv.weight.dtype)
         shown = F.pixel_unshuffle(x, self.config.stem_stride).contiguous(memory_format=torch.channels_last)
-        x = self.stem(torch.cat([shown, coordinates(shown)], dim=1) if self.config.coordinates else shown)
+        x = self.stem(shown)
+        if self.place is not None:
+            x = x + self.place(place_waves(x))
         if self.refine is not None:
             x = self.refine(x, vector, context)
         full = x

@@ -76,21 +76,21 @@ class Trainer:
         try:
             if self.rank == 0:
                 self._make_shapes()
-                (self.run_dir / "config.json").write_text(self.config.to_json())
             dist.barrier()
+            newest = [self._newest(config) for config in self.stages]  # all fit, or nothing in the run is touched
+            if self.rank == 0:
+                (self.run_dir / "config.json").write_text(self.config.to_json())
             with StopRequest() as stop:
-                for config in self.stages:
-                    self._fit_stage(config, stop)
+                for config, resume_from in zip(self.stages, newest):
+                    self._fit_stage(config, resume_from, stop)
         finally:
             if lock:
                 lock.close()
 
-    def _fit_stage(self, config: StageConfig, stop: StopRequest) -> None:
-        """Train one stage from its newest checkpoint, or from the start, to its last step."""
+    def _fit_stage(self, config: StageConfig, newest: Path | None, stop: StopRequest) -> None:
+        """Train one stage from checkpoint `newest`, or from the start, to its last step."""
         settings, here = self.settings, self.settings.stages.get(config.name, StageTrainConfig())
         steps = here.steps or settings.steps
-        folder = self.run_dir / "checkpoints" / config.name
-        newest = self._newest(folder, config)
         if newest and checkpoint.read_state(newest)["step"] >= steps:
             self._say(f"{config.name}: trained ({steps} steps)")
             return
@@ -140,7 +140,7 @@ class Trainer:
                                 self.run_dir / "samples" / config.name / f"step-{step:08d}.png")
                 reason = stop.agreed()
                 if reason or step == steps or step % settings.checkpoint_every == 0:
-                    checkpoint.save(folder, engine, ema, self._state(config, step, window), settings.keep_checkpoints)
+                    checkpoint.save(self._folder(config), engine, ema, self._state(config, step, window), settings.keep_checkpoints)
                 if reason:
                     raise Stopped(f"{reason}: saved {config.name} at step {step}; the same command resumes")
         finally:
@@ -158,8 +158,12 @@ class Trainer:
             if not is_embedded(ours):
                 embed_all(ours, say=print)
 
-    def _newest(self, folder: Path, config: StageConfig) -> Path | None:
+    def _folder(self, config: StageConfig) -> Path:
+        return self.run_dir / "checkpoints" / config.name
+
+    def _newest(self, config: StageConfig) -> Path | None:
         """The checkpoint to resume from, after clearing what a killed save left. All processes see the same one."""
+        folder = self._folder(config)
         if self.rank == 0:
             checkpoint.remove_remnants(folder)
         dist.barrier()

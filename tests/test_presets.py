@@ -1,0 +1,142 @@
+"""Presets have the published sizes and run. Parameters are counted on the meta device: nothing is allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from fastimagen import presets
+from fastimagen.attention import CrossAttention, SelfAttention
+from fastimagen.config import CascadeConfig, UNetConfig
+from fastimagen.interop import minimagen_config
+from fastimagen.presets import PRESETS, resolve
+from fastimagen.text import TextEmbeddings
+from fastimagen.unet import UNet
+
+
+def on_meta(config: UNetConfig) -> UNet:
+    with torch.device("meta"):
+        return UNet(config)
+
+
+def parameters(config: UNetConfig) -> int:
+    return sum(p.numel() for p in on_meta(config).parameters())
+
+
+# ---- MinImagen; the numbers were counted in MinImagen itself
+
+
+@pytest.mark.parametrize("preset, text_dim, count", [
+    (presets.minimagen_base, 512, 1_618_334_979),
+    (presets.minimagen_base, 4096, 1_620_169_987),
+    (presets.minimagen_super, 768, 715_760_003),
+    (presets.minimagen_super, 4096, 716_185_987),
+])
+def test_minimagens_networks_have_its_sizes(preset: Callable[[int], UNetConfig], text_dim: int, count: int) -> None:
+    assert parameters(preset(text_dim)) == count
+
+
+@pytest.mark.parametrize("preset, count_512, count_768", [
+    (presets.minimagen_base_test, 104_115, 106_163),
+    (presets.minimagen_super_test, 156_099, 158_147),
+])
+def test_defect_3_test_networks_are_small(preset: Callable[[int], UNetConfig], count_512: int, count_768: int) -> None:
+    """MinImagen's classes BaseTest and SuperTest take the defaults of Base and Super: 1.6 B parameters for a test."""
+    assert (parameters(preset(512)), parameters(preset(768))) == (count_512, count_768)
+
+
+@pytest.mark.parametrize("preset, kwargs", [
+    (presets.minimagen_base, dict(dim=512, dim_mults=[1, 2, 3, 4], num_resnet_blocks=3, text_embed_dim=768,
+                                  layer_attns=[False, True, True, True], layer_cross_attns=[False, True, True, True])),
+    (presets.minimagen_super, dict(dim=128, dim_mults=[1, 2, 4, 8], num_resnet_blocks=[2, 4, 8, 8], text_embed_dim=768,
+                                   layer_attns=[False, False, False, True], memory_efficient=True, lowres_cond=True,
+                                   layer_cross_attns=[False, False, False, True])),
+])
+def test_presets_are_what_imported_weights_get(preset: Callable[[], UNetConfig], kwargs: dict) -> None:
+    assert preset() == minimagen_config(kwargs)
+
+
+def test_minimagen_cascades_train_and_sample_as_it_does() -> None:
+    for name, steps, sizes in (("minimagen", 1000, [64, 256]), ("minimagen-test", 25, [64, 128])):
+        cascade = resolve(name)
+        assert [stage.size for stage in cascade.stages] == sizes
+        for stage in cascade.stages:
+            assert (stage.schedule.name, stage.schedule.timesteps, stage.sampling.steps) == ("linear", steps, steps)
+            assert (stage.objective.prediction, stage.objective.caption_dropout) == ("epsilon", 0.15)
+            assert (stage.sampling.sampler, stage.sampling.guidance, stage.sampling.percentile) == ("ddpm", 3.0, 0.9)
+        augmentation = cascade.stages[1].augmentation
+        assert (augmentation.schedule, augmentation.sample_level) == (cascade.stages[1].schedule, 0.2)
+
+
+# ---- the paper
+
+
+@pytest.mark.parametrize("preset, low, high", [
+    (presets.paper_base64, 2.0e9, 2.2e9),
+    (presets.paper_sr256, 580e6, 680e6),
+    (presets.paper_sr1024, 380e6, 450e6),
+    (presets.paper_base64_light, 475e6, 525e6),
+    (presets.paper_sr256_light, 380e6, 420e6),
+])
+def test_paper_networks_have_the_published_sizes(preset: Callable[[], UNetConfig], low: float, high: float) -> None:
+    assert low < parameters(preset()) < high
+
+
+def test_paper_attention_is_where_the_paper_has_it() -> None:
+    for preset in (presets.paper_base64, presets.paper_sr256):
+        unet = on_meta(preset())
+        levels = [*unet.downs, *unet.ups]
+        self_attention = [m for level in levels for m in level.modules() if isinstance(m, SelfAttention)]
+        assert len(self_attention) == 2 * sum(preset().self_attention)
+        assert all(m.slot is not None for m in self_attention)  # the text is among the keys
+        assert not any(isinstance(m, CrossAttention) for level in levels for m in level.modules())
+    unet = on_meta(presets.paper_sr1024())
+    assert not any(isinstance(m, SelfAttention) for m in unet.modules())
+    assert any(isinstance(m, CrossAttention) for m in unet.downs[3].modules())
+
+
+def test_paper_cascade() -> None:
+    base, sr256, sr1024 = resolve("paper").stages
+    assert [stage.size for stage in (base, sr256, sr1024)] == [64, 256, 1024]
+    assert [stage.crop for stage in (base, sr256, sr1024)] == [None, None, 256]
+    assert [stage.schedule.name for stage in (base, sr256, sr1024)] == ["cosine", "cosine", "linear"]
+    assert sr1024.schedule.timesteps == 1000
+    assert all(stage.objective.prediction == "epsilon" for stage in (base, sr256, sr1024))
+    assert [stage.unet.full_resolution for stage in (base, sr256, sr1024)] == ["plain", "refined", "refined"]
+
+
+@pytest.mark.parametrize("name", ["paper", "paper-light"])
+def test_paper_networks_run_when_made_narrow(name: str) -> None:
+    text = TextEmbeddings(torch.randn(2, 5, 32), torch.arange(5) < torch.tensor([[5], [2]]))
+    for stage in resolve(name).stages:
+        narrow = dict(dim=8, cond_dim=16, text_dim=32, heads=2, head_dim=16, zero_init=False)
+        unet = UNet(UNetConfig(**{**stage.unet.model_dump(), **narrow}))
+        x, time = torch.randn(2, 3, 32, 32), torch.tensor([3.0, 700.0])
+        lowres = dict(lowres=x, lowres_time=time) if stage.unet.lowres else {}
+        with torch.inference_mode():
+            kept, dropped = (unet(x, time, text=text, keep_text=torch.full((2,), keep), **lowres) for keep in (True, False))
+        assert kept.shape == x.shape and not torch.equal(kept, dropped)
+
+
+# ---- names
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_takes_the_encoders_width_and_survives_json(name: str) -> None:
+    cascade = resolve(name, text_dim=1024)
+    assert {stage.unet.text_dim for stage in cascade.stages} == {1024}
+    assert CascadeConfig.model_validate_json(cascade.model_dump_json()) == cascade
+    assert resolve(cascade) is cascade
+
+
+@pytest.mark.parametrize("name, message", [
+    ("papr", 'no cascade "papr"; did you mean "paper"?'),
+    ("minimagen_test", 'no cascade "minimagen_test"; did you mean "minimagen-test"?'),
+    ("xyz", 'no cascade "xyz"; there are shapes, minimagen'),
+])
+def test_unknown_preset_names_the_nearest(name: str, message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        resolve(name)
+    assert str(caught.value).startswith(message)

@@ -1,0 +1,259 @@
+"""The parts of training, and what they come to in real runs: clipping, EMA, validation, metrics, stopping."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fastimagen.config import EMAConfig, StageConfig
+from fastimagen.samplers import mix_seed
+from fastimagen.train.control import StopRequest, lock_run
+from fastimagen.train.ema import EMA
+from fastimagen.train.metrics import Metrics, Window
+from fastimagen.train.start import initial_unet
+from tests.conftest import ROOT, TOY_STAGES, toy_tree
+
+# ---- real runs, one after the other in one process: DeepSpeed takes seconds to start
+
+RUNS = """
+import json, sys
+from pathlib import Path
+from fastimagen.config import config_from_dict
+from fastimagen.train.trainer import Trainer
+
+for name, tree in json.loads(Path(sys.argv[1]).read_text()):
+    Trainer(config_from_dict(tree), Path(sys.argv[1]).parent / name, stage="base").fit()
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of runs of the base stage: "clipped", "live", "averaged" (in two goes), "still" and "still8"."""
+    def tree(*, steps: int, decay: float = 0.0, **deepspeed: Any) -> dict[str, Any]:
+        content = toy_tree(toy_data)
+        del content["scheduler"]
+        content["fastimagen"]["train"] |= {"steps": steps, "checkpoint_every": 1, "keep_checkpoints": 10,
+                                           "validate_every": 1, "validation_samples": 40, "sample_every": 100,
+                                           "sample_count": 1, "ema": {"decay": decay, "warmup": 4.0}}
+        return {**content, **deepspeed}
+
+    # With a decay of 0 the average is the weights themselves, so their checkpoints show every step.
+    still = {"optimizer": {"type": "AdamW", "params": {"lr": 0.0}}}
+    trees = [
+        ("clipped", tree(steps=2, optimizer={"type": "SGD", "params": {"lr": 1.0}}, gradient_clipping=0.01,
+                         zero_allow_untested_optimizer=True)),
+        ("live", tree(steps=4)),
+        ("averaged", tree(steps=2, decay=0.9)),
+        ("averaged", tree(steps=4, decay=0.9)),
+        ("still", tree(steps=2, **still)),
+        ("still8", tree(steps=1, train_batch_size=8, train_micro_batch_size_per_gpu=2, **still)),
+    ]
+    folder = tmp_path_factory.mktemp("parts")
+    (folder / "trees.json").write_text(json.dumps(trees))
+    child = subprocess.run([sys.executable, "-c", RUNS, str(folder / "trees.json")], capture_output=True, text=True,
+                           env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert child.returncode == 0, child.stdout + child.stderr
+    return folder
+
+
+def weights(run: Path, step: int) -> dict[str, Tensor]:
+    """The weights of the average after a step; step 0 are those that every run of this seed starts from."""
+    if step:
+        return load_file(run / f"checkpoints/base/step-{step:08d}/ema.safetensors")
+    unet = initial_unet(StageConfig.model_validate(TOY_STAGES[0]), seed=mix_seed(0, "base", "weights"))
+    return {name: weight.detach() for name, weight in unet.named_parameters()}
+
+
+def distance(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
+    return sum((first[name].double() - second[name].double()).square().sum().item() for name in first) ** 0.5
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_gradient_clipping_really_clips(runs: Path) -> None:
+    """SGD with learning rate 1 moves the weights by the gradient itself."""
+    norms = [record["grad_norm"] for record in records(runs / "clipped") if "loss" in record]
+    assert len(norms) == 2 and min(norms) > 0.05, "nothing to clip"
+    for step in (1, 2):
+        moved = distance(weights(runs / "clipped", step), weights(runs / "clipped", step - 1))
+        assert 0.0099 < moved < 0.01001
+
+
+def test_the_average_of_a_run_is_the_average_of_its_weights(runs: Path) -> None:
+    """The same run without averaging shows the weights of each step; their average is taken here in float64."""
+    average = {name: weight.double() for name, weight in weights(runs / "live", 0).items()}
+    for step in range(1, 5):
+        live = weights(runs / "live", step)
+        decay = min(0.9, (1 + step) / (4.0 + step))
+        average = {name: decay * average[name] + (1 - decay) * live[name].double() for name in average}
+        saved = weights(runs / "averaged", step)
+        assert all((saved[name].double() - average[name]).abs().max() < 1e-6 for name in average)
+        assert distance(saved, live) > 1e-3
+
+
+def test_no_line_stands_twice_when_a_run_goes_on(runs: Path) -> None:
+    lines = [(record["step"], "val_loss" in record) for record in records(runs / "averaged")]
+    assert lines == [(step, kind) for step in (1, 2, 3, 4) for kind in (False, True)]
+
+
+def test_the_validation_loss_is_the_same_number_whenever_and_at_whatever_batch_size(runs: Path) -> None:
+    losses = [record["val_loss"] for name in ("still", "still8") for record in records(runs / name) if "val_loss" in record]
+    assert len(losses) == 3 and losses[0] > 0 and losses == [losses[0]] * 3
+    moving = [record["val_loss"] for record in records(runs / "live") if "val_loss" in record]
+    assert len(set(moving)) == 4
+
+
+def test_the_batch_is_gathered_from_micro_batches(runs: Path) -> None:
+    """8 pictures as 4 x 2: all of them were read."""
+    training = [record for record in records(runs / "still8") if "loss" in record]
+    assert [record["step"] for record in training] == [1] and training[0]["read"] >= 8
+
+
+# ---- EMA by itself
+
+def test_ema_is_a_weighted_sum_of_all_weights_so_far() -> None:
+    """The closed form, in float64: weight n has (1 - d_n) d_(n+1) ... d_N, the start has d_1 ... d_N."""
+    generator = torch.Generator().manual_seed(0)
+    history = [[torch.randn(size, generator=generator) for size in (7, 3)] for _ in range(40)]
+    shards = [shard.clone() for shard in history[0]]
+    ema = EMA(shards, EMAConfig(decay=0.8, warmup=10.0))
+    for step in range(1, 40):
+        for shard, value in zip(shards, history[step]):
+            shard.copy_(value)
+        ema.update(step)
+    decays = [min(0.8, (1 + step) / (10.0 + step)) for step in range(1, 40)]
+    assert decays[0] == 2 / 11 and decays[-1] == 0.8
+    for index, average in enumerate(ema.average):
+        expected = torch.zeros(average.shape, dtype=torch.float64)
+        for step in range(40):
+            share = 1.0 if step == 0 else 1 - decays[step - 1]
+            for later in decays[step:]:
+                share *= later
+            expected += share * history[step][index].double()
+        assert (average.double() - expected).abs().max() < 1e-6
+
+
+def test_swapped_shows_the_average_and_brings_the_weights_back_even_after_an_error() -> None:
+    shards = [torch.tensor([1.0, 2.0])]
+    ema = EMA(shards, EMAConfig(decay=0.5, warmup=1.0))
+    shards[0] += 2
+    ema.update(1)
+    with pytest.raises(RuntimeError), ema.swapped():
+        assert shards[0].tolist() == [2.0, 3.0]
+        raise RuntimeError
+    assert shards[0].tolist() == [3.0, 4.0] and ema.average[0].tolist() == [2.0, 3.0]
+
+
+# ---- metrics by themselves
+
+def open_metrics(folder: Path, start: int, stage: str = "base", rank: int = 0) -> Metrics:
+    return Metrics(folder, stage=stage, steps=10, start=start, rank=rank, monitor=SimpleNamespace(enabled=False))
+
+
+def test_lines_beyond_the_checkpoint_and_cut_ones_go_and_no_others(tmp_path: Path) -> None:
+    for stage in ("base", "sr"):
+        metrics = open_metrics(tmp_path, 0, stage)
+        for step in range(1, 6):
+            metrics.write(step, loss=step / 10)
+            metrics.write(step, val_loss=step / 20)
+        metrics.close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"stage": "sr", "step": 6, "lo')  # a kill in the middle of a line
+    metrics = open_metrics(tmp_path, 3, "sr")
+    for step in range(4, 8):
+        metrics.write(step, loss=9.0)
+    metrics.close()
+    found = [(record["stage"], record["step"], record.get("loss")) for record in records(tmp_path) if "loss" in record]
+    assert found == [("base", step, step / 10) for step in range(1, 6)] + \
+        [("sr", step, step / 10) for step in (1, 2, 3)] + [("sr", step, 9.0) for step in (4, 5, 6, 7)]
+    assert len([record for record in records(tmp_path) if "val_loss" in record]) == 5 + 3
+
+
+def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = open_metrics(tmp_path, 0, rank=1)
+    metrics.write(1, loss=1.0)
+    metrics.say("hello")
+    metrics.advance()
+    metrics.close()
+    assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""
+
+
+def test_the_monitor_and_the_console_show_the_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    events: list[tuple] = []
+    monitor = SimpleNamespace(enabled=True, write_events=events.extend)
+    metrics = Metrics(tmp_path, stage="sr", steps=10, start=0, rank=0, monitor=monitor)
+    metrics.write(4, loss=0.25, bad=2)
+    metrics.close()
+    assert events == [("sr/loss", 0.25, 4), ("sr/bad", 2, 4)]
+    assert capsys.readouterr().out == "sr 4/10  loss 0.25  bad 2\n"
+    record, = records(tmp_path)
+    assert {key: record[key] for key in ("stage", "step", "loss", "bad")} == {"stage": "sr", "step": 4, "loss": 0.25, "bad": 2}
+
+
+# ---- stopping
+
+@pytest.fixture(scope="module")
+def one_process() -> Iterator[None]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_is_a_reason_to_stop_and_the_old_handlers_come_back(number: signal.Signals, one_process: None) -> None:
+    mine = [0]
+    before = {known: signal.signal(known, lambda *_: mine.append(1)) for known in StopRequest.SIGNALS}
+    ours = {known: signal.getsignal(known) for known in StopRequest.SIGNALS}
+    try:
+        with pytest.raises(RuntimeError), StopRequest() as stop:
+            assert stop.agreed() is None
+            os.kill(os.getpid(), number)
+            assert stop.agreed() == number.name and mine == [0]
+            assert stop.agreed() == number.name  # and stays one
+            raise RuntimeError("a run that ends badly")
+        assert {known: signal.getsignal(known) for known in StopRequest.SIGNALS} == ours
+        os.kill(os.getpid(), number)
+        assert mine == [0, 1]
+    finally:
+        for known, handler in before.items():
+            signal.signal(known, handler)
+
+
+def test_a_second_interrupt_does_not_wait(one_process: None) -> None:
+    with pytest.raises(KeyboardInterrupt), StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.agreed() == "SIGINT"
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_run_directory_has_one_writer(tmp_path: Path) -> None:
+    held = lock_run(tmp_path)
+    with pytest.raises(ValueError, match=f"is being written by process {os.getpid()} on .*; wait for it, or choose another"):
+        lock_run(tmp_path)
+    held.close()
+    lock_run(tmp_path).close()
+
+
+def test_a_window_goes_on_where_the_checkpoint_left_it(one_process: None) -> None:
+    window = Window(torch.device("cpu"))
+    for value in (1.0, 2.5):
+        window.add(torch.tensor(value), 4, 0.1)
+    resumed = Window.resume(torch.device("cpu"), json.loads(json.dumps(window.state())), rank=0)
+    resumed.add(torch.tensor(0.5), 4, 0.1)
+    assert resumed.loss.item() / resumed.steps == pytest.approx(4.0 / 3, abs=1e-12)
