@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -448,9 +449,10 @@ def _explain(section: type[Section], error: ValidationError, where: str) -> str:
     problems = error.errors()
     unknown = [problem for problem in problems if problem["type"] == "extra_forbidden"]
     problem = (unknown or problems)[0]
-    steps = [str(step) for step in problem["loc"] if step not in ("<preset>", "<stages>")]
+    steps = _steps(problem)
     key = ".".join([where, *steps])
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 and not unknown else ""
+    others = len({tuple(_steps(other)) for other in problems}) - 1  # alternatives of one field are one mistake
+    more = f" (and {others} more)" if others and not unknown else ""
     if problem["type"] == "extra_forbidden":
         owner = _section_at(section, steps[:-1])
         valid = sorted(owner.model_fields) if owner else []
@@ -461,6 +463,12 @@ def _explain(section: type[Section], error: ValidationError, where: str) -> str:
     given = "" if isinstance(problem["input"], (dict, list)) or problem["type"] == "missing" else \
         f" (given: {problem['input']!r})"
     return f"{key}: {message}{given}{more}"
+
+
+def _steps(problem: Any) -> list[str]:
+    """The keys and indices that lead to a mistake, without pydantic's names for the alternatives of a field."""
+    alternatives = re.compile(r"<\w+>|int|bool|str|tuple\[.*")
+    return [str(step) for step in problem["loc"] if not alternatives.fullmatch(str(step))]
 
 
 def _section_at(section: type[Section], steps: list[str]) -> type[Section] | None:

@@ -73,7 +73,7 @@ def sample_dpmpp_2m(denoise: Denoise, x: Tensor, times: Tensor, *, schedule: Sch
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): second order, one evaluation a step.
 
     The first step and one onto the clean image are of first order: there is no history before the one, and the
-    other reaches infinitely far in log-SNR. The order of the whole stays two.
+    other reaches infinitely far in log-SNR. The order of the whole stays two, but for a logarithm on an even grid.
     """
     levels = _levels(schedule, times)
     log_ratio = [_log_ratio(alpha, sigma) for alpha, sigma in levels]

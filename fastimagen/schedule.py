@@ -109,7 +109,7 @@ class Linear:
 
     def time_of(self, logsnr: Tensor) -> Tensor:
         falling = -torch.logit(self.alpha_bar[1:]).to(logsnr.device)  # (T,)
-        return torch.bucketize(-logsnr.double(), (falling[1:] + falling[:-1]) / 2)
+        return torch.bucketize(-logsnr.double(), (falling[1:] + falling[:-1]) / 2, right=True)
 
     def network_time(self, time: Tensor) -> Tensor:
         return time.float()

@@ -42,6 +42,7 @@ def phases() -> list[tuple[str, list[str]]]:
 
 def main() -> int:
     os.chdir(ROOT)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see launch/train.py
     RUN.mkdir(parents=True, exist_ok=True)
     for old in (MODEL, PICTURES, EVALUATION):  # made anew from the checkpoints
         shutil.rmtree(old, ignore_errors=True)

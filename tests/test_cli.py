@@ -253,6 +253,12 @@ def test_shards_of_nothing(tmp_path: Path, refused: Callable[..., str]) -> None:
     assert "size >= 16" in refused("shards", "shapes", "--out", "out", "--size", "8")
 
 
+def test_import_of_nothing(tmp_path: Path, refused: Callable[..., str]) -> None:
+    assert "nowhere" in refused("import-minimagen", "nowhere", "--out", "out")
+    (tmp_path / "empty").mkdir()
+    assert "empty" in refused("import-minimagen", "empty", "--out", "out")
+
+
 @pytest.mark.parametrize(("content", "overrides", "complaint"), [
     (None, [], "cannot read ds.json: No such file or directory"),
     ('{"fastimagen": {', [], "ds.json is not JSON: line 1"),
@@ -273,3 +279,23 @@ def test_embed_with_a_broken_configuration(content: str | None, overrides: list[
 def test_embed_fills_the_cache_once(toy_config: dict, write_config: Callable, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["embed", "--config", str(write_config(toy_config))]) == 0
     assert "0 shards written, 2 kept" in capsys.readouterr().out
+
+
+# ---- the end of the command
+
+def test_errors_of_many_lines_and_of_the_disk_are_one_line(toy_config: dict, tmp_path: Path, refused: Callable[..., str],
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    write_toy_run(tmp_path / "run", toy_config)
+    (tmp_path / "note").write_text("a file, where a folder should be")
+    assert "note" in refused("export", "--run", "run", "--out", "note/model")
+    monkeypatch.setattr("fastimagen.info.report", lambda: raising(ValueError("two\n  lines")))
+    assert refused("info") == "two lines"
+
+
+def raising(error: BaseException) -> None:
+    raise error
+
+
+def test_an_interrupt_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("fastimagen.info.report", lambda: raising(KeyboardInterrupt()))
+    assert main(["info"]) == 130 and capsys.readouterr().err == "interrupted\n"

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from fastimagen import config as config_module
-from fastimagen.config import (AugmentationConfig, CascadeConfig, Config, FastimagenConfig, ScheduleConfig, Section,
+from fastimagen.config import (AugmentationConfig, CascadeConfig, FastimagenConfig, ScheduleConfig, Section,
                                StageConfig, UNetConfig, config_from_dict, load_config)
 from tests.conftest import ROOT, TOY_STAGES, TOY_UNET
 
@@ -78,6 +78,8 @@ def test_misspelt_section_is_not_taken_for_one_of_deepspeeds() -> None:
     ("fastimagen.cascade.stages.0.name", "a b", "fastimagen.cascade.stages.0.name: "),
     ("fastimagen.cascade.stages.0.sampling.sampler", "euler", "'ddpm', 'ddim', 'dpmpp_2m' or 'heun' (given: 'euler')"),
     ("fastimagen.cascade.stages.0.unet.cond_dim", 0, "cond_dim: Input should be greater than or equal to 1"),
+    ("fastimagen.cascade.stages.0.unet.num_blocks", "x", "fastimagen.cascade.stages.0.unet.num_blocks: Input should be"),
+    ("fastimagen.data.shards", 5, "fastimagen.data.shards: Input should be a valid string (given: 5)"),
     ("fastimagen.train.stages.sr.deepspeed", {"fastimagen": {}}, "train.stages.sr.deepspeed takes DeepSpeed keys"),
 ])
 def test_wrong_value_names_key_and_value(path: str, value: Any, message: str) -> None:
@@ -226,7 +228,3 @@ def test_every_field_is_described() -> None:
     sections = [value for value in vars(config_module).values() if isinstance(value, type) and issubclass(value, Section)]
     assert found.keys() == {f"{section.__name__}.{name}" for section in sections for name in section.model_fields}
     assert [name for name, described in found.items() if not described] == []
-
-
-def test_config_holds_the_file() -> None:
-    assert isinstance(config_from_dict(tree()), Config)

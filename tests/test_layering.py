@@ -38,7 +38,7 @@ BELOW = {
     "train": " ".join(ABOVE) + " data",
     "export": "config pipeline train.checkpoint train.start",
     "evaluate": "pipeline images data",
-    "interop": "config unet cascade pipeline",
+    "interop": "config presets unet cascade pipeline text",  # where MinImagen's numbers stand
     "info": "ops",
     "cli": " ".join(ABOVE) + " data train export evaluate interop info",
 }

