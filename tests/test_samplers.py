@@ -224,7 +224,14 @@ def test_callbacks_see_every_step(name: str) -> None:
 
 
 def test_ddpm_asks_for_noise() -> None:
-    schedule = make_schedule(ScheduleConfig())
+    schedule, asked = make_schedule(ScheduleConfig()), []
+
+    def noise(step: int) -> Tensor:
+        asked.append(step)
+        return torch.zeros_like(QUANTILES)
+
+    sample_ddpm(SMOOTH.denoise(schedule), QUANTILES, schedule.grid(4), schedule=schedule, noise=noise)
+    assert asked == [0, 1, 2]  # none on the way to the clean image
     with pytest.raises(ValueError, match="ddpm is stochastic"):
         sample_ddpm(SMOOTH.denoise(schedule), QUANTILES, schedule.grid(2), schedule=schedule)
 

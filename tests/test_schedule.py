@@ -111,6 +111,7 @@ def test_cosine_grid_is_even_and_ends_clean() -> None:
 
 def test_linear_grid_is_respaced_and_ends_clean() -> None:
     assert linear(1000).grid(4).tolist() == [999.0, 749.0, 499.0, 249.0, -1.0]
+    assert linear(1000).grid(3).tolist() == [999.0, 666.0, 332.0, -1.0]  # rounded to nearest
     assert linear(1000).grid(1).tolist() == [999.0, -1.0]
     for timesteps in (20, 25, 50, 1000):
         assert linear(timesteps).grid(timesteps).tolist() == list(range(timesteps - 1, -2, -1))

@@ -53,17 +53,11 @@ class Trainer:
     def describe(self) -> str:
         """What `fit()` would run: the stages, the DeepSpeed configuration of each, the whole file. Writes nothing."""
         lines = []
-        world, cuda = int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.is_available()
+        world, device = int(os.environ.get("WORLD_SIZE", "1")), "cuda" if torch.cuda.is_available() else "cpu"
         for config in self.stages:
-            here = self.settings.stages.get(config.name, StageTrainConfig())
-            steps = here.steps or self.settings.steps
-            deepspeed, notices = resolve_deepspeed(
-                self.config.deepspeed, here.deepspeed, steps=steps, world_size=world, cuda=cuda,
-                tensorboard=str(self.run_dir / "tensorboard"), job_name=config.name)
+            deepspeed, notices = self._resolve(config, world, device)
             with torch.device("meta"):
-                millions = sum(p.numel() for p in UNet(config.unet).parameters()) / 1e6
-            lines.append(f"{config.name}: {config.size}x{config.size}, {millions:.2f} M parameters, {steps} steps of "
-                         f"{deepspeed['train_batch_size']} images on {world} x {'cuda' if cuda else 'cpu'}")
+                lines.append(self._headline(config, UNet(config.unet), deepspeed, world, device))
             lines += [f"{config.name}: {notice}" for notice in notices]
             lines.append(f"{config.name}: DeepSpeed {json.dumps(deepspeed)}")
         return "\n".join([*lines, self.config.to_json()])
@@ -89,15 +83,15 @@ class Trainer:
 
     def _fit_stage(self, config: StageConfig, newest: Path | None, stop: StopRequest) -> None:
         """Train one stage from checkpoint `newest`, or from the start, to its last step."""
-        settings, here = self.settings, self.settings.stages.get(config.name, StageTrainConfig())
-        steps = here.steps or settings.steps
+        settings, here = self.settings, self._train_config(config)
+        steps = here.steps
         if newest and checkpoint.read_state(newest)["step"] >= steps:
             self._say(f"{config.name}: trained ({steps} steps)")
             return
         stage = Stage(config, self.cascade.below(config.name))
         train, validation = self._open_data()
-        engine, deepspeed = self._make_engine(config, here, steps)
-        ema = EMA(fp32_shards(engine), here.ema or settings.ema)
+        engine, deepspeed = self._make_engine(config)
+        ema = EMA(fp32_shards(engine), here.ema)
         start, window, bad_in_a_row = 0, Window(self.device), 0
         if newest:
             state = checkpoint.load(newest, engine, ema)
@@ -134,13 +128,15 @@ class Trainer:
                 if step % settings.log_every == 0 or step == steps:
                     window = self._log(metrics, window, step, engine, loader)
                 if validation and (step % settings.validate_every == 0 or step == steps):
-                    metrics.write(step, val_loss=validation_loss(stage, engine, ema, validation, self.config, self.device))
+                    loss = validation_loss(stage, engine, ema, validation, self.config, self.device)
+                    metrics.write(step, val_loss=loss)
                 if validation and (step % settings.sample_every == 0 or step == steps):
                     sample_grid(stage, engine, ema, validation, self.config, self.device,
                                 self.run_dir / "samples" / config.name / f"step-{step:08d}.png")
                 reason = stop.agreed()
                 if reason or step == steps or step % settings.checkpoint_every == 0:
-                    checkpoint.save(self._folder(config), engine, ema, self._state(config, step, window), settings.keep_checkpoints)
+                    checkpoint.save(self._folder(config), engine, ema, self._state(config, step, window),
+                                    settings.keep_checkpoints)
                 if reason:
                     raise Stopped(f"{reason}: saved {config.name} at step {step}; the same command resumes")
         finally:
@@ -178,15 +174,29 @@ class Trainer:
         train = open_split(ours.data.shards, ours, with_text=text)
         return train, open_split(ours.data.validation, ours, with_text=text) if ours.data.validation else None
 
-    def _make_engine(self, config: StageConfig, here: StageTrainConfig, steps: int) -> tuple[Any, dict[str, Any]]:
-        deepspeed, notices = resolve_deepspeed(
-            self.config.deepspeed, here.deepspeed, steps=steps, world_size=self.world,
-            cuda=self.device.type == "cuda", tensorboard=str(self.run_dir / "tensorboard"), job_name=config.name)
-        for notice in notices:
-            self._say(f"{config.name}: {notice}")
-        unet = initial_unet(config, seed=mix_seed(self.settings.seed, config.name, "weights"), init_from=here.init_from)
-        self._say(f"{config.name}: {sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M parameters, {steps} steps of "
-                  f"{deepspeed['train_batch_size']} images on {self.world} x {self.device.type}")
+    def _train_config(self, config: StageConfig) -> StageTrainConfig:
+        """train.stages of this stage, with what it leaves open filled in."""
+        here = self.settings.stages.get(config.name, StageTrainConfig())
+        return here.model_copy(update={"steps": here.steps or self.settings.steps, "ema": here.ema or self.settings.ema})
+
+    def _resolve(self, config: StageConfig, world: int, device: str) -> tuple[dict[str, Any], list[str]]:
+        here = self._train_config(config)
+        return resolve_deepspeed(self.config.deepspeed, here.deepspeed, steps=here.steps, world_size=world,
+                                 cuda=device == "cuda", tensorboard=str(self.run_dir / "tensorboard"),
+                                 job_name=config.name)
+
+    def _headline(self, config: StageConfig, unet: UNet, deepspeed: dict[str, Any], world: int, device: str) -> str:
+        millions = sum(p.numel() for p in unet.parameters()) / 1e6
+        return (f"{config.name}: {config.size}x{config.size}, {millions:.2f} M parameters, "
+                f"{self._train_config(config).steps} steps of {deepspeed['train_batch_size']} images on {world} x {device}")
+
+    def _make_engine(self, config: StageConfig) -> tuple[Any, dict[str, Any]]:
+        deepspeed, notices = self._resolve(config, self.world, self.device.type)
+        unet = initial_unet(config, seed=mix_seed(self.settings.seed, config.name, "weights"),
+                            init_from=self._train_config(config).init_from)
+        for line in [self._headline(config, unet, deepspeed, self.world, self.device.type),
+                     *(f"{config.name}: {notice}" for notice in notices)]:
+            self._say(line)
         return make_engine(unet, deepspeed), deepspeed
 
     def _generator(self, config: StageConfig, step: int, micro: int) -> torch.Generator:
