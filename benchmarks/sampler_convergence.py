@@ -95,7 +95,8 @@ def draw(results: dict[str, Points]) -> str:
         x = place(count, 1)[0]
         parts += [f'<path d="M{x:.1f} {top}V{top + height}" stroke="#ddd"/>',
                   f'<text x="{x:.1f}" y="{top + height + 18}" text-anchor="middle">{count}</text>']
-    parts.append(f'<text x="{left + width / 2}" y="{top + height + 40}" text-anchor="middle">network evaluations</text>')
+    middle = left + width / 2
+    parts.append(f'<text x="{middle}" y="{top + height + 40}" text-anchor="middle">network evaluations</text>')
     label_at = -math.inf
     for name, points in sorted(results.items(), key=lambda item: -item[1][-1][1]):  # worst first, which ends highest
         spots = [place(*point) for point in points]

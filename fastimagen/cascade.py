@@ -90,7 +90,7 @@ class Stage:
         shape = (self.config.unet.channels, self.config.size, self.config.size)
         condition: dict[str, Tensor] = {}
         if self.config.unet.lowres:
-            level = torch.full((len(seeds),), self.config.augmentation.sample_level, device=device)
+            level = torch.full((len(seeds),), self.config.augmentation.sample_level, dtype=torch.float64, device=device)
             noise = image_noise(seeds, shape, stage=f"{self.name}/augmentation", step=0, device=device)
             condition = self.lowres_condition(lowres.to(noise), level, noise)
         network = self._network(unet, text, condition, sampling.guidance)

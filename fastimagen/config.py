@@ -63,7 +63,7 @@ class UNetConfig(Section):
     stem_stride: int = Field(1, ge=1)
     """Patch side folded into channels before the stem (pixel-unshuffle) and unfolded after the last convolution."""
     coordinates: bool = False
-    """Show the stem every pixel's place as two more channels (CoordConv, Liu et al. 2018). Small networks learn words
+    """Add every pixel's place to the stem's output, as waves through a 1x1 convolution. Small networks learn words
     like "left" sooner; not for stages that train on crops."""
     groups: int = Field(8, ge=1)
     """GroupNorm groups."""

@@ -61,7 +61,7 @@ class Diffusion:
             return 0 * one, one, one
         if self.objective.prediction == "v":
             return alpha, -sigma, one
-        # Karras et al., table 1, for x_t / alpha with noise level sigma / alpha; multiplied out, nothing divides by alpha.
+        # Karras et al., table 1, for x_t / alpha at noise level sigma / alpha; multiplied out.
         data = self.objective.sigma_data
         total = (sigma**2 + (alpha * data) ** 2).sqrt()  # standard deviation of x_t
         return alpha * data**2 / total**2, sigma * data / total, 1 / total

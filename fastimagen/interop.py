@@ -1,4 +1,4 @@
-"""Foreign checkpoints: MinImagen's U-Nets become ours, weight by weight; its training directories, model directories."""
+"""Foreign checkpoints: MinImagen's U-Nets, weight by weight, and its training directories."""
 
 from __future__ import annotations
 
@@ -116,14 +116,15 @@ def rename_minimagen(key: str) -> str | None:
     return key
 
 
-def unet_from_minimagen(state_dict: dict[str, Tensor], unet_kwargs: dict[str, Any]) -> UNet:
+def unet_from_minimagen(state_dict: dict[str, Tensor], unet_kwargs: dict[str, Any], *, name: str = "U-Net") -> UNet:
     """MinImagen's U-Net as ours, in fp32, with the same outputs.
 
     Where unet_kwargs and the weights disagree about channels, the low-resolution input or the width of the text
-    (MinImagen records the last two wrongly for super-resolution), the weights win and a line of the log says so.
+    (MinImagen records the last two wrongly for super-resolution), the weights win and a line of the log, which begins
+    with `name`, says so.
     Raises ValueError that lists every other missing, unexpected or misshapen key (20 of them, and counts the rest).
     """
-    config = minimagen_config(_trust_weights(state_dict, unet_kwargs))
+    config = minimagen_config(_trust_weights(state_dict, unet_kwargs, name))
     with torch.device("meta"):
         unet = UNet(config)
     expected = {name: tuple(p.shape) for name, p in unet.named_parameters()}
@@ -158,7 +159,7 @@ def _reshape(value: Tensor, expected: tuple[int, ...]) -> Tensor:
     return value
 
 
-def _trust_weights(state_dict: dict[str, Tensor], unet_kwargs: dict[str, Any]) -> dict[str, Any]:
+def _trust_weights(state_dict: dict[str, Tensor], unet_kwargs: dict[str, Any], name: str) -> dict[str, Any]:
     """unet_kwargs, corrected by what the shapes of the weights tell."""
     lowres = "to_lowres_time_cond.0.weight" in state_dict
     facts: dict[str, Any] = {"lowres_cond": lowres}
@@ -167,12 +168,13 @@ def _trust_weights(state_dict: dict[str, Tensor], unet_kwargs: dict[str, Any]) -
     if "init_conv.convs.0.weight" in state_dict and "final_conv.weight" in state_dict:
         facts["channels"] = state_dict["init_conv.convs.0.weight"].shape[1] // (2 if lowres else 1)
         facts["channels_out"] = state_dict["final_conv.weight"].shape[0]
-    given = {name: default for name, (_, default) in _ARGUMENTS.items()} | unet_kwargs
+    given = {argument: default for argument, (_, default) in _ARGUMENTS.items()} | unet_kwargs
     if given.get("channels_out") is None:
         given["channels_out"] = facts.get("channels_out")
-    for name, fact in facts.items():
-        if given[name] != fact:
-            log.warning("%s is %s by the weights, %s by the arguments: the weights win", name, fact, given[name])
+    for argument, fact in facts.items():
+        if given[argument] != fact:
+            log.warning("%s: %s is %s by the weights, %s by the arguments: the weights win", name, argument, fact,
+                        given[argument])
     return unet_kwargs | facts
 
 
@@ -217,7 +219,7 @@ def import_minimagen(source: str | Path, out: str | Path) -> Path:
     stages, weights, rows = [], {}, []
     for index, ((parameters, checkpoint), size) in enumerate(zip(files, sizes)):
         try:
-            unet = unet_from_minimagen(_read_state_dict(checkpoint), _read_json(parameters))
+            unet = unet_from_minimagen(_read_state_dict(checkpoint), _read_json(parameters), name=f"unet_{index}")
         except ValueError as error:
             raise ValueError(f"unet_{index} ({parameters.name}, {checkpoint.name}): {error}") from None
         name = f"sr{size}" if unet.config.lowres else f"base{size}"
@@ -249,7 +251,8 @@ def _unet_files(source: Path) -> list[tuple[Path, Path]]:
                          f"{'numbers ' + ', '.join(map(str, sorted(numbers['parameters']))) if count else 'none'}; a "
                          f"restarted run lacks them: copy them from the run that it started from")
     if extra := (numbers["state_dicts"] | numbers["tmp"]) - numbers["parameters"]:
-        raise ValueError(f"{source} holds weights of unet_{min(extra)}, but no parameters/unet_{min(extra)}_params_*.json")
+        raise ValueError(f"{source} holds weights of unet_{min(extra)}, but no "
+                         f"parameters/unet_{min(extra)}_params_*.json")
     files = []
     for index in range(count):
         checkpoint = _only_one(source / "state_dicts", f"unet_{index}_*.pth")
@@ -266,8 +269,8 @@ def _read_imagen(parameters: Path) -> tuple[dict[str, Any], Path]:
     """Arguments of MinImagen's Imagen, defaults filled in, and the file that they are from."""
     where = _only_one(parameters, "imagen_*.json")
     if where is None:
-        raise ValueError(f"there is no imagen_params_*.json in {parameters}; a restarted run lacks it: copy it from the "
-                         f"run that it started from")
+        raise ValueError(f"there is no imagen_params_*.json in {parameters}; a restarted run lacks it: copy it from "
+                         f"the run that it started from")
     given = _read_json(where)
     command = _read_command(parameters)
     if "T5_NAME" in command:
@@ -309,8 +312,8 @@ def _text_encoder(name: str | None, width: int, where: Path) -> dict[str, Any] |
     if name not in T5_NAMES:
         raise ValueError(f"{where}: text_encoder_name must be one of {', '.join(T5_NAMES)}, got {name!r}")
     if T5_NAMES[name][1] != width:
-        log.warning("the U-Nets read embeddings of width %d, but %s makes %d: the weights win, and the model names no text "
-                    "encoder (sample with --embeddings)", width, name, T5_NAMES[name][1])
+        log.warning("the U-Nets read embeddings of width %d, but %s makes %d: the weights win, and the model names no "
+                    "text encoder (sample with --embeddings)", width, name, T5_NAMES[name][1])
         return None
     return {"name": name, "revision": None, "max_length": MINIMAGEN["max_text_length"], "included": False}
 
@@ -319,7 +322,8 @@ def _only_one(folder: Path, pattern: str) -> Path | None:
     """The file in `folder` that matches, None if there is none. Raises ValueError naming them if there are several."""
     found = sorted(folder.glob(pattern))
     if len(found) > 1:
-        raise ValueError(f"{folder} holds several candidates, {', '.join(path.name for path in found)}: leave one of them")
+        raise ValueError(f"{folder} holds several candidates, {', '.join(path.name for path in found)}: leave one of "
+                         f"them")
     return found[0] if found else None
 
 

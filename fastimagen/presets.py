@@ -97,10 +97,10 @@ def minimagen_test(text_dim: int = 512) -> CascadeConfig:
                                  minimagen_stage("sr128", 128, minimagen_super_test(text_dim), timesteps=25)))
 
 
-# The paper's networks (Imagen, appendix F). It publishes channels, residual blocks and parameter counts. Its networks add
-# skips where ours concatenate them, and its regular network goes down at a level's own width where ours still has the
-# width of the level above; so the deepest levels here have more blocks (base) or fewer (sr1024) than its tables say, and
-# the counts agree with the published 2 B, 600 M and 400 M (NeMo's networks: 2.10 B, 646 M and 427 M).
+# The paper's networks. Imagen publishes channels, residual blocks and parameter counts (2 B, 600 M, 400 M). Networks of
+# these sizes in NVIDIA NeMo (2.10 B, 646 M, 427 M) add the skips of Efficient U-Nets where ours concatenate them, and go
+# down at a level's own width where our regular U-Net still has that of the level above. So that the counts agree, the
+# deepest levels here have more blocks (base64) or fewer (sr1024) than those tables.
 
 
 def paper_base64(text_dim: int = 4096) -> UNetConfig:
@@ -117,7 +117,7 @@ def paper_sr256(text_dim: int = 4096) -> UNetConfig:
 
 
 def paper_sr1024(text_dim: int = 4096) -> UNetConfig:
-    """Imagen's Efficient U-Net 256 -> 1024: 425 M parameters. Attention to the text alone: it runs on any size."""
+    """Imagen's Efficient U-Net 256 -> 1024: 425 M parameters. Attention to the text alone, for any size."""
     return UNetConfig(num_blocks=(1, 3, 7, 3), self_attention=False, cross_attention=(False, False, False, True),
                       text_dim=text_dim, **PAPER_SUPER)
 
@@ -161,7 +161,9 @@ def paper_light(text_dim: int = 4096) -> CascadeConfig:
 
 
 PRESETS: dict[str, Callable[..., CascadeConfig]] = {
-    "shapes": shapes, "minimagen": minimagen, "minimagen-test": minimagen_test, "paper": paper, "paper-light": paper_light}
+    "shapes": shapes, "minimagen": minimagen, "minimagen-test": minimagen_test, "paper": paper,
+    "paper-light": paper_light,
+}
 
 
 def resolve(cascade: str | CascadeConfig, *, text_dim: int | None = None) -> CascadeConfig:

@@ -34,7 +34,8 @@ def damaged(model: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path,
+            monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """Run a command that must fail: the one line it says. Nothing on the disk has changed then."""
     monkeypatch.chdir(tmp_path)
 
@@ -55,13 +56,15 @@ def sample(*arguments: object) -> None:
 
 # ---- sample
 
-def test_sample_writes_what_it_promises(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sample_writes_what_it_promises(model: Path, tmp_path: Path,
+                                        capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "new/pictures"
     sample("--model", model, "--captions", *CAPTIONS, "--out", out, "--steps", 3, "--sampler", "ddim",
            "--guidance", 1.5, "--seed", 40, "--batch-size", 2)
     assert capsys.readouterr().out.strip() == str(out)
     assert sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()) == [
-        "captions.txt", "grid.png", "images/000000.png", "images/000001.png", "images/000002.png", "samples.json"]
+        "captions.txt", "grid.png", "images/000000.png", "images/000001.png", "images/000002.png",
+        "samples.json"]
     assert (out / "captions.txt").read_text().splitlines() == CAPTIONS
     record = json.loads((out / "samples.json").read_text())
     assert record["model"] == str(model) and record["version"] == __version__
@@ -74,8 +77,8 @@ def test_sample_writes_what_it_promises(model: Path, tmp_path: Path, capsys: pyt
 
 
 def test_line_i_of_a_file_is_image_i(model: Path, tmp_path: Path) -> None:
-    """Each picture is the one that its caption and seed give alone. Windows line ends and a byte order mark are none
-    of the captions' text."""
+    """Each picture is the one that its caption and seed give alone. Windows line ends and a byte order mark
+    are no part of the captions."""
     (tmp_path / "captions.txt").write_bytes(b"\xef\xbb\xbf" + "\r\n".join([*CAPTIONS, ""]).encode())
     sample("--model", model, "--captions", tmp_path / "captions.txt", "--out", tmp_path / "all")
     assert (tmp_path / "all/captions.txt").read_text().splitlines() == CAPTIONS
@@ -87,7 +90,8 @@ def test_line_i_of_a_file_is_image_i(model: Path, tmp_path: Path) -> None:
         assert (ours - theirs).abs().max() <= 1
 
 
-def test_sample_from_embeddings_leaves_the_text_encoder_alone(model: Path, damaged: Path, tmp_path: Path) -> None:
+def test_sample_from_embeddings_leaves_the_text_encoder_alone(model: Path, damaged: Path,
+                                                              tmp_path: Path) -> None:
     ImagenPipeline.from_pretrained(model).encode(CAPTIONS).save(tmp_path / "text.safetensors", CAPTIONS)
     shutil.rmtree(damaged / "text_encoder")
     sample("--model", damaged, "--embeddings", tmp_path / "text.safetensors", "--out", tmp_path / "out")
@@ -108,10 +112,12 @@ def test_bad_caption_files(content: bytes | None, complaint: str, model: Path, t
 
 
 def test_a_blank_caption(model: Path, refused: Callable[..., str]) -> None:
-    assert refused("sample", "--model", model, "--captions", "a", " ").startswith("--captions: caption 2 is blank")
+    said = refused("sample", "--model", model, "--captions", "a", " ")
+    assert said.startswith("--captions: caption 2 is blank")
 
 
-def test_an_output_folder_with_anything_in_it_stays_as_it_is(model: Path, tmp_path: Path, refused: Callable[..., str],
+def test_an_output_folder_with_anything_in_it_stays_as_it_is(model: Path, tmp_path: Path,
+                                                             refused: Callable[..., str],
                                                              toy_config: dict) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/000000.png").write_text("precious")
@@ -119,22 +125,24 @@ def test_an_output_folder_with_anything_in_it_stays_as_it_is(model: Path, tmp_pa
     (tmp_path / "pictures").mkdir()
     Image.new("RGB", (20, 20)).save(tmp_path / "pictures/a.png")
     (tmp_path / "pictures/a.txt").write_text("black")
-    for command in (["sample", "--model", model, "--captions", "a"], ["evaluate", "--model", model, "--count", "1"],
-                    ["export", "--run", "run"], ["shards", "folder", "pictures"], ["shards", "shapes", "--count", "2"]):
+    for command in (["sample", "--model", model, "--captions", "a"],
+                    ["evaluate", "--model", model, "--count", "1"],
+                    ["export", "--run", "run"], ["shards", "folder", "pictures"],
+                    ["shards", "shapes", "--count", "2"]):
         assert refused(*command, "--out", "out").startswith(("out is", f"{tmp_path}/out is"))
 
 
 MODEL_DAMAGE = {
-    "no model directory: there is no model_index.json in it (`fastimagen export`": lambda m: (m / "model_index.json").unlink(),
+    "there is no model_index.json in it (`fastimagen export`": lambda m: (m / "model_index.json").unlink(),
     "model_index.json is not JSON": lambda m: (m / "model_index.json").write_text('{"format": '),
     "model_index.json must hold a JSON object": lambda m: (m / "model_index.json").write_text("[]"),
-    "this version reads 'fastimagen.model.1'": lambda m: change(m / "model_index.json", format="fastimagen.model.9"),
-    "model_index.json.stages: Tuple should have at least 1 item": lambda m: change(m / "model_index.json", stages=[]),
+    "this version reads 'fastimagen.model.1'": lambda m: change(m / "model_index.json", format="model.9"),
+    "json.stages: Tuple should have at least 1 item": lambda m: change(m / "model_index.json", stages=[]),
     "stage sizes must ascend": lambda m: change(m / "model_index.json", stages=["sr", "base"]),
     "cannot read damaged/base/config.json: No such file": lambda m: (m / "base/config.json").unlink(),
     "base/config.json is not JSON": lambda m: (m / "base/config.json").write_text("{"),
-    "unknown key damaged/base/config.json.sise; did you mean \"size\"?": lambda m: change(m / "base/config.json", sise=8),
-    "damaged/base: weights and config.json disagree about": lambda m: change(m / "base/config.json", unet={"dim": 16}),
+    'damaged/base/config.json.sise; did you mean "size"?': lambda m: change(m / "base/config.json", sise=8),
+    "weights and config.json disagree about": lambda m: change(m / "base/config.json", unet={"dim": 16}),
     "cannot read weights damaged/sr/model.safetensors": lambda m: (m / "sr/model.safetensors").unlink(),
     "cannot read weights damaged/base/model.safetensors": lambda m: cut(m / "base/model.safetensors"),
     "damaged/sr/model.safetensors": lambda m: (m / "sr/model.safetensors").write_bytes(b""),
@@ -166,9 +174,11 @@ def test_no_model(refused: Callable[..., str]) -> None:
 
 
 @pytest.mark.parametrize(("option", "value", "complaint"), [
-    ("--sampler", "euler", "sampling of base.sampler: Input should be 'ddpm', 'ddim', 'dpmpp_2m' or 'heun' (given: 'euler')"),
+    ("--sampler", "euler",
+     "sampling of base.sampler: Input should be 'ddpm', 'ddim', 'dpmpp_2m' or 'heun' (given: 'euler')"),
     ("--steps", "0", "sampling of base.steps: Input should be greater than or equal to 1 (given: 0)"),
-    ("--guidance", "-1", "sampling of base.guidance: Input should be greater than or equal to 0 (given: -1.0)"),
+    ("--guidance", "-1",
+     "sampling of base.guidance: Input should be greater than or equal to 0 (given: -1.0)"),
     ("--guidance", "nan", "sampling of base.guidance"),
     ("--batch-size", "0", "batch_size must be at least 1, got 0"),
     ("--device", "gpu", "--device gpu is not to be had here"),
@@ -181,29 +191,35 @@ def test_option_values_that_cannot_be(option: str, value: str, complaint: str, m
 
 @pytest.mark.parametrize("arguments", [
     ["sample", "--model", "m"], ["sample", "--model", "m", "--captions", "a", "--embeddings", "e"],
-    ["sample", "--model", "m", "--captions", "a", "--dtype", "float7"], ["evaluate", "--model", "m", "--data", "coco"],
-    ["sample", "--model", "m", "--captions", "a", "--steps", "many"], ["shards", "website", "x"], ["trian"], [],
+    ["sample", "--model", "m", "--captions", "a", "--dtype", "float7"],
+    ["sample", "--model", "m", "--captions", "a", "--steps", "many"],
+    ["evaluate", "--model", "m", "--data", "coco"], ["shards", "website", "x"], ["trian"], [],
 ])
 def test_what_argparse_does_not_understand_is_usage_and_status_2(arguments: list[str],
                                                                  capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith("usage: fastimagen") and "error: " in error.splitlines()[-1]
+    assert stop.value.code == 2
+    assert error.startswith("usage: fastimagen") and "error: " in error.splitlines()[-1]
 
 
 def test_embeddings_of_another_width(model: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
-    TextEmbeddings(torch.zeros(1, 3, 32), torch.ones(1, 3, dtype=torch.bool)).save(tmp_path / "narrow.safetensors")
+    TextEmbeddings(torch.zeros(1, 3, 32),
+                   torch.ones(1, 3, dtype=torch.bool)).save(tmp_path / "narrow.safetensors")
     complaint = refused("sample", "--model", model, "--embeddings", "narrow.safetensors")
     assert complaint == "text embeddings are 32 wide, but the U-Net was built for text_dim 64"
-    assert "cannot read text embeddings" in refused("sample", "--model", model, "--embeddings", "nothing.safetensors")
+    assert "cannot read text embeddings" in refused("sample", "--model", model, "--embeddings",
+                                                    "nothing.safetensors")
 
 
 # ---- evaluate
 
-def test_evaluate_reports_both_splits(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_reports_both_splits(model: Path, tmp_path: Path,
+                                      capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("fastimagen.data.shape_reader")
-    arguments = ["evaluate", "--model", str(model), "--count", "4", "--steps", "1", "--out", str(tmp_path / "out")]
+    arguments = ["evaluate", "--model", str(model), "--count", "4", "--steps", "1", "--out",
+                 str(tmp_path / "out")]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     assert "seen single" in printed and "unseen" in printed
@@ -211,13 +227,15 @@ def test_evaluate_reports_both_splits(model: Path, tmp_path: Path, capsys: pytes
     for split in ("seen", "unseen"):
         figures = report["accuracy"][split]
         assert sum(kind["count"] for kind in figures.values()) == 4
-        assert all(0 <= value["mean"] <= 1 for kind in figures.values() for value in kind.values() if isinstance(value, dict))
+        assert all(0 <= value["mean"] <= 1 for kind in figures.values() for value in kind.values()
+                   if isinstance(value, dict))
         assert (tmp_path / f"out/{split}.png").exists()
     assert report["count"] == 4 and report["versions"]["fastimagen"] == __version__
 
 
 def test_evaluate_of_nothing(model: Path, refused: Callable[..., str]) -> None:
-    assert refused("evaluate", "--model", model, "--count", "0", "--out", "out") == "count must be at least 1, got 0"
+    said = refused("evaluate", "--model", model, "--count", "0", "--out", "out")
+    assert said == "count must be at least 1, got 0"
 
 
 # ---- export, shards, embed
@@ -226,7 +244,8 @@ def test_export_and_sample(toy_config: dict, tmp_path: Path, capsys: pytest.Capt
     write_toy_run(tmp_path / "run", toy_config)
     assert main(["export", "--run", str(tmp_path / "run"), "--out", str(tmp_path / "model")]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "model")
-    sample("--model", tmp_path / "model", "--captions", "a red circle", "--out", tmp_path / "out", "--guidance", 1)
+    sample("--model", tmp_path / "model", "--captions", "a red circle", "--out", tmp_path / "out",
+           "--guidance", 1)
     assert (tmp_path / "out/images/000000.png").exists()
 
 
@@ -249,7 +268,8 @@ def test_shards_of_nothing(tmp_path: Path, refused: Callable[..., str]) -> None:
     assert "nothing to pack for out" in refused("shards", "folder", "pictures", "--out", "out")
     (tmp_path / "pictures/a.txt").write_text("a caption of nothing")
     assert "1 caption without picture" in refused("shards", "folder", "pictures", "--out", "out")
-    assert "at least one sample" in refused("shards", "folder", "pictures", "--out", "out", "--shard-size", "0")
+    said = refused("shards", "folder", "pictures", "--out", "out", "--shard-size", "0")
+    assert "at least one sample" in said
     assert "size >= 16" in refused("shards", "shapes", "--out", "out", "--size", "8")
 
 
@@ -263,12 +283,16 @@ def test_import_of_nothing(tmp_path: Path, refused: Callable[..., str]) -> None:
     (None, [], "cannot read ds.json: No such file or directory"),
     ('{"fastimagen": {', [], "ds.json is not JSON: line 1"),
     ('{"fastimagen": {"dat": {}}}', [], 'unknown key fastimagen.dat; did you mean "data"?'),
-    ('{"fastimagen": {"text": {"max_length": 0}}}', [], "fastimagen.text.max_length: Input should be greater than"),
-    ('{"fastimagen": {}}', ["fastimagen.text.batchsize=3"], 'unknown key fastimagen.text.batchsize; did you mean "batch_size"?'),
+    ('{"fastimagen": {"text": {"max_length": 0}}}', [],
+     "fastimagen.text.max_length: Input should be greater than"),
+    ('{"fastimagen": {}}', ["fastimagen.text.batchsize=3"],
+     'unknown key fastimagen.text.batchsize; did you mean "batch_size"?'),
     ('{"fastimagen": {}}', ["fastimagen"], "--set takes KEY=VALUE, got 'fastimagen'"),
-    ('{"fastimagen": {"data": {"shards": "nowhere", "validation": null}}}', [], "no shards: nowhere is no tar, folder"),
+    ('{"fastimagen": {"data": {"shards": "nowhere", "validation": null}}}', [],
+     "no shards: nowhere is no tar, folder"),
 ])
-def test_embed_with_a_broken_configuration(content: str | None, overrides: list[str], complaint: str, tmp_path: Path,
+def test_embed_with_a_broken_configuration(content: str | None, overrides: list[str], complaint: str,
+                                           tmp_path: Path,
                                            refused: Callable[..., str]) -> None:
     if content is not None:
         (tmp_path / "ds.json").write_text(content)
@@ -276,14 +300,16 @@ def test_embed_with_a_broken_configuration(content: str | None, overrides: list[
     assert refused("embed", "--config", "ds.json", *options).startswith(complaint)
 
 
-def test_embed_fills_the_cache_once(toy_config: dict, write_config: Callable, capsys: pytest.CaptureFixture[str]) -> None:
+def test_embed_fills_the_cache_once(toy_config: dict, write_config: Callable,
+                                    capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["embed", "--config", str(write_config(toy_config))]) == 0
     assert "0 shards written, 2 kept" in capsys.readouterr().out
 
 
 # ---- the end of the command
 
-def test_errors_of_many_lines_and_of_the_disk_are_one_line(toy_config: dict, tmp_path: Path, refused: Callable[..., str],
+def test_errors_of_many_lines_and_of_the_disk_are_one_line(toy_config: dict, tmp_path: Path,
+                                                           refused: Callable[..., str],
                                                            monkeypatch: pytest.MonkeyPatch) -> None:
     write_toy_run(tmp_path / "run", toy_config)
     (tmp_path / "note").write_text("a file, where a folder should be")
@@ -296,6 +322,7 @@ def raising(error: BaseException) -> None:
     raise error
 
 
-def test_an_interrupt_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interrupt_is_no_traceback(monkeypatch: pytest.MonkeyPatch,
+                                      capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("fastimagen.info.report", lambda: raising(KeyboardInterrupt()))
     assert main(["info"]) == 130 and capsys.readouterr().err == "interrupted\n"

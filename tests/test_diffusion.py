@@ -137,7 +137,8 @@ def test_half_precision_is_lifted_to_fp32(prediction: str, time: Tensor) -> None
 @pytest.mark.parametrize("prediction", ["epsilon", "edm"])
 def test_minimagen_defect_4_twenty_steps_of_nan_are_refused(prediction: str) -> None:
     """MinImagen accepts T = 20, where the last beta is 1, and then every sample is NaN."""
-    with pytest.raises(ValueError, match='linear schedule with 20 timesteps ends in pure noise; use "v", "x0"') as error:
+    message = 'linear schedule with 20 timesteps ends in pure noise; use "v", "x0"'
+    with pytest.raises(ValueError, match=message) as error:
         make(PURE_NOISE, prediction=prediction)
     assert "\n" not in str(error.value) and prediction in str(error.value)
     make(ScheduleConfig(name="linear", timesteps=21), prediction=prediction)

@@ -127,12 +127,12 @@ def test_defect_11_wrong_arguments_never_replace_weights(caplog: pytest.LogCaptu
     weights, kwargs, tensors = golden("unet_super")
     del kwargs["lowres_cond"]  # as MinImagen itself records it
     kwargs["text_embed_dim"] = 512
-    unet = unet_from_minimagen(weights, kwargs)
+    unet = unet_from_minimagen(weights, kwargs, name="unet_1")
     assert torch.equal(unet.text.project.weight, weights["text_to_cond.weight"])
     assert_golden(unet, tensors)
     lines = [record.getMessage() for record in caplog.records]
-    assert lines == ["lowres_cond is True by the weights, False by the arguments: the weights win",
-                     "text_embed_dim is 32 by the weights, 512 by the arguments: the weights win"]
+    assert lines == ["unet_1: lowres_cond is True by the weights, False by the arguments: the weights win",
+                     "unet_1: text_embed_dim is 32 by the weights, 512 by the arguments: the weights win"]
 
 
 # ---- training directories

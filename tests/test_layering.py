@@ -14,8 +14,8 @@ import pytest
 
 from tests.conftest import ROOT
 
-# Each module, or package with all its modules, and what of fastimagen it may import. A module that stands here itself
-# does not fall under its package. Modules of one package may import each other.
+# Each module, or package with all its modules, and what of fastimagen it may import. A module that stands
+# here itself does not fall under its package. Modules of one package may import each other.
 ABOVE = {  # the sampler line: they reach nothing that stands below
     "config": "",
     "presets": "config",
@@ -46,8 +46,10 @@ ALLOWED = {name: imports.split() for name, imports in {**ABOVE, **BELOW}.items()
 ONLY_IN_FUNCTIONS = {"cli"}  # --help must not wait for torch
 
 CORE = {"torch", "safetensors", "numpy", "einops", "pydantic", "PIL"}
-THIRD_PARTY = {"config": {"pydantic"}, "presets": set(), "info": set(), "cli": set()}  # at import; for the others, CORE
-IN_FUNCTIONS = {"text": {"transformers"}, "ops": {"fastimagen_kernels", "xformers"}, "info": {"torch"}, "cli": {"torch"},
+# At import; for modules that are not named, CORE.
+THIRD_PARTY = {"config": {"pydantic"}, "presets": set(), "info": set(), "cli": set()}
+IN_FUNCTIONS = {"text": {"transformers"}, "ops": {"fastimagen_kernels", "xformers"}, "info": {"torch"},
+                "cli": {"torch"},
                 "data": {"webdataset", "braceexpand"}, "train": {"deepspeed", "psutil", "tqdm"}}
 KERNELS = {"torch", "triton", "fastimagen_kernels"}
 NOBODYS = {"tests", "benchmarks"}
@@ -73,7 +75,8 @@ def imports(path: Path, module: str) -> Iterator[Import]:
             elif isinstance(child, ast.ImportFrom):
                 base = package[:len(package) - child.level + 1] if child.level else []
                 source = ".".join([*base, *([child.module] if child.module else [])])
-                yield from (Import(f"{source}.{alias.name}", child.lineno, in_function) for alias in child.names)
+                yield from (Import(f"{source}.{alias.name}", child.lineno, in_function)
+                            for alias in child.names)
             inside = in_function or isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
             yield from visit(child, inside or _is_type_checking(child))
 
@@ -94,7 +97,7 @@ def modules(folder: Path, package: str) -> dict[str, Path]:
 
 
 def entry(name: str, table: dict) -> str | None:
-    """The line of a table that speaks for module `name` (without "fastimagen."): its own, or else its package's."""
+    """The line of a table that speaks for a module, without "fastimagen.": its own, or its package's."""
     return next((key for key in (name, name.partition(".")[0]) if key in table), None)
 
 
@@ -138,7 +141,8 @@ def _first_party(name: str, target: str, item: Import, where: str) -> list[str]:
     allowed = ALLOWED.get(entry(name, ALLOWED) or "", [])
     if siblings or target in allowed or target.partition(".")[0] in allowed:
         return []
-    return [f"{where} imports {target}; {name or 'the package'} may import {', '.join(allowed) or 'nothing of ours'}"]
+    who, what = name or "the package", ", ".join(allowed) or "nothing of ours"
+    return [f"{where} imports {target}; {who} may import {what}"]
 
 
 def _third_party(name: str, item: Import, where: str) -> list[str]:
@@ -148,7 +152,8 @@ def _third_party(name: str, item: Import, where: str) -> list[str]:
     allowed = THIRD_PARTY.get(entry(name, THIRD_PARTY) or "", CORE if name else set())
     if item.in_function:
         allowed = allowed | IN_FUNCTIONS.get(entry(name, IN_FUNCTIONS) or "", set())
-    return [] if top in allowed else [f"{where} imports {top}{'' if item.in_function else ' outside of functions'}"]
+    place = "" if item.in_function else " outside of functions"
+    return [] if top in allowed else [f"{where} imports {top}{place}"]
 
 
 def _reached(name: str, edges: dict[str, set[str]]) -> set[str]:
@@ -165,7 +170,7 @@ def _reached(name: str, edges: dict[str, set[str]]) -> set[str]:
 def _kernels(root: Path) -> list[str]:
     if not (root / "kernels").exists():
         return []
-    # Another package is called kernels too, and found in our place from the root of a clone if this is a package.
+    # Another package is called kernels too: as a package, ours would hide it from a clone's root.
     found = ["kernels/ has an __init__.py"] if (root / "kernels/__init__.py").exists() else []
     for module, path in modules(root / "kernels", "fastimagen_kernels").items():
         found += [f"{module}:{item.line} imports {item.name}" for item in imports(path, module)
@@ -192,23 +197,33 @@ def test_the_house_keeps_its_rules() -> None:
 
 
 @pytest.mark.parametrize(("path", "source", "complaint"), [
-    ("fastimagen/samplers.py", "def f():\n    from .data import order", "fastimagen.samplers:2 imports data.order; samplers"),
-    ("fastimagen/layers.py", "from fastimagen.text import TextEmbeddings", "fastimagen.layers:1 imports text"),
+    ("fastimagen/samplers.py", "def f():\n    from .data import order",
+     "fastimagen.samplers:2 imports data.order; samplers"),
+    ("fastimagen/layers.py", "from fastimagen.text import TextEmbeddings",
+     "fastimagen.layers:1 imports text"),
     ("fastimagen/layers.py", "import fastimagen.unet", "fastimagen.layers:1 imports unet"),
     ("fastimagen/data/order.py", "from ..config import Config", "fastimagen.data.order:1 imports config"),
     ("fastimagen/data/loader.py", "from ..train import ema", "fastimagen.data.loader:1 imports train"),
-    ("fastimagen/export.py", "from .train.trainer import Trainer", "fastimagen.export:1 imports train.trainer"),
-    ("fastimagen/cli.py", "from .config import Config", "fastimagen.cli:1 imports config outside of functions"),
-    ("fastimagen/__init__.py", "from .unet import UNet", "fastimagen:1 imports unet; the package may import nothing"),
+    ("fastimagen/export.py", "from .train.trainer import Trainer",
+     "fastimagen.export:1 imports train.trainer"),
+    ("fastimagen/cli.py", "from .config import Config",
+     "fastimagen.cli:1 imports config outside of functions"),
+    ("fastimagen/__init__.py", "from .unet import UNet",
+     "fastimagen:1 imports unet; the package may import nothing"),
     ("fastimagen/config.py", "import torch", "fastimagen.config:1 imports torch outside of functions"),
-    ("fastimagen/ops.py", "import fastimagen_kernels.attention", "fastimagen.ops:1 imports fastimagen_kernels outside"),
-    ("fastimagen/unet.py", "def f():\n    import fastimagen_kernels", "fastimagen.unet:2 imports fastimagen_kernels"),
-    ("fastimagen/text.py", "import transformers", "fastimagen.text:1 imports transformers outside of functions"),
-    ("fastimagen/data/shards.py", "class C:\n    import webdataset", "fastimagen.data.shards:2 imports webdataset"),
+    ("fastimagen/ops.py", "import fastimagen_kernels.attention",
+     "fastimagen.ops:1 imports fastimagen_kernels outside"),
+    ("fastimagen/unet.py", "def f():\n    import fastimagen_kernels",
+     "fastimagen.unet:2 imports fastimagen_kernels"),
+    ("fastimagen/text.py", "import transformers",
+     "fastimagen.text:1 imports transformers outside of functions"),
+    ("fastimagen/data/shards.py", "class C:\n    import webdataset",
+     "fastimagen.data.shards:2 imports webdataset"),
     ("fastimagen/newcomer.py", "", "fastimagen.newcomer stands in no line of the table"),
     ("fastimagen/info.py", "import benchmarks", "fastimagen.info:1 imports benchmarks"),
     ("fastimagen/train/ema.py", "from . import ema2\n", "train.ema imports itself in a circle"),
-    ("kernels/attention.py", "from fastimagen import ops", "fastimagen_kernels.attention:1 imports fastimagen.ops"),
+    ("kernels/attention.py", "from fastimagen import ops",
+     "fastimagen_kernels.attention:1 imports fastimagen.ops"),
     ("kernels/__init__.py", "", "kernels/ has an __init__.py"),
     ("launch/train.py", "import torch", "launch.train:1 imports torch outside of functions"),
     ("benchmarks/bench.py", "from tests.conftest import ROOT", "benchmarks.bench:1 imports tests"),
@@ -225,9 +240,11 @@ def test_every_breach_is_seen(path: str, source: str, complaint: str, tmp_path: 
 def test_a_way_around_a_neighbour_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The table itself may be wrong: what stands above the line reaches nothing below, through whomever."""
     monkeypatch.setitem(ALLOWED, "text", ["data"])
-    for path, source in (("pipeline", "from .text import T"), ("text", "from .data.order import O"), ("data/order", "")):
+    for path, source in (("pipeline", "from .text import T"), ("text", "from .data.order import O"),
+                         ("data/order", "")):
         _write(tmp_path / f"fastimagen/{path}.py", source)
-    assert problems(tmp_path) == [f"{name}, above the sampler line, reaches data.order" for name in ("pipeline", "text")]
+    assert problems(tmp_path) == [f"{name}, above the sampler line, reaches data.order"
+                                  for name in ("pipeline", "text")]
 
 
 def _write(path: Path, source: str) -> None:
@@ -257,7 +274,7 @@ WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 def watch(event, arguments):
     if event == "open" and (str(arguments[0]).endswith((".py", ".pyc", ".so")) and not arguments[2] & WRITES):
         return
-    if event == "open" or event.startswith(("socket.", "subprocess.", "os.putenv", "os.unsetenv", "os.mkdir", "urllib.")):
+    if event.startswith(("open", "socket.", "urllib.", "subprocess.", "os.putenv", "os.unset", "os.mkdir")):
         raise AssertionError(f"importing does {event} {arguments}")
 
 before, had = dict(os.environ), set(sys.modules)
@@ -267,7 +284,8 @@ for name in sys.argv[1:]:
 for name in fastimagen.__all__:
     getattr(fastimagen, name)
 assert dict(os.environ) == before, "importing sets environment variables"
-heavy = {"transformers", "webdataset", "deepspeed", "triton", "sentencepiece", "psutil"} & (set(sys.modules) - had)
+heavy = {"transformers", "webdataset", "deepspeed", "triton", "sentencepiece", "psutil"}
+heavy &= set(sys.modules) - had
 assert not heavy, f"importing brings {heavy}"
 """
 
@@ -275,5 +293,6 @@ assert not heavy, f"importing brings {heavy}"
 def test_importing_does_nothing_but_import() -> None:
     names = list(modules(ROOT / "fastimagen", "fastimagen"))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
-    child = subprocess.run([sys.executable, "-c", IMPORT_ALL, *names], env=environment, capture_output=True, text=True)
+    child = subprocess.run([sys.executable, "-c", IMPORT_ALL, *names], env=environment, capture_output=True,
+                           text=True)
     assert child.returncode == 0, child.stderr

@@ -25,7 +25,7 @@ from tests.test_pipeline import write_toy_encoder, write_toy_model
 
 CORE = ["torch", "safetensors", "numpy", "einops", "pydantic", "pillow"]
 
-# Finders that do not know the other packages, as on a machine that does not have them: neither to import nor to list.
+# Finders that do not know the other packages, neither to import nor to list: a machine without them.
 HIDE = """
 import json, sys
 from importlib.metadata import DistributionFinder
@@ -55,12 +55,13 @@ pipe = ImagenPipeline.from_pretrained(model)
 pictures = pipe(text=TextEmbeddings.load(text), seeds=[3, 4])
 pictures.save(out / "python")
 pictures.grid().save(out / "grid.png")
-assert main(["sample", "--model", str(model), "--embeddings", str(text), "--seed", "3", "--out", str(out / "cli")]) == 0
+sample = ["sample", "--model", str(model), "--seed", "3"]
+assert main([*sample, "--embeddings", str(text), "--out", str(out / "cli")]) == 0
 try:
     pipe(["a red circle"])
 except ImportError as error:
     print(error)
-assert main(["sample", "--model", str(model), "--captions", "a red circle", "--out", str(out / "none")]) == 1
+assert main([*sample, "--captions", "a red circle", "--out", str(out / "none")]) == 1
 assert main(["info"]) == 0
 found = hidden & (set(sys.modules) - started)
 assert not found, found
@@ -68,8 +69,8 @@ assert not found, found
 
 
 def minimal() -> list[list[str]]:
-    """What stands in for a minimal installation: the modules to hide, and the distributions to show, which are the core
-    dependencies and what they need themselves."""
+    """What stands in for a minimal installation: the modules to hide, and the distributions to show:
+    the core dependencies and what they need themselves."""
     distributions: set[str] = set()
     waiting = [*CORE]
     while waiting:
@@ -77,7 +78,8 @@ def minimal() -> list[list[str]]:
         if name not in distributions:
             distributions.add(name)
             needs = map(Requirement, requires(name) or [])
-            waiting += [need.name for need in needs if need.marker is None or need.marker.evaluate({"extra": ""})]
+            waiting += [need.name for need in needs if need.marker is None
+                        or need.marker.evaluate({"extra": ""})]
     hidden = {module for module, owners in packages_distributions().items()
               if not {*distributions, "fastimagen"} & {canonicalize_name(owner) for owner in owners}}
     return [sorted(hidden), sorted(distributions)]
@@ -95,7 +97,8 @@ def test_the_core_dependencies_are_enough_to_sample(tmp_path: Path) -> None:
     pipe = ImagenPipeline.from_pretrained(model)
     pipe.encode(captions).save(tmp_path / "text.safetensors", captions)
     child = subprocess.run(
-        [sys.executable, "-c", SAMPLE, json.dumps(minimal()), str(model), str(tmp_path / "text.safetensors"), str(tmp_path)],
+        [sys.executable, "-c", SAMPLE, json.dumps(minimal()), str(model), str(tmp_path / "text.safetensors"),
+         str(tmp_path)],
         capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=tmp_path)
     assert child.returncode == 0, child.stderr
 
@@ -109,15 +112,16 @@ def test_the_core_dependencies_are_enough_to_sample(tmp_path: Path) -> None:
     assert Image.open(tmp_path / "grid.png").size == expected.grid().size
     expected.save(tmp_path / "here")
     for index in range(2):
-        ours, *others = (torch.tensor(list(Image.open(tmp_path / f"{folder}/images/{index:06d}.png").tobytes()))
-                         for folder in ("here", "python", "cli"))
+        paths = [tmp_path / f"{folder}/images/{index:06d}.png" for folder in ("here", "python", "cli")]
+        ours, *others = (torch.tensor(list(Image.open(path).tobytes())) for path in paths)
         assert all((ours - other).abs().max() <= 1 for other in others)
     assert (tmp_path / "cli/captions.txt").read_text().splitlines() == captions
 
 
 def facts(printed: str) -> dict[str, str]:
     """`fastimagen info` as a mapping."""
-    return {line.split("  ", 1)[0].strip(): line.split("  ", 1)[1].strip() for line in printed.splitlines() if "  " in line}
+    return {line.split("  ", 1)[0].strip(): line.split("  ", 1)[1].strip() for line in printed.splitlines()
+            if "  " in line}
 
 
 def test_info_says_what_a_bug_report_needs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -134,7 +138,8 @@ def test_info_says_what_a_bug_report_needs(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_every_command_has_help_and_none_of_it_imports_torch() -> None:
-    commands = [[], ["sample"], ["shards"], ["shards", "folder"], ["shards", "shapes"], ["embed"], ["export"], ["evaluate"],
+    commands = [[], ["sample"], ["shards"], ["shards", "folder"], ["shards", "shapes"], ["embed"], ["export"],
+                ["evaluate"],
                 ["import-minimagen"], ["info"]]
     script = """
 import contextlib, io, json, sys
@@ -151,6 +156,7 @@ for command in json.loads(sys.argv[1]):
 heavy = {"torch", "numpy", "PIL", "pydantic", "transformers"} & set(sys.modules)
 assert not heavy, heavy
 """
-    child = subprocess.run([sys.executable, "-c", script, json.dumps(commands)], capture_output=True, text=True,
+    child = subprocess.run([sys.executable, "-c", script, json.dumps(commands)], capture_output=True,
+                           text=True,
                            env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert child.returncode == 0, child.stderr

@@ -22,7 +22,8 @@ from fastimagen.pipeline import ImagenPipeline, write_model
 from fastimagen.text import TextEmbeddings, build_tiny_t5
 from tests.conftest import ROOT, TOY_STAGES
 
-CAPTIONS = ["a red circle", "a large blue star at the top of a yellow background", "a green square on a white background",
+CAPTIONS = ["a red circle", "a large blue star at the top of a yellow background",
+            "a green square on a white background",
             "a small pink triangle", "a blue star above a yellow triangle on a black background"]
 
 
@@ -42,7 +43,8 @@ def write_toy_model(path: Path, encoder: Path | None = None, config: CascadeConf
         torch.manual_seed(0)
         unets = Cascade(config).unets
     reference = encoder and {"name": "text_encoder", "revision": None, "max_length": 32, "included": True}
-    return write_model(path, config, {name: unet.state_dict() for name, unet in unets.items()}, text_encoder=reference,
+    return write_model(path, config, {name: unet.state_dict() for name, unet in unets.items()},
+                       text_encoder=reference,
                        encoder_folder=encoder, card="# toy\n")
 
 
@@ -82,7 +84,8 @@ def drawn(pipe: ImagenPipeline, text: TextEmbeddings, order: list[int], batch_si
     calls: dict[tuple[str, int], int] = {}
     original = cascade_module.image_noise
 
-    def recorded(seeds: list[int], shape: tuple[int, ...], *, stage: str, step: int, device: torch.device) -> Tensor:
+    def recorded(seeds: list[int], shape: tuple[int, ...], *, stage: str, step: int,
+                 device: torch.device) -> Tensor:
         rows = original(seeds, shape, stage=stage, step=step, device=device)
         for row in rows:
             place = calls[stage, step] = calls.get((stage, step), -1) + 1
@@ -99,7 +102,7 @@ def drawn(pipe: ImagenPipeline, text: TextEmbeddings, order: list[int], batch_si
 def test_a_picture_depends_on_caption_and_seed_and_on_nothing_else(pipe: ImagenPipeline, text: TextEmbeddings,
                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     everything, noise = drawn(pipe, text, [0, 1, 2, 3, 4], 5, monkeypatch)
-    # Two stages: the first noise and those of two further steps (the last adds none), and sr's augmentation noise.
+    # Two stages: the first noise and that of two further steps (the last adds none); and sr's augmentation.
     assert len(noise) == len(SEEDS) * (3 + 3 + 1)
     for order, batch_size in (([0, 1, 2, 3, 4], 1), ([4, 2, 0, 1, 3], 2), ([3, 1, 4, 0, 2], 32)):
         images, again = drawn(pipe, text, order, batch_size, monkeypatch)
@@ -115,7 +118,8 @@ def test_a_picture_depends_on_caption_and_seed_and_on_nothing_else(pipe: ImagenP
     assert torch.stack(list(noise[key].flatten()[:192] for key in noise)).std().sub(1).abs() < 0.05
 
 
-def test_other_seeds_and_other_captions_are_other_pictures(pipe: ImagenPipeline, text: TextEmbeddings) -> None:
+def test_other_seeds_and_other_captions_are_other_pictures(pipe: ImagenPipeline,
+                                                           text: TextEmbeddings) -> None:
     same = text[[0, 0, 0, 1]]
     first, again, other_seed, other_caption = pipe(text=same, seeds=[1, 1, 2, 1], guidance=5.0).images
     assert (first - again).abs().max() <= 2 / 255
@@ -145,19 +149,22 @@ def test_precomputed_embeddings_are_captions(pipe: ImagenPipeline, text: TextEmb
     (dict(text=1, batch_size=0), "batch_size must be at least 1, got 0"),
     (dict(text=1, width=32), "text embeddings are 32 wide, but the U-Net was built for text_dim 64"),
     (dict(text=1, length=257), "text of 257 tokens, but max_text_length is 256"),
-    (dict(text=1, steps={"base": 2, "super": 2}), "steps is given for unknown stage super; the cascade has base, sr"),
+    (dict(text=1, steps={"base": 2, "super": 2}),
+     "steps is given for unknown stage super; the cascade has base, sr"),
     (dict(text=1, steps=0), "sampling of base.steps: Input should be greater than or equal to 1"),
     (dict(text=1, sampler={"sr": "euler"}), "sampling of sr.sampler: Input should be 'ddpm', 'ddim'"),
     (dict(text=1, guidance=-1.0), "sampling of base.guidance"),
     (dict(text=1, percentile=1.5), "sampling of base.percentile"),
     (dict(text=1, threshold="soft"), "sampling of base.threshold"),
 ])
-def test_what_does_not_fit_together_is_one_clear_line(arguments: dict, complaint: str, pipe: ImagenPipeline) -> None:
+def test_what_does_not_fit_together_is_one_clear_line(arguments: dict, complaint: str,
+                                                      pipe: ImagenPipeline) -> None:
     arguments = dict(arguments)
     width, length = arguments.pop("width", 64), arguments.pop("length", 4)
     if "text" in arguments:
         rows = arguments["text"]
-        arguments["text"] = TextEmbeddings(torch.zeros(rows, length, width), torch.ones(rows, length, dtype=torch.bool))
+        arguments["text"] = TextEmbeddings(torch.zeros(rows, length, width),
+                                           torch.ones(rows, length, dtype=torch.bool))
     with pytest.raises(ValueError) as error:
         pipe(**arguments)
     assert str(error.value).startswith(complaint) and "\n" not in str(error.value)
@@ -171,8 +178,9 @@ def test_settings_reach_the_stage_they_are_given_for(pipe: ImagenPipeline, text:
                threshold="none", callback=lambda stage, step, x, x0: seen.append((stage, step)))
     assert seen == [("base", 0), ("base", 1), ("base", 2), ("base", 3), ("sr", 0), ("sr", 1)]
     base, sr = out.settings["stages"]["base"], out.settings["stages"]["sr"]
-    assert (base["steps"], base["sampler"], base["guidance"], base["threshold"]) == (4, "dpmpp_2m", 1.5, "none")
-    assert (sr["steps"], sr["sampler"], sr["guidance"], sr["threshold"]) == (2, "ddim", 1.0, "none")
+    keys = ("steps", "sampler", "guidance", "threshold")
+    assert [base[key] for key in keys] == [4, "dpmpp_2m", 1.5, "none"]
+    assert [sr[key] for key in keys] == [2, "ddim", 1.0, "none"]
     assert not out.images.equal(pipe(text=text[:2]).images)
 
 
@@ -203,7 +211,8 @@ def test_a_model_comes_back_bit_for_bit(model: Path, pipe: ImagenPipeline, tmp_p
     pipe.save_pretrained(tmp_path / "copy")
     before, after = files(model), files(tmp_path / "copy")
     for stage in ("base", "sr"):  # their headers are written in any order
-        weights, copy_of_weights = (load(folder.pop(f"{stage}/model.safetensors")) for folder in (before, after))
+        weights, copy_of_weights = (load(folder.pop(f"{stage}/model.safetensors"))
+                                    for folder in (before, after))
         assert weights.keys() == copy_of_weights.keys()
         assert all(weights[name].equal(copy_of_weights[name]) for name in weights)
     assert "text_encoder/model.safetensors" in before and before == after
@@ -215,7 +224,8 @@ def test_the_header_of_the_weights_holds_the_configuration(model: Path) -> None:
     for stage in toy_cascade().stages:
         with safe_open(model / stage.name / "model.safetensors", "pt") as file:
             header = json.loads(file.metadata()["config"])
-        assert header == json.loads((model / stage.name / "config.json").read_text()) == stage.model_dump(mode="json")
+        beside = json.loads((model / stage.name / "config.json").read_text())
+        assert header == beside == stage.model_dump(mode="json")
 
 
 def test_a_model_with_a_discrete_schedule_comes_back(tmp_path: Path, text: TextEmbeddings) -> None:
@@ -223,7 +233,8 @@ def test_a_model_with_a_discrete_schedule_comes_back(tmp_path: Path, text: TextE
     assert ImagenPipeline.from_pretrained(model)(text=text[:1]).images.isfinite().all()
 
 
-def test_an_existing_folder_is_not_written_into(pipe: ImagenPipeline, text: TextEmbeddings, tmp_path: Path) -> None:
+def test_an_existing_folder_is_not_written_into(pipe: ImagenPipeline, text: TextEmbeddings,
+                                                tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/note").write_text("precious")
     for write in (pipe.save_pretrained, pipe(text=text[:1]).save):
@@ -248,7 +259,8 @@ def test_saved_pictures_are_the_pictures(pipe: ImagenPipeline, tmp_path: Path) -
     captions = ["a red circle", "two\nlines, ünïcode"]
     out = pipe(captions, seeds=[5, 6])
     out.save(tmp_path / "out")
-    pixels = [torch.tensor(list(Image.open(tmp_path / f"out/images/{i:06d}.png").tobytes())) for i in range(2)]
+    pixels = [torch.tensor(list(Image.open(tmp_path / f"out/images/{i:06d}.png").tobytes()))
+              for i in range(2)]
     assert torch.stack(pixels).equal(to_uint8(out.images).flatten(1).long())
     assert (tmp_path / "out/captions.txt").read_text(encoding="utf-8") == "a red circle\ntwo lines, ünïcode\n"
     samples = json.loads((tmp_path / "out/samples.json").read_text())["samples"]
@@ -267,7 +279,8 @@ def test_pictures_with_nan_are_refused_before_anything_is_written(pipe: ImagenPi
 
 # ---- from a run to a model
 
-def write_toy_run(run: Path, toy_config: dict, stages: tuple[str, ...] = ("base", "sr")) -> dict[str, dict[str, Tensor]]:
+def write_toy_run(run: Path, toy_config: dict,
+                  stages: tuple[str, ...] = ("base", "sr")) -> dict[str, dict[str, Tensor]]:
     """A run directory with two checkpoints per stage; returns the EMA weights of the newest by stage."""
     config = config_from_dict(toy_config)
     run.mkdir()
@@ -278,20 +291,23 @@ def write_toy_run(run: Path, toy_config: dict, stages: tuple[str, ...] = ("base"
         for step in (2, 10) if stage.name in stages else ():
             checkpoint = run / f"checkpoints/{stage.name}/step-{step:08d}"
             checkpoint.mkdir(parents=True)
-            newest[stage.name] = {name: torch.randn(p.shape) for name, p in unets[stage.name].named_parameters()}
+            parameters = unets[stage.name].named_parameters()
+            newest[stage.name] = {name: torch.randn(p.shape) for name, p in parameters}
             save_file(newest[stage.name], checkpoint / "ema.safetensors")
             state = {"step": step, "stage": stage.model_dump(mode="json"), "world_size": 1}
             (checkpoint / "state.json").write_text(json.dumps(state))
     return newest
 
 
-def test_export_takes_the_newest_ema_weights_and_the_text_encoder(toy_config: dict, toy_data: Path, tmp_path: Path) -> None:
+def test_export_takes_the_newest_ema_weights_and_the_text_encoder(toy_config: dict, toy_data: Path,
+                                                                  tmp_path: Path) -> None:
     expected = write_toy_run(tmp_path / "run", toy_config)
     (tmp_path / "run/checkpoints/base/.step-00000012.partial").mkdir()  # what a killed save leaves
     model = export(tmp_path / "run", tmp_path / "model")
     for stage, weights in expected.items():
         exported = load_file(model / stage / "model.safetensors")
-        assert exported.keys() == weights.keys() and all(exported[name].equal(weights[name]) for name in weights)
+        assert exported.keys() == weights.keys()
+        assert all(exported[name].equal(weights[name]) for name in weights)
     assert files(model / "text_encoder") == files(toy_data / "text_encoder")
     card = (model / "README.md").read_text()
     assert "| base | 8x8 |" in card and "random" in card

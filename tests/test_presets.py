@@ -116,7 +116,8 @@ def test_paper_networks_run_when_made_narrow(name: str) -> None:
         x, time = torch.randn(2, 3, 32, 32), torch.tensor([3.0, 700.0])
         lowres = dict(lowres=x, lowres_time=time) if stage.unet.lowres else {}
         with torch.inference_mode():
-            kept, dropped = (unet(x, time, text=text, keep_text=torch.full((2,), keep), **lowres) for keep in (True, False))
+            kept, dropped = (unet(x, time, text=text, keep_text=torch.full((2,), keep), **lowres)
+                             for keep in (True, False))
         assert kept.shape == x.shape and not torch.equal(kept, dropped)
 
 

@@ -1,8 +1,8 @@
 """What README.md and docs/ say works: their commands, their Python, their links, the table of extras.
 
-The Python blocks of a page run one after the other in one namespace, as a reader would type them, in a folder of their
-own. A model directory given to `from_pretrained` is a toy model there; without a GPU "cuda" reads "cpu". A block that can
-run on nobody's laptop has `<!-- not run: why -->` on the line above it and is only compiled.
+The Python blocks of a page run one after the other in one namespace, as a reader would type them, in a folder
+of their own. A model directory given to `from_pretrained` is a toy model; without a GPU "cuda" reads "cpu".
+A block that can run on nobody's laptop has `<!-- not run: why -->` on the line above it and is only compiled.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ from tests.conftest import ROOT
 from tests.test_pipeline import write_toy_encoder, write_toy_model
 
 PAGES = [Path("README.md"), *sorted(path.relative_to(ROOT) for path in (ROOT / "docs").glob("*.md"))]
-FENCE = re.compile(r"^(?:<!-- (?P<note>[^\n]*) -->\n)?```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE)
+FENCE = re.compile(r"^(?:<!-- (?P<note>[^\n]*) -->\n)?```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^```$",
+                   re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)[^)]*\)|<(?:img|a)\s[^>]*(?:src|href)=\"([^\"]+)\"")
-NOT_PINNED = {"xformers"}  # built for CUDA alone, for one release of torch each: the Makefile does not install it
+NOT_PINNED = {"xformers"}  # built for CUDA alone, for one release of torch each; the Makefile leaves it out
 
 
 def blocks(text: str, *languages: str) -> Iterator[tuple[str, str]]:
@@ -50,7 +51,8 @@ def run_python(text: str, folder: Path, toy_model: Path) -> list[str]:
     namespace: dict[str, Any] = {"__name__": "readme"}
     for code, note in blocks(text, "python", "py"):
         try:
-            compiled = compile(code if torch.cuda.is_available() else code.replace('"cuda"', '"cpu"'), "block", "exec")
+            compiled = compile(code if torch.cuda.is_available() else code.replace('"cuda"', '"cpu"'),
+                               "block", "exec")
             if note.startswith("not run: "):
                 continue
             for path in re.findall(r'from_pretrained\("([^"]+)"', code):
@@ -67,7 +69,7 @@ def run_python(text: str, folder: Path, toy_model: Path) -> list[str]:
 # ---- commands
 
 def commands(text: str) -> Iterator[list[str]]:
-    """Every command of the shell blocks as words, without prompt, variables before it and redirections behind it."""
+    """Every command of the shell blocks as words, without its prompt and the variables set before it."""
     for code, _ in blocks(text, "bash", "sh", "shell", "console"):
         for line in code.replace("\\\n", " ").splitlines():
             lexer = shlex.shlex(line.strip().removeprefix("$ "), posix=True, punctuation_chars=True)
@@ -87,7 +89,8 @@ def command_problems(text: str) -> list[str]:
     found = []
     for words in commands(text):
         name, arguments = words[0], words[1:]
-        script = next((i for i, word in enumerate(arguments) if re.fullmatch(r"(\./)?[\w/]+\.py", word)), None)
+        script = next((i for i, word in enumerate(arguments) if re.fullmatch(r"(\./)?[\w/]+\.py", word)),
+                      None)
         if name == "make":
             found += _make(arguments)
         elif name == "fastimagen":
@@ -143,14 +146,16 @@ def _make(arguments: list[str]) -> list[str]:
 
 
 def _extras_installed(arguments: list[str]) -> list[str]:
-    named = [extra.strip() for word in arguments for group in re.findall(r"\[([\w, -]+)\]", word) for extra in group.split(",")]
-    return [f"pip install: there is no extra {extra}" for extra in named if extra not in setup_py()["extras_require"]]
+    named = [extra.strip() for word in arguments for group in re.findall(r"\[([\w, -]+)\]", word)
+             for extra in group.split(",")]
+    return [f"pip install: there is no extra {extra}" for extra in named
+            if extra not in setup_py()["extras_require"]]
 
 
 # ---- links and tables
 
 def link_problems(text: str, page: Path) -> list[str]:
-    """One line for every link or picture that leads nowhere inside the repository. Addresses on the web are not tried."""
+    """One line for every link or picture that leads nowhere in the repository; the web is not tried."""
     found = []
     for match in LINK.finditer(FENCE.sub("", text)):
         target = match[1] or match[2]
@@ -173,7 +178,8 @@ def _anchors(text: str) -> set[str]:
 
 def extras_table(text: str) -> set[str]:
     """The words in code type in the table below the heading that speaks of extras."""
-    section = re.search(r"^#+ [^\n]*\bextras?\b[^\n]*\n(.*?)(?=^#|\Z)", text, re.DOTALL | re.MULTILINE | re.IGNORECASE)
+    section = re.search(r"^#+ [^\n]*\bextras?\b[^\n]*\n(.*?)(?=^#|\Z)", text,
+                        re.DOTALL | re.MULTILINE | re.IGNORECASE)
     rows = [line for line in section[1].splitlines() if line.startswith("|")] if section else []
     return {word for row in rows for word in re.findall(r"`([\w-]+)`", row)}
 
@@ -223,22 +229,26 @@ def test_ci_runs_what_the_readme_says() -> None:
 
 
 def test_everything_that_the_makefile_installs_is_pinned() -> None:
-    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#"))
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines()
+                if not line.startswith("#"))
     pins = {canonicalize_name(name): version for name, version in pins.items()}
     given = setup_py()
-    for text in [*given["install_requires"], *(text for extra in given["extras_require"].values() for text in extra)]:
+    for text in [*given["install_requires"],
+                 *(text for extra in given["extras_require"].values() for text in extra)]:
         need = Requirement(text)
         if need.name in NOT_PINNED:
             continue
         assert canonicalize_name(need.name) in pins, f"{need.name} is not in constraints.txt"
-        assert need.specifier.contains(pins[canonicalize_name(need.name)]), f"{text}, but the tests run the pin"
+        pin = pins[canonicalize_name(need.name)]
+        assert need.specifier.contains(pin), f"{text}, but the tests run {pin}"
 
 
 # ---- a page with a fault of every kind
 
 BROKEN = """# A page
 
-See [the notes](docs/nowhere.md), [below](#no-such-heading), [here](#a-page) and <img src="lost.png">, not [this](https://a.b).
+See [the notes](docs/nowhere.md), [below](#no-such-heading), [here](#a-page) and <img src="lost.png">,
+not [this](https://a.b).
 
 ```bash
 $ fastimagen sample --model m --captions "a [red](circle.md)" --stepz 3   # no such option
@@ -279,11 +289,14 @@ ImagenPipeline.from_pretrained("toy", device="cuda")(["a"], steps=1, seeds=[0]).
 
 
 def test_every_fault_of_a_page_is_seen(toy_model: Path, tmp_path: Path) -> None:
-    assert run_python(BROKEN, tmp_path, toy_model) == ["Python: AttributeError: 'Output' object has no attribute 'nothing'"]
+    assert run_python(BROKEN, tmp_path, toy_model) == [
+        "Python: AttributeError: 'Output' object has no attribute 'nothing'"]
     assert run_python("```python\nif\n```\n", tmp_path, toy_model)[0].startswith("Python: SyntaxError")
-    complaints = ["unrecognized arguments: --stepz 3", "there is no nowhere.txt", "make nonsense: no such target",
+    complaints = ["unrecognized arguments: --stepz 3", "there is no nowhere.txt",
+                  "make nonsense: no such target",
                   "make PYTHN=python3: no such variable", "there is no extra dmeo",
-                  'unknown key fastimagen.train.stepz; did you mean "steps"?', 'no stage "bsae"; the cascade has base, sr',
+                  'unknown key fastimagen.train.stepz; did you mean "steps"?',
+                  'no stage "bsae"; the cascade has base, sr',
                   "there is no launch/trian.py", "cannot read lost.json: No such file or directory"]
     found = command_problems(BROKEN)
     assert len(found) == len(complaints)

@@ -41,7 +41,7 @@ class Mixture:
         return (self.weights * torch.special.ndtr((x[..., None] - alpha * self.means) / deviation)).sum(dim=-1)
 
     def flow(self, x: Tensor, start: tuple[float, float], stop: tuple[float, float] = (1.0, 0.0)) -> Tensor:
-        """Where the probability-flow ODE takes x: in one dimension paths keep their quantile, so bisection finds it."""
+        """Where the probability-flow ODE takes x: in one dimension paths keep their quantile. Found by bisection."""
         goal, low, high = self.cdf(x, *start), torch.full_like(x, -20.0), torch.full_like(x, 20.0)
         for _ in range(60):
             middle = (low + high) / 2
@@ -110,10 +110,11 @@ def test_no_noise_is_left_whatever_the_bounds(name: str, steps: int) -> None:
         assert (result - 0.3).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("name, evaluations, allowed", [("ddim", 32, 0.03), ("dpmpp_2m", 32, 0.02), ("heun", 31, 0.02)])
+@pytest.mark.parametrize("name, evaluations, allowed", [
+    ("ddim", 32, 0.02), ("dpmpp_2m", 32, 0.015), ("heun", 15, 0.04), ("heun", 31, 0.02)])
 @pytest.mark.parametrize("config", [ScheduleConfig(), ScheduleConfig(logsnr_range=(-40.0, 40.0))])
 def test_few_evaluations_are_enough(name: str, evaluations: int, allowed: float, config: ScheduleConfig) -> None:
-    """Three sharp modes, the step counts that people use. Heun in sigma / alpha was off by 0.24 here, or by 10^4."""
+    """Three sharp modes, step counts that people use. Heun in sigma / alpha is off by 0.24 with 15, or by 10^4."""
     schedule = make_schedule(config)
     steps, calls = (evaluations + 1) // 2 if name == "heun" else evaluations, []
     denoise = SHARP.denoise(schedule)

@@ -24,14 +24,15 @@ TIME = torch.tensor([0.0, 123.5, 999.0])
 # Every optional part of the network stands in at least one of these.
 VARIANTS: dict[str, dict[str, Any]] = {
     "regular": {},
-    "minimagen": dict(text_padding="null", max_text_length=9, text_pooling="mean", stem_kernels=(3, 7, 15), cross_heads=2),
+    "minimagen": dict(text_padding="null", max_text_length=9, text_pooling="mean", stem_kernels=(3, 7, 15),
+                      cross_heads=2),
     "mean pooling": dict(text_pooling="mean", middle_attention=True),
     "text in self-attention": dict(text_in_self_attention=True, cross_attention=False, qk_norm=True,
                                    middle_attention=True),
     "patches": dict(stem_stride=2, coordinates=True, num_blocks=(0, 2)),
     "wider first level": dict(dim_mults=(2, 3), time_tokens=3, self_attention=True),
-    "efficient": dict(lowres=True, downsample_first=True, dim_mults=(2, 1, 3), num_blocks=(1, 0, 2), self_attention=True,
-                      cross_attention=True),
+    "efficient": dict(lowres=True, downsample_first=True, dim_mults=(2, 1, 3), num_blocks=(1, 0, 2),
+                      self_attention=True, cross_attention=True),
     "refined": dict(lowres=True, downsample_first=True, full_resolution="refined", stem_stride=2, qk_norm=True,
                     text_in_self_attention=True),
     "without text": dict(text_dim=None),
@@ -155,7 +156,8 @@ def softmax_attention(q: Tensor, keys: list[Tensor], values: list[Tensor], scale
 @torch.no_grad()
 def test_self_attention_sees_null_key_text_and_pixels(qk_norm: bool) -> None:
     torch.manual_seed(0)
-    config = UNetConfig(**{**TOY_UNET, "heads": 2, "text_in_self_attention": True, "qk_norm": qk_norm, "zero_init": False})
+    config = UNetConfig(**{**TOY_UNET, "heads": 2, "text_in_self_attention": True, "qk_norm": qk_norm,
+                           "zero_init": False})
     attention = SelfAttention(config, 8, slot=0).double()
     for parameter in attention.parameters():
         parameter.add_(0.3 * torch.randn_like(parameter))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -50,8 +51,7 @@ def resolve_deepspeed(base: dict[str, Any], override: dict[str, Any], *, steps: 
     """
     resolved = _merge(copy.deepcopy(base), override)
     notices = []
-    if "optimizer" not in resolved:
-        raise ValueError('the DeepSpeed key "optimizer" is missing, e.g. {"type": "AdamW", "params": {"lr": 1e-4}}')
+    _check_sections(resolved)
     zero = resolved.setdefault("zero_optimization", {})
     if zero.get("stage") == 0:
         raise ValueError(ZERO_0_REFUSED)
@@ -68,6 +68,14 @@ def resolve_deepspeed(base: dict[str, Any], override: dict[str, Any], *, steps: 
         board.setdefault("job_name", job_name)
     resolved.setdefault("steps_per_print", 10**9)  # the trainer prints its own line
     return resolved, notices
+
+
+def _check_sections(resolved: dict[str, Any]) -> None:
+    for name in ("optimizer", "scheduler", "zero_optimization", "bf16", "fp16", "tensorboard"):
+        if not isinstance(resolved.get(name, {}), dict):
+            raise ValueError(f"DeepSpeed key {name} must be an object, got {json.dumps(resolved[name])}")
+    if not isinstance(resolved.get("optimizer", {}).get("type"), str):
+        raise ValueError('the DeepSpeed key "optimizer" needs a type, e.g. {"type": "AdamW", "params": {"lr": 1e-4}}')
 
 
 def _without_cuda(resolved: dict[str, Any]) -> list[str]:
@@ -99,7 +107,7 @@ def _autos(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, dict[str, A
     for key, value in tree.items():
         if isinstance(value, dict):
             yield from _autos(value, f"{prefix}{key}.")
-        elif value == "auto":
+        elif value == "auto" or (isinstance(value, list) and "auto" in value):
             yield f"{prefix}{key}", tree, key
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from dataclasses import replace
@@ -25,6 +26,38 @@ def blurred(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def noisy(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.clip(np.rint(image + rng.normal(0, 8, image.shape)), 0, 255).astype(np.uint8)
+
+
+def stretched(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A fifth narrower or lower."""
+    return moved(image, np.diag((1.2, 1) if rng.random() < 0.5 else (1, 1.2)))
+
+
+def turned(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """By up to ten degrees."""
+    angle = math.radians(rng.uniform(-10, 10))
+    return moved(image, np.array([(math.cos(angle), -math.sin(angle)), (math.sin(angle), math.cos(angle))]))
+
+
+def moved(image: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """The picture at matrix @ (x, y) from the middle, surrounded by its corner."""
+    middle = np.full(2, 32)  # Pillow counts from the pixels' corners
+    (a, b, c), (d, e, f) = np.column_stack([matrix, middle - matrix @ middle])
+    return np.asarray(Image.fromarray(image).transform(
+        (64, 64), Image.Transform.AFFINE, (a, b, c, d, e, f), Image.Resampling.BICUBIC,
+        fillcolor=tuple(image[0, 0].tolist())))
+
+
+def wobbly(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Edges out of line by about half a pixel, in waves about eight pixels long."""
+    shifts = [np.asarray(Image.fromarray(rng.normal(0, 0.5, (9, 9)).astype(np.float32)).resize((64, 64)))
+              for _ in range(2)]
+    y, x = (np.clip(places + shift, 0, 62.999) for places, shift in zip(np.mgrid[:64, :64], shifts))
+    rows, columns = y.astype(int), x.astype(int)
+    down, right = (y - rows)[..., None], (x - columns)[..., None]
+    top = image[rows, columns] * (1 - right) + image[rows, columns + 1] * right
+    bottom = image[rows + 1, columns] * (1 - right) + image[rows + 1, columns + 1] * right
+    return np.rint(top * (1 - down) + bottom * down).astype(np.uint8)
 
 
 def untouched(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -54,6 +87,17 @@ def test_rendered_pictures_are_read_right(split, harm, least):
     for kind in figures.values():
         for key, value in kind.items():
             assert key == "count" or value["mean"] >= least, (key, value)
+
+
+@pytest.mark.parametrize("harm", [stretched, turned, wobbly])
+def test_imperfect_shapes_are_read_right(harm):
+    images, scenes = samples("seen", 200)
+    rng = np.random.default_rng(0)
+    harmed = [harm(image, rng) for image in images]
+    assert np.mean([np.abs(a.astype(int) - b).mean() for a, b in zip(images, harmed)]) > 0.5
+    for figures in accuracy(harmed, scenes).values():
+        for key, value in figures.items():
+            assert key == "count" or value["mean"] >= 0.98, (key, value)
 
 
 @pytest.mark.parametrize("size", [32, 128])
@@ -258,6 +302,7 @@ def test_accuracy_counts_what_captions_mention():
     assert (share["mean"], share["count"]) == (pytest.approx(2 / 3), 3)
     assert share["error"] == pytest.approx(math.sqrt(2 / 9 / 3))
     assert figures["single"]["caption"] == share
+    assert json.loads(json.dumps(figures)) == figures  # plain numbers, for the report
     assert accuracy([], []) == {}
     with pytest.raises(ValueError, match="2 pictures .* 1 scenes"):
         accuracy([image, image], [parse(texts[0])])

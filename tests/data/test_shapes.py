@@ -260,14 +260,14 @@ def contents(folder):
 def test_shards_are_read_by_webdataset_and_by_us(few, tmp_path):
     out = tmp_path / "100%" / "shapes"
     ticks = []
-    write_shards(out, 2003, 16, seed=3, shard_size=1000, progress=lambda *figures: ticks.append(figures))
-    assert ticks == [(1000, 2021), (2000, 2021)]
+    write_shards(out, 1003, 16, seed=3, shard_size=500, progress=lambda *figures: ticks.append(figures))
+    assert ticks == [(1000, 1021)]
     assert sorted(contents(out)) == ["seen/00000.tar", "shapes.json", "train/00000.tar", "train/00001.tar",
                                      "train/00002.tar", "unseen/00000.tar", "val/00000.tar"]
-    for split, count in {"val": 5, "seen": 6, "unseen": 7, "train": 2003}.items():
+    for split, count in {"val": 5, "seen": 6, "unseen": 7, "train": 1003}.items():
         tars = sorted(map(str, (out / split).glob("*.tar")))
         found = list(webdataset.WebDataset(tars, shardshuffle=False))
-        assert [item["__key__"] for item in found] == [f"{i // 1000:05d}{i % 1000:04d}" for i in range(count)]
+        assert [item["__key__"] for item in found] == [f"{i // 500:05d}{i % 500:04d}" for i in range(count)]
         for i in {0, 4, count - 1}:
             image, text = sample(split, i, 3, 16)
             about = json.loads(found[i]["json"])
@@ -276,7 +276,7 @@ def test_shards_are_read_by_webdataset_and_by_us(few, tmp_path):
             assert (tuple(Object(**thing) for thing in about["objects"]), about["background"],
                     about["relation"]) == (parse(text).objects, parse(text).background, parse(text).relation)
     captions = [text for shard in open_shards(out / "train") for text in shard.captions()]
-    assert captions[::500] == [caption(scene("train", i, 3)) for i in range(0, 2003, 500)]
+    assert captions[::500] == [caption(scene("train", i, 3)) for i in range(0, 1003, 500)]
     assert [path.name for path in out.parent.iterdir()] == ["shapes"]
 
 
@@ -305,6 +305,12 @@ def test_a_folder_that_holds_something_else_is_refused_and_kept(few, tmp_path, m
     assert not has_shards(out, 9, 16, 0)
     monkeypatch.undo()
     assert contents(out) == kept
+    foreign = tmp_path / "holiday"
+    foreign.mkdir()
+    (foreign / "beach.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is not empty"):
+        write_shards(foreign, 9, 16)
+    assert contents(foreign) == {"beach.txt": b"mine"}
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ValueError, match="is not empty"):
         write_shards(tmp_path / "file", 9, 16)
@@ -321,6 +327,17 @@ def test_an_interrupted_run_leaves_nothing_behind(few, tmp_path, monkeypatch):
     monkeypatch.setattr(shapes, "sample", fail_late)
     with pytest.raises(KeyboardInterrupt):
         write_shards(tmp_path / "shapes", 9, 16)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failing_progress_leaves_nothing_behind(few, tmp_path, monkeypatch):
+    def stop(done, total):
+        raise RuntimeError(f"{done} of {total}")
+
+    one = sample("train", 0, 0, 16)
+    monkeypatch.setattr(shapes, "sample", lambda *_: one)  # a thousand take their time
+    with pytest.raises(RuntimeError, match="1000 of 1018"):
+        write_shards(tmp_path / "shapes", 1000, 16, progress=stop)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -41,7 +41,7 @@ for name, tree in json.loads(Path(sys.argv[1]).read_text()):
 
 @pytest.fixture(scope="module")
 def runs(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of runs of the base stage: "clipped", "live", "averaged" (in two goes), "still" and "still8"."""
+    """A folder of runs of the base stage: clipped, live, averaged (in two goes), still and still8."""
     def tree(*, steps: int, decay: float = 0.0, **deepspeed: Any) -> dict[str, Any]:
         content = toy_tree(toy_data)
         del content["scheduler"]
@@ -63,7 +63,8 @@ def runs(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     folder = tmp_path_factory.mktemp("parts")
     (folder / "trees.json").write_text(json.dumps(trees))
-    child = subprocess.run([sys.executable, "-c", RUNS, str(folder / "trees.json")], capture_output=True, text=True,
+    child = subprocess.run([sys.executable, "-c", RUNS, str(folder / "trees.json")], capture_output=True,
+                           text=True,
                            env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert child.returncode == 0, child.stdout + child.stderr
     return folder
@@ -95,7 +96,7 @@ def test_gradient_clipping_really_clips(runs: Path) -> None:
 
 
 def test_the_average_of_a_run_is_the_average_of_its_weights(runs: Path) -> None:
-    """The same run without averaging shows the weights of each step; their average is taken here in float64."""
+    """The same run without averaging shows each step's weights; their average is taken here in float64."""
     average = {name: weight.double() for name, weight in weights(runs / "live", 0).items()}
     for step in range(1, 5):
         live = weights(runs / "live", step)
@@ -112,7 +113,8 @@ def test_no_line_stands_twice_when_a_run_goes_on(runs: Path) -> None:
 
 
 def test_the_validation_loss_is_the_same_number_whenever_and_at_whatever_batch_size(runs: Path) -> None:
-    losses = [record["val_loss"] for name in ("still", "still8") for record in records(runs / name) if "val_loss" in record]
+    losses = [record["val_loss"] for name in ("still", "still8") for record in records(runs / name)
+              if "val_loss" in record]
     assert len(losses) == 3 and losses[0] > 0 and losses == [losses[0]] * 3
     moving = [record["val_loss"] for record in records(runs / "live") if "val_loss" in record]
     averaged = [record["val_loss"] for record in records(runs / "averaged") if "val_loss" in record]
@@ -163,7 +165,8 @@ def test_swapped_shows_the_average_and_brings_the_weights_back_even_after_an_err
 # ---- metrics by themselves
 
 def open_metrics(folder: Path, start: int, stage: str = "base", rank: int = 0) -> Metrics:
-    return Metrics(folder, stage=stage, steps=10, start=start, rank=rank, monitor=SimpleNamespace(enabled=False))
+    return Metrics(folder, stage=stage, steps=10, start=start, rank=rank,
+                   monitor=SimpleNamespace(enabled=False))
 
 
 def test_lines_beyond_the_checkpoint_and_cut_ones_go_and_no_others(tmp_path: Path) -> None:
@@ -179,7 +182,8 @@ def test_lines_beyond_the_checkpoint_and_cut_ones_go_and_no_others(tmp_path: Pat
     for step in range(4, 8):
         metrics.write(step, loss=9.0)
     metrics.close()
-    found = [(record["stage"], record["step"], record.get("loss")) for record in records(tmp_path) if "loss" in record]
+    found = [(record["stage"], record["step"], record.get("loss")) for record in records(tmp_path)
+             if "loss" in record]
     assert found == [("base", step, step / 10) for step in range(1, 6)] + \
         [("sr", step, step / 10) for step in (1, 2, 3)] + [("sr", step, 9.0) for step in (4, 5, 6, 7)]
     assert len([record for record in records(tmp_path) if "val_loss" in record]) == 5 + 3
@@ -194,7 +198,8 @@ def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture
     assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""
 
 
-def test_the_monitor_and_the_console_show_the_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_monitor_and_the_console_show_the_record(tmp_path: Path,
+                                                     capsys: pytest.CaptureFixture[str]) -> None:
     events: list[tuple] = []
     monitor = SimpleNamespace(enabled=True, write_events=events.extend)
     metrics = Metrics(tmp_path, stage="sr", steps=10, start=0, rank=0, monitor=monitor)
@@ -203,7 +208,7 @@ def test_the_monitor_and_the_console_show_the_record(tmp_path: Path, capsys: pyt
     assert events == [("sr/loss", 0.25, 4), ("sr/bad", 2, 4)]
     assert capsys.readouterr().out == "sr 4/10  loss 0.25  bad 2\n"
     record, = records(tmp_path)
-    assert {key: record[key] for key in ("stage", "step", "loss", "bad")} == {"stage": "sr", "step": 4, "loss": 0.25, "bad": 2}
+    assert record == {"stage": "sr", "step": 4, "time": record["time"], "loss": 0.25, "bad": 2}
 
 
 # ---- stopping
@@ -217,7 +222,8 @@ def one_process() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_is_a_reason_to_stop_and_the_old_handlers_come_back(number: signal.Signals, one_process: None) -> None:
+def test_a_signal_is_a_reason_to_stop_and_the_old_handlers_come_back(number: signal.Signals,
+                                                                     one_process: None) -> None:
     mine = [0]
     before = {known: signal.signal(known, lambda *_: mine.append(1)) for known in StopRequest.SIGNALS}
     ours = {known: signal.getsignal(known) for known in StopRequest.SIGNALS}
@@ -245,7 +251,8 @@ def test_a_second_interrupt_does_not_wait(one_process: None) -> None:
 
 def test_a_run_directory_has_one_writer(tmp_path: Path) -> None:
     held = lock_run(tmp_path)
-    with pytest.raises(ValueError, match=f"is being written by process {os.getpid()} on .*; wait for it, or choose another"):
+    message = f"is being written by process {os.getpid()} on .*; wait for it, or choose another"
+    with pytest.raises(ValueError, match=message):
         lock_run(tmp_path)
     held.close()
     lock_run(tmp_path).close()
