@@ -127,6 +127,14 @@ def test_every_colour_is_read_on_every_background():
             assert (reading.background, [thing.color for thing in reading.objects]) == (ground, [color])
 
 
+def test_colours_are_those_of_the_middle_and_not_of_blurred_edges():
+    for ground in BACKGROUNDS:
+        for color in COLORS:
+            image = Image.fromarray(draw(f"a small {color} square in the center of a {ground} background"))
+            thing, = read(np.asarray(image.filter(ImageFilter.GaussianBlur(3)))).objects
+            assert thing.color == color, ground
+
+
 def test_blobs_are_circles_and_a_haze_does_not_join_objects():
     image = Image.fromarray(draw("a small red circle in the center of a white background"))
     assert read(np.asarray(image.filter(ImageFilter.GaussianBlur(3)))).objects[0].shape == "circle"
@@ -145,6 +153,11 @@ def test_specks_are_no_objects_and_nothing_is_no_object():
     image = draw("a large blue square in the center of a white background").copy()
     image[2:6, 2:6] = 0
     assert len(read(image).objects) == 1
+    image[0, 0] = image[-1, -1] = 0  # the background is not that of a corner
+    image[30:40, 2:10] -= 16  # nor is a faint stain, of contrast 28
+    reading = read(image)
+    assert (reading.background, [(thing.color, thing.shape) for thing in reading.objects]) == (
+        "white", [("blue", "square")])
     empty = np.full((64, 64, 3), 12, np.uint8)
     assert read(empty) == Reading((), "black")
     assert judge(empty, parse("a red circle on a black background")) == {

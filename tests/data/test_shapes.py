@@ -131,6 +131,13 @@ def test_unseen_pairs_are_in_the_unseen_split_and_nowhere_else(scenes):
     assert abs(places[0] - places[1]) <= 1
 
 
+def test_splits_are_drawn_apart(scenes):
+    for split, other in itertools.combinations(("train", "val", "seen"), 2):
+        both = list(zip(scenes[split], scenes[other]))
+        alike = sum(pairs_of(a) == pairs_of(b) for a, b in both)
+        assert alike < 0.1 * len(both), (split, other)  # 1 in 35 by chance
+
+
 @pytest.mark.parametrize("split", SPLITS)
 def test_splits_are_balanced(scenes, split):
     items = scenes[split]
