@@ -44,14 +44,14 @@ _ARGUMENTS: dict[str, tuple[str, Any]] = {
 # (pattern, replacement), tried in order; the first that matches the whole key names our parameter.
 _RULES = [
     (r"init_conv\.convs\.(\d+)\.(\w+)", r"stem.convs.\1.\2"),
-    (r"to_(lowres_)?time_hiddens\.1\.(\w+)", r"\1time.hidden.1.\2"),
-    (r"to_(lowres_)?time_cond\.0\.(\w+)", r"\1time.to_vector.\2"),
-    (r"to_(lowres_)?time_tokens\.0\.(\w+)", r"\1time.to_tokens.\2"),
+    (r"to_(lowres_)?time_hiddens\.1\.(\w+)", r"\1time_embedding.hidden.1.\2"),
+    (r"to_(lowres_)?time_cond\.0\.(\w+)", r"\1time_embedding.to_vector.\2"),
+    (r"to_(lowres_)?time_tokens\.0\.(\w+)", r"\1time_embedding.to_tokens.\2"),
     (r"norm_cond\.(\w+)", r"norm_cond.\1"),
     (r"text_to_cond\.(\w+)", r"text.project.\1"),
     (r"null_text_embed", r"text.null_tokens"),
     (r"null_text_hidden", r"text.null_vector"),
-    (r"to_text_non_attn_cond\.(\d)\.(\w+)", r"text.to_vector.\1.\2"),
+    (r"to_text_non_attn_cond\.(\d)\.(\w+)", r"text.pooled_embedding.\1.\2"),
     (r"downs\.(\d+)\.0\.(weight|bias)", r"downs.\1.before.\2"),
     (r"downs\.(\d+)\.1\.(.+)", r"downs.\1.blocks.0.\2"),
     (r"downs\.(\d+)\.2\.(\d+)\.(.+)", r"downs.\1.blocks.+\2.\3"),
@@ -72,7 +72,7 @@ _RULES = [
 _INNER = [
     (r"block([12])\.groupnorm\.", r"norm\1."),
     (r"block([12])\.project\.", r"conv\1."),
-    (r"time_mlp\.1\.", r"film."),
+    (r"time_mlp\.1\.", r"embedding_to_film."),
     (r"res_conv\.", r"shortcut."),
     (r"cross_attn\.fn\.", r"cross_attention."),
     (r"attn\.fn\.", r"attention."),
@@ -149,11 +149,10 @@ def unet_from_minimagen(state_dict: dict[str, Tensor], unet_kwargs: dict[str, An
 
 
 def _reshape(value: Tensor, expected: tuple[int, ...]) -> Tensor:
-    """MinImagen's layouts in ours, fp32: convolutions (O, I, kH, kW) -> (O, kH, kW, I); what acts on channels alone,
-    1x1 convolutions (O, I, 1, 1) and gains (1, C, 1, 1), -> (O, I), (C,)."""
+    """MinImagen's layouts in ours, fp32: convolutions (O, I, kH, kW) -> (O, kH kW I), gains (1, C, 1, 1) -> (C,)."""
     value = value.float()
-    if value.dim() == 4 and len(expected) == 4:
-        return value.permute(0, 2, 3, 1).contiguous()  # (O, kH, kW, I)
+    if value.dim() == 4 and len(expected) == 2:
+        return value.permute(0, 2, 3, 1).flatten(1)  # (O, kH * kW * I)
     if value.dim() == 4 and value.numel() == math.prod(expected):
         return value.reshape(expected)
     return value

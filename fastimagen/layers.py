@@ -12,24 +12,24 @@ from . import ops
 
 
 class Conv2d(nn.Module):
-    """Convolution whose weight is stored (O, kH, kW, I) and seen as channels_last (O, I, kH, kW).
+    """Convolution whose weight is stored as a matrix (O, kH kW I) and seen as channels_last (O, I, kH, kW).
 
     DeepSpeed flattens parameters and refuses channels_last ones; stored this way they are contiguous for it and
-    channels_last for the convolution.
+    channels_last for the convolution. Its Muon takes matrices alone.
     """
 
     def __init__(self, dim_in: int, dim_out: int, kernel: int, *, stride: int = 1, padding: int = 0,
                  zero_init: bool = False) -> None:
         super().__init__()
-        self.stride, self.padding = stride, padding
-        self.weight = nn.Parameter(torch.empty(dim_out, kernel, kernel, dim_in))
+        self.kernel, self.stride, self.padding = kernel, stride, padding
+        self.weight = nn.Parameter(torch.empty(dim_out, kernel * kernel * dim_in))
         self.bias = nn.Parameter(torch.empty(dim_out))
         bound = 0.0 if zero_init else 1 / math.sqrt(dim_in * kernel * kernel)  # PyTorch's own default
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.permute(0, 3, 1, 2)  # (O, I, kH, kW), a view
+        weight = self.weight.unflatten(1, (self.kernel, self.kernel, -1)).permute(0, 3, 1, 2)  # (O, I, kH, kW), a view
         return F.conv2d(x, weight, self.bias, self.stride, self.padding)
 
 

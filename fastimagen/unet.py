@@ -69,7 +69,7 @@ class TextConditioning(nn.Module):
         self.null_tokens = nn.Parameter(torch.randn(1, self.max_length if self.padding == "null" else 1, cond_dim))
         self.null_vector = nn.Parameter(torch.randn(1, time_dim))
         self.pool = AttentionPooling(cond_dim, config.heads, config.head_dim) if self.pooling == "attention" else None
-        self.to_vector = nn.Sequential(nn.LayerNorm(cond_dim), nn.Linear(cond_dim, time_dim), nn.SiLU(),
+        self.pooled_embedding = nn.Sequential(nn.LayerNorm(cond_dim), nn.Linear(cond_dim, time_dim), nn.SiLU(),
                                        nn.Linear(time_dim, time_dim))
 
     def forward(self, text: TextEmbeddings, keep: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -92,7 +92,7 @@ class TextConditioning(nn.Module):
             weight = (torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]).to(tokens.dtype)
             mean = torch.einsum("blk,bl->bk", tokens, weight) / weight.sum(dim=1, keepdim=True).clamp(min=1)
         pooled = mean if self.pool is None else self.pool(tokens, lengths)  # (B, K)
-        vector = torch.where(keep[:, None], self.to_vector(pooled), self.null_vector)  # (B, T)
+        vector = torch.where(keep[:, None], self.pooled_embedding(pooled), self.null_vector)  # (B, T)
         return tokens, lengths, vector
 
 
@@ -105,7 +105,7 @@ class ResBlock(nn.Module):
         self.norm1 = GroupNormSiLU(dim_in, config.groups)
         self.conv1 = Conv2d(dim_in, dim_out, 3, padding=1)
         self.cross_attention = cross
-        self.film = nn.Linear(time_dim, 2 * dim_out)
+        self.embedding_to_film = nn.Linear(time_dim, 2 * dim_out)
         self.norm2 = GroupNormSiLU(dim_out, config.groups)
         self.conv2 = Conv2d(dim_out, dim_out, 3, padding=1, zero_init=config.zero_init)
         self.shortcut = Conv2d(dim_in, dim_out, 1) if dim_in != dim_out else None
@@ -114,7 +114,7 @@ class ResBlock(nn.Module):
         h = self.conv1(self.norm1(x))  # (B, C', H, W)
         if self.cross_attention is not None:
             h = h + to_map(self.cross_attention(to_tokens(h), context), h)
-        scale, shift = self.film(vector).chunk(2, dim=1)  # 2 x (B, C')
+        scale, shift = self.embedding_to_film(vector).chunk(2, dim=1)  # 2 x (B, C')
         h = self.conv2(self.norm2(h, scale, shift))
         return h + (x if self.shortcut is None else self.shortcut(x))
 
@@ -183,8 +183,8 @@ class UNet(nn.Module):
         patch = config.stem_stride**2
         self._slots = 0
 
-        self.time = TimeEmbedding(config, time_dim)
-        self.lowres_time = TimeEmbedding(config, time_dim) if config.lowres else None
+        self.time_embedding = TimeEmbedding(config, time_dim)
+        self.lowres_time_embedding = TimeEmbedding(config, time_dim) if config.lowres else None
         self.text = TextConditioning(config, time_dim) if config.text_dim else None
         self.norm_cond = nn.LayerNorm(config.cond_dim or config.dim)
 
@@ -259,9 +259,9 @@ class UNet(nn.Module):
         the caption is dropped. text=None is a call without any text path.
         """
         self._check(x, text, keep_text, lowres, lowres_time)
-        vector, tokens = self.time(time)
+        vector, tokens = self.time_embedding(time)
         if lowres is not None:
-            lowres_vector, lowres_tokens = self.lowres_time(lowres_time)
+            lowres_vector, lowres_tokens = self.lowres_time_embedding(lowres_time)
             vector, tokens = vector + lowres_vector, torch.cat([tokens, lowres_tokens], dim=1)  # (B, 2R, K)
             x = torch.cat([x, lowres], dim=1)  # (B, 2C, H, W)
         state = self.encode_text(text, keep_text) if isinstance(text, TextEmbeddings) else text

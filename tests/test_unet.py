@@ -132,7 +132,7 @@ def test_defect_8_mean_pooling_is_over_real_tokens_alone() -> None:
     for padding in ("none", "null"):
         unet = network(text_padding=padding, text_pooling="mean", max_text_length=256, cond_dim=32)
         pooled = []
-        unet.text.to_vector.register_forward_pre_hook(lambda module, args: pooled.append(args[0]))
+        unet.text.pooled_embedding.register_forward_pre_hook(lambda module, args: pooled.append(args[0]))
         unet.encode_text(padded(text, 20, 1e3))
         similarity[padding] = F.cosine_similarity(pooled[0][0], pooled[0][1], dim=0)
         if padding == "none":
@@ -270,9 +270,9 @@ def test_lowres_image_and_its_time_matter() -> None:
 def test_refined_networks_show_the_lowres_image_to_the_last_convolution(stride: int) -> None:
     unet = network(**{**VARIANTS["refined"], "stem_stride": stride})
     unet.final_conv.bias.zero_()
-    unet.final_conv.weight.zero_()  # (O, 3, 3, I)
+    unet.final_conv.weight.zero_()  # (O, 3 * 3 * I)
     added = torch.arange(3 * stride**2)
-    unet.final_conv.weight[added, 1, 1, 8 + added] = 1
+    unet.final_conv.weight.unflatten(1, (3, 3, -1))[added, 1, 1, 8 + added] = 1
     given = inputs(unet)
     assert torch.equal(unet(**given, text=captions()), given["lowres"])
 
@@ -291,7 +291,7 @@ def test_bfloat16(name: str) -> None:
 def test_times_keep_their_precision_in_bfloat16() -> None:
     unet = network().bfloat16()  # bf16 itself has 996, 1000, 1004
     x = inputs(unet)["x"][:1].expand(2, -1, -1, -1)
-    late = unet.time(torch.tensor([998.0, 999.0]))[0]
+    late = unet.time_embedding(torch.tensor([998.0, 999.0]))[0]
     out = unet(x, torch.tensor([998.0, 999.0]), text=captions(torch.tensor([2, 2])))
     assert not torch.equal(late[0], late[1]) and not torch.equal(out[0], out[1])
 

@@ -34,6 +34,7 @@ def init_distributed() -> torch.device:
     import deepspeed.ops
 
     if not cuda:
+        torch.compiler.set_stance("force_eager")  # DeepSpeed compiles its Muon, which a CPU would wait for in vain
         # Only inference uses this operator, but every first start on a CPU would compile it for a minute or two.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     else:
@@ -60,6 +61,7 @@ def resolve_deepspeed(base: dict[str, Any], override: dict[str, Any], *, steps: 
         notices.append("zero_optimization.stage: 1 (not given)")
     if not cuda:
         notices += _without_cuda(resolved)
+    _resolve_clipping(resolved, notices)
     _resolve_autos(resolved, steps, cuda, notices)
     _resolve_batch(resolved, world_size, notices)
     board = resolved.get("tensorboard", {})
@@ -84,12 +86,23 @@ def _without_cuda(resolved: dict[str, Any]) -> list[str]:
         if resolved.get(precision, {}).get("enabled"):
             resolved[precision]["enabled"] = False
             notices.append(f"{precision}.enabled: false (no CUDA: the run is fp32)")
-    if resolved["optimizer"]["type"].lower() in ("adam", "adamw"):
+    if resolved["optimizer"]["type"].lower() in ("adam", "adamw", "muon"):
         params = resolved["optimizer"].setdefault("params", {})
         if not params.get("torch_adam"):
             params["torch_adam"] = True
             notices.append("optimizer.params.torch_adam: true (no CUDA)")
     return notices
+
+
+def _resolve_clipping(resolved: dict[str, Any], notices: list[str]) -> None:
+    """DeepSpeed clips to a norm of 1 where nothing is said, and clips what Muon has already made orthogonal."""
+    muon = resolved["optimizer"]["type"].lower() == "muon"
+    if muon and resolved.get("gradient_clipping"):
+        raise ValueError("gradient_clipping with Muon would shrink its orthogonal updates, whatever the gradients: "
+                         "leave it out")
+    if "gradient_clipping" not in resolved:
+        resolved["gradient_clipping"] = 0.0 if muon else 1.0
+        notices.append(f"gradient_clipping: {resolved['gradient_clipping']} ({'Muon' if muon else 'not given'})")
 
 
 def _resolve_autos(resolved: dict[str, Any], steps: int, cuda: bool, notices: list[str]) -> None:

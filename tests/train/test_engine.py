@@ -18,8 +18,7 @@ def resolve(override: dict[str, Any] | None = None, *, cuda: bool = True, world_
             steps: int = 100,
             **base: Any) -> tuple[dict[str, Any], list[str]]:
     tree = {"train_batch_size": 8, "gradient_accumulation_steps": 1, "optimizer": ADAM,
-            "zero_optimization": {"stage": 1},
-            **base}
+            "zero_optimization": {"stage": 1}, "gradient_clipping": 1.0, **base}
     tree = {key: value for key, value in tree.items() if value is not None}
     before = copy.deepcopy((tree, override))
     resolved, notices = resolve_deepspeed(tree, override or {}, steps=steps, world_size=world_size, cuda=cuda,
@@ -50,6 +49,19 @@ def test_what_nobody_has_to_decide_is_passed_on_without_a_word() -> None:
 
 def test_deepspeed_prints_no_lines_of_its_own() -> None:
     assert resolve()[0]["steps_per_print"] >= 10**6
+
+
+# ---- clipping
+
+def test_clipping_that_nobody_asked_for_is_told() -> None:
+    resolved, notices = resolve(gradient_clipping=None)  # DeepSpeed's default, of which it says nothing
+    assert resolved["gradient_clipping"] == 1.0 and notices == ["gradient_clipping: 1.0 (not given)"]
+
+
+def test_muon_is_not_clipped() -> None:
+    resolved, notices = resolve(optimizer={"type": "Muon", "params": {"lr": 1e-3}}, gradient_clipping=None)
+    assert resolved["gradient_clipping"] == 0.0 and notices == ["gradient_clipping: 0.0 (Muon)"]
+    assert "gradient_clipping with Muon" in refusal(optimizer={"type": "Muon"})
 
 
 # ---- ZeRO
@@ -184,9 +196,8 @@ ACCUMULATION = "gradient_accumulation_steps"
 def test_the_batch_triangle(given: tuple, world_size: int, expected: tuple) -> None:
     keys = (TOTAL, MICRO, ACCUMULATION)
     tree = {key: value for key, value in zip(keys, given) if value is not None}
-    resolved, notices = resolve_deepspeed({**tree, "optimizer": ADAM, "zero_optimization": {"stage": 1}}, {},
-                                          steps=1,
-                                          world_size=world_size, cuda=True, tensorboard="", job_name="")
+    resolved, notices = resolve_deepspeed({**tree, "optimizer": ADAM, "zero_optimization": {"stage": 1},
+                                           "gradient_clipping": 0.5}, {}, steps=1, world_size=world_size, cuda=True, tensorboard="", job_name="")
     assert tuple(resolved[key] for key in keys) == expected
     assert expected[0] == expected[1] * expected[2] * world_size
     assert sorted(notices) == sorted(

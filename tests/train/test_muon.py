@@ -1,0 +1,90 @@
+"""DeepSpeed's Muon on our layers: it must reach convolutions, and leave what acts on embeddings to Adam."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastimagen.layers import Conv2d
+from fastimagen.train.engine import init_distributed, make_engine, resolve_deepspeed
+from tests.conftest import ROOT
+
+MUON, ADAM, MOMENTUM, BETAS = 0.01, 0.002, 0.95, [0.9, 0.99]
+STEPS = 5
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = Conv2d(3, 8, 3, padding=1)
+        self.embedding_to_film = nn.Linear(4, 8)
+        self.out = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor, vector: Tensor) -> Tensor:
+        return self.out(self.conv(x).mean(dim=(2, 3)) * self.embedding_to_film(vector))
+
+
+def batches() -> list[tuple[Tensor, Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [tuple(torch.randn(4, *shape, generator=generator) for shape in ((3, 6, 6), (4,), (2,)))
+            for _ in range(STEPS)]
+
+
+def with_deepspeed() -> dict[str, list]:
+    """The weights after a few steps of DeepSpeed with Muon, in this process."""
+    torch.manual_seed(0)
+    init_distributed()
+    config, _ = resolve_deepspeed(
+        {"train_batch_size": 4, "optimizer": {"type": "Muon", "params": {"muon_lr": MUON, "adam_lr": ADAM,
+                                                                        "momentum": MOMENTUM, "betas": BETAS,
+                                                                        "weight_decay": 0.0}}},
+        {}, steps=STEPS, world_size=1, cuda=False, tensorboard="", job_name="")
+    engine = make_engine(Net(), config)
+    for x, vector, target in batches():
+        engine.backward(F.mse_loss(engine(x, vector), target))
+        engine.step()
+    return {name: parameter.tolist() for name, parameter in engine.module.named_parameters()}
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    """Muon's quintic of the singular values, five times (Jordan 2024), by a singular value decomposition."""
+    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    s = s / s.norm()
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    return u @ torch.diag(s) @ v
+
+
+def by_hand() -> dict[str, Tensor]:
+    """The same steps from the formulas, in float64: matrices by Muon, vectors and embeddings by Adam."""
+    torch.manual_seed(0)
+    net = Net().double()
+    muon = [net.conv.weight, net.out.weight]
+    adam = torch.optim.AdamW([p for p in net.parameters() if all(p is not q for q in muon)], lr=ADAM, betas=BETAS,
+                             weight_decay=0.0)
+    momenta = [torch.zeros_like(p) for p in muon]
+    for x, vector, target in batches():
+        net.zero_grad()
+        F.mse_loss(net(x.double(), vector.double()), target.double()).backward()
+        adam.step()
+        with torch.no_grad():
+            for parameter, momentum in zip(muon, momenta):
+                momentum.lerp_(parameter.grad, 1 - MOMENTUM)
+                rows, columns = parameter.shape
+                update = orthogonal(parameter.grad.lerp(momentum, MOMENTUM)) * max(1, rows / columns) ** 0.5
+                parameter -= MUON * update
+    return {name: parameter.detach() for name, parameter in net.named_parameters()}
+
+
+def test_muon_steps_are_those_of_its_formula() -> None:
+    script = "import json; from tests.train.test_muon import with_deepspeed; print(json.dumps(with_deepspeed()))"
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    ours = json.loads(run.stdout.splitlines()[-1])
+    for name, expected in by_hand().items():
+        torch.testing.assert_close(torch.tensor(ours[name]).double(), expected, rtol=0, atol=2e-5, msg=name)
