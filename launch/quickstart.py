@@ -21,12 +21,20 @@ RUN = Path("runs/quickstart")
 MODEL, PICTURES, EVALUATION = RUN / "model", RUN / "pictures", RUN / "evaluation"
 
 
+def processes() -> int:
+    """One per GPU or, of a CPU's cores, for two: threads gain nothing on networks this small."""
+    import torch
+
+    return torch.cuda.device_count() or min(2, torch.get_num_threads())
+
+
 def phases() -> list[tuple[str, list[str]]]:
     """(name, command) of every phase, in order."""
     shapes = json.loads(Path("ds.json").read_text())["fastimagen"]["data"]["shapes"]
     python = [sys.executable, "-u"]
     fastimagen = [*python, "-m", "fastimagen.cli"]
-    train = [*python, "launch/train.py", "--config", "ds.json", "--run", str(RUN)]
+    train = [*python, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(processes()), "launch/train.py",
+             "--config", "ds.json", "--run", str(RUN)]
     return [
         ("shards", [*fastimagen, "shards", "shapes", "--out", "data/shapes", "--count", str(shapes["count"]),
                     "--size", str(shapes["size"]), "--seed", str(shapes["seed"])]),

@@ -34,6 +34,8 @@ def init_distributed() -> torch.device:
     import deepspeed.ops
 
     if not cuda:
+        neighbours = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)  # torchrun, deepspeed
+        torch.set_num_threads(max(1, torch.get_num_threads() // neighbours))
         torch.compiler.set_stance("force_eager")  # DeepSpeed compiles its Muon, which a CPU would wait for in vain
         # Only inference uses this operator, but every first start on a CPU would compile it for a minute or two.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
