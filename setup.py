@@ -23,7 +23,8 @@ setup(
     python_requires=">=3.11",
     # Named one by one: find_packages() would install tests, launch and benchmarks as top-level packages. kernels/ has
     # no __init__.py and another name, because other packages look for a module called `kernels`.
-    packages=["fastimagen", "fastimagen.data", "fastimagen.train"],
+    packages=["fastimagen", "fastimagen.data", "fastimagen.ops", "fastimagen.train", "fastimagen_kernels"],
+    package_dir={"fastimagen_kernels": "kernels"},
     install_requires=["torch>=2.11", "safetensors>=0.5", "numpy>=1.26", "einops>=0.8", "pydantic>=2.10", "pillow>=11"],
     extras_require={
         "text": TEXT,

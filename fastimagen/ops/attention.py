@@ -1,7 +1,6 @@
-"""The fused operations of the U-Net and the sampler, as plain PyTorch.
+"""Attention over image keys, text keys and a learned null key.
 
-One signature each, whatever computes it. Letters: B batch, N queries, S keys, L context keys, H heads, Hkv key heads,
-D channels per head, C channels, G groups.
+Letters: B batch, N queries, S keys, L context keys, H heads, Hkv key heads, D channels per head.
 """
 
 from __future__ import annotations
@@ -63,26 +62,3 @@ def _key_mask(lengths: Tensor, keys: int, start: int, context: int) -> Tensor:
     """(B, S') bool: False for the context keys beyond each sample's length."""
     position = torch.arange(keys, device=lengths.device) - start
     return (position >= context) | (position < lengths[:, None])
-
-
-def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, *, scale: Tensor | None = None,
-                    shift: Tensor | None = None, eps: float = 1e-5, activation: str = "silu") -> Tensor:
-    """y = act(GroupNorm(x) * (1 + scale) + shift); act is "silu" or "none".
-
-    x (B, C, H, W), contiguous or channels_last, layout kept; weight, bias (C,); scale, shift (B, C).
-    """
-    y = F.group_norm(x, num_groups, weight.to(x.dtype), bias.to(x.dtype), eps)
-    if scale is not None:
-        y = torch.addcmul(shift[:, :, None, None], y, scale[:, :, None, None] + 1)
-    return F.silu(y) if activation == "silu" else y
-
-
-def dynamic_threshold(x0: Tensor, percentile: float, *, floor: float = 1.0) -> Tensor:
-    """Dynamic thresholding (Imagen, section 2.3): s = max(quantile(|x0|, p), floor) per sample; clamp(x0, -s, s) / s.
-
-    x0 (B, ...); the quantile interpolates linearly. Returns x0's shape and dtype.
-    """
-    magnitude = x0.float().abs().flatten(1)  # (B, C * H * W)
-    s = torch.quantile(magnitude, percentile, dim=1).clamp(min=floor)
-    s = s.to(x0.dtype).reshape(-1, *(1,) * (x0.dim() - 1))
-    return x0.clamp(-s, s) / s

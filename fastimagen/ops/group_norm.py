@@ -1,0 +1,171 @@
+"""GroupNorm, FiLM and SiLU in one. Letters: B batch, C channels, H height, W width, G groups."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .backend import backend, interpreting, use_triton
+
+ACTIVATIONS = ("silu", "none")
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, *, scale: Tensor | None = None,
+                    shift: Tensor | None = None, eps: float = 1e-5, activation: str = "silu") -> Tensor:
+    """y = act(GroupNorm(x) * (1 + scale) + shift); act is "silu" or "none" (Imagen's residual blocks, appendix B).
+
+    x (B, C, H, W), contiguous or channels_last; y has its layout and dtype, under autocast too. weight, bias (C,);
+    scale, shift (B, C), both or neither. The kernels compute in fp32 whatever the inputs are, and keep x and its
+    statistics for the backward pass, nothing else. Raises ValueError for shapes that do not fit and another activation.
+    """
+    _check(x, weight, bias, num_groups, scale, shift, activation)
+    if use_triton("group_norm_silu", x, _unsupported(x, weight, bias, scale, shift)):
+        return _forward(x, weight, bias, scale, shift, num_groups, eps, activation)[0]
+    return reference(x, weight, bias, num_groups, scale=scale, shift=shift, eps=eps, activation=activation)
+
+
+def reference(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, *, scale: Tensor | None = None,
+              shift: Tensor | None = None, eps: float = 1e-5, activation: str = "silu") -> Tensor:
+    """`group_norm_silu` in plain PyTorch, differentiable by PyTorch."""
+    y = F.group_norm(x, num_groups, weight.to(x.dtype), bias.to(x.dtype), eps)
+    if scale is not None:
+        scale, shift = scale.to(y.dtype)[:, :, None, None], shift.to(y.dtype)[:, :, None, None]  # (B, C, 1, 1)
+        y = torch.addcmul(shift, y, scale + 1)
+    return (F.silu(y) if activation == "silu" else y).to(x.dtype)
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, scale: Tensor | None, shift: Tensor | None,
+           activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f'no activation "{activation}"; there are {", ".join(ACTIVATIONS)}')
+    if x.dim() != 4:
+        raise ValueError(f"group_norm_silu takes x (B, C, H, W), got {tuple(x.shape)}")
+    batch, channels = x.shape[:2]
+    if num_groups < 1 or channels % num_groups:
+        raise ValueError(f"{channels} channels cannot be split into {num_groups} groups")
+    if (scale is None) != (shift is None):
+        raise ValueError("scale and shift go together")
+    for name, vector, shape in (("weight", weight, (channels,)), ("bias", bias, (channels,)),
+                                ("scale", scale, (batch, channels)), ("shift", shift, (batch, channels))):
+        if vector is not None and vector.shape != shape:
+            raise ValueError(f"{name} must be {tuple(shape)} for x {tuple(x.shape)}, got {tuple(vector.shape)}")
+
+
+def _unsupported(*tensors: Tensor | None) -> str | None:
+    """Why the kernels cannot take these, or None."""
+    wrong = [tensor.dtype for tensor in tensors if tensor is not None and tensor.dtype not in KERNEL_DTYPES]
+    if wrong:
+        return f"the kernel takes float32, bfloat16 and float16, not {str(wrong[0]).removeprefix('torch.')}"
+    return None if tensors[0].numel() else "x is empty"
+
+
+# ------------------------------------------------------------------------------------- the operator
+
+
+@torch.library.custom_op("fastimagen::group_norm_silu", mutates_args=())
+def _forward(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, num_groups: int,
+             eps: float, activation: str) -> tuple[Tensor, Tensor, Tensor]:
+    """y, and mean and rstd (B, G) in fp32."""
+    x = _dense(x)
+    if _in_kernels(x):
+        from fastimagen_kernels.group_norm import group_norm_forward
+
+        return group_norm_forward(x, weight.contiguous(), bias.contiguous(), _rows(scale), _rows(shift), num_groups,
+                                  eps, activation == "silu")
+    var, mean = torch.var_mean(x.float().unflatten(1, (num_groups, -1)), dim=(2, 3, 4), correction=0)  # (B, G)
+    y = reference(x, weight, bias, num_groups, scale=scale, shift=shift, eps=eps, activation=activation)
+    return _as(y, x), mean, (var + eps).rsqrt()
+
+
+@torch.library.custom_op("fastimagen::group_norm_silu_backward", mutates_args=())
+def _backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None,
+              mean: Tensor, rstd: Tensor, num_groups: int, activation: str,
+              ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dx, dweight, dbias, dscale, dshift; the last two empty without FiLM."""
+    x = _dense(x)
+    dy = _as(dy, x)
+    if _in_kernels(x):
+        from fastimagen_kernels.group_norm import group_norm_backward
+
+        dx, dweight, dbias, dscale, dshift = group_norm_backward(
+            dy, x, weight.contiguous(), bias.contiguous(), _rows(scale), _rows(shift), mean, rstd, num_groups,
+            activation == "silu")
+    else:
+        dx, dweight, dbias, dscale, dshift = _gradients(dy, x, weight, bias, scale, shift, mean, rstd, num_groups,
+                                                        activation)
+    return dx, dweight, dbias, x.new_empty(0) if dscale is None else dscale, x.new_empty(0) if dshift is None else dshift
+
+
+def _gradients(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None,
+               mean: Tensor, rstd: Tensor, num_groups: int, activation: str,
+               ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The backward pass as the kernels compute it (kernels/group_norm.py has the formulas), in PyTorch."""
+    def spread(statistic: Tensor) -> Tensor:  # (B, G) -> (B, C, 1, 1)
+        return statistic.repeat_interleave(x.shape[1] // num_groups, dim=1)[:, :, None, None]
+
+    factor = torch.ones_like(x[:, :, 0, 0], dtype=torch.float32) if scale is None else 1 + scale.float()  # (B, C)
+    gain = (weight * factor)[:, :, None, None]
+    offset = (bias * factor + (0 if shift is None else shift))[:, :, None, None]  # (B, C, 1, 1)
+    xhat = (x - spread(mean)) * spread(rstd)
+    dz = dy.float()
+    if activation == "silu":
+        z = gain * xhat + offset
+        dz = dz * z.sigmoid() * (1 + z * (1 - z.sigmoid()))
+    s1, s2 = dz.sum(dim=(2, 3)), (dz * xhat).sum(dim=(2, 3))  # (B, C)
+    c1, c2 = (spread((gain * dz * other).unflatten(1, (num_groups, -1)).mean(dim=(2, 3, 4))) for other in (1, xhat))
+    dx = spread(rstd) * (gain * dz - c1 - xhat * c2)
+    dscale = None if scale is None else (weight * s2 + bias * s1).to(scale.dtype)
+    dshift = None if shift is None else s1.to(shift.dtype, copy=True)
+    dweight, dbias = (factor * s2).sum(dim=0), (factor * s1).sum(dim=0)  # (C,)
+    return _as(dx.to(x.dtype), x), dweight.to(weight.dtype), dbias.to(bias.dtype), dscale, dshift
+
+
+def _in_kernels(x: Tensor) -> bool:
+    """Whether the operator runs the kernels on x, on a GPU or in the interpreter."""
+    return x.is_cuda or (backend() == "triton" and interpreting())
+
+
+def _dense(x: Tensor) -> Tensor:
+    """x itself if it is contiguous or channels_last, else a contiguous copy."""
+    return x if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
+
+
+def _as(tensor: Tensor, x: Tensor) -> Tensor:
+    """`tensor` in the layout of x, which is contiguous or channels_last; a copy only if it has the other."""
+    return tensor.contiguous(memory_format=torch.contiguous_format if x.is_contiguous() else torch.channels_last)
+
+
+def _rows(vector: Tensor | None) -> Tensor | None:
+    """(B, C) with contiguous rows; the halves of a chunked linear layer have them."""
+    return vector if vector is None or vector.stride(1) == 1 else vector.contiguous()
+
+
+@_forward.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, num_groups: int, eps: float,
+      activation: str) -> tuple[Tensor, Tensor, Tensor]:
+    mean, rstd = (x.new_empty(x.shape[0], num_groups, dtype=torch.float32) for _ in range(2))
+    return torch.empty_like(_dense(x)), mean, rstd
+
+
+@_backward.register_fake
+def _(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, mean: Tensor,
+      rstd: Tensor, num_groups: int, activation: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dscale, dshift = (x.new_empty(0) if vector is None else vector.new_empty(vector.shape) for vector in (scale, shift))
+    return torch.empty_like(_dense(x)), torch.empty_like(weight), torch.empty_like(bias), dscale, dshift
+
+
+def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
+    x, weight, bias, scale, shift, ctx.num_groups, _, ctx.activation = inputs
+    _, mean, rstd = output
+    ctx.save_for_backward(x, weight, bias, scale, shift, mean, rstd)
+
+
+def _differentiate(ctx: torch.autograd.function.FunctionCtx, dy: Tensor, _dmean: Tensor, _drstd: Tensor) -> tuple:
+    dx, dweight, dbias, dscale, dshift = _backward(dy, *ctx.saved_tensors, ctx.num_groups, ctx.activation)
+    film = ctx.saved_tensors[3] is not None
+    return dx, dweight, dbias, dscale if film else None, dshift if film else None, None, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup_context)

@@ -1,0 +1,493 @@
+"""GroupNorm, FiLM and SiLU in one, forward and backward, for contiguous and channels_last tensors (B, C, H, W).
+
+    xhat = (x - mean) * rstd            over the pixels and channels of a sample's group, M numbers
+    y = act(z), z = gain * xhat + offset,       gain = weight * (1 + scale), offset = bias * (1 + scale) + shift
+
+Backward: z is computed again from x, dz = dy * act'(z). Everything follows from two sums over pixels for every sample
+and channel, S1 = sum dz and S2 = sum dz * xhat:
+
+    dshift = S1                         dbias = sum over samples of (1 + scale) * S1
+    dscale = weight * S2 + bias * S1    dweight = sum over samples of (1 + scale) * S2
+    dx = rstd * (gain * dz - c1 - xhat * c2),   c1, c2 = sums over the group's channels of gain * S1, gain * S2, by M
+
+A group that fits into a program's registers is read once (`one_pass_*`). Larger ones are cut twice: channels into
+blocks of GROUPS groups, or a piece of one group where it is wider than WIDTH; pixels into chunks, and a chunk into
+tiles of ROWS pixels. The first kernel leaves something for each chunk, a part; the second merges the parts of a
+group, always in the same order, and reads x again. No atomics; the same input gives the same bits.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# ---------------------------------------------------------------------------------------------- tiles
+
+
+@triton.jit
+def place(index, chunks, C: tl.constexpr, CPG: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr):
+    """(block, chunk, sample) of a program: neighbours share their pixels."""
+    BLOCKS: tl.constexpr = tl.cdiv(C // CPG, GROUPS) * tl.cdiv(CPG, WIDTH)
+    return index % BLOCKS, index // BLOCKS % chunks, (index // BLOCKS // chunks).to(tl.int64)
+
+
+@triton.jit
+def columns(block, C: tl.constexpr, CPG: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr):
+    """Channels (GROUPS * WIDTH,) of a block, and which of them exist: each group is padded to WIDTH."""
+    PIECES: tl.constexpr = tl.cdiv(CPG, WIDTH)
+    column = tl.arange(0, GROUPS * WIDTH)
+    group = block // PIECES * GROUPS + column // WIDTH
+    within = block % PIECES * WIDTH + column % WIDTH
+    return group * CPG + within, (within < CPG) & (group < C // CPG)
+
+
+@triton.jit
+def tile(start, channel, valid, pixels, C: tl.constexpr, ROWS: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """Offsets (ROWS, columns) within a sample, and which of them exist."""
+    row = (start + tl.arange(0, ROWS)).to(tl.int64)
+    if CHANNELS_LAST:
+        offset = row[:, None] * C + channel[None, :]
+    else:
+        offset = row[:, None] + channel[None, :].to(tl.int64) * pixels
+    return offset, (row < pixels)[:, None] & valid[None, :]
+
+
+@triton.jit
+def read(pointer, offset, mask):
+    return tl.load(pointer + offset, mask, 0.0).to(tl.float32)
+
+
+@triton.jit
+def by_group(v, GROUPS: tl.constexpr, WIDTH: tl.constexpr):
+    """(GROUPS * WIDTH,) -> (GROUPS, WIDTH)."""
+    return tl.reshape(v, [GROUPS, WIDTH])
+
+
+@triton.jit
+def to_columns(v, GROUPS: tl.constexpr, WIDTH: tl.constexpr):
+    """(GROUPS,) -> (GROUPS * WIDTH,)."""
+    return tl.reshape(tl.broadcast_to(v[:, None], [GROUPS, WIDTH]), [GROUPS * WIDTH])
+
+
+@triton.jit
+def affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride, n, channel, valid):
+    """gain and offset of every column."""
+    gain = read(weight_ptr, channel, valid)
+    offset = read(bias_ptr, channel, valid)
+    if scale_ptr is not None:
+        factor = 1 + read(scale_ptr, n * scale_stride + channel, valid)
+        gain = gain * factor
+        offset = offset * factor + read(shift_ptr, n * shift_stride + channel, valid)
+    return gain, offset
+
+
+@triton.jit
+def activate(z, SILU: tl.constexpr):
+    if SILU:
+        z = z * tl.sigmoid(z)
+    return z
+
+
+@triton.jit
+def activation_gradient(dy, z, SILU: tl.constexpr):
+    """dz."""
+    if SILU:
+        sigmoid = tl.sigmoid(z)
+        dy = dy * sigmoid * (1 + z * (1 - sigmoid))
+    return dy
+
+
+# ---------------------------------------------------------------------------------------------- statistics
+
+
+@triton.jit
+def moments(x, mask, count):
+    """Mean and sum of squared deviations of each column's `count` rows.
+
+    The mean is taken twice, the second time of the deviations: its error stays one rounding however far it is from 0.
+    """
+    mean = tl.sum(x, axis=0) / count
+    deviation = tl.where(mask, x - mean[None, :], 0.0)
+    rest = tl.sum(deviation, axis=0) / count
+    return mean + rest, tl.sum(deviation * deviation, axis=0) - count * rest * rest
+
+
+@triton.jit
+def merge(count, mean, m2):
+    """Merge (count, mean, m2) along axis 1 (Chan, Golub, LeVeque 1979). A count of 0 is nothing."""
+    total = tl.maximum(tl.sum(count, axis=1), 1.0)
+    middle = tl.sum(count * mean, axis=1) / total
+    deviation = mean - middle[:, None]
+    rest = tl.sum(count * deviation, axis=1) / total
+    return middle + rest, tl.sum(m2 + count * deviation * deviation, axis=1) - total * rest * rest
+
+
+@triton.jit
+def parts_of(n, block, chunks, C: tl.constexpr, CPG: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
+             PARTS: tl.constexpr):
+    """Groups (GROUPS,) of a block, the offsets (GROUPS, PARTS) of their parts, and which exist."""
+    PIECES: tl.constexpr = tl.cdiv(CPG, WIDTH)
+    group = block // PIECES * GROUPS + tl.arange(0, GROUPS)
+    part = tl.arange(0, PARTS)
+    offset = (n * (C // CPG) + group)[:, None] * (PIECES * chunks) + part[None, :]
+    return group, offset, (group < C // CPG)[:, None] & (part < PIECES * chunks)[None, :]
+
+
+@triton.jit
+def write_part(pointer, value, n, block, chunk, chunks, C: tl.constexpr, CPG: tl.constexpr, GROUPS: tl.constexpr,
+               WIDTH: tl.constexpr):
+    """Store a value (GROUPS,) of this block and chunk as parts (B, G, pieces * chunks)."""
+    PIECES: tl.constexpr = tl.cdiv(CPG, WIDTH)
+    group = block // PIECES * GROUPS + tl.arange(0, GROUPS)
+    offset = (n * (C // CPG) + group) * (PIECES * chunks) + block % PIECES * chunks + chunk
+    tl.store(pointer + offset, value, group < C // CPG)
+
+
+# ---------------------------------------------------------------------------------------------- forward
+
+
+@triton.jit
+def one_pass_forward(x_ptr, y_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr, scale_stride,
+                     shift_stride, pixels, eps, C: tl.constexpr, CPG: tl.constexpr, WIDTH: tl.constexpr,
+                     ROWS: tl.constexpr, CHANNELS_LAST: tl.constexpr, SILU: tl.constexpr):
+    """y, mean and rstd of one group of one sample."""
+    index = tl.program_id(0)
+    group, _, n = place(index, 1, C, CPG, 1, WIDTH)
+    channel, valid = columns(group, C, CPG, 1, WIDTH)
+    offset, mask = tile(0, channel, valid, pixels, C, ROWS, CHANNELS_LAST)
+    base = n * C * pixels
+    x = read(x_ptr + base, offset, mask)
+    count = pixels * 1.0
+    mean, m2 = moments(x, mask, count)  # (WIDTH,)
+    mean, m2 = merge(by_group(valid * count, 1, WIDTH), by_group(mean, 1, WIDTH), by_group(m2, 1, WIDTH))  # (1,)
+    rstd = tl.rsqrt(m2 / (CPG * count) + eps)
+    gain, bias = affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride, n, channel, valid)
+    z = (x - mean[None, :]) * (to_columns(rstd, 1, WIDTH) * gain)[None, :] + bias[None, :]
+    tl.store(y_ptr + base + offset, activate(z, SILU), mask)
+    one = index + tl.arange(0, 1)
+    tl.store(mean_ptr + one, mean)
+    tl.store(rstd_ptr + one, rstd)
+
+
+@triton.jit(do_not_specialize=["chunks", "tiles"])
+def partial_statistics(x_ptr, part_mean_ptr, part_m2_ptr, pixels, chunks, tiles, C: tl.constexpr, CPG: tl.constexpr,
+                       GROUPS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """Mean and sum of squared deviations of every group in one block and chunk."""
+    block, chunk, n = place(tl.program_id(0), chunks, C, CPG, GROUPS, WIDTH)
+    channel, valid = columns(block, C, CPG, GROUPS, WIDTH)
+    x_ptr += n * C * pixels
+    first = chunk.to(tl.int64) * tiles * ROWS
+    last = tl.minimum(first + tiles * ROWS, pixels)
+    seen = 0.0
+    mean = tl.zeros([GROUPS * WIDTH], tl.float32)
+    m2 = tl.zeros([GROUPS * WIDTH], tl.float32)
+    for start in range(first, last, ROWS):
+        offset, mask = tile(start, channel, valid, pixels, C, ROWS, CHANNELS_LAST)
+        count = tl.minimum(last - start, ROWS).to(tl.float32)
+        tile_mean, tile_m2 = moments(read(x_ptr, offset, mask), mask, count)
+        share = count / (seen + count)
+        delta = tile_mean - mean
+        mean += delta * share
+        m2 += tile_m2 + delta * delta * (seen * share)
+        seen += count
+    mean, m2 = merge(by_group(valid * seen, GROUPS, WIDTH), by_group(mean, GROUPS, WIDTH),
+                     by_group(m2, GROUPS, WIDTH))  # (GROUPS,)
+    write_part(part_mean_ptr, mean, n, block, chunk, chunks, C, CPG, GROUPS, WIDTH)
+    write_part(part_m2_ptr, m2, n, block, chunk, chunks, C, CPG, GROUPS, WIDTH)
+
+
+@triton.jit(do_not_specialize=["chunks", "tiles"])
+def apply_forward(x_ptr, y_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, part_mean_ptr, part_m2_ptr, mean_ptr,
+                  rstd_ptr, scale_stride, shift_stride, pixels, chunks, tiles, eps, C: tl.constexpr, CPG: tl.constexpr,
+                  GROUPS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
+                  CHANNELS_LAST: tl.constexpr, SILU: tl.constexpr):
+    """y of one block and chunk; mean and rstd of its groups."""
+    # In reverse: what partial_statistics read last is still in L2.
+    block, chunk, n = place(tl.num_programs(0) - 1 - tl.program_id(0), chunks, C, CPG, GROUPS, WIDTH)
+    channel, valid = columns(block, C, CPG, GROUPS, WIDTH)
+
+    group, at, exists = parts_of(n, block, chunks, C, CPG, GROUPS, WIDTH, PARTS)
+    part = tl.arange(0, PARTS)
+    count = (tl.minimum(CPG - part // chunks * WIDTH, WIDTH).to(tl.float32)
+             * tl.minimum(pixels - part % chunks * (tiles * ROWS), tiles * ROWS).to(tl.float32))
+    mean, m2 = merge(tl.where(exists, count[None, :], 0.0), read(part_mean_ptr, at, exists),
+                     read(part_m2_ptr, at, exists))  # (GROUPS,)
+    rstd = tl.rsqrt(m2 / (CPG * (pixels * 1.0)) + eps)
+    first_of_group = (chunk == 0) & (block % tl.cdiv(CPG, WIDTH) == 0)
+    tl.store(mean_ptr + n * (C // CPG) + group, mean, first_of_group & (group < C // CPG))
+    tl.store(rstd_ptr + n * (C // CPG) + group, rstd, first_of_group & (group < C // CPG))
+
+    gain, bias = affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride, n, channel, valid)
+    mean = to_columns(mean, GROUPS, WIDTH)
+    gain = gain * to_columns(rstd, GROUPS, WIDTH)
+    base = n * C * pixels
+    first = chunk.to(tl.int64) * tiles * ROWS
+    for start in range(first, tl.minimum(first + tiles * ROWS, pixels), ROWS):
+        offset, mask = tile(start, channel, valid, pixels, C, ROWS, CHANNELS_LAST)
+        z = (read(x_ptr + base, offset, mask) - mean[None, :]) * gain[None, :] + bias[None, :]
+        tl.store(y_ptr + base + offset, activate(z, SILU), mask)
+
+
+# ---------------------------------------------------------------------------------------------- backward
+
+
+@triton.jit
+def one_pass_backward(dy_ptr, x_ptr, dx_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr, s1_ptr,
+                      s2_ptr, scale_stride, shift_stride, pixels, C: tl.constexpr, CPG: tl.constexpr,
+                      WIDTH: tl.constexpr, ROWS: tl.constexpr, CHANNELS_LAST: tl.constexpr, SILU: tl.constexpr):
+    """dx, S1 and S2 of one group of one sample."""
+    index = tl.program_id(0)
+    group, _, n = place(index, 1, C, CPG, 1, WIDTH)
+    channel, valid = columns(group, C, CPG, 1, WIDTH)
+    offset, mask = tile(0, channel, valid, pixels, C, ROWS, CHANNELS_LAST)
+    base = n * C * pixels
+    gain, bias = affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride, n, channel, valid)
+    rstd = tl.load(rstd_ptr + index)
+    xhat = (read(x_ptr + base, offset, mask) - tl.load(mean_ptr + index)) * rstd
+    dz = activation_gradient(read(dy_ptr + base, offset, mask), xhat * gain[None, :] + bias[None, :], SILU)
+    s1 = tl.sum(dz, axis=0)
+    s2 = tl.sum(dz * xhat, axis=0)  # (WIDTH,)
+    tl.store(s1_ptr + n * C + channel, s1, valid)
+    tl.store(s2_ptr + n * C + channel, s2, valid)
+    c1 = tl.sum(gain * s1, axis=0) / (CPG * (pixels * 1.0))
+    c2 = tl.sum(gain * s2, axis=0) / (CPG * (pixels * 1.0))
+    tl.store(dx_ptr + base + offset, rstd * (gain[None, :] * dz - c1 - xhat * c2), mask)
+
+
+@triton.jit(do_not_specialize=["chunks", "tiles"])
+def partial_sums(dy_ptr, x_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr, s1_ptr, s2_ptr,
+                 part_c1_ptr, part_c2_ptr, scale_stride, shift_stride, pixels, chunks, tiles, C: tl.constexpr,
+                 CPG: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+                 CHANNELS_LAST: tl.constexpr, SILU: tl.constexpr):
+    """S1 and S2 of one block and chunk, and their weighted sums over each group's channels."""
+    block, chunk, n = place(tl.program_id(0), chunks, C, CPG, GROUPS, WIDTH)
+    channel, valid = columns(block, C, CPG, GROUPS, WIDTH)
+    gain, bias = affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride, n, channel, valid)
+    statistic = n * (C // CPG) + channel // CPG
+    mean = read(mean_ptr, statistic, valid)
+    rstd = read(rstd_ptr, statistic, valid)
+    base = n * C * pixels
+    first = chunk.to(tl.int64) * tiles * ROWS
+    s1 = tl.zeros([GROUPS * WIDTH], tl.float32)
+    s2 = tl.zeros([GROUPS * WIDTH], tl.float32)
+    for start in range(first, tl.minimum(first + tiles * ROWS, pixels), ROWS):
+        offset, mask = tile(start, channel, valid, pixels, C, ROWS, CHANNELS_LAST)
+        xhat = (read(x_ptr + base, offset, mask) - mean[None, :]) * rstd[None, :]
+        dz = activation_gradient(read(dy_ptr + base, offset, mask), xhat * gain[None, :] + bias[None, :], SILU)
+        s1 += tl.sum(dz, axis=0)
+        s2 += tl.sum(dz * xhat, axis=0)
+    row = (n * chunks + chunk) * C
+    tl.store(s1_ptr + row + channel, s1, valid)
+    tl.store(s2_ptr + row + channel, s2, valid)
+    c1 = tl.sum(by_group(gain * s1, GROUPS, WIDTH), axis=1)
+    c2 = tl.sum(by_group(gain * s2, GROUPS, WIDTH), axis=1)  # (GROUPS,)
+    write_part(part_c1_ptr, c1, n, block, chunk, chunks, C, CPG, GROUPS, WIDTH)
+    write_part(part_c2_ptr, c2, n, block, chunk, chunks, C, CPG, GROUPS, WIDTH)
+
+
+@triton.jit(do_not_specialize=["chunks", "tiles"])
+def apply_backward(dy_ptr, x_ptr, dx_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr, part_c1_ptr,
+                   part_c2_ptr, scale_stride, shift_stride, pixels, chunks, tiles, C: tl.constexpr, CPG: tl.constexpr,
+                   GROUPS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
+                   CHANNELS_LAST: tl.constexpr, SILU: tl.constexpr):
+    """dx of one block and chunk."""
+    # In reverse: what partial_sums read last is still in L2.
+    block, chunk, n = place(tl.num_programs(0) - 1 - tl.program_id(0), chunks, C, CPG, GROUPS, WIDTH)
+    channel, valid = columns(block, C, CPG, GROUPS, WIDTH)
+    gain, bias = affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride, n, channel, valid)
+    statistic = n * (C // CPG) + channel // CPG
+    mean = read(mean_ptr, statistic, valid)
+    rstd = read(rstd_ptr, statistic, valid)
+    _, at, exists = parts_of(n, block, chunks, C, CPG, GROUPS, WIDTH, PARTS)
+    c1 = tl.sum(read(part_c1_ptr, at, exists), axis=1) / (CPG * (pixels * 1.0))
+    c2 = tl.sum(read(part_c2_ptr, at, exists), axis=1) / (CPG * (pixels * 1.0))
+    c1 = to_columns(c1, GROUPS, WIDTH)
+    c2 = to_columns(c2, GROUPS, WIDTH)
+    base = n * C * pixels
+    first = chunk.to(tl.int64) * tiles * ROWS
+    for start in range(first, tl.minimum(first + tiles * ROWS, pixels), ROWS):
+        offset, mask = tile(start, channel, valid, pixels, C, ROWS, CHANNELS_LAST)
+        xhat = (read(x_ptr + base, offset, mask) - mean[None, :]) * rstd[None, :]
+        dz = activation_gradient(read(dy_ptr + base, offset, mask), xhat * gain[None, :] + bias[None, :], SILU)
+        dx = rstd[None, :] * (gain[None, :] * dz - c1[None, :] - xhat * c2[None, :])
+        tl.store(dx_ptr + base + offset, dx, mask)
+
+
+@triton.jit(do_not_specialize=["batch", "chunks"])
+def vector_gradients(s1_ptr, s2_ptr, weight_ptr, bias_ptr, scale_ptr, dweight_ptr, dbias_ptr, dscale_ptr, dshift_ptr,
+                     scale_stride, batch, chunks, C: tl.constexpr, SAMPLES: tl.constexpr, CHUNKS: tl.constexpr,
+                     WIDTH: tl.constexpr):
+    """dweight, dbias, dscale and dshift of WIDTH channels from S1 and S2 (B, chunks, C)."""
+    channel = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    valid = channel < C
+    weight = read(weight_ptr, channel, valid)[None, :]
+    bias = read(bias_ptr, channel, valid)[None, :]
+    dweight = tl.zeros([WIDTH], tl.float32)
+    dbias = tl.zeros([WIDTH], tl.float32)
+    for first in range(0, batch, SAMPLES):
+        n = (first + tl.arange(0, SAMPLES)).to(tl.int64)
+        s1 = tl.zeros([SAMPLES, WIDTH], tl.float32)
+        s2 = tl.zeros([SAMPLES, WIDTH], tl.float32)
+        for start in range(0, chunks, CHUNKS):
+            chunk = start + tl.arange(0, CHUNKS)
+            offset = (n[:, None] * chunks + chunk[None, :])[:, :, None] * C + channel[None, None, :]
+            mask = ((n < batch)[:, None] & (chunk < chunks)[None, :])[:, :, None] & valid[None, None, :]
+            s1 += tl.sum(read(s1_ptr, offset, mask), axis=1)
+            s2 += tl.sum(read(s2_ptr, offset, mask), axis=1)
+        if scale_ptr is not None:
+            mask = (n < batch)[:, None] & valid[None, :]
+            offset = n[:, None] * C + channel[None, :]
+            tl.store(dshift_ptr + offset, s1, mask)
+            tl.store(dscale_ptr + offset, weight * s2 + bias * s1, mask)
+            factor = 1 + read(scale_ptr, n[:, None] * scale_stride + channel[None, :], mask)
+            s1 = s1 * factor
+            s2 = s2 * factor
+        dweight += tl.sum(s2, axis=0)
+        dbias += tl.sum(s1, axis=0)
+    tl.store(dweight_ptr + channel, dweight, valid)
+    tl.store(dbias_ptr + channel, dbias, valid)
+
+
+# ---------------------------------------------------------------------------------------------- launchers
+
+ONE_PASS = {"forward": 32768, "backward": 16384}  # elements of a group, padded to powers of two, that stay on chip
+TILE = 8192  # elements, of larger groups
+ELEMENTS_PER_WARP = 1024  # 32 for each thread of 32
+LAST_COLUMNS = 64  # channels of a channels_last tile: whole cache lines
+SECTOR = 32  # bytes; a channels_last group narrower than this is not read by itself
+PROGRAMS = 4096  # as many chunks as make so many programs: enough waves for any GPU
+PARTS = 256  # at most, of a group: every program of the second kernel reads them
+
+
+class Cut(NamedTuple):
+    """How a tensor is cut for the two kernels: a tile is rows x (groups * width)."""
+
+    groups: int
+    width: int
+    rows: int
+    chunks: int
+    tiles: int  # of a chunk
+    blocks: int
+    parts: int  # of a group
+
+    @property
+    def constants(self) -> dict[str, int]:
+        return {"GROUPS": self.groups, "WIDTH": self.width, "ROWS": self.rows}
+
+
+def cut(shape: tuple[int, ...], num_groups: int, channels_last: bool, elements: int) -> Cut:
+    """Cut (B, C, H, W) into tiles of `elements` and into enough programs."""
+    pixels, cpg = shape[2] * shape[3], shape[1] // num_groups
+    all_rows, all_columns = triton.next_power_of_2(pixels), triton.next_power_of_2(cpg)
+    if channels_last:
+        width = min(all_columns, LAST_COLUMNS)
+        groups = min(triton.next_power_of_2(num_groups), LAST_COLUMNS // width)
+    else:
+        width, groups = min(all_columns, max(4, elements // all_rows)), 1
+    rows = max(1, min(all_rows, elements // (groups * width)))
+    pieces = triton.cdiv(cpg, width)
+    blocks = triton.cdiv(num_groups, groups) * pieces
+    row_tiles = triton.cdiv(pixels, rows)
+    most = max(1, min(PARTS, 8 * PARTS // groups) // pieces)
+    tiles = triton.cdiv(row_tiles, min(most, triton.cdiv(PROGRAMS, shape[0] * blocks)))
+    chunks = triton.cdiv(row_tiles, tiles)
+    return Cut(groups, width, rows, chunks, tiles, blocks, pieces * chunks)
+
+
+def one_pass_tile(x: Tensor, num_groups: int, channels_last: bool, elements: int) -> dict[str, int] | None:
+    """The tile that holds a whole group; None if it has more than `elements`, or channels too few to read alone."""
+    cpg = x.shape[1] // num_groups
+    rows, width = triton.next_power_of_2(x.shape[2] * x.shape[3]), triton.next_power_of_2(cpg)
+    narrow = channels_last and cpg * x.element_size() < SECTOR
+    return None if narrow or rows * width > elements else {"ROWS": rows, "WIDTH": width}
+
+
+def warps(elements: int) -> int:
+    return min(16, max(1, elements // ELEMENTS_PER_WARP))
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether a tensor that is contiguous in one of the two layouts has the channels last, and not both ways."""
+    return not x.is_contiguous()
+
+
+def row_stride(x: Tensor | None) -> int:
+    return 0 if x is None else x.stride(0)
+
+
+def group_norm_forward(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None,
+                       num_groups: int, eps: float, silu: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """y like x, mean and rstd (B, G) in fp32.
+
+    x (B, C, H, W) is contiguous or channels_last; weight, bias (C,) are contiguous, the rows of scale, shift (B, C) too.
+    """
+    batch, channels, height, width = x.shape
+    last = is_channels_last(x)
+    y = torch.empty_like(x)
+    mean, rstd = (torch.empty(batch, num_groups, dtype=torch.float32, device=x.device) for _ in range(2))
+    vectors = (weight, bias, scale, shift)
+    strides = (row_stride(scale), row_stride(shift))
+    constants = dict(C=channels, CPG=channels // num_groups, CHANNELS_LAST=last)
+    with torch.cuda.device_of(x):
+        if tile := one_pass_tile(x, num_groups, last, ONE_PASS["forward"]):
+            one_pass_forward[(batch * num_groups,)](
+                x, y, *vectors, mean, rstd, *strides, height * width, eps, **constants, **tile, SILU=silu,
+                num_warps=warps(tile["ROWS"] * tile["WIDTH"]))
+            return y, mean, rstd
+        c = cut(x.shape, num_groups, last, TILE)
+        parts = torch.empty(2, batch, num_groups, c.parts, dtype=torch.float32, device=x.device)
+        grid, num_warps = (batch * c.chunks * c.blocks,), warps(c.rows * c.groups * c.width)
+        partial_statistics[grid](x, *parts, height * width, c.chunks, c.tiles, **constants, **c.constants,
+                                 num_warps=num_warps)
+        apply_forward[grid](x, y, *vectors, *parts, mean, rstd, *strides, height * width, c.chunks, c.tiles, eps,
+                            **constants, **c.constants, PARTS=triton.next_power_of_2(c.parts), SILU=silu,
+                            num_warps=num_warps)
+    return y, mean, rstd
+
+
+def group_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None,
+                        shift: Tensor | None, mean: Tensor, rstd: Tensor, num_groups: int, silu: bool,
+                        ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """dx, dweight, dbias, dscale, dshift, the last two None without FiLM. dy has the layout of x."""
+    batch, channels, height, width = x.shape
+    last = is_channels_last(x)
+    dx = torch.empty_like(x)
+    vectors = (weight, bias, scale, shift)
+    strides = (row_stride(scale), row_stride(shift))
+    constants = dict(C=channels, CPG=channels // num_groups, CHANNELS_LAST=last)
+    tile = one_pass_tile(x, num_groups, last, ONE_PASS["backward"])
+    c = cut(x.shape, num_groups, last, TILE)
+    chunks = 1 if tile else c.chunks
+    sums = torch.empty(2, batch, chunks, channels, dtype=torch.float32, device=x.device)
+    with torch.cuda.device_of(x):
+        if tile:
+            one_pass_backward[(batch * num_groups,)](
+                dy, x, dx, *vectors, mean, rstd, *sums, *strides, height * width, **constants, **tile, SILU=silu,
+                num_warps=warps(tile["ROWS"] * tile["WIDTH"]))
+        else:
+            parts = torch.empty(2, batch, num_groups, c.parts, dtype=torch.float32, device=x.device)
+            grid, num_warps = (batch * c.chunks * c.blocks,), warps(c.rows * c.groups * c.width)
+            partial_sums[grid](dy, x, *vectors, mean, rstd, *sums, *parts, *strides, height * width, c.chunks, c.tiles,
+                               **constants, **c.constants, SILU=silu, num_warps=num_warps)
+            apply_backward[grid](dy, x, dx, *vectors, mean, rstd, *parts, *strides, height * width, c.chunks, c.tiles,
+                                 **constants, **c.constants, PARTS=triton.next_power_of_2(c.parts), SILU=silu,
+                                 num_warps=num_warps)
+        return dx, *launch_vector_gradients(sums, weight, bias, scale, shift)
+
+
+def launch_vector_gradients(sums: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None,
+                            ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """dweight, dbias, dscale, dshift from sums (2, B, chunks, C) = S1, S2."""
+    _, batch, chunks, channels = sums.shape
+    dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
+    dscale = dshift = None
+    if scale is not None:
+        dscale = torch.empty(batch, channels, dtype=scale.dtype, device=scale.device)
+        dshift = torch.empty(batch, channels, dtype=shift.dtype, device=shift.device)
+    at_once = min(64, triton.next_power_of_2(chunks))
+    vector_gradients[(triton.cdiv(channels, 32),)](
+        *sums, weight, bias, scale, dweight, dbias, dscale, dshift, row_stride(scale), batch, chunks, C=channels,
+        SAMPLES=64 // at_once, CHUNKS=at_once, WIDTH=32, num_warps=4)
+    return dweight, dbias, dscale, dshift

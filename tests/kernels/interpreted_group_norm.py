@@ -1,0 +1,284 @@
+"""The kernels of group_norm_silu in Triton's interpreter, against float64. test_group_norm.py runs this file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+import triton.language as tl
+from fastimagen_kernels import group_norm as kernels
+from torch import Tensor
+from triton.runtime import interpreter
+
+from fastimagen import ops
+
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # sigmoid(-100): 1 / inf is right
+
+MARGIN = 256  # elements around every guarded tensor
+NAMES = ("y", "dx", "dweight", "dbias", "dscale", "dshift")
+
+
+@pytest.fixture(autouse=True)
+def triton_backend() -> Iterator[None]:
+    ops.set_backend("triton")
+    yield
+    ops.set_backend("auto")
+
+
+@pytest.fixture(autouse=True)
+def patch_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter patches triton.language again for every call of a helper; once for a launch is enough."""
+    done: set[int] = set()
+    patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+
+    def patch_lang(fn: Callable) -> interpreter._LangPatchScope:
+        if id(fn.__globals__) in done:
+            return interpreter._LangPatchScope()
+        done.add(id(fn.__globals__))
+        return patch(fn)
+
+    def call(self: interpreter.GridExecutor, *args: object, **kwargs: object) -> None:
+        done.clear()
+        launch(self, *args, **kwargs)
+
+    monkeypatch.setattr(interpreter, "_patch_lang", patch_lang)
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", call)
+
+
+@pytest.fixture(autouse=True)
+def round_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter cuts fp32 off where it makes bf16 of it; a GPU rounds to the nearest."""
+    convert = interpreter._convert_float
+
+    def convert_float(data: np.ndarray, source: tl.dtype, target: tl.dtype, rounding: object) -> np.ndarray:
+        if (source, target) == (tl.float32, tl.bfloat16):
+            return torch.from_numpy(np.ascontiguousarray(data)).bfloat16().view(torch.uint16).numpy()
+        return convert(data, source, target, rounding)
+
+    monkeypatch.setattr(interpreter, "_convert_float", convert_float)
+
+
+@pytest.fixture(autouse=True)
+def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What the launchers allocate is full of NaN, and so are its margins, which must stay so."""
+    buffers: list[Tensor] = []
+    empty = torch.empty
+
+    def guard(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        buffer = torch.full((math.prod(shape) + 2 * MARGIN,), math.nan, dtype=dtype)
+        buffers.append(buffer)
+        return buffer.as_strided(shape, stride, MARGIN)
+
+    class Torch:
+        def __getattr__(self, name: str) -> object:
+            return getattr(torch, name)
+
+        def empty(self, *shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+            return guard(shape, empty(shape, device="meta").stride(), dtype)
+
+        def empty_like(self, like: Tensor) -> Tensor:
+            return guard(like.shape, torch.empty_like(like, device="meta").stride(), like.dtype)
+
+    monkeypatch.setattr(kernels, "torch", Torch())
+    yield
+    assert all(buffer[:MARGIN].isnan().all() and buffer[-MARGIN:].isnan().all() for buffer in buffers)
+
+
+def cut_small(monkeypatch: pytest.MonkeyPatch, one_pass: bool) -> None:
+    """Send all shapes down one path; small tiles, so that small tensors have several chunks of several tiles."""
+    monkeypatch.setattr(kernels, "ONE_PASS", dict.fromkeys(("forward", "backward"), 1 << 20 if one_pass else 0))
+    monkeypatch.setattr(kernels, "SECTOR", 0)
+    monkeypatch.setattr(kernels, "TILE", 128)
+    monkeypatch.setattr(kernels, "LAST_COLUMNS", 16)
+    monkeypatch.setattr(kernels, "PROGRAMS", 8)
+
+
+def inputs(shape: tuple[int, ...], *, film: bool = True, last: bool = False, mean: float = 0.0,
+           dtype: torch.dtype = torch.float32, vectors: torch.dtype | None = None, seed: int = 0) -> list[Tensor]:
+    """dy, x, weight, bias and, with film, scale and shift: halves of one tensor, as a chunked linear layer's."""
+    generator = torch.Generator().manual_seed(seed)
+    batch, channels = shape[:2]
+    dy, x = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+    x = (x + mean).to(dtype)
+    if last:
+        dy, x = dy.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+    weight, bias = torch.randn(2, channels, generator=generator).to(vectors or dtype).unbind()
+    both = torch.randn(batch, 2 * channels, generator=generator).to(dtype)
+    return [dy, x, weight, bias, *(both.chunk(2, dim=1) if film else ())]
+
+
+def results(function: Callable[..., Tensor], tensors: list[Tensor], groups: int, activation: str = "silu",
+            ) -> dict[str, Tensor]:
+    """y and every gradient."""
+    dy, *leaves = tensors
+    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+    film = dict(zip(("scale", "shift"), leaves[3:]))
+    y = function(*leaves[:3], groups, activation=activation, **film)
+    return dict(zip(NAMES, [y.detach(), *torch.autograd.grad(y, leaves, dy)]))
+
+
+def by_definition(x: Tensor, weight: Tensor, bias: Tensor, groups: int, *, scale: Tensor | None = None,
+                  shift: Tensor | None = None, activation: str = "silu") -> Tensor:
+    """The contract, written down without any operator of PyTorch's for it."""
+    grouped = x.unflatten(1, (groups, -1))  # (B, G, C / G, H, W)
+    centred = grouped - grouped.mean(dim=(2, 3, 4), keepdim=True)
+    y = (centred / (centred.square().mean(dim=(2, 3, 4), keepdim=True) + 1e-5).sqrt()).flatten(1, 2)
+    y = y * weight[:, None, None] + bias[:, None, None]
+    if scale is not None:
+        y = y * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
+    return y * y.sigmoid() if activation == "silu" else y
+
+
+def exact(tensors: list[Tensor], groups: int, activation: str = "silu") -> dict[str, Tensor]:
+    return results(by_definition, [tensor.double() for tensor in tensors], groups, activation)
+
+
+def errors(got: dict[str, Tensor], true: dict[str, Tensor]) -> dict[str, float]:
+    """Largest error of each result, relative to its largest magnitude."""
+    assert got.keys() == true.keys()
+    return {name: ((got[name].double() - true[name]).abs().max() / true[name].abs().max()).item() for name in true}
+
+
+def assert_close(got: dict[str, Tensor], true: dict[str, Tensor], limit: float = 5e-6) -> None:
+    wrong = {name: error for name, error in errors(got, true).items() if not error <= limit}
+    assert not wrong, wrong
+
+
+@pytest.mark.parametrize("path", ["one pass", "split"])
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize(("shape", "groups", "film", "activation"), [
+    ((2, 24, 7, 5), 3, True, "silu"),
+    ((1, 20, 7, 5), 5, False, "silu"),  # 4 channels a group
+    ((2, 36, 3, 3), 3, True, "none"),  # 12 channels a group
+    ((3, 6, 1, 1), 2, True, "silu"),  # one pixel
+    ((2, 5, 6, 4), 5, False, "none"),  # a channel a group
+    ((1, 40, 4, 9), 1, True, "silu"),  # one group: several pieces
+], ids=str)
+def test_equals_float64(shape: tuple[int, ...], groups: int, film: bool, activation: str, last: bool, path: str,
+                        monkeypatch: pytest.MonkeyPatch) -> None:
+    cut_small(monkeypatch, path == "one pass")
+    tensors = inputs(shape, film=film, last=last)
+    got = results(ops.group_norm_silu, tensors, groups, activation)
+    assert_close(got, exact(tensors, groups, activation))
+    assert got["y"].stride() == got["dx"].stride() == tensors[1].stride()
+
+
+@pytest.mark.parametrize("path", ["one pass", "split"])
+def test_statistics_survive_a_mean_of_100_deviations(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut_small(monkeypatch, path == "one pass")
+    tensors = inputs((2, 16, 12, 10), last=True, mean=100.0)
+    # x is exact here; what an input rounded at 100 would suffer anyway, 6e-8 * 100, is not added to the limit.
+    assert_close(results(ops.group_norm_silu, tensors, 2), exact(tensors, 2))
+
+
+@pytest.mark.parametrize("vectors", [None, torch.float32], ids=["same", "fp32 weights"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_errs_at_most_twice_as_much_as_pytorch(dtype: torch.dtype, vectors: torch.dtype | None,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    cut_small(monkeypatch, False)
+    tensors = inputs((2, 24, 7, 5), last=True, dtype=dtype, vectors=vectors)
+    true = exact(tensors, 3)
+    got = results(ops.group_norm_silu, tensors, 3)
+    ops.set_backend("torch")
+    theirs = results(ops.group_norm_silu, tensors, 3)
+    assert {name: tensor.dtype for name, tensor in got.items()} == {name: t.dtype for name, t in theirs.items()}
+    ours, limits = errors(got, true), errors(theirs, true)
+    assert all(ours[name] <= 2 * limits[name] for name in NAMES), (ours, limits)
+
+
+def test_the_same_input_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    cut_small(monkeypatch, False)
+    tensors = inputs((1, 24, 7, 5))
+    first, *others = (results(ops.group_norm_silu, tensors, 3) for _ in range(3))
+    assert all(torch.equal(first[name], other[name]) for other in others for name in NAMES)
+
+
+@pytest.mark.parametrize("path", ["one pass", "split"])
+def test_gradients_and_inputs_of_any_layout(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut_small(monkeypatch, path == "one pass")
+    dy, x, *vectors = inputs((2, 12, 4, 6), last=True)
+    true = exact([dy, x, *vectors], 3)
+    for gradient in (dy.contiguous(), dy.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)):
+        assert_close(results(ops.group_norm_silu, [gradient, x, *vectors], 3), true)
+    expanded = torch.ones(()).expand_as(x)  # the gradient of y.sum()
+    assert_close(results(ops.group_norm_silu, [expanded, x, *vectors], 3), exact([expanded, x, *vectors], 3))
+    for other in (x.transpose(2, 3).contiguous().transpose(2, 3), torch.cat([x, x], dim=1)[:, :12],
+                  torch.stack([x, x], dim=-1)[..., 0]):
+        assert_close(results(ops.group_norm_silu, [dy, other, *vectors], 3), true)
+
+
+# Bytes of an element of 2 bytes: shared/KERNELS.md 2.3 counts 6 + 10 for what is read twice, 4 + 6 for what fits.
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize(("shape", "per_element"), [((1, 128, 64, 48), (6, 10)), ((1, 128, 16, 16), (4, 6))], ids=str)
+def test_bytes_moved(shape: tuple[int, ...], per_element: tuple[int, int], last: bool,
+                     monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the tiles as they are shipped: big tensors are touched exactly as often as planned, and little else is."""
+    dy, x, *vectors = inputs(shape, last=last, dtype=torch.bfloat16, vectors=torch.float32)
+    touched: list[tuple[np.ndarray, int]] = []
+    load, store = (getattr(interpreter.InterpreterBuilder, f"create_masked_{kind}") for kind in ("load", "store"))
+
+    def note(pointers: interpreter.TensorHandle, mask: interpreter.TensorHandle) -> None:
+        touched.append((pointers.data[mask.data.astype(bool)], pointers.get_element_ty().primitive_bitwidth // 8))
+
+    def noted_load(self: object, pointers: object, mask: object, *rest: object) -> object:
+        note(pointers, mask)
+        return load(self, pointers, mask, *rest)
+
+    def noted_store(self: object, pointers: object, value: object, mask: object, *rest: object) -> object:
+        note(pointers, mask)
+        return store(self, pointers, value, mask, *rest)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_load", noted_load)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_store", noted_store)
+
+    def moved(*tensors: Tensor) -> tuple[float, float]:
+        """Bytes an element in these tensors, and in everything else."""
+        spans = [(tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes) for tensor in tensors]
+        inside = sum(size * sum(((at >= low) & (at < high)).sum() for low, high in spans) for at, size in touched)
+        everything = sum(size * at.size for at, size in touched)
+        return inside / x.numel(), (everything - inside) / x.numel()
+
+    x.requires_grad_()
+    y = ops.group_norm_silu(x, *vectors[:2], 8, scale=vectors[2], shift=vectors[3])
+    planned, rest = moved(x, y)
+    assert planned == per_element[0] and rest < 0.1 * planned, (planned, rest)
+    touched.clear()
+    dx, = torch.autograd.grad(y, x, dy)
+    planned, rest = moved(dy, x, dx)
+    assert planned == per_element[1] and rest < 0.1 * planned, (planned, rest)
+
+
+def test_only_x_and_the_statistics_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    cut_small(monkeypatch, False)
+    _, x, *vectors = inputs((2, 24, 7, 5), last=True)
+    leaves = [tensor.requires_grad_() for tensor in (x, *(vector.detach() for vector in vectors))]
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        ops.group_norm_silu(*leaves[:3], 3, scale=leaves[3], shift=leaves[4])
+    own = [tensor for tensor in kept if all(tensor.data_ptr() != leaf.data_ptr() for leaf in leaves)]
+    assert [tuple(tensor.shape) for tensor in own] == [(2, 3), (2, 3)]
+
+
+def test_operator_registration(monkeypatch: pytest.MonkeyPatch) -> None:
+    cut_small(monkeypatch, True)
+    monkeypatch.setattr(kernels, "torch", torch)  # a guarded tensor has margins, which a fake one has not
+    _, *leaves = inputs((1, 4, 2, 2), last=True)
+    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+    torch.library.opcheck(torch.ops.fastimagen.group_norm_silu, (*leaves, 2, 1e-5, "silu"))
+
+
+def test_compiles_into_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    cut_small(monkeypatch, True)
+    tensors = inputs((2, 6, 2, 3), last=True)
+
+    def network(x: Tensor, *vectors: Tensor, **options: object) -> Tensor:
+        return ops.group_norm_silu(x * 1.5, *vectors, **options)
+
+    eager = results(network, tensors, 2)
+    torch._dynamo.reset()
+    compiled = results(torch.compile(network, fullgraph=True, backend="aot_eager"), tensors, 2)
+    assert_close(compiled, eager, 1e-6)
+    assert compiled["y"].stride() == compiled["dx"].stride() == tensors[1].stride()
