@@ -50,7 +50,8 @@ def toy_tree(data: Path) -> dict[str, Any]:
                      "shapes": {"count": 64, "size": 16}},
             "text": {"encoder": str(data / "text_encoder")},
             "train": {"steps": 6, "log_every": 1, "checkpoint_every": 2, "validate_every": 3, "validation_samples": 16,
-                      "sample_every": 6, "sample_count": 2},
+                      "sample_every": 6, "sample_count": 2,
+                      "stages": {"base": {"deepspeed": {"optimizer": {"type": "Muon"}, "gradient_clipping": 0.0}}}},
         },
     })
 
