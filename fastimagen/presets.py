@@ -30,7 +30,7 @@ def shapes(text_dim: int = 64) -> CascadeConfig:
                         cross_attention=(True, False), **common),
         schedule=ScheduleConfig(shift=4.0),
         objective=ObjectiveConfig(prediction="x0"),
-        sampling=SamplingConfig(steps=20, guidance=3.0),
+        sampling=SamplingConfig(steps=20, guidance=2.5),
     )
     super_resolution = StageConfig(
         name="sr", size=64, crop=32,
