@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from importlib import metadata
-from importlib.util import find_spec
 
 PACKAGES = ("torch", "triton", "deepspeed", "transformers", "sentencepiece", "webdataset", "xformers", "safetensors",
             "numpy", "einops", "pydantic", "pillow")
@@ -15,6 +14,7 @@ def report() -> str:
     import torch
 
     from . import __version__
+    from .ops.backend import no_triton
 
     rows = [("fastimagen", __version__), ("python", platform.python_version()), ("system", platform.platform())]
     rows += [(name, _version(name)) for name in PACKAGES]
@@ -26,7 +26,8 @@ def report() -> str:
     else:
         rows.append(("gpu", "none"))
     rows.append(("threads", str(torch.get_num_threads())))
-    rows.append(("kernels", _kernels()))
+    reason = no_triton()
+    rows.append(("kernels", f"plain PyTorch: {reason}" if reason else "Triton on CUDA tensors, plain PyTorch elsewhere"))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
@@ -36,7 +37,3 @@ def _version(name: str) -> str:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _kernels() -> str:
-    return "torch (no Triton kernels installed)" if find_spec("fastimagen_kernels") is None else "torch"
