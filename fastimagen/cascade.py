@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .config import CascadeConfig, SamplingConfig, StageConfig, validate
 from .diffusion import Diffusion
+from .editing import Given, sample_given
 from .guidance import denoiser, guided
 from .images import resize
 from .samplers import SAMPLERS, image_noise
@@ -80,10 +81,12 @@ class Stage:
 
     @torch.inference_mode()
     def sample(self, unet: UNet, text: TextEmbeddings | None, seeds: list[int], *, lowres: Tensor | None = None,
+               negative: TextEmbeddings | None = None, given: Given | None = None,
                sampling: SamplingConfig | None = None, callback: Callback | None = None) -> Tensor:
         """Pictures (B, C, S, S) in [-1, 1], fp32, picture i a function of (caption i, seeds[i], lowres[i]).
 
-        lowres (B, C, s, s) in [-1, 1] for super-resolution; `sampling` overrides the stage's own settings.
+        lowres (B, C, s, s) in [-1, 1] for super-resolution; negative captions that guidance leads away from, in place
+        of none; `given` to start from a picture; `sampling` overrides the stage's own settings.
         """
         sampling = sampling or self.config.sampling
         device = next(unet.parameters()).device
@@ -93,26 +96,32 @@ class Stage:
             level = torch.full((len(seeds),), self.config.augmentation.sample_level, dtype=torch.float64, device=device)
             noise = image_noise(seeds, shape, stage=f"{self.name}/augmentation", step=0, device=device)
             condition = self.lowres_condition(lowres.to(noise), level, noise)
-        network = self._network(unet, text, condition, sampling.guidance)
+        network = self._network(unet, text, negative, condition, sampling.guidance)
 
         def step_noise(step: int) -> Tensor:
             return image_noise(seeds, shape, stage=self.name, step=step, device=device)
 
-        schedule = self.diffusion.schedule
-        x = SAMPLERS[sampling.sampler](
-            denoiser(network, self.diffusion, sampling), step_noise(-1), schedule.grid(sampling.steps),
-            schedule=schedule, noise=step_noise,
-            callback=callback and (lambda step, x, x0: callback(self.name, step, x, x0)))
+        schedule, walk = self.diffusion.schedule, SAMPLERS[sampling.sampler]
+        denoise, times = denoiser(network, self.diffusion, sampling), schedule.grid(sampling.steps)
+        shown = callback and (lambda step, x, x0: callback(self.name, step, x, x0))
+        if given is None:
+            x = walk(denoise, step_noise(-1), times, schedule=schedule, noise=step_noise, callback=shown)
+        else:
+            x = sample_given(walk, denoise, given.at(self.config.size, device), times, schedule=schedule,
+                             noise=step_noise, callback=shown)
         return x.clamp(-1, 1)
 
-    def _network(self, unet: UNet, text: TextEmbeddings | None, condition: dict[str, Tensor], guidance: float):
+    def _network(self, unet: UNet, text: TextEmbeddings | None, negative: TextEmbeddings | None,
+                 condition: dict[str, Tensor], guidance: float):
         """network(x, time) -> output with captions, low-res image and guidance built in."""
         if text is None or guidance == 1.0:
             state = None if text is None else unet.encode_text(text)
             return lambda x, time: unet(x, time, text=state, **condition).float()
-        rows = torch.arange(len(text), device=text.embeds.device).repeat(2)  # (2B,)
-        kept = torch.arange(len(rows), device=rows.device) < len(text)
-        state = unet.encode_text(text[rows], kept)
+        if negative is None:
+            rows = torch.arange(len(text), device=text.embeds.device).repeat(2)  # (2B,)
+            state = unet.encode_text(text[rows], torch.arange(len(rows), device=rows.device) < len(text))
+        else:
+            state = unet.encode_text(TextEmbeddings.cat([text, negative.to(device=text.embeds.device)]))
         twice = {name: torch.cat([value, value]) for name, value in condition.items()}
         return guided(lambda x, time: unet(x, time, text=state, **twice).float(), guidance)
 
@@ -132,13 +141,38 @@ class Cascade(nn.Module):
         return next((stage.unet.text_dim for stage in self.config.stages if stage.unet.text_dim), None)
 
     def sample(self, text: TextEmbeddings | None, seeds: list[int], *, settings: Mapping[str, SamplingConfig],
-               callback: Callback | None = None) -> Tensor:
-        """Run all stages: pictures (B, C, S, S) of the last one, in [-1, 1]."""
-        images = None
-        for stage in self.stages:
-            images = stage.sample(self.unets[stage.name], text, seeds, lowres=images, sampling=settings[stage.name],
+               negative: TextEmbeddings | None = None, given: Given | None = None, lowres: Tensor | None = None,
+               start_at: str | None = None, stop_at: str | None = None, callback: Callback | None = None) -> Tensor:
+        """Run the stages from start_at to stop_at: pictures (B, C, S, S) of the last of them, in [-1, 1].
+
+        lowres (B, C, s, s) in [-1, 1] is what a super-resolution stage enlarges when it comes first. A given picture
+        without mask is where the first stage starts; with a mask, all stages keep its pixels. Raises ValueError for
+        what does not fit.
+        """
+        images = lowres
+        for index, stage in enumerate(self.running(start_at, stop_at, lowres)):
+            reads = stage.config.unet.text_dim is not None
+            images = stage.sample(self.unets[stage.name], text if reads else None, seeds, lowres=images,
+                                  negative=negative if reads else None, sampling=settings[stage.name],
+                                  given=given if given and (index == 0 or given.mask is not None) else None,
                                   callback=callback)
         return images
+
+    def running(self, start_at: str | None, stop_at: str | None, lowres: Tensor | None) -> list[Stage]:
+        """The stages from start_at to stop_at, None being the first and the last. Raises ValueError as `sample`."""
+        names = [stage.name for stage in self.stages]
+        for key, name in (("start_at", start_at), ("stop_at", stop_at)):
+            if name is not None and name not in names:
+                raise ValueError(f'{key} is the unknown stage "{name}"; the cascade has {", ".join(names)}')
+        first, last = names.index(start_at or names[0]), names.index(stop_at or names[-1])
+        if first > last:
+            raise ValueError(f"start_at {start_at} comes after stop_at {stop_at}")
+        enlarges = self.stages[first].config.unet.lowres
+        if enlarges and lowres is None:
+            raise ValueError(f"stage {names[first]} enlarges a picture: give lowres")
+        if lowres is not None and not enlarges:
+            raise ValueError(f"stage {names[first]} starts from noise, not from lowres: say which stage to start_at")
+        return self.stages[first:last + 1]
 
     def settings(self, **overrides: Any) -> dict[str, SamplingConfig]:
         """Sampling settings by stage: the configured ones with overrides, each None (keep), one value for all stages,

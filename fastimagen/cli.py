@@ -64,6 +64,14 @@ def parser() -> argparse.ArgumentParser:
     sample.add_argument("--sampler", help="ddpm, ddim, dpmpp_2m or heun")
     sample.add_argument("--guidance", type=float)
     sample.add_argument("--seed", type=int, default=0, help="seed of the first picture; the next ones count up")
+    sample.add_argument("--negative", help="a caption to lead away from")
+    sample.add_argument("--image", type=Path, help="a picture to start from, or with --mask to draw into")
+    sample.add_argument("--strength", type=float, default=1.0, help="with --image: share of the steps, in (0, 1]")
+    sample.add_argument("--mask", type=Path, help="a picture as large as --image, white where to draw")
+    sample.add_argument("--resamples", type=int, default=5, help="with --mask: how often to walk every stretch")
+    sample.add_argument("--lowres", type=Path, help="a picture to enlarge, with --start-at")
+    sample.add_argument("--start-at", help="the first stage to run")
+    sample.add_argument("--stop-at", help="the last stage to run")
     _device_options(sample)
 
     evaluate = command("evaluate", _evaluate, "read the captions' attributes back out of sampled pictures")
@@ -72,6 +80,7 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--count", type=int, default=200, help="captions of each test split")
     evaluate.add_argument("--out", type=Path, help="also write report.json and the pictures here")
     evaluate.add_argument("--steps", type=int)
+    evaluate.add_argument("--sampler", help="ddpm, ddim, dpmpp_2m or heun")
     evaluate.add_argument("--guidance", type=float)
     evaluate.add_argument("--seed", type=int, default=0)
     _device_options(evaluate)
@@ -139,9 +148,42 @@ def _sample(options: argparse.Namespace) -> None:
     captions, text = _captions(options)
     count = len(captions) if captions else len(text)
     seeds = list(range(options.seed, options.seed + count))
-    output = _load(options)(captions, text=text, seeds=seeds, batch_size=options.batch_size, steps=options.steps,
-                            sampler=options.sampler, guidance=options.guidance)
+    given = _given(options)
+    pipe = _load(options)
+    output = pipe(captions, text=text, seeds=seeds, batch_size=options.batch_size, steps=options.steps,
+                  sampler=options.sampler, guidance=options.guidance, given=given,
+                  negative=None if options.negative is None else [options.negative],
+                  lowres=None if options.lowres is None else _picture(options.lowres),
+                  start_at=options.start_at, stop_at=options.stop_at)
     print(output.save(options.out))
+
+
+def _given(options: argparse.Namespace):
+    """The picture to start from, and its mask."""
+    from .editing import Given
+
+    if options.image is None:
+        if options.mask is not None or options.strength != 1.0:
+            raise ValueError("--mask and --strength go with --image")
+        return None
+    image, mask = _picture(options.image), None
+    if options.mask is not None:
+        mask = _picture(options.mask).mean(dim=1, keepdim=True) > 0  # (1, 1, H, W)
+        if mask.shape[2:] != image.shape[2:]:
+            sizes = (f"{name} {width}x{height}" for name, (height, width) in
+                     ((options.mask, mask.shape[2:]), (options.image, image.shape[2:])))
+            raise ValueError(f"mask and picture must be of one size: {', '.join(sizes)}")
+    return Given(image, mask, strength=options.strength, resamples=options.resamples)
+
+
+def _picture(path: Path):
+    """A picture file as (1, 3, H, W) in [-1, 1]. Raises ValueError naming the file."""
+    from .images import open_rgb, to_tensor
+
+    try:
+        return to_tensor(open_rgb(path.read_bytes()))[None]
+    except OSError as error:
+        raise ValueError(f"cannot read picture {path}: {error.strerror or error}") from None
 
 
 def _captions(options: argparse.Namespace):
@@ -178,7 +220,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     from .evaluate import evaluate_shapes, table
 
     report = evaluate_shapes(_load(options), count=options.count, seed=options.seed, out=options.out,
-                             batch_size=options.batch_size, steps=options.steps, guidance=options.guidance)
+                             batch_size=options.batch_size, steps=options.steps, sampler=options.sampler,
+                             guidance=options.guidance)
     print(table(report))
 
 

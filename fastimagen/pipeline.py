@@ -22,6 +22,7 @@ from torch import Tensor
 from . import __version__
 from .cascade import Cascade
 from .config import CascadeConfig, StageConfig, validate
+from .editing import Given
 from .images import grid, save_png
 from .text import T5Encoder, TextEmbeddings
 
@@ -131,12 +132,17 @@ class ImagenPipeline:
                  steps: int | Mapping[str, int] | None = None, sampler: str | Mapping[str, str] | None = None,
                  guidance: float | Mapping[str, float] | None = None,
                  threshold: str | Mapping[str, str] | None = None,
-                 percentile: float | Mapping[str, float] | None = None) -> Output:
+                 percentile: float | Mapping[str, float] | None = None,
+                 negative: Sequence[str] | TextEmbeddings | None = None, given: Given | None = None,
+                 lowres: Tensor | None = None, start_at: str | None = None, stop_at: str | None = None) -> Output:
         """Draw one picture per caption (or per row of `text`).
 
         seeds: one per picture, by default 0, 1, 2, ...; a picture depends on its caption and seed, not on its batch.
         steps, sampler, guidance, threshold, percentile: one value for all stages or a mapping by stage name; None is
-        the model's own. Raises ValueError for what does not fit together.
+        the model's own. negative: what not to draw, one per picture or one for all. given: a picture to start from
+        (img2img) or to draw into (inpainting), one per picture or one for all. lowres (B or 1, C, s, s) in [-1, 1]:
+        what super-resolution enlarges when it is the stage to start_at. stop_at: the last stage to run.
+        Raises ValueError for what does not fit together.
         """
         if captions is not None and (isinstance(captions, str) or not captions):
             raise ValueError("captions must be a list with at least one caption")
@@ -153,15 +159,32 @@ class ImagenPipeline:
             raise ValueError(f"{len(captions)} captions, {count} texts and {len(seeds)} seeds do not fit together")
         settings = self.cascade.settings(steps=steps, sampler=sampler, guidance=guidance, threshold=threshold,
                                          percentile=percentile)
+        running = [stage.name for stage in self.cascade.running(start_at, stop_at, lowres)]
+        given, lowres = _for_all(given, count, "given picture"), _for_all(lowres, count, "lowres picture")
+        if lowres is not None and not bool((lowres.abs() <= 1).all()):
+            raise ValueError("lowres must lie in [-1, 1]")
+        if negative is not None:
+            if all(settings[name].guidance == 1.0 for name in running):
+                raise ValueError("negative captions act through guidance, which is 1: raise it")
+            if isinstance(negative, str):
+                raise ValueError("negative must be a list of captions")
+        record = {"model": self.source, "version": __version__, "negative": None if negative is None else
+                  list(negative) if not isinstance(negative, TextEmbeddings) else "embeddings",
+                  "start_at": start_at, "stop_at": stop_at, "given": None if given is None else given.settings(),
+                  "stages": {name: settings[name].model_dump() for name in running}}
+        if negative is not None:
+            negative = negative if isinstance(negative, TextEmbeddings) else self.encode(negative)
+            negative = _for_all(negative, count, "negative caption")
         if self.cascade.text_dim is not None and text is None:  # last: the text encoder may take minutes to load
             text = self.encode(captions)
         images = []
         for first in range(0, count, batch_size):
             rows = slice(first, first + batch_size)
             part = None if text is None else text[rows].to(device=self.device)
-            images.append(self.cascade.sample(part, seeds[rows], settings=settings, callback=callback).cpu())
-        record = {"model": self.source, "version": __version__,
-                  "stages": {name: chosen.model_dump() for name, chosen in settings.items()}}
+            images.append(self.cascade.sample(
+                part, seeds[rows], settings=settings, negative=negative and negative[rows], given=given and given[rows],
+                lowres=None if lowres is None else lowres[rows].to(self.device), start_at=start_at, stop_at=stop_at,
+                callback=callback).cpu())
         return Output(torch.cat(images), captions, seeds, record)
 
     def save_pretrained(self, path: str | Path, *, card: str | None = None) -> Path:
@@ -175,6 +198,15 @@ class ImagenPipeline:
         weights = {stage.name: self.cascade.unets[stage.name].state_dict() for stage in self.cascade.config.stages}
         return write_model(path, self.cascade.config, weights, text_encoder=self.text_encoder,
                            encoder_folder=Path(self.source) / "text_encoder", card=card)
+
+
+def _for_all(rows: Any, count: int, what: str) -> Any:
+    """Rows (count, ...) from as many, or from one for all. Raises ValueError otherwise."""
+    if rows is None or len(rows) == count:
+        return rows
+    if len(rows) != 1:
+        raise ValueError(f"{len(rows)} {what}s for {count} pictures: give one, or one for each")
+    return rows[[0] * count]
 
 
 def write_model(path: Path, cascade: CascadeConfig, weights: Mapping[str, Mapping[str, Tensor]], *,

@@ -29,8 +29,9 @@ ABOVE = {  # the sampler line: they reach nothing that stands below
     "layers": "config ops",
     "attention": "config ops",
     "unet": "config layers attention text",  # TextEmbeddings is what it is conditioned on
-    "cascade": "config presets unet diffusion samplers guidance schedule images text",
-    "pipeline": "config cascade images text",
+    "editing": "images samplers schedule",
+    "cascade": "config presets unet diffusion samplers guidance schedule editing images text",
+    "pipeline": "config cascade editing images text",
 }
 BELOW = {
     "data": "images text",
