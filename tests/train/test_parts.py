@@ -44,7 +44,7 @@ def runs(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of runs of the base stage: clipped, live, averaged (in two goes), still and still8."""
     def tree(*, steps: int, decay: float = 0.0, **deepspeed: Any) -> dict[str, Any]:
         content = toy_tree(toy_data)
-        del content["scheduler"]
+        del content["scheduler"], content["fastimagen"]["train"]["stages"]
         content["fastimagen"]["train"] |= {"steps": steps, "checkpoint_every": 1, "keep_checkpoints": 10,
                                            "validate_every": 1, "validation_samples": 40, "sample_every": 100,
                                            "sample_count": 1, "ema": {"decay": decay, "warmup": 4.0}}
@@ -86,7 +86,7 @@ def records(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_gradient_clipping_really_clips(runs: Path) -> None:
+def test_defect_1_gradient_clipping_really_clips(runs: Path) -> None:
     """SGD with learning rate 1 moves the weights by the gradient itself."""
     norms = [record["grad_norm"] for record in records(runs / "clipped") if "loss" in record]
     assert len(norms) == 2 and min(norms) > 0.05, "nothing to clip"
@@ -112,7 +112,8 @@ def test_no_line_stands_twice_when_a_run_goes_on(runs: Path) -> None:
     assert lines == [(step, kind) for step in (1, 2, 3, 4) for kind in (False, True)]
 
 
-def test_the_validation_loss_is_the_same_number_whenever_and_at_whatever_batch_size(runs: Path) -> None:
+def test_defect_7_the_validation_loss_is_the_same_number_whenever_and_at_whatever_batch_size(
+        runs: Path) -> None:
     losses = [record["val_loss"] for name in ("still", "still8") for record in records(runs / name)
               if "val_loss" in record]
     assert len(losses) == 3 and losses[0] > 0 and losses == [losses[0]] * 3

@@ -1,4 +1,4 @@
-"""DeepSpeed's Muon on our layers: it must reach convolutions, and leave what acts on embeddings to Adam."""
+"""What a step of DeepSpeed does to the weights, against the formulas: Muon on our layers, accumulated batches."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -35,20 +36,39 @@ def batches() -> list[tuple[Tensor, Tensor, Tensor]]:
             for _ in range(STEPS)]
 
 
-def with_deepspeed() -> dict[str, list]:
-    """The weights after a few steps of DeepSpeed with Muon, in this process."""
-    torch.manual_seed(0)
+CONFIGS = {
+    "muon": {"optimizer": {"type": "Muon", "params": {"muon_lr": MUON, "adam_lr": ADAM, "momentum": MOMENTUM,
+                                                      "betas": BETAS, "weight_decay": 0.0}}},
+    "whole": {"optimizer": {"type": "SGD", "params": {"lr": 0.1}}, "zero_allow_untested_optimizer": True},
+    "accumulated": {"optimizer": {"type": "SGD", "params": {"lr": 0.1}}, "zero_allow_untested_optimizer": True,
+                    "gradient_accumulation_steps": 4},
+}
+
+
+def with_deepspeed() -> dict[str, dict[str, list]]:
+    """The weights after a few steps of DeepSpeed with each of CONFIGS, in this process."""
     init_distributed()
-    config, _ = resolve_deepspeed(
-        {"train_batch_size": 4, "optimizer": {"type": "Muon", "params": {"muon_lr": MUON, "adam_lr": ADAM,
-                                                                        "momentum": MOMENTUM, "betas": BETAS,
-                                                                        "weight_decay": 0.0}}},
-        {}, steps=STEPS, world_size=1, cuda=False, tensorboard="", job_name="")
+    return {name: trained(tree) for name, tree in CONFIGS.items()}
+
+
+def trained(tree: dict) -> dict[str, list]:
+    torch.manual_seed(0)
+    config, _ = resolve_deepspeed({"train_batch_size": 4, **tree}, {}, steps=STEPS, world_size=1, cuda=False,
+                                  tensorboard="", job_name="")
     engine = make_engine(Net(), config)
-    for x, vector, target in batches():
-        engine.backward(F.mse_loss(engine(x, vector), target))
-        engine.step()
+    for batch in batches():
+        for x, vector, target in zip(*(part.split(config["train_micro_batch_size_per_gpu"]) for part in batch)):
+            engine.backward(F.mse_loss(engine(x, vector), target))
+            engine.step()
     return {name: parameter.tolist() for name, parameter in engine.module.named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict[str, dict[str, list]]:
+    script = "import json; from tests.train.test_deepspeed_steps import with_deepspeed; print(json.dumps(with_deepspeed()))"
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout.splitlines()[-1])
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
@@ -81,10 +101,11 @@ def by_hand() -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in net.named_parameters()}
 
 
-def test_muon_steps_are_those_of_its_formula() -> None:
-    script = "import json; from tests.train.test_muon import with_deepspeed; print(json.dumps(with_deepspeed()))"
-    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-3000:]
-    ours = json.loads(run.stdout.splitlines()[-1])
+def test_muon_steps_are_those_of_its_formula(weights: dict) -> None:
     for name, expected in by_hand().items():
-        torch.testing.assert_close(torch.tensor(ours[name]).double(), expected, rtol=0, atol=2e-5, msg=name)
+        torch.testing.assert_close(torch.tensor(weights["muon"][name]).double(), expected, rtol=0, atol=2e-5, msg=name)
+
+
+def test_defect_6_accumulated_micro_batches_are_one_averaged_batch(weights: dict) -> None:
+    for name, expected in weights["whole"].items():
+        torch.testing.assert_close(torch.tensor(weights["accumulated"][name]), torch.tensor(expected), rtol=0, atol=1e-6)
