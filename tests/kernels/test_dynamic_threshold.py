@@ -1,0 +1,83 @@
+"""dynamic_threshold: its reference, its operator where no kernel can run, and its kernels, interpreted and compiled."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastimagen import ops
+from fastimagen.ops import thresholding
+from tests.kernels.aot import SHARED_LIMIT, compiled
+from tests.kernels.interpreting import run_interpreted
+
+from .threshold_cases import CASES, PERCENTILES, assert_thresholded, by_definition
+
+
+def test_kernels() -> None:
+    run_interpreted("interpreted_dynamic_threshold.py")
+
+
+def test_nothing_spills() -> None:
+    rows = compiled("dynamic_threshold", ["sm_80", "sm_90", "sm_100", "gfx942"])
+    assert {row["kernel"] for row in rows} == {"count", "walk", "apply"}
+    assert [row for row in rows if row["spills"]] == []
+    assert all(row["shared_bytes"] <= SHARED_LIMIT[row["target"]] for row in rows)
+
+
+@pytest.mark.parametrize("percentile", PERCENTILES)
+@pytest.mark.parametrize("name", CASES)
+def test_reference(name: str, percentile: float) -> None:
+    assert_thresholded(CASES[name](), percentile)
+    assert_thresholded(CASES[name]().double(), percentile)
+    assert_thresholded(CASES[name](), percentile, floor=0.25)
+
+
+def test_reference_has_no_limit_on_the_size_of_a_sample() -> None:
+    x = torch.zeros(1, 2**24 + 5)  # torch.quantile refuses more than 2^24
+    x[0, -(2**23):] = 3.0
+    assert ops.dynamic_threshold(x, 0.9).max() == 1.0
+    assert ops.dynamic_threshold(x, 0.4).max() == 1.0 and ops.dynamic_threshold(x * 0.1, 0.4).max() == 0.3 * 1.0
+
+
+def test_ranks_are_not_rounded() -> None:
+    """3 * 1024^2 numbers: the rank in fp32 would be off by up to 0.15 of the distance between neighbours."""
+    x = torch.arange(3 * 1024 * 1024, dtype=torch.float64)[None].float()  # exact in fp32
+    torch.testing.assert_close(ops.dynamic_threshold(x, 0.95).double(), by_definition(x, 0.95, 1.0), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision(dtype: torch.dtype) -> None:
+    assert_thresholded(CASES["normal"]().to(dtype), 0.9)
+
+
+def test_neither_inf_nor_nan_passes_unseen() -> None:
+    x = torch.randn(3, 1, 5, 5, generator=torch.Generator().manual_seed(2))
+    x[0, 0, 0, 0], x[1, 0, 0, 0], x[1, 0, 0, 1] = torch.nan, torch.inf, -torch.inf
+    y = ops.dynamic_threshold(x, 0.5)
+    assert y[0].isnan().all() and y[1].isfinite().all() and y[1, 0, 0, :2].tolist() == [1, -1]
+    infinite = ops.dynamic_threshold(torch.tensor([[torch.inf, -torch.inf, 1.0]]), 0.9)
+    assert infinite[0, :2].isnan().all() and infinite[0, 2] == 0
+
+
+def test_operator_registration(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = CASES["normal"]().contiguous(memory_format=torch.channels_last)
+    torch.library.opcheck(torch.ops.fastimagen.dynamic_threshold, (x, 0.9, 1.0))
+    monkeypatch.setattr(thresholding, "use_triton", lambda *unused: True)
+    assert ops.dynamic_threshold(x, 0.9).is_contiguous(memory_format=torch.channels_last)
+    assert_thresholded(x, 0.9)
+    torch._dynamo.reset()
+    compiled_op = torch.compile(lambda x: ops.dynamic_threshold(x, 0.9) * 2, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled_op(x), ops.dynamic_threshold(x, 0.9) * 2, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("x", "percentile", "floor", "complaint"), [
+    (torch.zeros(1, 4), 1.5, 1.0, r"percentile must lie in \[0, 1\], got 1.5"),
+    (torch.zeros(1, 4), float("nan"), 1.0, r"percentile must lie in \[0, 1\]"),
+    (torch.zeros(1, 4), 0.5, 0.0, "floor must be positive, got 0.0"),
+    (torch.zeros(4), 0.5, 1.0, r"takes samples \(B, ...\)"),
+    (torch.zeros(2, 0), 0.5, 1.0, "that are not empty"),
+    (torch.zeros(1, 4, dtype=torch.int32), 0.5, 1.0, "takes floating point samples"),
+])
+def test_refuses(x: torch.Tensor, percentile: float, floor: float, complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        ops.dynamic_threshold(x, percentile, floor=floor)
