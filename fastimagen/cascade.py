@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import CascadeConfig, SamplingConfig, StageConfig, validate
+from .config import CascadeConfig, SamplingConfig, StageConfig
+from .config_file import validate
 from .diffusion import Diffusion
 from .editing import Given, sample_given
 from .guidance import denoiser, guided

@@ -114,7 +114,7 @@ def _shards_shapes(options: argparse.Namespace) -> None:
 
 
 def _embed(options: argparse.Namespace) -> None:
-    from .config import load_config
+    from .config_file import load_config
     from .data.source import embed_all, prepare_shapes
 
     config = load_config(options.config, options.overrides).fastimagen

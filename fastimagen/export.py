@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .config import CascadeConfig, Config, StageConfig, load_config, validate
+from .config import CascadeConfig, Config, StageConfig
+from .config_file import load_config, validate
 from .pipeline import read_weights, write_model
 from .train.checkpoint import newest, read_state
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from . import __version__
 from .cascade import Stage
-from .config import CascadeConfig, UNetConfig, validate
+from .config import CascadeConfig, UNetConfig
+from .config_file import validate
 from .pipeline import refuse_nonempty, write_model
 from .presets import MINIMAGEN, minimagen_stage
 from .text import T5_NAMES

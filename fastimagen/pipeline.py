@@ -21,7 +21,8 @@ from torch import Tensor
 
 from . import __version__
 from .cascade import Cascade
-from .config import CascadeConfig, StageConfig, validate
+from .config import CascadeConfig, StageConfig
+from .config_file import validate
 from .editing import Given
 from .images import grid, save_png
 from .text import T5Encoder, TextEmbeddings

@@ -6,7 +6,8 @@ import difflib
 from collections.abc import Callable
 
 from .config import (AugmentationConfig, CascadeConfig, ObjectiveConfig, SamplingConfig, ScheduleConfig, StageConfig,
-                     UNetConfig, validate)
+                     UNetConfig)
+from .config_file import validate
 
 MINIMAGEN = dict(cross_heads=8, head_dim=64, time_tokens=2, groups=8, stem_kernels=(3, 7, 15), text_padding="null",
                  max_text_length=256, text_pooling="mean", zero_init=False)

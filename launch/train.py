@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     # Idle OpenMP threads sleep: where other work shares the cores, spinning ones made a step six times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from fastimagen.config import load_config
+    from fastimagen.config_file import load_config
     from fastimagen.train.trainer import Diverged, Stopped, Trainer
 
     try:

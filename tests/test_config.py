@@ -13,7 +13,8 @@ import pytest
 
 from fastimagen import config as config_module
 from fastimagen.config import (AugmentationConfig, CascadeConfig, FastimagenConfig, ScheduleConfig, Section,
-                               StageConfig, UNetConfig, config_from_dict, load_config)
+                               StageConfig, UNetConfig)
+from fastimagen.config_file import config_from_dict, load_config
 from tests.conftest import ROOT, TOY_STAGES, TOY_UNET
 
 

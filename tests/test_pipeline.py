@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fastimagen import cascade as cascade_module
 from fastimagen.cascade import Cascade
-from fastimagen.config import CascadeConfig, config_from_dict
+from fastimagen.config import CascadeConfig
+from fastimagen.config_file import config_from_dict
 from fastimagen.export import export
 from fastimagen.images import to_uint8
 from fastimagen.pipeline import ImagenPipeline, write_model

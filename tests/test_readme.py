@@ -25,7 +25,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from fastimagen import cli
-from fastimagen.config import load_config
+from fastimagen.config_file import load_config
 from fastimagen.train.start import plan
 from tests.conftest import ROOT
 from tests.test_pipeline import write_toy_encoder, write_toy_model

@@ -132,7 +132,7 @@ def _resolve_batch(resolved: dict[str, Any], world_size: int, notices: list[str]
     given = {key: resolved.get(key) for key in (total, micro, accumulation)}
     known = {key: value for key, value in given.items() if value not in (None, "auto")}
     for key, value in known.items():
-        if not isinstance(value, int) or value < 1:
+        if type(value) is not int or value < 1:
             raise ValueError(f"{key} must be a positive whole number, got {value!r}")
     if total not in known and micro not in known:
         raise ValueError(f"give {total} or {micro}")

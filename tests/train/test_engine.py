@@ -215,6 +215,7 @@ def test_the_batch_triangle(given: tuple, world_size: int, expected: tuple) -> N
     ((2, 4, None), 1, "train_batch_size 2 is not"),
     ((None, None, None), 1, "give train_batch_size or train_micro_batch_size_per_gpu"),
     (("auto", "auto", 2), 1, "give train_batch_size or train_micro_batch_size_per_gpu"),
+    ((True, None, None), 1, "train_batch_size must be a positive whole number, got True"),
     ((0, None, None), 1, "train_batch_size must be a positive whole number, got 0"),
     ((64, 2.5, None), 1, "train_micro_batch_size_per_gpu must be a positive whole number, got 2.5"),
     ((64, None, "4"), 1, "gradient_accumulation_steps must be a positive whole number, got '4'"),

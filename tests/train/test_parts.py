@@ -31,7 +31,7 @@ from tests.conftest import ROOT, TOY_STAGES, toy_tree
 RUNS = """
 import json, sys
 from pathlib import Path
-from fastimagen.config import config_from_dict
+from fastimagen.config_file import config_from_dict
 from fastimagen.train.trainer import Trainer
 
 for name, tree in json.loads(Path(sys.argv[1]).read_text()):
