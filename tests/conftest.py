@@ -6,9 +6,12 @@ import copy
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from fastimagen.config import CascadeConfig
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests' processes share few cores: spinning threads cost more
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -69,3 +72,37 @@ def write_config(tmp_path: Path):
         path.write_text(json.dumps(tree))
         return path
     return write
+
+
+def toy_cascade(**base: Any) -> CascadeConfig:
+    """The toy stages with outputs that are not zero without training; `base` changes the first one."""
+    from fastimagen.config import CascadeConfig
+
+    stages = copy.deepcopy(TOY_STAGES)
+    for stage in stages:
+        stage["unet"]["zero_init"] = False
+    stages[0] |= base
+    return CascadeConfig.model_validate({"stages": stages})
+
+
+def write_toy_model(path: Path, encoder: Path | None = None, config: CascadeConfig | None = None) -> Path:
+    """A model directory with random weights and, if given, the text encoder in full."""
+    import torch
+
+    from fastimagen.cascade import Cascade
+    from fastimagen.pipeline import write_model
+
+    config = config or toy_cascade()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        unets = Cascade(config).unets
+    reference = encoder and {"name": "text_encoder", "revision": None, "max_length": 32, "included": True}
+    return write_model(path, config, {name: unet.state_dict() for name, unet in unets.items()},
+                       text_encoder=reference,
+                       encoder_folder=encoder, card="# toy\n")
+
+
+def write_toy_encoder(path: Path) -> Path:
+    from fastimagen.text import build_tiny_t5
+
+    return build_tiny_t5(path, (ROOT / "launch/captions.txt").read_text().splitlines())

@@ -16,7 +16,8 @@ from fastimagen import __version__
 from fastimagen.cli import main
 from fastimagen.pipeline import ImagenPipeline
 from fastimagen.text import TextEmbeddings
-from tests.test_pipeline import files, write_toy_encoder, write_toy_model, write_toy_run
+from tests.conftest import write_toy_encoder, write_toy_model
+from tests.test_pipeline import files, write_toy_run
 
 CAPTIONS = ["a red circle on a blue background", "a small blue star", "a green square on a white background"]
 

@@ -17,7 +17,7 @@ from fastimagen.pipeline import ImagenPipeline, Output
 from fastimagen.samplers import SAMPLERS
 from fastimagen.schedule import make_schedule
 from fastimagen.text import TextEmbeddings
-from tests.test_pipeline import write_toy_encoder, write_toy_model
+from tests.conftest import write_toy_encoder, write_toy_model
 
 CAPTIONS = ["a red circle on a white background", "a small blue star on the left of a gray background"]
 SCHEDULE = make_schedule(ScheduleConfig(name="cosine"))

@@ -21,7 +21,7 @@ from fastimagen.cli import main
 from fastimagen.pipeline import ImagenPipeline
 from fastimagen.text import TextEmbeddings
 from tests.conftest import ROOT
-from tests.test_pipeline import write_toy_encoder, write_toy_model
+from tests.conftest import write_toy_encoder, write_toy_model
 
 CORE = ["torch", "safetensors", "numpy", "einops", "pydantic", "pillow"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -19,38 +18,13 @@ from fastimagen.config import CascadeConfig
 from fastimagen.config_file import config_from_dict
 from fastimagen.export import export
 from fastimagen.images import to_uint8
-from fastimagen.pipeline import ImagenPipeline, write_model
-from fastimagen.text import TextEmbeddings, build_tiny_t5
-from tests.conftest import ROOT, TOY_STAGES
+from fastimagen.pipeline import ImagenPipeline
+from fastimagen.text import TextEmbeddings
+from tests.conftest import toy_cascade, write_toy_encoder, write_toy_model
 
 CAPTIONS = ["a red circle", "a large blue star at the top of a yellow background",
             "a green square on a white background",
             "a small pink triangle", "a blue star above a yellow triangle on a black background"]
-
-
-def toy_cascade(**base: Any) -> CascadeConfig:
-    """The toy stages with outputs that are not zero without training; `base` changes the first one."""
-    stages = copy.deepcopy(TOY_STAGES)
-    for stage in stages:
-        stage["unet"]["zero_init"] = False
-    stages[0] |= base
-    return CascadeConfig.model_validate({"stages": stages})
-
-
-def write_toy_model(path: Path, encoder: Path | None = None, config: CascadeConfig | None = None) -> Path:
-    """A model directory with random weights and, if given, the text encoder in full."""
-    config = config or toy_cascade()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        unets = Cascade(config).unets
-    reference = encoder and {"name": "text_encoder", "revision": None, "max_length": 32, "included": True}
-    return write_model(path, config, {name: unet.state_dict() for name, unet in unets.items()},
-                       text_encoder=reference,
-                       encoder_folder=encoder, card="# toy\n")
-
-
-def write_toy_encoder(path: Path) -> Path:
-    return build_tiny_t5(path, (ROOT / "launch/captions.txt").read_text().splitlines())
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from fastimagen import cli
 from fastimagen.config_file import load_config
 from fastimagen.train.start import plan
 from tests.conftest import ROOT
-from tests.test_pipeline import write_toy_encoder, write_toy_model
+from tests.conftest import write_toy_encoder, write_toy_model
 
 PAGES = [Path("README.md"), *sorted(path.relative_to(ROOT) for path in (ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^(?:<!-- (?P<note>[^\n]*) -->\n)?```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^```$",
