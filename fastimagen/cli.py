@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """All commands and their options."""
     top = argparse.ArgumentParser(prog="fastimagen", description="Train Imagen cascades and sample from them.")
+    top.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: Callable[[argparse.Namespace], None], help: str) -> argparse.ArgumentParser:
@@ -133,7 +135,7 @@ def _load(options: argparse.Namespace):
 
     from .pipeline import ImagenPipeline
 
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = options.device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
@@ -143,6 +145,7 @@ def _load(options: argparse.Namespace):
 
 def _sample(options: argparse.Namespace) -> None:
     from .pipeline import refuse_nonempty
+    from .shared_sampling import draw_shared
 
     refuse_nonempty(options.out)
     captions, text = _captions(options)
@@ -150,12 +153,13 @@ def _sample(options: argparse.Namespace) -> None:
     seeds = list(range(options.seed, options.seed + count))
     given = _given(options)
     pipe = _load(options)
-    output = pipe(captions, text=text, seeds=seeds, batch_size=options.batch_size, steps=options.steps,
-                  sampler=options.sampler, guidance=options.guidance, given=given,
-                  negative=None if options.negative is None else [options.negative],
-                  lowres=None if options.lowres is None else _picture(options.lowres),
-                  start_at=options.start_at, stop_at=options.stop_at)
-    print(output.save(options.out))
+    output = draw_shared(pipe, captions, text=text, seeds=seeds, batch_size=options.batch_size, steps=options.steps,
+                         sampler=options.sampler, guidance=options.guidance, given=given,
+                         negative=None if options.negative is None else [options.negative],
+                         lowres=None if options.lowres is None else _picture(options.lowres),
+                         start_at=options.start_at, stop_at=options.stop_at)
+    if output is not None:
+        print(output.save(options.out))
 
 
 def _given(options: argparse.Namespace):
