@@ -99,9 +99,9 @@ def sample_given(sampler: Callable[..., Tensor], denoise: Denoise, given: Given,
     x, here = None, None
     for first, last in given.stretches(len(times) - 1):
         if x is None:
-            x = noise(-1) if first == 0 and given.mask is None else _noised(given.image, times[first], noise(-1), schedule)
-            if given.mask is not None and given.strength == 1:
-                x = torch.where(given.mask, noise(-1), x)  # nothing shows through the hole
+            x = _noised(given.image, times[first], noise(-1), schedule)
+            if first == 0:  # full strength: nothing shows through where something is drawn
+                x = noise(-1) if given.mask is None else torch.where(given.mask, noise(-1), x)
         elif here != first:
             x = _noised_further(x, times[here], times[first], noise(next(draws)), schedule)
         x = sampler(denoise, x, times[first:last + 1], schedule=schedule, noise=lambda step: noise(next(draws)),

@@ -163,7 +163,8 @@ def place_waves(x: Tensor) -> Tensor:
     (B, C, H, W)."""
     waves = []
     for axis, side in enumerate(x.shape[-2:]):
-        angle = torch.linspace(0, math.pi, side, device=x.device)[:, None] * 2.0 ** torch.arange(PLACE_OCTAVES, device=x.device)
+        octaves = 2.0 ** torch.arange(PLACE_OCTAVES, device=x.device)
+        angle = torch.linspace(0, math.pi, side, device=x.device)[:, None] * octaves  # (side, PLACE_OCTAVES)
         wave = torch.cat([angle.sin(), angle.cos()], dim=1).T  # (2 * PLACE_OCTAVES, side)
         waves.append((wave[:, :, None] if axis == 0 else wave[:, None, :]).expand(-1, *x.shape[-2:]))
     return torch.cat(waves)[None].to(x.dtype)
@@ -193,7 +194,8 @@ class UNet(nn.Module):
         refined = config.full_resolution == "refined"
         self.refine = ResBlock(config, config.dim, config.dim, time_dim) if refined else None
 
-        blocks, self_attention, cross_attention = map(config.per_level, ("num_blocks", "self_attention", "cross_attention"))
+        blocks, self_attention, cross_attention = map(config.per_level,
+                                                      ("num_blocks", "self_attention", "cross_attention"))
         last = len(config.dim_mults) - 1
         downs, ups = [], []
         for level, (dim_in, dim_out) in enumerate(zip(widths[:-1], widths[1:])):

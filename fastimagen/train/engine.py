@@ -159,8 +159,8 @@ def json_like(value: Any) -> str:
 
 def _merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
     for key, value in override.items():
-        base[key] = _merge(base.get(key, {}), value) if isinstance(value, dict) and isinstance(base.get(key, {}), dict) \
-            else copy.deepcopy(value)
+        sections = isinstance(value, dict) and isinstance(base.get(key, {}), dict)
+        base[key] = _merge(base.get(key, {}), value) if sections else copy.deepcopy(value)
     return base
 
 
