@@ -1,4 +1,4 @@
-"""What a launcher must know of the GPU it launches on."""
+"""What launchers must know of the GPU they launch on."""
 
 from functools import cache
 

@@ -16,6 +16,8 @@ tiles of ROWS pixels. The first kernel leaves something for each chunk, a part; 
 group, always in the same order, and reads x again. No atomics; the same input gives the same bits.
 """
 
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -23,127 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# ---------------------------------------------------------------------------------------------- tiles
-
-
-@triton.jit
-def place(index, chunks, C: tl.constexpr, CPG: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr):
-    """(block, chunk, sample) of a program: neighbours share their pixels."""
-    BLOCKS: tl.constexpr = tl.cdiv(C // CPG, GROUPS) * tl.cdiv(CPG, WIDTH)
-    return index % BLOCKS, index // BLOCKS % chunks, (index // BLOCKS // chunks).to(tl.int64)
-
-
-@triton.jit
-def columns(block, C: tl.constexpr, CPG: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr):
-    """Channels (GROUPS * WIDTH,) of a block, and which of them exist: each group is padded to WIDTH."""
-    PIECES: tl.constexpr = tl.cdiv(CPG, WIDTH)
-    column = tl.arange(0, GROUPS * WIDTH)
-    group = block // PIECES * GROUPS + column // WIDTH
-    within = block % PIECES * WIDTH + column % WIDTH
-    return group * CPG + within, (within < CPG) & (group < C // CPG)
-
-
-@triton.jit
-def tile(start, channel, valid, pixels, C: tl.constexpr, ROWS: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """Offsets (ROWS, columns) within a sample, and which of them exist."""
-    row = (start + tl.arange(0, ROWS)).to(tl.int64)
-    if CHANNELS_LAST:
-        offset = row[:, None] * C + channel[None, :]
-    else:
-        offset = row[:, None] + channel[None, :].to(tl.int64) * pixels
-    return offset, (row < pixels)[:, None] & valid[None, :]
-
-
-@triton.jit
-def read(pointer, offset, mask):
-    return tl.load(pointer + offset, mask, 0.0).to(tl.float32)
-
-
-@triton.jit
-def by_group(v, GROUPS: tl.constexpr, WIDTH: tl.constexpr):
-    """(GROUPS * WIDTH,) -> (GROUPS, WIDTH)."""
-    return tl.reshape(v, [GROUPS, WIDTH])
-
-
-@triton.jit
-def to_columns(v, GROUPS: tl.constexpr, WIDTH: tl.constexpr):
-    """(GROUPS,) -> (GROUPS * WIDTH,)."""
-    return tl.reshape(tl.broadcast_to(v[:, None], [GROUPS, WIDTH]), [GROUPS * WIDTH])
-
-
-@triton.jit
-def affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride, n, channel, valid):
-    """gain and offset of every column."""
-    gain = read(weight_ptr, channel, valid)
-    offset = read(bias_ptr, channel, valid)
-    if scale_ptr is not None:
-        factor = 1 + read(scale_ptr, n * scale_stride + channel, valid)
-        gain = gain * factor
-        offset = offset * factor + read(shift_ptr, n * shift_stride + channel, valid)
-    return gain, offset
-
-
-@triton.jit
-def activate(z, SILU: tl.constexpr):
-    if SILU:
-        z = z * tl.sigmoid(z)
-    return z
-
-
-@triton.jit
-def activation_gradient(dy, z, SILU: tl.constexpr):
-    """dz."""
-    if SILU:
-        sigmoid = tl.sigmoid(z)
-        dy = dy * sigmoid * (1 + z * (1 - sigmoid))
-    return dy
-
-
-# ---------------------------------------------------------------------------------------------- statistics
-
-
-@triton.jit
-def moments(x, mask, count):
-    """Mean and sum of squared deviations of each column's `count` rows.
-
-    The mean is taken twice, the second time of the deviations: its error stays one rounding however far it is from 0.
-    """
-    mean = tl.sum(x, axis=0) / count
-    deviation = tl.where(mask, x - mean[None, :], 0.0)
-    rest = tl.sum(deviation, axis=0) / count
-    return mean + rest, tl.sum(deviation * deviation, axis=0) - count * rest * rest
-
-
-@triton.jit
-def merge(count, mean, m2):
-    """Merge (count, mean, m2) along axis 1 (Chan, Golub, LeVeque 1979). A count of 0 is nothing."""
-    total = tl.maximum(tl.sum(count, axis=1), 1.0)
-    middle = tl.sum(count * mean, axis=1) / total
-    deviation = mean - middle[:, None]
-    rest = tl.sum(count * deviation, axis=1) / total
-    return middle + rest, tl.sum(m2 + count * deviation * deviation, axis=1) - total * rest * rest
-
-
-@triton.jit
-def parts_of(n, block, chunks, C: tl.constexpr, CPG: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
-             PARTS: tl.constexpr):
-    """Groups (GROUPS,) of a block, the offsets (GROUPS, PARTS) of their parts, and which exist."""
-    PIECES: tl.constexpr = tl.cdiv(CPG, WIDTH)
-    group = block // PIECES * GROUPS + tl.arange(0, GROUPS)
-    part = tl.arange(0, PARTS)
-    offset = (n * (C // CPG) + group)[:, None] * (PIECES * chunks) + part[None, :]
-    return group, offset, (group < C // CPG)[:, None] & (part < PIECES * chunks)[None, :]
-
-
-@triton.jit
-def write_part(pointer, value, n, block, chunk, chunks, C: tl.constexpr, CPG: tl.constexpr, GROUPS: tl.constexpr,
-               WIDTH: tl.constexpr):
-    """Store a value (GROUPS,) of this block and chunk as parts (B, G, pieces * chunks)."""
-    PIECES: tl.constexpr = tl.cdiv(CPG, WIDTH)
-    group = block // PIECES * GROUPS + tl.arange(0, GROUPS)
-    offset = (n * (C // CPG) + group) * (PIECES * chunks) + block % PIECES * chunks + chunk
-    tl.store(pointer + offset, value, group < C // CPG)
-
+from .group_norm_tiles import (activate, activation_gradient, affine, by_group, columns, merge, moments, parts_of,
+                               place, read, tile, to_columns, write_part)
 
 # ---------------------------------------------------------------------------------------------- forward
 
@@ -352,98 +235,90 @@ def vector_gradients(s1_ptr, s2_ptr, weight_ptr, bias_ptr, scale_ptr, dweight_pt
 
 # ---------------------------------------------------------------------------------------------- launchers
 
-ONE_PASS = {"forward": 32768, "backward": 16384}  # elements of a group, padded to powers of two, that stay on chip
-TILE = 8192  # elements, of larger groups
-ELEMENTS_PER_WARP = 1024  # 32 for each thread of 32
+ONE_PASS = 16384  # elements of a group, padded to powers of two, that stay on chip; at 1024 a warp
+TILE = {"forward": 8192, "backward": 4096}  # elements of a tile of larger groups, for 8 warps
 LAST_COLUMNS = 64  # channels of a channels_last tile: whole cache lines
 SECTOR = 32  # bytes; a channels_last group narrower than this is not read by itself
-PROGRAMS = 4096  # as many chunks as make so many programs: enough waves for any GPU
-PARTS = 256  # at most, of a group: every program of the second kernel reads them
+PROGRAMS = 4096  # pixels are cut into chunks until there are so many programs: enough waves for any GPU
+PARTS = 256  # but no more parts of a group: every program of the second kernel reads them
 
 
 class Cut(NamedTuple):
-    """How a tensor is cut for the two kernels: a tile is rows x (groups * width)."""
+    """How a tensor is cut for the two kernels: a tile has ROWS pixels and GROUPS * WIDTH channels."""
 
-    groups: int
-    width: int
-    rows: int
+    constants: dict[str, int]  # GROUPS, WIDTH, ROWS
     chunks: int
     tiles: int  # of a chunk
-    blocks: int
     parts: int  # of a group
-
-    @property
-    def constants(self) -> dict[str, int]:
-        return {"GROUPS": self.groups, "WIDTH": self.width, "ROWS": self.rows}
+    programs: int
+    num_warps: int
 
 
-def cut(shape: tuple[int, ...], num_groups: int, channels_last: bool, elements: int) -> Cut:
-    """Cut (B, C, H, W) into tiles of `elements` and into enough programs."""
-    pixels, cpg = shape[2] * shape[3], shape[1] // num_groups
+def cut(x: Tensor, num_groups: int, elements: int) -> Cut:
+    """Cut x (B, C, H, W) into tiles of at most `elements`, and into enough programs."""
+    batch, channels, height, width = x.shape
+    pixels, cpg = height * width, channels // num_groups
     all_rows, all_columns = triton.next_power_of_2(pixels), triton.next_power_of_2(cpg)
-    if channels_last:
-        width = min(all_columns, LAST_COLUMNS)
-        groups = min(triton.next_power_of_2(num_groups), LAST_COLUMNS // width)
+    if is_channels_last(x):
+        columns_of_group = min(all_columns, LAST_COLUMNS)
+        groups = min(triton.next_power_of_2(num_groups), LAST_COLUMNS // columns_of_group)
     else:
-        width, groups = min(all_columns, max(4, elements // all_rows)), 1
-    rows = max(1, min(all_rows, elements // (groups * width)))
-    pieces = triton.cdiv(cpg, width)
+        columns_of_group, groups = min(all_columns, max(4, elements // all_rows)), 1
+    rows = min(all_rows, max(1, elements // (groups * columns_of_group)))
+    pieces = triton.cdiv(cpg, columns_of_group)
     blocks = triton.cdiv(num_groups, groups) * pieces
     row_tiles = triton.cdiv(pixels, rows)
     most = max(1, min(PARTS, 8 * PARTS // groups) // pieces)
-    tiles = triton.cdiv(row_tiles, min(most, triton.cdiv(PROGRAMS, shape[0] * blocks)))
+    tiles = triton.cdiv(row_tiles, min(most, triton.cdiv(PROGRAMS, batch * blocks)))
     chunks = triton.cdiv(row_tiles, tiles)
-    return Cut(groups, width, rows, chunks, tiles, blocks, pieces * chunks)
+    num_warps = max(1, 8 * rows * groups * columns_of_group // elements)
+    return Cut(dict(GROUPS=groups, WIDTH=columns_of_group, ROWS=rows), chunks, tiles, pieces * chunks,
+               batch * blocks * chunks, min(8, num_warps))
 
 
-def one_pass_tile(x: Tensor, num_groups: int, channels_last: bool, elements: int) -> dict[str, int] | None:
-    """The tile that holds a whole group; None if it has more than `elements`, or channels too few to read alone."""
+def one_pass_tile(x: Tensor, num_groups: int) -> dict[str, int] | None:
+    """Tile and warps for a whole group; None if it is too large, or has too few channels to be read alone."""
     cpg = x.shape[1] // num_groups
-    rows, width = triton.next_power_of_2(x.shape[2] * x.shape[3]), triton.next_power_of_2(cpg)
-    narrow = channels_last and cpg * x.element_size() < SECTOR
-    return None if narrow or rows * width > elements else {"ROWS": rows, "WIDTH": width}
-
-
-def warps(elements: int) -> int:
-    return min(16, max(1, elements // ELEMENTS_PER_WARP))
+    rows, columns_of_group = triton.next_power_of_2(x.shape[2] * x.shape[3]), triton.next_power_of_2(cpg)
+    narrow = is_channels_last(x) and cpg * x.element_size() < SECTOR
+    if narrow or rows * columns_of_group > ONE_PASS:
+        return None
+    return {"ROWS": rows, "WIDTH": columns_of_group, "num_warps": max(1, rows * columns_of_group // 1024)}
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether a tensor that is contiguous in one of the two layouts has the channels last, and not both ways."""
+    """Of a tensor that is contiguous in one of the two layouts, or in both, which counts as contiguous."""
     return not x.is_contiguous()
 
 
-def row_stride(x: Tensor | None) -> int:
-    return 0 if x is None else x.stride(0)
+def row_stride(vectors: Tensor | None) -> int:
+    return 0 if vectors is None else vectors.stride(0)
 
 
 def group_norm_forward(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None,
                        num_groups: int, eps: float, silu: bool) -> tuple[Tensor, Tensor, Tensor]:
     """y like x, mean and rstd (B, G) in fp32.
 
-    x (B, C, H, W) is contiguous or channels_last; weight, bias (C,) are contiguous, the rows of scale, shift (B, C) too.
+    x (B, C, H, W) is contiguous or channels_last; so are weight, bias (C,) and the rows of scale, shift (B, C).
     """
     batch, channels, height, width = x.shape
-    last = is_channels_last(x)
     y = torch.empty_like(x)
     mean, rstd = (torch.empty(batch, num_groups, dtype=torch.float32, device=x.device) for _ in range(2))
-    vectors = (weight, bias, scale, shift)
-    strides = (row_stride(scale), row_stride(shift))
-    constants = dict(C=channels, CPG=channels // num_groups, CHANNELS_LAST=last)
+    vectors, strides = (weight, bias, scale, shift), (row_stride(scale), row_stride(shift))
+    constants = dict(C=channels, CPG=channels // num_groups, CHANNELS_LAST=is_channels_last(x))
     with torch.cuda.device_of(x):
-        if tile := one_pass_tile(x, num_groups, last, ONE_PASS["forward"]):
-            one_pass_forward[(batch * num_groups,)](
-                x, y, *vectors, mean, rstd, *strides, height * width, eps, **constants, **tile, SILU=silu,
-                num_warps=warps(tile["ROWS"] * tile["WIDTH"]))
+        if whole := one_pass_tile(x, num_groups):
+            one_pass_forward[(batch * num_groups,)](x, y, *vectors, mean, rstd, *strides, height * width, eps,
+                                                    **constants, **whole, SILU=silu)
             return y, mean, rstd
-        c = cut(x.shape, num_groups, last, TILE)
-        parts = torch.empty(2, batch, num_groups, c.parts, dtype=torch.float32, device=x.device)
-        grid, num_warps = (batch * c.chunks * c.blocks,), warps(c.rows * c.groups * c.width)
-        partial_statistics[grid](x, *parts, height * width, c.chunks, c.tiles, **constants, **c.constants,
-                                 num_warps=num_warps)
-        apply_forward[grid](x, y, *vectors, *parts, mean, rstd, *strides, height * width, c.chunks, c.tiles, eps,
-                            **constants, **c.constants, PARTS=triton.next_power_of_2(c.parts), SILU=silu,
-                            num_warps=num_warps)
+        c = cut(x, num_groups, TILE["forward"])
+        constants |= c.constants
+        parts = torch.empty(2, batch, num_groups, c.parts, dtype=torch.float32, device=x.device).unbind()
+        partial_statistics[(c.programs,)](x, *parts, height * width, c.chunks, c.tiles, **constants,
+                                          num_warps=c.num_warps)
+        apply_forward[(c.programs,)](x, y, *vectors, *parts, mean, rstd, *strides, height * width, c.chunks, c.tiles,
+                                     eps, **constants, PARTS=triton.next_power_of_2(c.parts), SILU=silu,
+                                     num_warps=c.num_warps)
     return y, mean, rstd
 
 
@@ -452,35 +327,31 @@ def group_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, sca
                         ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """dx, dweight, dbias, dscale, dshift, the last two None without FiLM. dy has the layout of x."""
     batch, channels, height, width = x.shape
-    last = is_channels_last(x)
     dx = torch.empty_like(x)
-    vectors = (weight, bias, scale, shift)
+    saved = (weight, bias, scale, shift, mean, rstd)
     strides = (row_stride(scale), row_stride(shift))
-    constants = dict(C=channels, CPG=channels // num_groups, CHANNELS_LAST=last)
-    tile = one_pass_tile(x, num_groups, last, ONE_PASS["backward"])
-    c = cut(x.shape, num_groups, last, TILE)
-    chunks = 1 if tile else c.chunks
-    sums = torch.empty(2, batch, chunks, channels, dtype=torch.float32, device=x.device)
+    constants = dict(C=channels, CPG=channels // num_groups, CHANNELS_LAST=is_channels_last(x), SILU=silu)
     with torch.cuda.device_of(x):
-        if tile:
-            one_pass_backward[(batch * num_groups,)](
-                dy, x, dx, *vectors, mean, rstd, *sums, *strides, height * width, **constants, **tile, SILU=silu,
-                num_warps=warps(tile["ROWS"] * tile["WIDTH"]))
-        else:
-            parts = torch.empty(2, batch, num_groups, c.parts, dtype=torch.float32, device=x.device)
-            grid, num_warps = (batch * c.chunks * c.blocks,), warps(c.rows * c.groups * c.width)
-            partial_sums[grid](dy, x, *vectors, mean, rstd, *sums, *parts, *strides, height * width, c.chunks, c.tiles,
-                               **constants, **c.constants, SILU=silu, num_warps=num_warps)
-            apply_backward[grid](dy, x, dx, *vectors, mean, rstd, *parts, *strides, height * width, c.chunks, c.tiles,
-                                 **constants, **c.constants, PARTS=triton.next_power_of_2(c.parts), SILU=silu,
-                                 num_warps=num_warps)
-        return dx, *launch_vector_gradients(sums, weight, bias, scale, shift)
+        if whole := one_pass_tile(x, num_groups):
+            sums = torch.empty(2, batch, 1, channels, dtype=torch.float32, device=x.device).unbind()
+            one_pass_backward[(batch * num_groups,)](dy, x, dx, *saved, *sums, *strides, height * width, **constants,
+                                                     **whole)
+            return dx, *launch_vector_gradients(*sums, weight, bias, scale, shift)
+        c = cut(x, num_groups, TILE["backward"])
+        constants |= c.constants
+        sums = torch.empty(2, batch, c.chunks, channels, dtype=torch.float32, device=x.device).unbind()
+        parts = torch.empty(2, batch, num_groups, c.parts, dtype=torch.float32, device=x.device).unbind()
+        partial_sums[(c.programs,)](dy, x, *saved, *sums, *parts, *strides, height * width, c.chunks, c.tiles,
+                                    **constants, num_warps=c.num_warps)
+        apply_backward[(c.programs,)](dy, x, dx, *saved, *parts, *strides, height * width, c.chunks, c.tiles,
+                                      **constants, PARTS=triton.next_power_of_2(c.parts), num_warps=c.num_warps)
+        return dx, *launch_vector_gradients(*sums, weight, bias, scale, shift)
 
 
-def launch_vector_gradients(sums: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None,
-                            ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """dweight, dbias, dscale, dshift from sums (2, B, chunks, C) = S1, S2."""
-    _, batch, chunks, channels = sums.shape
+def launch_vector_gradients(s1: Tensor, s2: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None,
+                            shift: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """dweight, dbias (C,), dscale, dshift (B, C) from S1, S2 (B, chunks, C)."""
+    batch, chunks, channels = s1.shape
     dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
     dscale = dshift = None
     if scale is not None:
@@ -488,6 +359,22 @@ def launch_vector_gradients(sums: Tensor, weight: Tensor, bias: Tensor, scale: T
         dshift = torch.empty(batch, channels, dtype=shift.dtype, device=shift.device)
     at_once = min(64, triton.next_power_of_2(chunks))
     vector_gradients[(triton.cdiv(channels, 32),)](
-        *sums, weight, bias, scale, dweight, dbias, dscale, dshift, row_stride(scale), batch, chunks, C=channels,
-        SAMPLES=64 // at_once, CHUNKS=at_once, WIDTH=32, num_warps=4)
+        s1, s2, weight, bias, scale, dweight, dbias, dscale, dshift, row_stride(scale), batch, chunks, C=channels,
+        SAMPLES=64 // at_once, CHUNKS=at_once, WIDTH=32, num_warps=8)
     return dweight, dbias, dscale, dshift
+
+
+def shipped() -> Iterator[tuple[str, Callable[[], object]]]:
+    """What is compiled ahead of time: a label, and a call of a launcher on meta tensors."""
+    last, contiguous = torch.channels_last, torch.contiguous_format
+    for dtype, layout, channels, side, film in (
+            (torch.bfloat16, last, 512, 64, True), (torch.bfloat16, last, 128, 256, False),
+            (torch.bfloat16, last, 512, 16, True), (torch.bfloat16, contiguous, 512, 64, True),
+            (torch.float32, last, 512, 64, True), (torch.float32, contiguous, 512, 16, True)):
+        x = torch.empty(8, channels, side, side, dtype=dtype, device="meta", memory_format=layout)
+        vectors = [torch.empty(channels, device="meta") for _ in range(2)]
+        vectors += torch.empty(8, 2 * channels, dtype=dtype, device="meta").chunk(2, dim=1) if film else [None, None]
+        statistics = [torch.empty(8, 8, device="meta") for _ in range(2)]
+        label = f"{str(dtype)[6:]} {'channels_last' if layout is last else 'contiguous'} {channels}x{side}x{side}"
+        yield f"forward {label}", partial(group_norm_forward, x, *vectors, 8, 1e-5, True)
+        yield f"backward {label}", partial(group_norm_backward, x, x, *vectors, *statistics, 8, True)

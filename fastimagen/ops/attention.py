@@ -1,13 +1,36 @@
 """Attention over image keys, text keys and a learned null key.
 
-Letters: B batch, N queries, S keys, L context keys, H heads, Hkv key heads, D channels per head.
+Letters: B batch, N queries, S image keys, L text keys, S' all keys, H heads, K key heads, D channels per head.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from .attention_op import fused
+from .backend import backend, no_xformers, use_triton
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Keys(NamedTuple):
+    """All keys of a call: one dtype, one number of heads, normalised where that was asked for. None is absent.
+
+    k, v (B, S, K, D); null_k, null_v (D,) or (K, D), in whatever dtype their owner keeps them; context_k, context_v
+    (B, L, K, D); lengths (B,).
+    """
+
+    k: Tensor | None
+    v: Tensor | None
+    null_k: Tensor | None
+    null_v: Tensor | None
+    context_k: Tensor | None
+    context_v: Tensor | None
+    lengths: Tensor | None
 
 
 def attention(q: Tensor, k: Tensor | None = None, v: Tensor | None = None, *, null_k: Tensor | None = None,
@@ -16,49 +39,154 @@ def attention(q: Tensor, k: Tensor | None = None, v: Tensor | None = None, *, nu
               scale: float | None = None) -> Tensor:
     """Attention over up to three sources of keys at once: a learned null key, context (text), and k.
 
-    q (B, N, H, D); k, v (B, S, Hkv, D) with Hkv in {1, H}, absent in pure cross-attention; null_k, null_v (D,), shared
-    by heads, or (Hkv, D); context_k, context_v (B, L, Hkv, D), of which the first context_lengths[b] count (0 allowed,
+    q (B, N, H, D); k, v (B, S, K, D) with K in {1, H}, absent in pure cross-attention; null_k, null_v (D,), shared
+    by heads, or (K, D); context_k, context_v (B, L, K, D), of which the first context_lengths[b] count (0 allowed,
     None is all). qk_scales = (q_scale, k_scale), each (D,): l2-normalise q and every key, then scale channels.
-    Logits are scaled by `scale`, by default D^-0.5. A row without any key gives zeros. Returns (B, N, H, D).
+    Logits are scaled by `scale`, by default D^-0.5. A row without any key gives zeros. Returns (B, N, H, D) in q's
+    dtype, or in autocast's. The kernels take D from 16 to 128 in steps of 8; plain PyTorch takes any.
+    Raises ValueError for arguments that do not fit together.
     """
+    keys = Keys(k, v, null_k, null_v, context_k, context_v, context_lengths)
+    _check(q, keys)
+    device = q.device.type
+    if torch.is_autocast_enabled(device) and q.dtype != torch.float64:
+        q = q.to(torch.get_autocast_dtype(device))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q, keys = _prepare(q, keys, qk_scales)
+    if backend() == "xformers":
+        return _xformers(q, keys, scale)
+    # Exact fp32 products have no tensor cores to run on, and a PyTorch tuned for the units that are left.
+    slower = "float32 is faster there" if q.dtype == torch.float32 else None
+    if use_triton("attention", q, _unsupported(q, scale), slower):
+        return fused(q, *keys, scale)
+    return reference(q, keys, scale)
+
+
+def reference(q: Tensor, keys: Keys, scale: float) -> Tensor:
+    """`attention` in plain PyTorch, after `_prepare`. Heads fold into rows where they share keys: multi-query attention
+    is single-head attention with N * H queries, and SDPA needs no expanded keys for it."""
     batch, queries, heads, width = q.shape
-    keys, values = [], []
-    if null_k is not None:
-        keys.append(null_k.expand(batch, 1, -1, width) if null_k.dim() == 2 else null_k.expand(batch, 1, 1, width))
-        values.append(null_v.expand(batch, 1, -1, width) if null_v.dim() == 2 else null_v.expand(batch, 1, 1, width))
-    if context_k is not None:
-        keys.append(context_k)
-        values.append(context_v)
-    if k is not None:
-        keys.append(k)
-        values.append(v)
-    if not keys:
-        raise ValueError("attention needs at least one of k, null_k and context_k")
-    kv_heads = max(key.shape[2] for key in keys)
-    if kv_heads not in (1, heads):
-        raise ValueError(f"attention takes 1 or {heads} key heads for {heads} query heads, got {kv_heads}")
-    keys = torch.cat([key.expand(-1, -1, kv_heads, -1).to(q.dtype) for key in keys], dim=1)  # (B, S', Hkv, D)
-    values = torch.cat([value.expand(-1, -1, kv_heads, -1).to(q.dtype) for value in values], dim=1)
-    if qk_scales is not None:
-        q = F.normalize(q, dim=-1) * qk_scales[0].to(q.dtype)
-        keys = F.normalize(keys, dim=-1) * qk_scales[1].to(q.dtype)
-    mask = None
-    if context_lengths is not None:
-        mask = _key_mask(context_lengths, keys.shape[1], 0 if null_k is None else 1, context_k.shape[1])
-    if kv_heads == 1:  # heads fold into rows: multi-query attention is single-head attention with N * H queries
-        q = q.reshape(batch, 1, queries * heads, width)
-    else:
-        q = q.transpose(1, 2)  # (B, H, N, D)
-    out = F.scaled_dot_product_attention(q, keys.transpose(1, 2), values.transpose(1, 2),
-                                         attn_mask=None if mask is None else mask[:, None, None, :], scale=scale)
-    if mask is not None and null_k is None and k is None:
+    k, v, mask = _concatenated(q, keys)
+    if k.shape[1] == 0:
+        return torch.zeros_like(q) * q
+    if k.shape[2] == 1:
+        q = q.reshape(batch, queries * heads, 1, width)
+    seen = None if mask is None else mask | ~mask.any(dim=1, keepdim=True)  # SDPA of a row without a key may be NaN
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
+                                         attn_mask=None if seen is None else seen[:, None, None, :], scale=scale)
+    out = out.transpose(1, 2)  # (B, N * H, 1, D) or (B, N, H, D)
+    if mask is not None and keys.null_k is None and keys.k is None:
         out = torch.where(mask.any(dim=1)[:, None, None, None], out, 0)
-    if kv_heads == 1:
-        return out.reshape(batch, queries, heads, width)
-    return out.transpose(1, 2)  # (B, N, H, D)
+    return out.reshape(batch, queries, heads, width)
 
 
-def _key_mask(lengths: Tensor, keys: int, start: int, context: int) -> Tensor:
-    """(B, S') bool: False for the context keys beyond each sample's length."""
-    position = torch.arange(keys, device=lengths.device) - start
-    return (position >= context) | (position < lengths[:, None])
+def _xformers(q: Tensor, keys: Keys, scale: float) -> Tensor:
+    """The same through xFormers, whose layout is (B, tokens, heads, D)."""
+    if reason := _no_xformers_for(q):
+        raise ValueError(f'attention with backend "xformers": {reason}')
+    from xformers.ops import memory_efficient_attention
+
+    batch, queries, heads, width = q.shape
+    k, v, mask = _concatenated(q, keys)
+    if k.shape[1] == 0:
+        return torch.zeros_like(q) * q
+    if k.shape[2] == 1:
+        q = q.reshape(batch, queries * heads, 1, width)
+    bias = None
+    if mask is not None:  # its rows must be aligned: sliced from longer ones
+        count = mask.shape[1]
+        bias = q.new_zeros(batch, 1, 1, -(-count // 8) * 8)
+        bias[..., :count].masked_fill_(~(mask | ~mask.any(dim=1, keepdim=True))[:, None, None], float("-inf"))
+        bias = bias[..., :count].expand(batch, q.shape[2], q.shape[1], count)
+    out = memory_efficient_attention(q, k, v, attn_bias=bias, scale=scale)
+    if mask is not None:
+        out = torch.where(mask.any(dim=1)[:, None, None, None], out, 0)
+    return out.reshape(batch, queries, heads, width)
+
+
+def _no_xformers_for(q: Tensor) -> str | None:
+    if not q.is_cuda:
+        return "xformers needs CUDA tensors"
+    return no_xformers() or (None if q.dtype in KERNEL_DTYPES else f"xformers does not take {_name(q.dtype)}")
+
+
+def _prepare(q: Tensor, keys: Keys, qk_scales: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Keys]:
+    """Keys of q's dtype and of one number of heads; q and keys normalised.
+
+    Normalisation is PyTorch's for every backend: in the kernels each block of queries would normalise all keys anew.
+    """
+    heads = max(_heads(key) for key in (keys.k, keys.context_k, keys.null_k) if key is not None)
+    k, v, context_k, context_v = (
+        None if x is None else x.to(q.dtype).expand(-1, -1, heads, -1)
+        for x in (keys.k, keys.v, keys.context_k, keys.context_v))
+    null_k, null_v = (x if x is None or x.dim() == 1 else x.expand(heads, -1) for x in (keys.null_k, keys.null_v))
+    if qk_scales is not None:
+        q, k, context_k, null_k = (
+            None if x is None else (F.normalize(x, dim=-1) * scale).to(q.dtype)
+            for x, scale in ((q, qk_scales[0]), *((key, qk_scales[1]) for key in (k, context_k, null_k))))
+    return q, Keys(k, v, null_k, null_v, context_k, context_v, keys.lengths)
+
+
+def _concatenated(q: Tensor, keys: Keys) -> tuple[Tensor, Tensor, Tensor | None]:
+    """k, v (B, S', K, D) in the order null, context, image, and mask (B, S') of those that count, None if all do."""
+    batch, width = q.shape[0], q.shape[3]
+    heads = next((key.shape[2] for key in (keys.k, keys.context_k) if key is not None), 1)
+    if keys.null_k is not None and keys.null_k.dim() == 2:
+        heads = keys.null_k.shape[0]
+    null = (None if x is None else x.to(q.dtype).expand(batch, 1, heads, width) for x in (keys.null_k, keys.null_v))
+    k, v = (torch.cat([x for x in source if x is not None], dim=1)
+            for source in zip(null, (keys.context_k, keys.context_v), (keys.k, keys.v)))
+    if keys.lengths is None:
+        return k, v, None
+    first = 0 if keys.null_k is None else 1
+    position = torch.arange(k.shape[1], device=q.device) - first
+    mask = (position < keys.lengths[:, None]) | (position >= keys.context_k.shape[1]) | (position < 0)
+    return k, v, mask
+
+
+def _heads(key: Tensor) -> int:
+    return key.shape[2] if key.dim() == 4 else 1 if key.dim() == 1 else key.shape[0]
+
+
+def _check(q: Tensor, keys: Keys) -> None:
+    if q.dim() != 4:
+        raise ValueError(f"attention takes q (B, N, H, D), got {tuple(q.shape)}")
+    batch, _, heads, width = q.shape
+    if keys.k is None and keys.null_k is None and keys.context_k is None:
+        raise ValueError("attention needs at least one of k, null_k and context_k")
+    for names, key, value in (("k and v", keys.k, keys.v), ("null_k and null_v", keys.null_k, keys.null_v),
+                              ("context_k and context_v", keys.context_k, keys.context_v)):
+        if (key is None) != (value is None):
+            raise ValueError(f"{names} go together")
+        if key is None:
+            continue
+        if key.shape != value.shape:
+            raise ValueError(f"{names} must have one shape, got {tuple(key.shape)} and {tuple(value.shape)}")
+        if names.startswith("null"):
+            fits, wanted = key.shape in ((width,), (1, width), (heads, width)), f"({width},) or (1 or {heads}, {width})"
+        else:
+            fits = key.dim() == 4 and key.shape[0] == batch and key.shape[2] in (1, heads) and key.shape[3] == width
+            wanted = f"({batch}, keys, 1 or {heads}, {width})"
+        if not fits:
+            raise ValueError(f"{names} must be {wanted} for q {tuple(q.shape)}, got {tuple(key.shape)}")
+    if keys.lengths is not None:
+        if keys.context_k is None:
+            raise ValueError("context_lengths without context_k")
+        if keys.lengths.shape != (batch,) or keys.lengths.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"context_lengths must be ({batch},) int32 or int64, got {tuple(keys.lengths.shape)} "
+                             f"{_name(keys.lengths.dtype)}")
+
+
+def _unsupported(q: Tensor, scale: float) -> str | None:
+    """Why the kernels cannot take these, or None."""
+    if q.dtype not in KERNEL_DTYPES:
+        return f"the kernel takes float32, bfloat16 and float16, not {_name(q.dtype)}"
+    if q.shape[-1] % 8 or not 16 <= q.shape[-1] <= 128:
+        return f"the kernel takes 16 to 128 channels per head in steps of 8, not {q.shape[-1]}"
+    if scale <= 0:
+        return f"the kernel takes positive scales, not {scale}"
+    return None if q.numel() else "q is empty"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 
@@ -39,10 +41,11 @@ def backend() -> str:
     return _wish
 
 
-def use_triton(op: str, tensor: Tensor, unsupported: str | None = None) -> bool:
+def use_triton(op: str, tensor: Tensor, unsupported: str | None = None, slower: str | None = None) -> bool:
     """Whether the Triton kernels compute this call of `op` on `tensor`'s device.
 
-    `unsupported` says why they cannot take these arguments. Raises ValueError where "triton" was asked for and cannot.
+    `unsupported` says why they cannot take these arguments, `slower` why "auto" should not. Raises ValueError where
+    "triton" was asked for and cannot.
     """
     if _wish == "torch":
         return False
@@ -53,26 +56,51 @@ def use_triton(op: str, tensor: Tensor, unsupported: str | None = None) -> bool:
         return True
     if not tensor.is_cuda:
         return False
-    reason = no_triton() or unsupported
+    reason = no_triton() or unsupported or slower
     if reason:
         announce_once(f"{op} runs in plain PyTorch: {reason}")
     return reason is None
 
 
-@cache
+def in_kernels(tensor: Tensor) -> bool:
+    """Whether an operator that was called runs the kernels on `tensor`: on a GPU, or in the interpreter."""
+    return tensor.is_cuda or (_wish == "triton" and interpreting())
+
+
+def _constant_in_graphs(function: Callable) -> Callable:
+    """Let torch.compile call `function` while it traces, and keep the answer.
+
+    As torch.compiler.assume_constant_result, which would import the compiler with this module.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
+@_constant_in_graphs
 def announce_once(message: str) -> None:
     """Log a fallback, the first time only."""
+    _announce(message)
+
+
+@cache
+def _announce(message: str) -> None:
     logger.warning(message)
 
 
+@_constant_in_graphs
 def interpreting() -> bool:
     """Whether Triton kernels run in its interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@cache
+@_constant_in_graphs
 def no_triton() -> str | None:
     """Why the kernels cannot run in this process, or None."""
+    return _no_triton()
+
+
+@cache
+def _no_triton() -> str | None:
     if find_spec("triton") is None:
         return "triton is not installed (pip install fastimagen[kernels])"
     if find_spec("fastimagen_kernels") is None:
@@ -86,11 +114,21 @@ def no_triton_on_cpu() -> str:
     return "there is no GPU; TRITON_INTERPRET=1 in the environment runs the kernels in Triton's interpreter, slowly"
 
 
-@cache
+@_constant_in_graphs
 def no_xformers() -> str | None:
     """Why xFormers cannot compute attention in this process, or None."""
+    return _no_xformers()
+
+
+@cache
+def _no_xformers() -> str | None:
     if find_spec("xformers") is None:
         return "xformers is not installed (pip install fastimagen[xformers])"
     if not torch.cuda.is_available():
         return "xformers needs a GPU"
+    try:
+        importlib.import_module("xformers.ops")
+    except (ImportError, OSError, RuntimeError) as error:  # built for another PyTorch, or another CUDA
+        first_line = str(error).partition("\n")[0]
+        return f"xformers cannot be imported: {first_line}"
     return None

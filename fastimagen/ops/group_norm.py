@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .backend import backend, interpreting, use_triton
+from .backend import in_kernels, use_triton
 
 ACTIVATIONS = ("silu", "none")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -29,7 +29,7 @@ def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, *,
 def reference(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, *, scale: Tensor | None = None,
               shift: Tensor | None = None, eps: float = 1e-5, activation: str = "silu") -> Tensor:
     """`group_norm_silu` in plain PyTorch, differentiable by PyTorch."""
-    y = F.group_norm(x, num_groups, weight.to(x.dtype), bias.to(x.dtype), eps)
+    y = torch.group_norm(x, num_groups, weight.to(x.dtype), bias.to(x.dtype), eps)
     if scale is not None:
         scale, shift = scale.to(y.dtype)[:, :, None, None], shift.to(y.dtype)[:, :, None, None]  # (B, C, 1, 1)
         y = torch.addcmul(shift, y, scale + 1)
@@ -69,7 +69,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shif
              eps: float, activation: str) -> tuple[Tensor, Tensor, Tensor]:
     """y, and mean and rstd (B, G) in fp32."""
     x = _dense(x)
-    if _in_kernels(x):
+    if in_kernels(x):
         from fastimagen_kernels.group_norm import group_norm_forward
 
         return group_norm_forward(x, weight.contiguous(), bias.contiguous(), _rows(scale), _rows(shift), num_groups,
@@ -86,7 +86,7 @@ def _backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor
     """dx, dweight, dbias, dscale, dshift; the last two empty without FiLM."""
     x = _dense(x)
     dy = _as(dy, x)
-    if _in_kernels(x):
+    if in_kernels(x):
         from fastimagen_kernels.group_norm import group_norm_backward
 
         dx, dweight, dbias, dscale, dshift = group_norm_backward(
@@ -95,7 +95,8 @@ def _backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor
     else:
         dx, dweight, dbias, dscale, dshift = _gradients(dy, x, weight, bias, scale, shift, mean, rstd, num_groups,
                                                         activation)
-    return dx, dweight, dbias, x.new_empty(0) if dscale is None else dscale, x.new_empty(0) if dshift is None else dshift
+    dscale, dshift = (x.new_empty(0) if gradient is None else gradient for gradient in (dscale, dshift))
+    return dx, dweight, dbias, dscale, dshift
 
 
 def _gradients(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None,
@@ -120,11 +121,6 @@ def _gradients(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, scale: Tenso
     dshift = None if shift is None else s1.to(shift.dtype, copy=True)
     dweight, dbias = (factor * s2).sum(dim=0), (factor * s1).sum(dim=0)  # (C,)
     return _as(dx.to(x.dtype), x), dweight.to(weight.dtype), dbias.to(bias.dtype), dscale, dshift
-
-
-def _in_kernels(x: Tensor) -> bool:
-    """Whether the operator runs the kernels on x, on a GPU or in the interpreter."""
-    return x.is_cuda or (backend() == "triton" and interpreting())
 
 
 def _dense(x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -89,9 +90,9 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def cut_small(monkeypatch: pytest.MonkeyPatch, one_pass: bool) -> None:
     """Send all shapes down one path; small tiles, so that small tensors have several chunks of several tiles."""
-    monkeypatch.setattr(kernels, "ONE_PASS", dict.fromkeys(("forward", "backward"), 1 << 20 if one_pass else 0))
+    monkeypatch.setattr(kernels, "ONE_PASS", 1 << 20 if one_pass else 0)
     monkeypatch.setattr(kernels, "SECTOR", 0)
-    monkeypatch.setattr(kernels, "TILE", 128)
+    monkeypatch.setattr(kernels, "TILE", {"forward": 256, "backward": 128})
     monkeypatch.setattr(kernels, "LAST_COLUMNS", 16)
     monkeypatch.setattr(kernels, "PROGRAMS", 8)
 
@@ -212,16 +213,19 @@ def test_gradients_and_inputs_of_any_layout(path: str, monkeypatch: pytest.Monke
 
 # Bytes of an element of 2 bytes: shared/KERNELS.md 2.3 counts 6 + 10 for what is read twice, 4 + 6 for what fits.
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize(("shape", "per_element"), [((1, 128, 64, 48), (6, 10)), ((1, 128, 16, 16), (4, 6))], ids=str)
+@pytest.mark.parametrize(("shape", "per_element"), [((1, 16, 64, 40), (6, 10)), ((1, 32, 16, 16), (4, 6))],
+                         ids=str)
 def test_bytes_moved(shape: tuple[int, ...], per_element: tuple[int, int], last: bool,
                      monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the tiles as they are shipped: big tensors are touched exactly as often as planned, and little else is."""
+    """With tiles as they are shipped: x, y and their gradients are touched as often as planned, little else is."""
     dy, x, *vectors = inputs(shape, last=last, dtype=torch.bfloat16, vectors=torch.float32)
     touched: list[tuple[np.ndarray, int]] = []
     load, store = (getattr(interpreter.InterpreterBuilder, f"create_masked_{kind}") for kind in ("load", "store"))
 
     def note(pointers: interpreter.TensorHandle, mask: interpreter.TensorHandle) -> None:
-        touched.append((pointers.data[mask.data.astype(bool)], pointers.get_element_ty().primitive_bitwidth // 8))
+        # An address that several threads of a program ask for at once is read once.
+        touched.append((np.unique(pointers.data[mask.data.astype(bool)]),
+                        pointers.get_element_ty().primitive_bitwidth // 8))
 
     def noted_load(self: object, pointers: object, mask: object, *rest: object) -> object:
         note(pointers, mask)
@@ -242,13 +246,13 @@ def test_bytes_moved(shape: tuple[int, ...], per_element: tuple[int, int], last:
         return inside / x.numel(), (everything - inside) / x.numel()
 
     x.requires_grad_()
-    y = ops.group_norm_silu(x, *vectors[:2], 8, scale=vectors[2], shift=vectors[3])
+    y = ops.group_norm_silu(x, *vectors[:2], 2, scale=vectors[2], shift=vectors[3])
     planned, rest = moved(x, y)
-    assert planned == per_element[0] and rest < 0.1 * planned, (planned, rest)
+    assert planned == per_element[0] and rest < 0.15 * planned, (planned, rest)
     touched.clear()
     dx, = torch.autograd.grad(y, x, dy)
     planned, rest = moved(dy, x, dx)
-    assert planned == per_element[1] and rest < 0.1 * planned, (planned, rest)
+    assert planned == per_element[1] and rest < 0.15 * planned, (planned, rest)
 
 
 def test_only_x_and_the_statistics_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,6 +264,69 @@ def test_only_x_and_the_statistics_are_kept(monkeypatch: pytest.MonkeyPatch) -> 
         ops.group_norm_silu(*leaves[:3], 3, scale=leaves[3], shift=leaves[4])
     own = [tensor for tensor in kept if all(tensor.data_ptr() != leaf.data_ptr() for leaf in leaves)]
     assert [tuple(tensor.shape) for tensor in own] == [(2, 3), (2, 3)]
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+def test_offsets_beyond_32_bits(last: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last program of every kernel, on a tensor of 2^33 elements: files that are almost all holes."""
+    batch, channels, side, chunks = 2, 64, 8192, 1 << 14
+    shape = (batch, channels, side, side)
+
+    def sparse(name: str) -> Tensor:
+        flat = torch.from_file(str(tmp_path / name), shared=True, size=math.prod(shape), dtype=torch.bfloat16)
+        return flat.view(batch, side, side, channels).permute(0, 3, 1, 2) if last else flat.view(shape)
+
+    x, y, dx = sparse("x"), sparse("y"), sparse("dx")
+    monkeypatch.setattr(kernels, "PARTS", 1 << 20)
+    monkeypatch.setattr(kernels, "PROGRAMS", batch * chunks * (1 if last else 16))
+    cut = kernels.cut(x, 1, 8192)
+    rows = side * side // cut.chunks
+    block = slice(channels - cut.constants["WIDTH"], None)
+    assert cut.chunks == chunks and rows < side
+    here = (batch - 1, block, side - 1, slice(side - rows, None))  # what the last program works on
+    x[here] = (torch.randn(x[here].shape) + 1).bfloat16()
+    true = x[here].double()
+
+    def launch(kernel: object, first: bool, *arguments: object, **constants: object) -> None:
+        """Run the program with the first or the last index alone."""
+        program = [0] if first else [cut.programs - 1]
+        monkeypatch.setattr(interpreter, "range", lambda *ends: program if ends == (cut.programs,) else range(*ends),
+                            raising=False)
+        kernel[(cut.programs,)](*arguments, **constants)
+        monkeypatch.delattr(interpreter, "range")
+
+    # The arguments live on the CPU: copying them back would fill the holes.
+    monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *unused: None)
+    constants = dict(C=channels, CPG=channels, CHANNELS_LAST=last, **cut.constants)
+    pixels, tiles = side * side, cut.tiles
+    parts = torch.full((2, batch, 1, cut.parts), math.nan)
+    launch(kernels.partial_statistics, False, x, *parts, pixels, chunks, tiles, **constants)
+    count = true.numel()
+    assert_close({"mean": parts[0, -1, 0, -1], "m2": parts[1, -1, 0, -1]},
+                 {"mean": true.mean(), "m2": true.var(correction=0) * count})
+
+    vectors, one, zero = (torch.ones(channels), torch.zeros(channels), None, None), torch.ones(2), torch.zeros(2)
+    parts[0], parts[1] = 0, count  # mean 0 and deviation 1
+    launch(kernels.apply_forward, True, x, y, *vectors, *parts, zero, one, 0, 0, pixels, chunks, tiles, 0.0, **constants,
+           PARTS=cut.parts, SILU=False)
+    assert torch.equal(y[here], x[here])
+
+    sums = torch.full((2, batch, chunks, channels), math.nan)
+    saved = (*vectors, zero, one)
+    launch(kernels.partial_sums, False, x, x, *saved, *sums, *parts, 0, 0, pixels, chunks, tiles, **constants,
+           SILU=False)
+    assert_close({"s2": sums[1, -1, -1, block]}, {"s2": true.square().sum(dim=1)})
+
+    parts[:] = 0
+    launch(kernels.apply_backward, True, x, x, dx, *saved, *parts, 0, 0, pixels, chunks, tiles, **constants,
+           PARTS=cut.parts, SILU=False)
+    assert torch.equal(dx[here], x[here])
+
+
+def test_float64_is_refused_where_the_kernels_were_asked_for() -> None:
+    _, *leaves = inputs((1, 4, 2, 2), film=False, dtype=torch.float64)
+    with pytest.raises(ValueError, match="the kernel takes float32, bfloat16 and float16, not float64"):
+        ops.group_norm_silu(*leaves, 2)
 
 
 def test_operator_registration(monkeypatch: pytest.MonkeyPatch) -> None:

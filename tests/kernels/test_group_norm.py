@@ -1,0 +1,119 @@
+"""group_norm_silu: its reference, its operator without kernels, and its kernels, interpreted in a child process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fastimagen import ops
+from fastimagen.ops import group_norm
+from tests.conftest import ROOT
+
+from .interpreted_group_norm import assert_close, by_definition, exact, inputs, results
+
+LAYOUTS = pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+CASES = pytest.mark.parametrize(("shape", "groups", "film", "activation"), [
+    ((2, 24, 7, 5), 3, True, "silu"), ((1, 20, 3, 4), 5, False, "silu"), ((3, 6, 1, 1), 2, True, "none"),
+    ((1, 8, 1, 1), 2, True, "silu")], ids=str)
+
+
+def assert_layout(last: bool, *tensors: torch.Tensor) -> None:
+    layout = torch.channels_last if last else torch.contiguous_format
+    assert all(tensor.is_contiguous(memory_format=layout) for tensor in tensors)
+
+
+@pytest.fixture
+def operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Call the operator, as on a GPU."""
+    monkeypatch.setattr(group_norm, "use_triton", lambda *unused: True)
+
+
+def test_kernels() -> None:
+    child = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
+                            "tests/kernels/interpreted_group_norm.py"], cwd=ROOT, capture_output=True, text=True,
+                           env=os.environ | {"TRITON_INTERPRET": "1"})
+    assert child.returncode == 0, child.stdout + child.stderr
+
+
+@LAYOUTS
+@CASES
+def test_reference(shape: tuple[int, ...], groups: int, film: bool, activation: str, last: bool) -> None:
+    tensors = [tensor.double() for tensor in inputs(shape, film=film, last=last)]
+    got = results(ops.group_norm_silu, tensors, groups, activation)
+    assert_close(got, results(by_definition, tensors, groups, activation), 1e-12)
+    assert_layout(last, got["y"], got["dx"])
+
+
+@LAYOUTS
+@CASES
+def test_operator_without_kernels(shape: tuple[int, ...], groups: int, film: bool, activation: str, last: bool,
+                                  operator: None) -> None:
+    tensors = inputs(shape, film=film, last=last)
+    got = results(ops.group_norm_silu, tensors, groups, activation)
+    assert_close(got, exact(tensors, groups, activation))
+    assert_layout(last, got["y"], got["dx"])
+
+
+@pytest.mark.parametrize("film", [False, True])
+def test_operator_registration(film: bool) -> None:
+    _, *leaves = inputs((2, 6, 3, 2), film=film, last=True)
+    leaves = [leaf.detach().requires_grad_() for leaf in leaves] + ([] if film else [None, None])
+    torch.library.opcheck(torch.ops.fastimagen.group_norm_silu, (*leaves, 2, 1e-5, "silu"))
+
+
+@pytest.mark.parametrize("through", ["reference", "operator"])
+def test_compiles_into_one_graph(through: str, request: pytest.FixtureRequest) -> None:
+    if through == "operator":
+        request.getfixturevalue("operator")
+    tensors = inputs((2, 6, 2, 3), last=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(ops.group_norm_silu, fullgraph=True, backend="aot_eager")
+    assert_close(results(compiled, tensors, 2), exact(tensors, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("through", ["reference", "operator"])
+def test_keeps_its_dtype_under_autocast(through: str, dtype: torch.dtype, request: pytest.FixtureRequest) -> None:
+    if through == "operator":
+        request.getfixturevalue("operator")
+    tensors = inputs((2, 6, 2, 3), dtype=dtype, vectors=torch.float32)
+    tensors[4:] = (tensor.bfloat16() for tensor in tensors[4:])  # autocast makes them so
+    with torch.autocast("cpu", torch.bfloat16):
+        got = results(ops.group_norm_silu, tensors, 2)
+    assert {name: tensor.dtype for name, tensor in got.items()} == {
+        "y": dtype, "dx": dtype, "dweight": torch.float32, "dbias": torch.float32, "dscale": torch.bfloat16,
+        "dshift": torch.bfloat16}
+
+
+@pytest.mark.parametrize("through", ["reference", "operator"])
+def test_a_group_of_one_number_is_normalised_to_zero(through: str, request: pytest.FixtureRequest) -> None:
+    if through == "operator":
+        request.getfixturevalue("operator")
+    _, x, weight, bias = inputs((1, 4, 1, 1), film=False)
+    y = ops.group_norm_silu(x, weight, bias, 4, activation="none").flatten()
+    assert torch.allclose(y, bias, atol=1e-4)  # PyTorch multiplies by 1 / sqrt(eps) before it subtracts the mean
+
+
+def test_an_empty_batch_gives_an_empty_tensor() -> None:
+    _, x, *vectors = inputs((1, 6, 2, 3), film=False)
+    assert ops.group_norm_silu(x[:0], *vectors, 2).shape == (0, 6, 2, 3)
+
+
+@pytest.mark.parametrize(("change", "complaint"), [
+    (dict(activation="gelu"), 'no activation "gelu"; there are silu, none'),
+    (dict(num_groups=4), "6 channels cannot be split into 4 groups"),
+    (dict(num_groups=0), "6 channels cannot be split into 0 groups"),
+    (dict(x=torch.zeros(2, 6, 3)), r"takes x \(B, C, H, W\), got \(2, 6, 3\)"),
+    (dict(weight=torch.ones(5)), r"weight must be \(6,\) for x \(2, 6, 3, 3\), got \(5,\)"),
+    (dict(scale=None), "scale and shift go together"),
+    (dict(scale=torch.zeros(6)), r"scale must be \(2, 6\) for x \(2, 6, 3, 3\), got \(6,\)"),
+], ids=str)
+def test_refuses(change: dict[str, object], complaint: str) -> None:
+    arguments = dict(x=torch.zeros(2, 6, 3, 3), weight=torch.ones(6), bias=torch.ones(6), num_groups=2,
+                     scale=torch.zeros(2, 6), shift=torch.zeros(2, 6))
+    with pytest.raises(ValueError, match=complaint):
+        ops.group_norm_silu(**arguments | change)

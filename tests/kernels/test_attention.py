@@ -1,0 +1,59 @@
+"""The kernels of attention: what they compute, in Triton's interpreter, and what they compile to, without a GPU."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.kernels.aot import SHARED_LIMIT, compiled
+from tests.kernels.interpreting import run_interpreted
+
+pytest.importorskip("triton")
+
+MATRIX_INSTRUCTION = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
+
+
+def test_in_the_interpreter() -> None:
+    run_interpreted("interpreted_attention.py")
+
+
+def check(row: dict[str, Any]) -> None:
+    assert row["shared_bytes"] <= SHARED_LIMIT[row["target"]], row
+    if row["label"].startswith("bfloat16") and row["kernel"] != "add_splits":
+        assert row["instructions"].get(MATRIX_INSTRUCTION[row["target"]]), row
+    if row["target"] == "sm_90" and not (row["label"].startswith("float32 D=128")):
+        assert row["spills"] == 0, row
+
+
+def test_heads_of_64_compile_for_hopper() -> None:
+    rows = compiled("attention", ["sm_90"], "bfloat16 D=64")
+    assert {row["kernel"] for row in rows} == {"forward", "backward_rows", "backward_keys", "add_splits"}
+    assert len({row["constants"]["ROWS"] for row in rows if row["kernel"] == "forward"}) == 2  # few rows, many rows
+    for row in rows:
+        check(row)
+
+
+def test_heads_of_64_compile_for_other_gpus() -> None:
+    rows = compiled("attention", ["sm_80", "sm_100", "gfx942"], "bfloat16 D=64 1024")
+    assert {row["target"] for row in rows} == {"sm_80", "sm_100", "gfx942"}
+    for row in rows:
+        check(row)
+
+
+def test_the_table_of_registers_is_of_the_tiles_as_they_stand() -> None:
+    """benchmarks/results/aot.json has every tile; python -m benchmarks.aot makes it again."""
+    from fastimagen_kernels.attention_tiles import TILES
+
+    rows = [row for row in json.loads((ROOT / "benchmarks/results/aot.json").read_text())["rows"]
+            if row["file"] == "attention"]
+    for row in rows:
+        check(row)
+    measured = {("float32" if row["label"].startswith("float32") else row["target"], row["kernel"],
+                 row["constants"].get("ROWS"), row["constants"].get("KEYS"), row["num_warps"], row["num_stages"])
+                for row in rows}
+    shipped = {(target, kernel, *tile) for (target, kernel), table in TILES.items()
+               if target not in ("other", "interpreter") for pair in table.values() for tile in pair}
+    assert shipped <= measured, shipped - measured

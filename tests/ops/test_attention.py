@@ -1,0 +1,156 @@
+"""ops.attention in plain PyTorch, its operator without kernels, and how it calls xFormers."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastimagen import ops
+from fastimagen.ops.attention import Keys
+from fastimagen.ops.attention_op import fused
+from tests.conftest import ROOT
+from tests.kernels.attention_cases import Case, assert_close, exact, make, results
+
+backends = importlib.import_module("fastimagen.ops.backend")  # `ops.backend` is its function of that name
+CASES = [
+    Case(queries=9, heads=4, width=24, keys=9, context=20, lengths=(20, 0)),
+    Case(queries=6, heads=3, width=16, keys=5, key_heads=3, null="heads", context=4, lengths=(4, 1)),
+    Case(queries=6, heads=2, width=16, key_heads=2, null="", context=6, lengths=(0, 4)),
+    Case(queries=6, heads=2, width=16, keys=7, null=""),
+    Case(queries=4, heads=2, width=16, context=3),
+    Case(queries=4, heads=2, width=16),
+]
+OPERATOR_ARGUMENTS = ("q", "k", "v", "null_k", "null_v", "context_k", "context_v", "context_lengths")
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equals_the_definition(case: Case) -> None:
+    tensors = make(case)
+    assert_close(results(ops.attention, tensors), exact(tensors))
+    if case.lengths == (0, 4):  # no null key, no image: the first sample has no key at all
+        assert (results(ops.attention, tensors)["out"][0] == 0).all()
+
+
+@pytest.mark.parametrize("case", CASES[:4], ids=str)
+def test_gradients_of_reference_and_operator(case: Case) -> None:
+    tensors = make(case, torch.float64)
+    tensors = {name: x.requires_grad_(x.is_floating_point()) for name, x in tensors.items()}
+    arguments = tuple(tensors.get(name) for name in OPERATOR_ARGUMENTS)
+
+    def public(q: Tensor, *keys: Tensor | None) -> Tensor:
+        names = Keys._fields[:-1] + ("context_lengths",)
+        return ops.attention(q, **dict(zip(names, keys)))
+
+    assert torch.autograd.gradcheck(public, arguments, fast_mode=True)
+    assert torch.autograd.gradcheck(lambda *a: fused(*a, case.width**-0.5), arguments, fast_mode=True)
+    torch.testing.assert_close(public(*arguments), fused(*arguments, case.width**-0.5))
+
+
+@pytest.mark.parametrize("case", CASES[:2], ids=str)
+def test_operator_registration(case: Case) -> None:
+    tensors = make(case)
+    leaves = [x.requires_grad_() if (x := tensors.get(name)) is not None and x.is_floating_point() else x
+              for name in OPERATOR_ARGUMENTS]
+    torch.library.opcheck(torch.ops.fastimagen.attention, (*leaves, 0.25))
+
+
+def test_normalised_queries_and_keys() -> None:
+    tensors = make(CASES[0])
+    scales = torch.rand(2, 24) + 0.5
+    del tensors["dout"]
+    by_hand = tensors | {name: F.normalize(tensors[name], dim=-1) * scales[0 if name == "q" else 1]
+                         for name in ("q", "k", "null_k", "context_k")}
+    out = ops.attention(**tensors, qk_scales=tuple(scales), scale=8.0)
+    torch.testing.assert_close(out, ops.attention(**by_hand, scale=8.0))
+
+
+def test_autocast_and_compilation() -> None:
+    tensors = make(CASES[0])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = results(ops.attention, tensors)
+    assert got["out"].dtype == torch.bfloat16 and got["dq"].dtype == torch.float32
+    assert_close(got, exact(tensors), 2e-2)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda q, **keys: ops.attention(q, **keys), fullgraph=True, backend="aot_eager")
+    assert_close(results(compiled, tensors), exact(tensors))
+
+
+@pytest.mark.parametrize("lengths", [None, (4, 2)], ids=["all", "masked"])
+def test_nothing_of_the_size_of_all_scores_is_kept(lengths: tuple[int, ...] | None) -> None:
+    """SDPA's blockwise kernel computes it, masked or not, and not the one that writes all scores down."""
+    case = Case(queries=8, heads=2, width=16, keys=8, context=4, lengths=lengths)
+    with torch.profiler.profile() as profile:
+        results(ops.attention, make(case))
+    names = {event.key for event in profile.key_averages()}
+    assert "aten::_scaled_dot_product_flash_attention_for_cpu" in names, names
+    assert "aten::_scaled_dot_product_attention_math" not in names
+
+
+PEAK = """
+import resource, torch
+from fastimagen import ops
+q, k, v = (torch.randn(1, 2048, heads, 64, requires_grad=True) for heads in (8, 1, 1))
+null = torch.randn(64, requires_grad=True)
+ops.attention(q[:, :8], k[:, :8], v[:, :8], null_k=null, null_v=null).sum().backward()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+ops.attention(q, k, v, null_k=null, null_v=null).sum().backward()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+def test_memory_of_self_attention() -> None:
+    """2048 tokens, 8 heads: forward and backward take less than one matrix of all scores."""
+    child = subprocess.run([sys.executable, "-c", PEAK], cwd=ROOT, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+    assert int(child.stdout) < 8 * 2048 * 2049 * 4, child.stdout
+
+
+@pytest.mark.parametrize("case", CASES[:4], ids=str)
+def test_how_xformers_is_called(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in with xFormers' contract: one shape of heads, a bias with aligned rows, NaN where all is masked."""
+    def memory_efficient_attention(query: Tensor, key: Tensor, value: Tensor, attn_bias: Tensor | None = None,
+                                   p: float = 0.0, scale: float | None = None) -> Tensor:
+        assert query.dim() == 4 and key.shape == value.shape and key.shape[2] == query.shape[2]
+        if attn_bias is not None:
+            assert attn_bias.shape == (len(query), query.shape[2], query.shape[1], key.shape[1])
+            assert attn_bias.stride(-1) == 1 and all(stride % 8 == 0 for stride in attn_bias.stride()[:3])
+            assert attn_bias.dtype == query.dtype
+        logits = torch.einsum("bmhd,bnhd->bhmn", query, key) * scale
+        weights = (logits if attn_bias is None else logits + attn_bias).softmax(dim=-1)
+        return torch.einsum("bhmn,bnhd->bmhd", weights, value)
+
+    module = types.ModuleType("xformers.ops")
+    module.memory_efficient_attention = memory_efficient_attention
+    monkeypatch.setitem(sys.modules, "xformers", types.ModuleType("xformers"))
+    monkeypatch.setitem(sys.modules, "xformers.ops", module)
+    monkeypatch.setattr(backends, "_wish", "xformers")
+    tensors = make(case)
+    with pytest.raises(ValueError, match='attention with backend "xformers": .*'):
+        ops.attention(tensors["q"], null_k=torch.ones(case.width), null_v=torch.ones(case.width))
+    monkeypatch.setattr(sys.modules["fastimagen.ops.attention"], "_no_xformers_for", lambda q: None)
+    assert_close(results(ops.attention, tensors), exact(tensors))
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"q": torch.ones(2, 4, 16)}, r"attention takes q \(B, N, H, D\), got \(2, 4, 16\)"),
+    ({"k": None, "v": None}, "attention needs at least one of k, null_k and context_k"),
+    ({"v": None}, "k and v go together"),
+    ({"v": torch.ones(2, 3, 1, 16)}, r"k and v must have one shape, got \(2, 5, 1, 16\) and \(2, 3, 1, 16\)"),
+    (dict.fromkeys("kv", torch.ones(2, 5, 3, 16)),
+     r"k and v must be \(2, keys, 1 or 2, 16\) for q .*, got \(2, 5, 3, 16\)"),
+    (dict.fromkeys(("null_k", "null_v"), torch.ones(8)), r"null_k and null_v must be \(16,\) or \(1 or 2, 16\) for q"),
+    ({"context_lengths": torch.ones(2)}, "context_lengths without context_k"),
+    (dict.fromkeys(("context_k", "context_v"), torch.ones(2, 5, 1, 16)) | {"context_lengths": torch.ones(2)},
+     r"context_lengths must be \(2,\) int32 or int64, got \(2,\) float32"),
+])
+def test_arguments_that_do_not_fit(change: dict[str, Tensor | None], message: str) -> None:
+    arguments = {"q": torch.ones(2, 4, 2, 16), "k": torch.ones(2, 5, 1, 16), "v": torch.ones(2, 5, 1, 16)}
+    with pytest.raises(ValueError, match=message):
+        ops.attention(**(arguments | change))
