@@ -15,7 +15,7 @@ from .config import CascadeConfig, SamplingConfig, StageConfig
 from .config_file import validate
 from .diffusion import Diffusion
 from .editing import Given, sample_given
-from .guidance import denoiser, guided
+from .guidance import Denoiser
 from .images import resize
 from .samplers import SAMPLERS, image_noise
 from .schedule import make_schedule
@@ -97,13 +97,13 @@ class Stage:
             level = torch.full((len(seeds),), self.config.augmentation.sample_level, dtype=torch.float64, device=device)
             noise = image_noise(seeds, shape, stage=f"{self.name}/augmentation", step=0, device=device)
             condition = self.lowres_condition(lowres.to(noise), level, noise)
-        network = self._network(unet, text, negative, condition, sampling.guidance)
+        denoise = self._denoiser(unet, text, negative, condition, sampling)
 
         def step_noise(step: int) -> Tensor:
             return image_noise(seeds, shape, stage=self.name, step=step, device=device)
 
         schedule, walk = self.diffusion.schedule, SAMPLERS[sampling.sampler]
-        denoise, times = denoiser(network, self.diffusion, sampling), schedule.grid(sampling.steps)
+        times = schedule.grid(sampling.steps)
         shown = callback and (lambda step, x, x0: callback(self.name, step, x, x0))
         if given is None:
             x = walk(denoise, step_noise(-1), times, schedule=schedule, noise=step_noise, callback=shown)
@@ -112,19 +112,23 @@ class Stage:
                              noise=step_noise, callback=shown)
         return x.clamp(-1, 1)
 
-    def _network(self, unet: UNet, text: TextEmbeddings | None, negative: TextEmbeddings | None,
-                 condition: dict[str, Tensor], guidance: float):
-        """network(x, time) -> output with captions, low-res image and guidance built in."""
-        if text is None or guidance == 1.0:
-            state = None if text is None else unet.encode_text(text)
-            return lambda x, time: unet(x, time, text=state, **condition).float()
-        if negative is None:
+    def _denoiser(self, unet: UNet, text: TextEmbeddings | None, negative: TextEmbeddings | None,
+                  condition: dict[str, Tensor], sampling: SamplingConfig) -> Denoiser:
+        """The U-Net as a denoiser: captions, encoded once for all steps, low-res image and guidance built in."""
+        weight = None if text is None or sampling.guidance == 1.0 else sampling.guidance
+        if text is None:
+            state = None
+        elif weight is None:
+            state = unet.encode_text(text)
+        elif negative is None:
             rows = torch.arange(len(text), device=text.embeds.device).repeat(2)  # (2B,)
             state = unet.encode_text(text[rows], torch.arange(len(rows), device=rows.device) < len(text))
         else:
             state = unet.encode_text(TextEmbeddings.cat([text, negative.to(device=text.embeds.device)]))
-        twice = {name: torch.cat([value, value]) for name, value in condition.items()}
-        return guided(lambda x, time: unet(x, time, text=state, **twice).float(), guidance)
+        if weight is not None:
+            condition = {name: torch.cat([value, value]) for name, value in condition.items()}
+        return Denoiser(lambda x, time: unet(x, time, text=state, **condition), self.diffusion, sampling,
+                        guidance=weight)
 
 
 class Cascade(nn.Module):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .images import resize
-from .samplers import Denoise, Noise
+from .samplers import Denoise, Noise, Update, advance
 from .schedule import Schedule
 
 
@@ -75,10 +75,8 @@ class Given:
         return replace(self, image=image, mask=None if mask is None else mask.to(device))
 
     def keeping(self, denoise: Denoise) -> Denoise:
-        """`denoise` with the kept pixels put into every x0, so that any sampler ends on them exactly."""
-        if self.mask is None:
-            return denoise
-        return lambda x, time: torch.where(self.mask, denoise(x, time), self.image.to(x.dtype))
+        """`denoise` with the kept pixels put into every x0."""
+        return denoise if self.mask is None else Keeping(denoise, self.image, self.mask)
 
     def stretches(self, steps: int) -> Iterator[tuple[int, int]]:
         """(first, last) step of every stretch to walk, in order; one that repeats begins by noising back."""
@@ -86,6 +84,22 @@ class Given:
         length, times = (self.jump, self.resamples) if self.mask is not None else (steps, 1)
         for start in range(first, steps, length):
             yield from [(start, min(start + length, steps))] * times
+
+
+class Keeping:
+    """A denoiser that knows x0 (B, C, S, S) of the pixels where the mask (B, 1, S, S) is false."""
+
+    def __init__(self, denoise: Denoise, image: Tensor, mask: Tensor) -> None:
+        self.denoise, self.image, self.mask = denoise, image, mask
+
+    def __call__(self, x: Tensor, time: Tensor) -> Tensor:
+        return torch.where(self.mask, self.denoise(x, time), self.image.to(x.dtype))
+
+    def step(self, x: Tensor, time: Tensor, update: Update, **inputs: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(x_next, x0): steps are linear in x0, so what is put right there is put right in x_next."""
+        following, x0 = advance(self.denoise, x, time, update, **inputs)
+        kept = torch.where(self.mask, x0, self.image.to(x.dtype))
+        return following + update.gain * (kept - x0), kept
 
 
 def sample_given(sampler: Callable[..., Tensor], denoise: Denoise, given: Given, times: Tensor, *, schedule: Schedule,
@@ -107,7 +121,7 @@ def sample_given(sampler: Callable[..., Tensor], denoise: Denoise, given: Given,
         x = sampler(denoise, x, times[first:last + 1], schedule=schedule, noise=lambda step: noise(next(draws)),
                     callback=callback and (lambda step, x, x0, first=first: callback(first + step, x, x0)))
         here = last
-    return x if given.mask is None else torch.where(given.mask, x, given.image)  # DDPM's last step rounds
+    return x if given.mask is None else torch.where(given.mask, x, given.image)  # steps round
 
 
 def _noised(image: Tensor, time: Tensor, noise: Tensor, schedule: Schedule) -> Tensor:

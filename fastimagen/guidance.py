@@ -1,4 +1,4 @@
-"""Classifier-free guidance and thresholding: from a network to the `denoise(x, time) -> x0` that samplers call."""
+"""From a network to the `denoise(x, time) -> x0` that samplers call: guidance, prediction type and thresholding."""
 
 from __future__ import annotations
 
@@ -10,41 +10,37 @@ from torch import Tensor
 from . import ops
 from .config import SamplingConfig
 from .diffusion import Diffusion
+from .samplers import Update
 
 Network = Callable[[Tensor, Tensor], Tensor]
-Denoise = Callable[[Tensor, Tensor], Tensor]
 
 
-def guided(both: Network, weight: float) -> Network:
-    """Classifier-free guidance (Imagen, section 2.2): output u + w (c - u).
+class Denoiser:
+    """`denoise(x, time) -> x0` around `network(network_input, network_time) -> output`; `step` goes on from there.
 
-    `both(x, time)` runs the conditional and the unconditional half in one batch: it gets x (2B, C, H, W) and time
-    (2B,), captions kept in the first B rows and dropped in the rest. Guidance acts on the network's output; since
-    x0 is affine in it with the same coefficients in both halves, that equals guidance on epsilon or x0.
+    With a guidance weight (Imagen, section 2.2) the network runs both halves in one batch: it gets x (2B, C, H, W) and
+    time (2B,), captions kept in the first B rows, dropped or negative in the rest. Guidance acts on its output; since
+    x0 is affine in it with the same coefficients in both halves, that equals guidance on epsilon or x0. Without one
+    (None) it gets x (B, C, H, W).
     """
 
-    def network(x: Tensor, time: Tensor) -> Tensor:
-        conditional, unconditional = both(torch.cat([x, x]), torch.cat([time, time])).chunk(2)  # 2 x (B, C, H, W)
-        return unconditional.lerp(conditional, weight)  # exact for weight 0 and 1
+    def __init__(self, network: Network, diffusion: Diffusion, sampling: SamplingConfig, *,
+                 guidance: float | None = None) -> None:
+        self.network, self.diffusion, self.sampling, self.guidance = network, diffusion, sampling, guidance
 
-    return network
+    def __call__(self, x: Tensor, time: Tensor) -> Tensor:
+        """x0 (B, C, H, W) from x at `time`, a scalar on the CPU."""
+        return self.step(x, time, Update(keep=0.0, gain=1.0))[1]
 
-
-def threshold(x0: Tensor, sampling: SamplingConfig) -> Tensor:
-    """Clip x0 (B, C, H, W) as the stage asks (Imagen, section 2.3)."""
-    if sampling.threshold == "dynamic":
-        return ops.dynamic_threshold(x0, sampling.percentile)
-    if sampling.threshold == "static":
-        return x0.clamp(-1, 1)
-    return x0
-
-
-def denoiser(network: Network, diffusion: Diffusion, sampling: SamplingConfig) -> Denoise:
-    """`denoise(x, time) -> x0` around `network(network_input, network_time) -> output`; time is a scalar tensor."""
-
-    def denoise(x: Tensor, time: Tensor) -> Tensor:
-        network_time = diffusion.schedule.network_time(time).to(x.device).expand(len(x))  # (B,)
-        output = network(diffusion.network_input(x, time), network_time)
-        return threshold(diffusion.x0(output.to(x.dtype), x, time), sampling)
-
-    return denoise
+    def step(self, x: Tensor, time: Tensor, update: Update, *, previous: Tensor | None = None,
+             noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(x_next, x0): the sampler's step, by `ops.sampler_step`."""
+        skip, out, scale = (float(c) for c in self.diffusion.coefficients(time))
+        shown = x if scale == 1 else scale * x
+        if self.guidance is not None:
+            shown = torch.cat([shown, shown])  # (2B, C, H, W)
+        network_time = shown.new_full((len(shown),), float(self.diffusion.schedule.network_time(time)),
+                                      dtype=torch.float32)
+        return ops.sampler_step(self.network(shown, network_time), x, (skip, out), update, guidance=self.guidance,
+                                threshold=self.sampling.threshold, percentile=self.sampling.percentile,
+                                previous=previous, noise=noise)

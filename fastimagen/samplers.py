@@ -5,6 +5,9 @@
 x (B, C, H, W) is noise at times[0]; `denoise(x, time) -> x0` has prediction type, guidance and thresholding applied
 already; times (steps + 1,) ends at the clean image, as schedule.grid does, or earlier; `noise(step) -> (B, C, H, W)`
 feeds the stochastic sampler; `callback(step, x, x0)` sees every intermediate state. alpha = 0 is a valid start.
+
+All of them go on linearly, x_next = keep x + gain x0 + memory previous + spread noise: they differ in the numbers, an
+`Update`. A denoiser that has a method `step` (guidance.Denoiser) makes x0 and x_next in one.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from hashlib import blake2b
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +25,29 @@ from .schedule import Schedule
 Denoise = Callable[[Tensor, Tensor], Tensor]
 Noise = Callable[[int], Tensor]
 Callback = Callable[[int, Tensor, Tensor], None]
+
+
+class Update(NamedTuple):
+    """x_next = keep x + gain x0 + memory previous + spread noise."""
+
+    keep: float
+    gain: float
+    memory: float = 0.0
+    spread: float = 0.0
+
+
+def advance(denoise: Denoise, x: Tensor, time: Tensor, update: Update, *, previous: Tensor | None = None,
+            noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(x_next, x0) from x at `time`."""
+    if hasattr(denoise, "step"):
+        return denoise.step(x, time, update, previous=previous, noise=noise)
+    x0 = denoise(x, time)
+    following = update.keep * x + update.gain * x0
+    if previous is not None:
+        following = following + update.memory * previous
+    if noise is not None:
+        following = following + update.spread * noise
+    return following, x0
 
 
 def _levels(schedule: Schedule, times: Tensor) -> list[tuple[float, float]]:
@@ -44,12 +71,12 @@ def sample_ddpm(denoise: Denoise, x: Tensor, times: Tensor, *, schedule: Schedul
     levels = _levels(schedule, times)
     for step in range(len(times) - 1):
         (alpha_t, sigma_t), (alpha_s, sigma_s) = levels[step], levels[step + 1]
-        x0 = denoise(x, times[step])
         ratio = alpha_t / alpha_s
         step_variance = sigma_t**2 - ratio**2 * sigma_s**2
-        x = (ratio * sigma_s**2 * x + alpha_s * step_variance * x0) / sigma_t**2
-        if sigma_s > 0:  # no noise on the way to the clean image
-            x = x + math.sqrt(max(step_variance, 0.0)) * sigma_s / sigma_t * noise(step)
+        update = Update(keep=ratio * sigma_s**2 / sigma_t**2, gain=alpha_s * step_variance / sigma_t**2,
+                        spread=math.sqrt(max(step_variance, 0.0)) * sigma_s / sigma_t)
+        # No noise on the way to the clean image.
+        x, x0 = advance(denoise, x, times[step], update, noise=noise(step) if sigma_s > 0 else None)
         if callback:
             callback(step, x, x0)
     return x
@@ -60,12 +87,16 @@ def sample_ddim(denoise: Denoise, x: Tensor, times: Tensor, *, schedule: Schedul
     """Deterministic DDIM (Song et al. 2021, eq. 12 with eta = 0): first order on the probability-flow ODE."""
     levels = _levels(schedule, times)
     for step in range(len(times) - 1):
-        (alpha_t, sigma_t), (alpha_s, sigma_s) = levels[step], levels[step + 1]
-        x0 = denoise(x, times[step])
-        x = alpha_s * x0 + sigma_s / sigma_t * (x - alpha_t * x0)
+        x, x0 = advance(denoise, x, times[step], _ddim(levels[step], levels[step + 1]))
         if callback:
             callback(step, x, x0)
     return x
+
+
+def _ddim(start: tuple[float, float], stop: tuple[float, float]) -> Update:
+    """alpha_s x0 + sigma_s epsilon, with epsilon = (x - alpha_t x0) / sigma_t."""
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = start, stop
+    return Update(keep=sigma_s / sigma_t, gain=alpha_s - sigma_s / sigma_t * alpha_t)
 
 
 def sample_dpmpp_2m(denoise: Denoise, x: Tensor, times: Tensor, *, schedule: Schedule, noise: Noise | None = None,
@@ -80,13 +111,13 @@ def sample_dpmpp_2m(denoise: Denoise, x: Tensor, times: Tensor, *, schedule: Sch
     previous = None
     for step in range(len(times) - 1):
         (_, sigma_t), (alpha_s, sigma_s) = levels[step], levels[step + 1]
-        x0 = denoise(x, times[step])
         width = log_ratio[step + 1] - log_ratio[step]
-        estimate = x0
+        gain, memory = -alpha_s * math.expm1(-width), 0.0
         if previous is not None and width < math.inf:
             r = (log_ratio[step] - log_ratio[step - 1]) / width
-            estimate = x0 + (x0 - previous) / (2 * r)
-        x = sigma_s / sigma_t * x - alpha_s * math.expm1(-width) * estimate
+            gain, memory = gain + gain / (2 * r), -gain / (2 * r)  # of x0 + (x0 - previous) / (2 r)
+        x, x0 = advance(denoise, x, times[step], Update(sigma_s / sigma_t, gain, memory),
+                        previous=previous if memory else None)
         previous = x0
         if callback:
             callback(step, x, x0)
@@ -104,13 +135,12 @@ def sample_heun(denoise: Denoise, x: Tensor, times: Tensor, *, schedule: Schedul
     levels = _levels(schedule, times)
     for step in range(len(times) - 1):
         (alpha_t, sigma_t), (alpha_s, sigma_s) = levels[step], levels[step + 1]
-        x0 = denoise(x, times[step])
-        predicted = alpha_s * x0 + sigma_s / sigma_t * (x - alpha_t * x0)
+        predicted, x0 = advance(denoise, x, times[step], _ddim(levels[step], levels[step + 1]))
         if sigma_s > 0:
-            v_t = (alpha_t * x - x0) / sigma_t
-            v_s = (alpha_s * predicted - denoise(predicted, times[step + 1])) / sigma_s
-            angle = math.atan2(sigma_t, alpha_t) - math.atan2(sigma_s, alpha_s)
-            x = x - angle * (v_t + v_s) / 2
+            half = (math.atan2(sigma_t, alpha_t) - math.atan2(sigma_s, alpha_s)) / 2
+            start = x - half / sigma_t * (alpha_t * x - x0)  # v = (alpha x - x0) / sigma at both ends
+            update = Update(keep=-half * alpha_s / sigma_s, gain=half / sigma_s, memory=1.0)
+            x, _ = advance(denoise, predicted, times[step + 1], update, previous=start)
         else:
             x = predicted
         if callback:
@@ -128,7 +158,8 @@ def image_noise(seeds: list[int], shape: tuple[int, ...], *, stage: str, step: i
     CPU's generator uses 32 bits of the seed: two draws share their noise with chance 2^-32.
     """
     rows = [torch.randn(shape, generator=torch.Generator().manual_seed(mix_seed(seed, stage, step))) for seed in seeds]
-    return torch.stack(rows).to(device)  # (B, *shape)
+    noise = torch.stack(rows)  # (B, *shape)
+    return noise.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else noise.to(device)
 
 
 def mix_seed(*parts: int | str) -> int:

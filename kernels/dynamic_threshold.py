@@ -1,10 +1,10 @@
 """Dynamic thresholding of pictures x (B, N numbers each): s = max(quantile(|x|, p), floor), y = clamp(x, -s, s) / s.
 
-The bits of |x| in fp32, read as integers, are ordered as the numbers are: 31 of them, the digits 11 + 10 + 10. Each digit
-takes one pass over x that counts the values of every bin among those that share the digits already known, and one program
-for each picture that walks the counts to the bin of the wanted rank. After three digits the order statistic of the lower
-rank is known to the bit. The next one is the same number if it is tied; else the next bin of the last count that is not
-empty; else the least of all numbers with larger first digits, which the last pass has kept.
+The bits of |x| in fp32, read as integers, are ordered as the numbers are: 31 of them, the digits 11 + 10 + 10. Each
+digit takes one pass over x that counts the values of every bin among those that share the digits already known, and
+one program for each picture that walks the counts to the bin of the wanted rank. After three digits the order
+statistic of the lower rank is known to the bit. The next one is the same number if it is tied; else the next bin of
+the last count that is not empty; else the least of all numbers with larger first digits, which the last pass has kept.
 
 No sort, no limit on N but 2^31 - 1, no wait for the GPU. Counts and minima are integers, so the order of the atomic
 operations cannot be seen. A NaN, either sign, makes its picture NaN: its bits are larger than those of infinity.
@@ -34,8 +34,20 @@ COLUMNS = 4
 @triton.jit
 def magnitudes(x_pointer, offset, mask):
     """The bits of |x| as int32, ordered as the numbers are."""
-    x = tl.load(x_pointer + offset, mask=mask, other=0.0).to(tl.float32)
+    return ordered(tl.load(x_pointer + offset, mask=mask, other=0.0).to(tl.float32))
+
+
+@triton.jit
+def ordered(x):
     return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def tally(bits, chosen, counts_pointer, picture, SHIFT: tl.constexpr, DIGIT: tl.constexpr, BINS: tl.constexpr):
+    """Add the chosen numbers to the counts (B, BINS) of their digit."""
+    counts = tl.histogram((bits >> SHIFT) & ((1 << DIGIT) - 1), BINS, mask=chosen)
+    bins = tl.arange(0, BINS)
+    tl.atomic_add(counts_pointer + picture * BINS + bins, counts, mask=counts > 0)
 
 
 @triton.jit
@@ -56,9 +68,7 @@ def count(x_pointer, counts_pointer, state_pointer, n, SHIFT: tl.constexpr, DIGI
         chosen = mask & (above == prefix)
         if LAST:
             tl.atomic_min(state + ABOVE, tl.min(tl.where(mask & (above > prefix), bits, 0x7FFFFFFF), axis=0))
-    counts = tl.histogram((bits >> SHIFT) & ((1 << DIGIT) - 1), BINS, mask=chosen)
-    bins = tl.arange(0, BINS)
-    tl.atomic_add(counts_pointer + picture * BINS + bins, counts, mask=counts > 0)
+    tally(bits, chosen, counts_pointer, picture, SHIFT, DIGIT, BINS)
 
 
 @triton.jit
@@ -96,6 +106,12 @@ def walk(counts_pointer, state_pointer, s_pointer, fraction, floor, DIGIT: tl.co
 
 
 @triton.jit
+def clamped(x, s):
+    """x in [-s, s]; a NaN stays one."""
+    return tl.where(x > s, s, tl.where(x < -s, -s, x))
+
+
+@triton.jit
 def apply(x_pointer, s_pointer, y_pointer, n, BLOCK: tl.constexpr):
     """y = clamp(x, -s, s) / s."""
     picture = tl.program_id(1).to(tl.int64)
@@ -103,7 +119,7 @@ def apply(x_pointer, s_pointer, y_pointer, n, BLOCK: tl.constexpr):
     mask = offset < n
     x = tl.load(x_pointer + picture * n + offset, mask=mask, other=0.0).to(tl.float32)
     s = tl.load(s_pointer + picture)
-    y = tl.where(x > s, s, tl.where(x < -s, -s, x)) / s
+    y = clamped(x, s) / s
     tl.store(y_pointer + picture * n + offset, y.to(y_pointer.dtype.element_ty), mask=mask)
 
 
@@ -114,24 +130,37 @@ def quantile_rank(n: int, percentile: float) -> tuple[int, float]:
     return rank, position - rank
 
 
+class Selection:
+    """The search for the thresholds of pictures (B, N each): what is known, the counts, and the result s (B,)."""
+
+    def __init__(self, batch: int, n: int, percentile: float, floor: float, device: torch.device) -> None:
+        rank, self.fraction = quantile_rank(n, percentile)
+        self.n, self.floor = n, floor
+        self.state = torch.empty(batch, COLUMNS, dtype=torch.int32, device=device)
+        for column, value in ((PREFIX, 0), (RANK, rank), (ABOVE, NOTHING), (LARGEST, 0)):
+            self.state[:, column.value].fill_(value)
+        self.counts = torch.zeros(len(DIGITS), batch, BINS, dtype=torch.int32, device=device)
+        self.s = torch.empty(batch, dtype=torch.float32, device=device)
+        self.grid = (triton.cdiv(n, BLOCK), batch)
+
+    def run(self, x: Tensor, counted: int = 0) -> Tensor:
+        """s (B,) of x; of the first `counted` digits the counts are there already."""
+        for step, (shift, digit) in enumerate(zip(SHIFTS, DIGITS)):
+            last = step == len(DIGITS) - 1
+            if step >= counted:
+                count[self.grid](x, self.counts[step], self.state, self.n, SHIFT=shift, DIGIT=digit, BINS=BINS,
+                                 FIRST=step == 0, LAST=last, BLOCK=BLOCK, num_warps=8)
+            walk[(len(self.s),)](self.counts[step], self.state, self.s, self.fraction, self.floor, DIGIT=digit,
+                                 BINS=BINS, LAST=last, num_warps=8)
+        return self.s
+
+
 def dynamic_threshold(x: Tensor, percentile: float, floor: float) -> Tensor:
     """x (B, ...), each picture dense in memory and the pictures one after the other; y like x."""
-    batch, n = x.shape[0], x[0].numel()
-    rank, fraction = quantile_rank(n, percentile)
-    state = torch.empty(batch, COLUMNS, dtype=torch.int32, device=x.device)
-    for column, value in ((PREFIX, 0), (RANK, rank), (ABOVE, NOTHING), (LARGEST, 0)):
-        state[:, column.value].fill_(value)
-    counts = torch.zeros(len(DIGITS), batch, BINS, dtype=torch.int32, device=x.device)
-    s = torch.empty(batch, dtype=torch.float32, device=x.device)
-    y = torch.empty_like(x)
-    grid = (triton.cdiv(n, BLOCK), batch)
+    n, y = x[0].numel(), torch.empty_like(x)
     with torch.cuda.device_of(x):
-        for step, (shift, digit) in enumerate(zip(SHIFTS, DIGITS)):
-            first, last = step == 0, step == len(DIGITS) - 1
-            count[grid](x, counts[step], state, n, SHIFT=shift, DIGIT=digit, BINS=BINS, FIRST=first, LAST=last,
-                        BLOCK=BLOCK, num_warps=8)
-            walk[(batch,)](counts[step], state, s, fraction, floor, DIGIT=digit, BINS=BINS, LAST=last, num_warps=8)
-        apply[grid](x, s, y, n, BLOCK=BLOCK, num_warps=8)
+        selection = Selection(len(x), n, percentile, floor, x.device)
+        apply[selection.grid](x, selection.run(x), y, n, BLOCK=BLOCK, num_warps=8)
     return y
 
 

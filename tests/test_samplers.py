@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastimagen.config import ObjectiveConfig, SamplingConfig, ScheduleConfig
 from fastimagen.diffusion import Diffusion
-from fastimagen.guidance import denoiser, guided, threshold
+from fastimagen.guidance import Denoiser
 from fastimagen.samplers import SAMPLERS, image_noise, mix_seed, sample_ddpm
 from fastimagen.schedule import Schedule, make_schedule
 
@@ -205,7 +205,7 @@ def _sample_finite(name: str, config: ScheduleConfig, prediction: str) -> None:
         return torch.sin(5 * x + 0.01 * time[:, None, None, None])
 
     for steps in (1, 2, 3, 20):
-        denoise = denoiser(network, diffusion, SamplingConfig())
+        denoise = Denoiser(network, diffusion, SamplingConfig())
         x = torch.randn(2, 1, 4, 4, generator=generator)
         result = SAMPLERS[name](denoise, x, diffusion.schedule.grid(steps), schedule=diffusion.schedule,
                                 noise=lambda step: torch.randn(x.shape, generator=generator))
@@ -285,35 +285,42 @@ def both_halves(x: Tensor, time: Tensor) -> Tensor:
 
 
 @pytest.fixture
-def batch() -> tuple[Tensor, Tensor]:
-    x = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-    return x, torch.tensor([100.0, 500.0, 900.0])
+def x() -> Tensor:
+    return torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-def test_guidance_weight_one_is_conditional_and_zero_unconditional(batch: tuple[Tensor, Tensor]) -> None:
-    x, time = batch
-    conditional, unconditional = both_halves(torch.cat([x, x]), torch.cat([time, time])).chunk(2)
-    assert guided(both_halves, 1.0)(x, time).equal(conditional)
-    assert guided(both_halves, 0.0)(x, time).equal(unconditional)
-    for weight in (0.3, 1.35, 5.0, 18.0):  # Imagen, equation 2
-        expected = weight * conditional.double() + (1 - weight) * unconditional.double()
-        assert (guided(both_halves, weight)(x, time) - expected).abs().max() < 1e-5
+def x0_of(diffusion: Diffusion, weight: float, x: Tensor, time: Tensor) -> Tensor:
+    return Denoiser(both_halves, diffusion, SamplingConfig(threshold="none"), guidance=weight)(x, time)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_guidance_on_the_output_is_guidance_on_epsilon_and_x0(prediction: str, batch: tuple[Tensor, Tensor]) -> None:
-    diffusion, weight = Diffusion(ScheduleConfig(), ObjectiveConfig(prediction=prediction)), 3.0
-    x = batch[0].double()
+def test_guidance_on_the_output_is_guidance_on_epsilon_and_x0(prediction: str, x: Tensor) -> None:
+    diffusion = Diffusion(ScheduleConfig(), ObjectiveConfig(prediction=prediction))
     for time in torch.tensor([0.01, 0.5, 0.99], dtype=torch.float64):
         alpha, sigma = diffusion.schedule.alpha_sigma(time)
         network_time = diffusion.schedule.network_time(time).expand(3)
         x_in = diffusion.network_input(x, time)
         halves = both_halves(torch.cat([x_in, x_in]), torch.cat([network_time] * 2)).chunk(2)
         conditional, unconditional = (diffusion.x0(half, x, time) for half in halves)
-        x0 = diffusion.x0(guided(both_halves, weight)(x_in, network_time), x, time)
-        assert x0.allclose(unconditional + weight * (conditional - unconditional), rtol=1e-9)
-        epsilon_c, epsilon_u = ((x - alpha * half) / sigma for half in (conditional, unconditional))
-        assert ((x - alpha * x0) / sigma).allclose(epsilon_u + weight * (epsilon_c - epsilon_u), rtol=1e-9)
+        for weight in (0.0, 0.3, 1.0, 3.0, 18.0):  # Imagen, equation 2
+            x0 = x0_of(diffusion, weight, x, time)
+            assert x0.allclose(weight * conditional + (1 - weight) * unconditional, rtol=1e-9)
+            epsilon_c, epsilon_u = ((x - alpha * half) / sigma for half in (conditional, unconditional))
+            epsilon = weight * epsilon_c + (1 - weight) * epsilon_u
+            assert ((x - alpha * x0) / sigma).allclose(epsilon, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_denoiser_that_steps_goes_where_a_plain_one_does(name: str, x: Tensor) -> None:
+    """The fused step against the samplers' own formulas, with guidance and thresholding in between."""
+    diffusion = Diffusion(ScheduleConfig(), ObjectiveConfig(prediction="v"))
+    denoise = Denoiser(both_halves, diffusion, SamplingConfig(percentile=0.9), guidance=2.0)
+
+    def sample(denoise: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        return SAMPLERS[name](denoise, x, diffusion.schedule.grid(6), schedule=diffusion.schedule,
+                              noise=lambda step: torch.full_like(x, 0.1 * step))
+
+    torch.testing.assert_close(sample(denoise), sample(lambda x, time: denoise(x, time)), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static", "none"])
@@ -333,7 +340,7 @@ def test_denoiser_scales_predicts_and_thresholds(kind: str, prediction: str) -> 
         assert network_time.tolist() == pytest.approx([600.0, 600.0]) and network_time.dtype == torch.float32
         return diffusion.target(images, noise, time)
 
-    found = denoiser(network, diffusion, sampling)(x, time)
+    found = Denoiser(network, diffusion, sampling)(x, time)
     if kind == "none":
         expected = images
     elif kind == "static":
@@ -356,5 +363,7 @@ def sorted_quantile(values: Tensor, share: float) -> float:
 
 def test_threshold_leaves_calm_pictures_alone() -> None:
     calm = torch.rand(2, 3, 4, 4) * 2 - 1
+    diffusion = Diffusion(ScheduleConfig(), ObjectiveConfig(prediction="x0"))
     for kind in ("dynamic", "static", "none"):
-        assert threshold(calm, SamplingConfig(threshold=kind)).equal(calm)
+        denoise = Denoiser(lambda x, time: x, diffusion, SamplingConfig(threshold=kind))
+        assert denoise(calm, torch.tensor(0.5, dtype=torch.float64)).equal(calm)

@@ -28,7 +28,7 @@ def dynamic_threshold(x0: Tensor, percentile: float, *, floor: float = 1.0) -> T
         raise ValueError(f"dynamic_threshold takes samples (B, ...) that are not empty, got {tuple(x0.shape)}")
     if x0.dtype not in (*DTYPES, torch.float64):
         raise ValueError(f"dynamic_threshold takes floating point samples, got {x0.dtype}")
-    if use_triton("dynamic_threshold", x0, _unsupported(x0)):
+    if use_triton("dynamic_threshold", x0, unsupported(x0)):
         return _operator(x0, percentile, floor)
     return reference(x0, percentile, floor=floor)
 
@@ -57,7 +57,7 @@ def reference(x0: Tensor, percentile: float, *, floor: float = 1.0) -> Tensor:
     return x0.to(wide).clamp(-s, s).div_(s).to(x0.dtype)
 
 
-def _unsupported(x0: Tensor) -> str | None:
+def unsupported(x0: Tensor) -> str | None:
     if x0.dtype not in DTYPES:
         return f"the kernel takes float32, bfloat16 and float16, not {str(x0.dtype).removeprefix('torch.')}"
     if not x0.numel():
@@ -70,9 +70,9 @@ def _unsupported(x0: Tensor) -> str | None:
 
 @torch.library.custom_op("fastimagen::dynamic_threshold", mutates_args=())
 def _operator(x0: Tensor, percentile: float, floor: float) -> Tensor:
-    x0 = _dense(x0)
+    x0 = dense(x0)
     if not in_kernels(x0):
-        return _like(reference(x0, percentile, floor=floor), x0)
+        return laid_like(reference(x0, percentile, floor=floor), x0)
     from fastimagen_kernels import dynamic_threshold as kernels
 
     return kernels.dynamic_threshold(x0, percentile, floor)
@@ -80,14 +80,14 @@ def _operator(x0: Tensor, percentile: float, floor: float) -> Tensor:
 
 @_operator.register_fake
 def _(x0: Tensor, percentile: float, floor: float) -> Tensor:
-    return torch.empty_like(_dense(x0))
+    return torch.empty_like(dense(x0))
 
 
-def _dense(x0: Tensor) -> Tensor:
+def dense(x0: Tensor) -> Tensor:
     """x0 itself if it is contiguous or channels_last, else a contiguous copy."""
     last = x0.dim() == 4 and x0.is_contiguous(memory_format=torch.channels_last)
     return x0 if last or x0.is_contiguous() else x0.contiguous()
 
 
-def _like(tensor: Tensor, x0: Tensor) -> Tensor:
+def laid_like(tensor: Tensor, x0: Tensor) -> Tensor:
     return torch.empty_like(x0).copy_(tensor)

@@ -1,0 +1,126 @@
+"""One step of a sampler, from the U-Net's output to the next x, for pictures of N numbers each.
+
+    F  = u + w (c - u)                                       guidance; without it F is the output itself
+    x0 = threshold(skip x + out F)                           dynamic, static (clamp to [-1, 1]) or none
+    x' = keep x + gain x0 + memory previous + spread noise   DDPM, DDIM, DPM-Solver++ and Heun differ in numbers alone
+
+Without dynamic thresholding that is one kernel. With it, the first kernel stores x0 and counts the first digit of its
+bits on the way, dynamic_threshold.py finds s, and the last kernel clamps, divides and goes on to x'. Everything is
+fp32 but the output, which may be bf16 or fp16.
+
+Launches: 1, or 7 (recover, 2 counts, 3 walks, finish). Bytes moved for each number, from a guided bf16 output, without
+previous and noise: 16 (x 4, c and u 2 each, x0 4, x' 4) in one kernel; 36 with dynamic thresholding, which reads x once
+more, x0 three times, and stores x0 twice.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .dynamic_threshold import BINS, BLOCK, DIGITS, LARGEST, SHIFTS, Selection, clamped, ordered, tally
+
+
+@triton.jit
+def numbers(n, BLOCK: tl.constexpr):
+    """This program's picture, the places of its numbers, and which of them exist."""
+    picture = tl.program_id(1).to(tl.int64)
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    return picture, picture * n + place, place < n
+
+
+@triton.jit
+def recovered(output_pointer, x, offset, mask, samples, skip, out, weight, GUIDED: tl.constexpr):
+    """x0 before thresholding. With guidance, output is (2B, N): `samples` numbers with captions, then those without."""
+    output = tl.load(output_pointer + offset, mask=mask, other=0.0).to(tl.float32)
+    if GUIDED:
+        other = tl.load(output_pointer + samples + offset, mask=mask, other=0.0).to(tl.float32)
+        gap = output - other
+        output = tl.where(weight < 0.5, other + weight * gap, output - (1 - weight) * gap)  # exact for 0 and 1
+    return skip * x + out * output
+
+
+@triton.jit
+def advanced(x, x0, previous_pointer, noise_pointer, offset, mask, keep, gain, memory, spread):
+    """x'."""
+    following = keep * x + gain * x0
+    if previous_pointer is not None:
+        following += memory * tl.load(previous_pointer + offset, mask=mask, other=0.0)
+    if noise_pointer is not None:
+        following += spread * tl.load(noise_pointer + offset, mask=mask, other=0.0)
+    return following
+
+
+@triton.jit
+def step(output_pointer, x_pointer, previous_pointer, noise_pointer, x0_pointer, following_pointer, n, samples, skip,
+         out, weight, keep, gain, memory, spread, GUIDED: tl.constexpr, STATIC: tl.constexpr, BLOCK: tl.constexpr):
+    """Everything, where no quantile is asked for."""
+    _, offset, mask = numbers(n, BLOCK)
+    x = tl.load(x_pointer + offset, mask=mask, other=0.0)
+    x0 = recovered(output_pointer, x, offset, mask, samples, skip, out, weight, GUIDED)
+    if STATIC:
+        x0 = clamped(x0, 1.0)
+    following = advanced(x, x0, previous_pointer, noise_pointer, offset, mask, keep, gain, memory, spread)
+    tl.store(x0_pointer + offset, x0, mask=mask)
+    tl.store(following_pointer + offset, following, mask=mask)
+
+
+@triton.jit
+def recover(output_pointer, x_pointer, x0_pointer, counts_pointer, state_pointer, n, samples, skip, out, weight,
+            GUIDED: tl.constexpr, SHIFT: tl.constexpr, DIGIT: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr):
+    """x0 before thresholding, and the first pass of the selection over it."""
+    picture, offset, mask = numbers(n, BLOCK)
+    x = tl.load(x_pointer + offset, mask=mask, other=0.0)
+    x0 = recovered(output_pointer, x, offset, mask, samples, skip, out, weight, GUIDED)
+    tl.store(x0_pointer + offset, x0, mask=mask)
+    bits = tl.where(mask, ordered(x0), 0)
+    tl.atomic_max(state_pointer + picture * 4 + LARGEST, tl.max(bits, axis=0))
+    tally(bits, mask, counts_pointer, picture, SHIFT, DIGIT, BINS)
+
+
+@triton.jit
+def finish(x_pointer, s_pointer, previous_pointer, noise_pointer, x0_pointer, following_pointer, n, keep, gain, memory,
+           spread, BLOCK: tl.constexpr):
+    """x0 thresholded, where it lies, and x'."""
+    picture, offset, mask = numbers(n, BLOCK)
+    s = tl.load(s_pointer + picture)
+    x0 = clamped(tl.load(x0_pointer + offset, mask=mask, other=0.0), s) / s
+    x = tl.load(x_pointer + offset, mask=mask, other=0.0)
+    following = advanced(x, x0, previous_pointer, noise_pointer, offset, mask, keep, gain, memory, spread)
+    tl.store(x0_pointer + offset, x0, mask=mask)
+    tl.store(following_pointer + offset, following, mask=mask)
+
+
+def sampler_step(output: Tensor, x: Tensor, previous: Tensor | None, noise: Tensor | None, recovery: tuple[float, float],
+                 update: tuple[float, float, float, float], guidance: float | None, threshold: str, percentile: float,
+                 ) -> tuple[Tensor, Tensor]:
+    """(x', x0), both (B, ...) like x. All tensors are dense and lie in memory as x does; output is (2B, ...) with
+    guidance."""
+    n = x[0].numel()
+    guided, weight = guidance is not None, 1.0 if guidance is None else guidance
+    x0, following = torch.empty_like(x), torch.empty_like(x)
+    with torch.cuda.device_of(x):
+        if threshold != "dynamic":
+            step[(triton.cdiv(n, BLOCK), len(x))](
+                output, x, previous, noise, x0, following, n, x.numel(), *recovery, weight, *update, GUIDED=guided,
+                STATIC=threshold == "static", BLOCK=BLOCK, num_warps=8)
+            return following, x0
+        selection = Selection(len(x), n, percentile, 1.0, x.device)
+        recover[selection.grid](output, x, x0, selection.counts[0], selection.state, n, x.numel(), *recovery, weight,
+                                GUIDED=guided, SHIFT=SHIFTS[0], DIGIT=DIGITS[0], BINS=BINS, BLOCK=BLOCK, num_warps=8)
+        s = selection.run(x0, counted=1)
+        finish[selection.grid](x, s, previous, noise, x0, following, n, *update, BLOCK=BLOCK, num_warps=8)
+    return following, x0
+
+
+def shipped() -> Iterator[tuple[str, Callable[[], object]]]:
+    """What is compiled ahead of time: a label, and a call of a launcher on meta tensors."""
+    x = torch.empty(2, 3, 64, 64, device="meta")
+    output = torch.empty(4, 3, 64, 64, dtype=torch.bfloat16, device="meta")
+    for threshold in ("dynamic", "static"):
+        yield threshold, partial(sampler_step, output, x, x, x, (0.5, -0.5), (0.5, 0.5, 0.1, 0.1), 3.0, threshold, 0.995)
+    yield "plain", partial(sampler_step, output[:2].float(), x, None, None, (0.5, -0.5), (0.5, 0.5, 0.0, 0.0), None,
+                           "none", 0.995)

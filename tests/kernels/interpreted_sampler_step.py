@@ -1,0 +1,70 @@
+"""The kernels of sampler_step, run in Triton's interpreter by test_sampler_step.py."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from fastimagen import ops
+from tests.kernels.interpreting import guarded, patch_once
+
+from .sampler_step_cases import CASES, Case
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("runs in a process of its own, with TRITON_INTERPRET=1", allow_module_level=True)
+
+
+@pytest.fixture(autouse=True)
+def interpreter(monkeypatch: pytest.MonkeyPatch):
+    patch_once(monkeypatch)
+    ops.set_backend("triton")
+    yield
+    ops.set_backend("auto")
+
+
+@pytest.mark.parametrize("case", CASES, ids=repr)
+def test_step(case: Case) -> None:
+    case.check()
+
+
+@pytest.mark.parametrize("threshold", ["dynamic", "static"])
+def test_nothing_is_written_outside_and_nothing_forgotten(threshold: str) -> None:
+    from fastimagen_kernels import sampler_step
+
+    case = Case(3.0, threshold, previous=True, noise=True, shape=(2, 3, 5, 5))
+    with guarded(sampler_step):
+        case.check()
+
+
+def test_any_mixture_of_layouts() -> None:
+    """x decides; the others lie as a U-Net or a sum of halves leaves them."""
+    case = Case(3.0, "dynamic", previous=True, noise=True)
+    output, x, extra = case.inputs()
+    expected = case.expected(output, x, extra)
+    last = torch.channels_last
+    for x in (x.contiguous(memory_format=last), x.transpose(2, 3).contiguous().transpose(2, 3)):
+        for output in (output.contiguous(memory_format=last), output.flip(0).contiguous().flip(0)):
+            found = case.run(output, x, extra)
+            for one, other in zip(found, expected):
+                torch.testing.assert_close(one.double(), other, rtol=2e-6, atol=2e-6)
+    assert case.run(output, x.contiguous(memory_format=last), extra)[0].is_contiguous(memory_format=last)
+
+
+def test_nan_stays_in_its_picture_and_is_seen() -> None:
+    case = Case(None, "dynamic")
+    output, x, extra = case.inputs()
+    output[1, 0, 0, 0] = torch.nan
+    following, x0 = case.run(output, x, extra)
+    assert x0[1].isnan().all() and following[1].isnan().all()
+    assert x0[[0, 2]].isfinite().all() and following[[0, 2]].isfinite().all()
+    static = Case(None, "static").run(output, x, extra)[1]
+    assert static.isnan().sum() == 1
+
+
+def test_the_same_bits_every_time() -> None:
+    case = Case(3.0, "dynamic", noise=True, shape=(2, 3, 48, 48))
+    first = case.run(*case.inputs())
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(case.run(*case.inputs()), first))
