@@ -5,7 +5,9 @@ Letters: B batch, C channels, S side of the stage's pictures.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from .images import resize
 from .samplers import SAMPLERS, image_noise
 from .schedule import make_schedule
 from .text import TextEmbeddings
+from .tiling import in_tiles
 from .unet import UNet
 
 Callback = Callable[[str, int, Tensor, Tensor], None]
@@ -80,6 +83,16 @@ class Stage:
 
     # ---- sampling
 
+    def check_tile(self, tile: int | None) -> None:
+        """Raise ValueError if this stage cannot be drawn in tiles of that side."""
+        unet = self.config.unet
+        if tile is None or tile >= self.config.size:
+            return
+        if tile % unet.stride:
+            raise ValueError(f"tile {tile} of stage {self.name} must be a multiple of {unet.stride}, its U-Net's stride")
+        if unet.coordinates:
+            raise ValueError(f"stage {self.name} knows every pixel's place: it cannot be drawn in tiles")
+
     @torch.inference_mode()
     def sample(self, unet: UNet, text: TextEmbeddings | None, seeds: list[int], *, lowres: Tensor | None = None,
                negative: TextEmbeddings | None = None, given: Given | None = None,
@@ -127,8 +140,14 @@ class Stage:
             state = unet.encode_text(TextEmbeddings.cat([text, negative.to(device=text.embeds.device)]))
         if weight is not None:
             condition = {name: torch.cat([value, value]) for name, value in condition.items()}
-        return Denoiser(lambda x, time: unet(x, time, text=state, **condition), self.diffusion, sampling,
-                        guidance=weight)
+        if sampling.tile is None or sampling.tile >= self.config.size:
+            return Denoiser(partial(unet, text=state, **condition), self.diffusion, sampling, guidance=weight)
+        maps = {name: condition.pop(name) for name in ("lowres",) if name in condition}
+
+        def network(x: Tensor, time: Tensor) -> Tensor:
+            return in_tiles(lambda x, **cut: unet(x, time, text=state, **condition, **cut), sampling.tile, x, **maps)
+
+        return Denoiser(network, self.diffusion, sampling, guidance=weight)
 
 
 class Cascade(nn.Module):
@@ -147,20 +166,23 @@ class Cascade(nn.Module):
 
     def sample(self, text: TextEmbeddings | None, seeds: list[int], *, settings: Mapping[str, SamplingConfig],
                negative: TextEmbeddings | None = None, given: Given | None = None, lowres: Tensor | None = None,
-               start_at: str | None = None, stop_at: str | None = None, callback: Callback | None = None) -> Tensor:
+               start_at: str | None = None, stop_at: str | None = None, callback: Callback | None = None,
+               device: torch.device | None = None) -> Tensor:
         """Run the stages from start_at to stop_at: pictures (B, C, S, S) of the last of them, in [-1, 1].
 
         lowres (B, C, s, s) in [-1, 1] is what a super-resolution stage enlarges when it comes first. A given picture
-        without mask is where the first stage starts; with a mask, all stages keep its pixels. Raises ValueError for
-        what does not fit.
+        without mask is where the first stage starts; with a mask, all stages keep its pixels. With a device, every
+        U-Net is there only while its stage runs. Raises ValueError for what does not fit.
         """
         images = lowres
         for index, stage in enumerate(self.running(start_at, stop_at, lowres)):
             reads = stage.config.unet.text_dim is not None
-            images = stage.sample(self.unets[stage.name], text if reads else None, seeds, lowres=images,
-                                  negative=negative if reads else None, sampling=settings[stage.name],
-                                  given=given if given and (index == 0 or given.mask is not None) else None,
-                                  callback=callback)
+            unet = self.unets[stage.name]
+            with _visiting(unet, device) if device else nullcontext():
+                images = stage.sample(unet, text if reads else None, seeds, lowres=images,
+                                      negative=negative if reads else None, sampling=settings[stage.name],
+                                      given=given if given and (index == 0 or given.mask is not None) else None,
+                                      callback=callback)
         return images
 
     def running(self, start_at: str | None, stop_at: str | None, lowres: Tensor | None) -> list[Stage]:
@@ -193,7 +215,19 @@ class Cascade(nn.Module):
             merged = stage.config.sampling.model_dump() | {k: v for k, v in chosen.items() if v is not None}
             settings[stage.name] = validate(SamplingConfig, merged, f"sampling of {stage.name}")
             stage.diffusion.schedule.grid(settings[stage.name].steps)  # refuses more steps than the schedule has
+            stage.check_tile(settings[stage.name].tile)
         return settings
+
+
+@contextmanager
+def _visiting(unet: UNet, device: torch.device) -> Iterator[None]:
+    """The U-Net on `device`, and afterwards where it was."""
+    home = next(unet.parameters()).device
+    unet.to(device)
+    try:
+        yield
+    finally:
+        unet.to(home)
 
 
 def _randn_like(images: Tensor, generator: torch.Generator) -> Tensor:

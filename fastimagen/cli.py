@@ -17,6 +17,12 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        if "out of memory" not in str(error):
+            raise
+        print("error: the GPU's memory does not suffice; a smaller --batch-size, --dtype bfloat16, --offload always and, "
+              "for large pictures, --tile need less", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -65,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
     sample.add_argument("--steps", type=int)
     sample.add_argument("--sampler", help="ddpm, ddim, dpmpp_2m or heun")
     sample.add_argument("--guidance", type=float)
+    sample.add_argument("--tile", type=int, help="draw stages larger than this in overlapping tiles, to save memory")
     sample.add_argument("--seed", type=int, default=0, help="seed of the first picture; the next ones count up")
     sample.add_argument("--negative", help="a caption to lead away from")
     sample.add_argument("--image", type=Path, help="a picture to start from, or with --mask to draw into")
@@ -99,6 +106,10 @@ def _device_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--device", help="cuda or cpu; by default cuda where there is one")
     sub.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     sub.add_argument("--batch-size", type=int, default=32)
+    sub.add_argument("--compile", choices=["default", "reduce-overhead", "max-autotune"],
+                     help="torch.compile for the U-Nets; reduce-overhead adds CUDA graphs")
+    sub.add_argument("--offload", choices=["auto", "always", "never"], default="auto",
+                     help="keep a stage on the GPU only while it runs")
 
 
 def _shards_folder(options: argparse.Namespace) -> None:
@@ -140,7 +151,8 @@ def _load(options: argparse.Namespace):
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         raise ValueError(f"--device {device} is not to be had here: {str(error).partition(chr(10))[0]}") from None
-    return ImagenPipeline.from_pretrained(options.model, device=device, dtype=getattr(torch, options.dtype))
+    return ImagenPipeline.from_pretrained(options.model, device=device, dtype=getattr(torch, options.dtype),
+                                          compile=options.compile, offload=options.offload)
 
 
 def _sample(options: argparse.Namespace) -> None:
@@ -154,12 +166,27 @@ def _sample(options: argparse.Namespace) -> None:
     given = _given(options)
     pipe = _load(options)
     output = draw_shared(pipe, captions, text=text, seeds=seeds, batch_size=options.batch_size, steps=options.steps,
-                         sampler=options.sampler, guidance=options.guidance, given=given,
+                         sampler=options.sampler, guidance=options.guidance, tile=options.tile, given=given,
                          negative=None if options.negative is None else [options.negative],
                          lowres=None if options.lowres is None else _picture(options.lowres),
-                         start_at=options.start_at, stop_at=options.stop_at)
+                         start_at=options.start_at, stop_at=options.stop_at,
+                         callback=_progress(pipe, options.steps) if sys.stderr.isatty() else None)
     if output is not None:
         print(output.save(options.out))
+
+
+def _progress(pipe, steps: int | None):
+    """A callback that says on one line of the terminal which step of which stage is done."""
+    settings = pipe.cascade.settings(steps=steps)
+    last = pipe.cascade.stages[-1].name
+
+    def show(stage: str, step: int, x: object, x0: object) -> None:
+        done = step + 1 == settings[stage].steps
+        end = "\n" if done and stage == last else ""
+        print(f"\r{len(x)} pictures, {stage}: step {step + 1} of {settings[stage].steps}   ", end=end, file=sys.stderr,
+              flush=True)
+
+    return show
 
 
 def _given(options: argparse.Namespace):

@@ -199,6 +199,8 @@ class SamplingConfig(Section):
     """Clipping of x0 in every step (Imagen, section 2.3)."""
     percentile: float = Field(0.995, gt=0, le=1)
     """Percentile of |x0| in dynamic thresholding."""
+    tile: int | None = Field(None, ge=16)
+    """Side of the overlapping tiles that the U-Net sees, where a picture as a whole does not fit into memory."""
 
 
 class StageConfig(Section):

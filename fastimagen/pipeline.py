@@ -9,6 +9,7 @@ encoder by name or, if it is the small built-in one, in full under ``text_encode
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,9 @@ from .images import grid, save_png
 from .text import T5Encoder, TextEmbeddings
 
 FORMAT = "fastimagen.model.1"
+COMPILE = (None, "default", "reduce-overhead", "max-autotune")
+OFFLOAD = ("auto", "always", "never")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -79,16 +83,44 @@ class ImagenPipeline:
     """
 
     def __init__(self, cascade: Cascade, *, text_encoder: dict[str, Any] | None, source: str = "",
-                 device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
-        self.cascade = cascade.to(device=device, dtype=dtype).eval().requires_grad_(False)
-        self.text_encoder, self.source = text_encoder, source
+                 device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, compile: str | None = None,
+                 offload: str = "auto") -> None:
+        for name, value, allowed in (("compile", compile, COMPILE), ("offload", offload, OFFLOAD)):
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value}")
         self.device = torch.device(device)
+        self.cascade = cascade.to(dtype=dtype).eval().requires_grad_(False)
+        self.offload = offload == "always" or (offload == "auto" and self._is_too_large())
+        if not self.offload:
+            self.cascade.to(self.device)
+        for unet in self.cascade.unets.values() if compile else ():
+            unet.compile(mode=compile)
+        self.text_encoder, self.source = text_encoder, source
         self._encoder: T5Encoder | None = None
+
+    def _is_too_large(self) -> bool:
+        """Whether the weights would fill more than half of the GPU's free memory."""
+        if self.device.type != "cuda":
+            return False
+        weights = sum(p.numel() * p.element_size() for p in self.cascade.parameters())
+        free, _ = torch.cuda.mem_get_info(self.device)
+        if weights <= free / 2:
+            return False
+        logger.warning(f"the weights take {weights / 2**30:.1f} GiB of {free / 2**30:.1f} GiB free on {self.device}: "
+                       f"every stage is there only while it runs")
+        return True
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, device: torch.device | str = "cpu",
-                        dtype: torch.dtype = torch.float32) -> ImagenPipeline:
-        """Load a model directory. Raises ValueError with one line if it is none or is damaged."""
+                        dtype: torch.dtype = torch.float32, compile: str | None = None,
+                        offload: str = "auto") -> ImagenPipeline:
+        """Load a model directory.
+
+        compile: a mode of torch.compile for the U-Nets: "default", "reduce-overhead" (CUDA graphs) or "max-autotune";
+        None runs them as they are. offload: "always" keeps weights on the CPU and a stage on `device` only while it
+        runs, "never" all of them on `device`, "auto" decides by the GPU's free memory. Raises ValueError with one line
+        if the folder is no model directory or is damaged.
+        """
         path = Path(path)
         if not (path / "model_index.json").is_file():
             raise ValueError(f"{path} is no model directory: there is no model_index.json in it "
@@ -109,7 +141,8 @@ class ImagenPipeline:
                 wrong = sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))
                 raise ValueError(f"{path / stage.name}: weights and config.json disagree about {', '.join(wrong[:3])}")
             unet.load_state_dict(weights, assign=True)
-        return cls(cascade, text_encoder=index.get("text_encoder"), source=str(path), device=device, dtype=dtype)
+        return cls(cascade, text_encoder=index.get("text_encoder"), source=str(path), device=device, dtype=dtype,
+                   compile=compile, offload=offload)
 
     def encode(self, captions: Sequence[str]) -> TextEmbeddings:
         """Embed captions with the model's own text encoder, loaded once."""
@@ -134,13 +167,14 @@ class ImagenPipeline:
                  guidance: float | Mapping[str, float] | None = None,
                  threshold: str | Mapping[str, str] | None = None,
                  percentile: float | Mapping[str, float] | None = None,
+                 tile: int | Mapping[str, int] | None = None,
                  negative: Sequence[str] | TextEmbeddings | None = None, given: Given | None = None,
                  lowres: Tensor | None = None, start_at: str | None = None, stop_at: str | None = None) -> Output:
         """Draw one picture per caption (or per row of `text`).
 
         seeds: one per picture, by default 0, 1, 2, ...; a picture depends on its caption and seed, not on its batch.
-        steps, sampler, guidance, threshold, percentile: one value for all stages or a mapping by stage name; None is
-        the model's own. negative: what not to draw, one per picture or one for all. given: a picture to start from
+        steps, sampler, guidance, threshold, percentile, tile: one value for all stages or a mapping by stage name; None
+        is the model's own. negative: what not to draw, one per picture or one for all. given: a picture to start from
         (img2img) or to draw into (inpainting), one per picture or one for all. lowres (B or 1, C, s, s) in [-1, 1]:
         what super-resolution enlarges when it is the stage to start_at. stop_at: the last stage to run.
         Raises ValueError for what does not fit together.
@@ -159,7 +193,7 @@ class ImagenPipeline:
         if not len(captions) == len(seeds) == count:
             raise ValueError(f"{len(captions)} captions, {count} texts and {len(seeds)} seeds do not fit together")
         settings = self.cascade.settings(steps=steps, sampler=sampler, guidance=guidance, threshold=threshold,
-                                         percentile=percentile)
+                                         percentile=percentile, tile=tile)
         running = [stage.name for stage in self.cascade.running(start_at, stop_at, lowres)]
         given, lowres = _for_all(given, count, "given picture"), _for_all(lowres, count, "lowres picture")
         if lowres is not None and not bool((lowres.abs() <= 1).all()):
@@ -185,7 +219,7 @@ class ImagenPipeline:
             images.append(self.cascade.sample(
                 part, seeds[rows], settings=settings, negative=negative and negative[rows], given=given and given[rows],
                 lowres=None if lowres is None else lowres[rows].to(self.device), start_at=start_at, stop_at=stop_at,
-                callback=callback).cpu())
+                callback=callback, device=self.device if self.offload else None).cpu())
         return Output(torch.cat(images), captions, seeds, record)
 
     def save_pretrained(self, path: str | Path, *, card: str | None = None) -> Path:

@@ -31,7 +31,8 @@ ABOVE = {  # the sampler line: they reach nothing that stands below
     "attention": "config ops",
     "unet": "config layers attention text",  # TextEmbeddings is what it is conditioned on
     "editing": "images samplers schedule",
-    "cascade": "config config_file presets unet diffusion samplers guidance schedule editing images text",
+    "tiling": "",
+    "cascade": "config config_file presets unet diffusion samplers guidance schedule editing tiling images text",
     "shared_sampling": "pipeline images text",
     "pipeline": "config config_file cascade editing images text",
 }
