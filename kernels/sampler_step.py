@@ -76,7 +76,7 @@ def recover(output_pointer, x_pointer, x0_pointer, counts_pointer, state_pointer
     x = tl.load(x_pointer + offset, mask=mask, other=0.0)
     x0 = recovered(output_pointer, x, offset, mask, samples, skip, out, weight, GUIDED)
     tl.store(x0_pointer + offset, x0, mask=mask)
-    bits = tl.where(mask, ordered(x0), 0)
+    bits = ordered(x0)  # 0 where there is nothing
     tl.atomic_max(state_pointer + picture * 4 + LARGEST, tl.max(bits, axis=0))
     tally(bits, mask, counts_pointer, picture, SHIFT, DIGIT, BINS)
 

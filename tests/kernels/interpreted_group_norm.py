@@ -3,89 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import triton.language as tl
 from fastimagen_kernels import group_norm as kernels
 from torch import Tensor
 from triton.runtime import interpreter
 
 from fastimagen import ops
+from tests.kernels.group_norm_cases import NAMES, assert_close, errors, exact, inputs, results
+from tests.kernels.interpreting import guarded, patch_once, round_to_nearest
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # sigmoid(-100): 1 / inf is right
 
-MARGIN = 256  # elements around every guarded tensor
-NAMES = ("y", "dx", "dweight", "dbias", "dscale", "dshift")
-
 
 @pytest.fixture(autouse=True)
-def triton_backend() -> Iterator[None]:
+def triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    patch_once(monkeypatch)
+    round_to_nearest(monkeypatch)
     ops.set_backend("triton")
     yield
     ops.set_backend("auto")
 
 
 @pytest.fixture(autouse=True)
-def patch_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter patches triton.language again for every call of a helper; once for a launch is enough."""
-    done: set[int] = set()
-    patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
-
-    def patch_lang(fn: Callable) -> interpreter._LangPatchScope:
-        if id(fn.__globals__) in done:
-            return interpreter._LangPatchScope()
-        done.add(id(fn.__globals__))
-        return patch(fn)
-
-    def call(self: interpreter.GridExecutor, *args: object, **kwargs: object) -> None:
-        done.clear()
-        launch(self, *args, **kwargs)
-
-    monkeypatch.setattr(interpreter, "_patch_lang", patch_lang)
-    monkeypatch.setattr(interpreter.GridExecutor, "__call__", call)
-
-
-@pytest.fixture(autouse=True)
-def round_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter cuts fp32 off where it makes bf16 of it; a GPU rounds to the nearest."""
-    convert = interpreter._convert_float
-
-    def convert_float(data: np.ndarray, source: tl.dtype, target: tl.dtype, rounding: object) -> np.ndarray:
-        if (source, target) == (tl.float32, tl.bfloat16):
-            return torch.from_numpy(np.ascontiguousarray(data)).bfloat16().view(torch.uint16).numpy()
-        return convert(data, source, target, rounding)
-
-    monkeypatch.setattr(interpreter, "_convert_float", convert_float)
-
-
-@pytest.fixture(autouse=True)
-def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What the launchers allocate is full of NaN, and so are its margins, which must stay so."""
-    buffers: list[Tensor] = []
-    empty = torch.empty
-
-    def guard(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        buffer = torch.full((math.prod(shape) + 2 * MARGIN,), math.nan, dtype=dtype)
-        buffers.append(buffer)
-        return buffer.as_strided(shape, stride, MARGIN)
-
-    class Torch:
-        def __getattr__(self, name: str) -> object:
-            return getattr(torch, name)
-
-        def empty(self, *shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-            return guard(shape, empty(shape, device="meta").stride(), dtype)
-
-        def empty_like(self, like: Tensor) -> Tensor:
-            return guard(like.shape, torch.empty_like(like, device="meta").stride(), like.dtype)
-
-    monkeypatch.setattr(kernels, "torch", Torch())
-    yield
-    assert all(buffer[:MARGIN].isnan().all() and buffer[-MARGIN:].isnan().all() for buffer in buffers)
+def guard() -> Iterator[None]:
+    with guarded(kernels):
+        yield
 
 
 def cut_small(monkeypatch: pytest.MonkeyPatch, one_pass: bool) -> None:
@@ -95,57 +42,6 @@ def cut_small(monkeypatch: pytest.MonkeyPatch, one_pass: bool) -> None:
     monkeypatch.setattr(kernels, "TILE", {"forward": 256, "backward": 128})
     monkeypatch.setattr(kernels, "LAST_COLUMNS", 16)
     monkeypatch.setattr(kernels, "PROGRAMS", 8)
-
-
-def inputs(shape: tuple[int, ...], *, film: bool = True, last: bool = False, mean: float = 0.0,
-           dtype: torch.dtype = torch.float32, vectors: torch.dtype | None = None, seed: int = 0) -> list[Tensor]:
-    """dy, x, weight, bias and, with film, scale and shift: halves of one tensor, as a chunked linear layer's."""
-    generator = torch.Generator().manual_seed(seed)
-    batch, channels = shape[:2]
-    dy, x = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
-    x = (x + mean).to(dtype)
-    if last:
-        dy, x = dy.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
-    weight, bias = torch.randn(2, channels, generator=generator).to(vectors or dtype).unbind()
-    both = torch.randn(batch, 2 * channels, generator=generator).to(dtype)
-    return [dy, x, weight, bias, *(both.chunk(2, dim=1) if film else ())]
-
-
-def results(function: Callable[..., Tensor], tensors: list[Tensor], groups: int, activation: str = "silu",
-            ) -> dict[str, Tensor]:
-    """y and every gradient."""
-    dy, *leaves = tensors
-    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
-    film = dict(zip(("scale", "shift"), leaves[3:]))
-    y = function(*leaves[:3], groups, activation=activation, **film)
-    return dict(zip(NAMES, [y.detach(), *torch.autograd.grad(y, leaves, dy)]))
-
-
-def by_definition(x: Tensor, weight: Tensor, bias: Tensor, groups: int, *, scale: Tensor | None = None,
-                  shift: Tensor | None = None, activation: str = "silu") -> Tensor:
-    """The contract, written down without any operator of PyTorch's for it."""
-    grouped = x.unflatten(1, (groups, -1))  # (B, G, C / G, H, W)
-    centred = grouped - grouped.mean(dim=(2, 3, 4), keepdim=True)
-    y = (centred / (centred.square().mean(dim=(2, 3, 4), keepdim=True) + 1e-5).sqrt()).flatten(1, 2)
-    y = y * weight[:, None, None] + bias[:, None, None]
-    if scale is not None:
-        y = y * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
-    return y * y.sigmoid() if activation == "silu" else y
-
-
-def exact(tensors: list[Tensor], groups: int, activation: str = "silu") -> dict[str, Tensor]:
-    return results(by_definition, [tensor.double() for tensor in tensors], groups, activation)
-
-
-def errors(got: dict[str, Tensor], true: dict[str, Tensor]) -> dict[str, float]:
-    """Largest error of each result, relative to its largest magnitude."""
-    assert got.keys() == true.keys()
-    return {name: ((got[name].double() - true[name]).abs().max() / true[name].abs().max()).item() for name in true}
-
-
-def assert_close(got: dict[str, Tensor], true: dict[str, Tensor], limit: float = 5e-6) -> None:
-    wrong = {name: error for name, error in errors(got, true).items() if not error <= limit}
-    assert not wrong, wrong
 
 
 @pytest.mark.parametrize("path", ["one pass", "split"])
@@ -211,7 +107,7 @@ def test_gradients_and_inputs_of_any_layout(path: str, monkeypatch: pytest.Monke
         assert_close(results(ops.group_norm_silu, [dy, other, *vectors], 3), true)
 
 
-# Bytes of an element of 2 bytes: shared/KERNELS.md 2.3 counts 6 + 10 for what is read twice, 4 + 6 for what fits.
+# Bytes of an element of 2 bytes: a tensor that is read twice takes 6 and 10 (docs/kernels.md), one that fits 4 and 6.
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize(("shape", "per_element"), [((1, 16, 64, 40), (6, 10)), ((1, 32, 16, 16), (4, 6))],
                          ids=str)

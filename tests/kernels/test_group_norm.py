@@ -1,19 +1,15 @@
-"""group_norm_silu: its reference, its operator without kernels, and its kernels, interpreted in a child process."""
+"""group_norm_silu: its reference, its operator without kernels, and its kernels, interpreted."""
 
 from __future__ import annotations
-
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from fastimagen import ops
 from fastimagen.ops import group_norm
-from tests.conftest import ROOT
+from tests.kernels.interpreting import run_interpreted
 
-from .interpreted_group_norm import assert_close, by_definition, exact, inputs, results
+from .group_norm_cases import assert_close, by_definition, exact, inputs, results
 
 LAYOUTS = pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 CASES = pytest.mark.parametrize(("shape", "groups", "film", "activation"), [
@@ -33,10 +29,7 @@ def operator(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_kernels() -> None:
-    child = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
-                            "tests/kernels/interpreted_group_norm.py"], cwd=ROOT, capture_output=True, text=True,
-                           env=os.environ | {"TRITON_INTERPRET": "1"})
-    assert child.returncode == 0, child.stdout + child.stderr
+    run_interpreted("interpreted_group_norm.py")
 
 
 @LAYOUTS
