@@ -11,6 +11,9 @@ from torch.nn import functional as F
 from . import ops
 
 
+WIDE, BLOCK = 9, 4  # kernels from so wide on work on blocks of the output where a CPU trains
+
+
 class Conv2d(nn.Module):
     """Convolution whose weight is stored as a matrix (O, kH kW I) and seen as channels_last (O, I, kH, kW).
 
@@ -30,7 +33,23 @@ class Conv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.unflatten(1, (self.kernel, self.kernel, -1)).permute(0, 3, 1, 2)  # (O, I, kH, kW), a view
+        if self.kernel >= WIDE and self.stride == 1 and x.device.type == "cpu" and torch.is_grad_enabled():
+            return self._in_blocks(x, weight)
         return F.conv2d(x, weight, self.bias, self.stride, self.padding)
+
+    def _in_blocks(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The same with stride R: its R x R neighbours in the output come from as many shifted kernels.
+
+        oneDNN's gradient of a wide kernel over few channels can take a hundred times what it should (docs/notes.md);
+        with more outputs and fewer places it does not.
+        """
+        height, width = x.shape[2:]
+        x = F.pad(x, (0, -width % BLOCK, 0, -height % BLOCK))  # (B, I, H', W'), multiples of R
+        shifts = [(j, BLOCK - 1 - j, i, BLOCK - 1 - i) for i in range(BLOCK) for j in range(BLOCK)]
+        weight = torch.stack([F.pad(weight, shift) for shift in shifts], dim=1).flatten(0, 1)  # (O R R, I, kH', kW')
+        out = F.conv2d(x, weight, self.bias.repeat_interleave(BLOCK**2), BLOCK, self.padding)  # (B, O R R, H'/R, W'/R)
+        out = F.pixel_shuffle(out, BLOCK)[..., :height, :width]  # (B, O, H, W)
+        return out.contiguous(memory_format=torch.channels_last)
 
 
 class GroupNormSiLU(nn.Module):

@@ -198,7 +198,7 @@ def test_process_is_minimagens(tmp_path: Path) -> None:
         assert stage.objective.model_dump(include={"prediction", "loss", "weighting", "caption_dropout"}) == {
             "prediction": "epsilon", "loss": "huber", "weighting": "none", "caption_dropout": 0.15}
         assert stage.sampling.model_dump() == {"sampler": "ddpm", "steps": 100, "guidance": 3.0, "threshold": "dynamic",
-                                               "percentile": 0.8}
+                                               "percentile": 0.8, "tile": None}
     assert base.augmentation is None
     assert enlarger.augmentation.schedule == enlarger.schedule and enlarger.augmentation.sample_level == 0.3
 
