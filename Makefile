@@ -5,12 +5,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help venv quickstart test bench clean
+.PHONY: help venv quickstart test bench gpu-check report clean
 
 help:
 	@echo "make quickstart   train a small cascade on captioned shapes and look at its pictures"
 	@echo "make test         run all tests"
-	@echo "make bench        measure on this machine"
+	@echo "make bench        measure on this machine's processor, within 10 minutes"
+	@echo "make gpu-check    test and measure on a GPU, within 9 minutes; PYTHON=... to use an environment of yours"
+	@echo "make report       the tables and plots of README.md and docs/ from all result files"
 	@echo "make venv         only make the environment, $(VENV)"
 
 venv: $(VENV)/ready
@@ -31,7 +33,14 @@ test: venv
 	$(BIN)/python -m pytest
 
 bench: venv
-	$(BIN)/python -m pytest benchmarks --benchmark-only
+	$(BIN)/python -m benchmarks.cpu
+
+# In the environment at hand, which has the PyTorch that fits the GPU; nothing is installed.
+gpu-check:
+	$(PYTHON) -m benchmarks.gpu_check
+
+report: venv
+	$(BIN)/python -m benchmarks.report
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,257 @@
+"""Result files -> the tables of README.md and docs/benchmarks.md, and their plots.
+
+    python -m benchmarks.report [--check]
+
+A page says where a table goes: between `<!-- benchmarks: NAME -->` and `<!-- end of benchmarks -->` everything is
+generated, here alone. Rows that were measured with other kernels than those in the tree are marked as stale.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from . import svg
+from .rows import ROOT, Row, folder, is_stale, key, read_all
+
+PAGES = ("README.md", "docs/benchmarks.md")
+MARKED = re.compile(r"(?P<begin><!-- benchmarks: (?P<name>\w+) -->\n).*?(?P<end><!-- end of benchmarks -->)", re.DOTALL)
+NOT_MEASURED = "not measured"
+AGAIN = {"cpu": "`make bench`", "gpu": "`make gpu-check`"}
+
+
+class Measured:
+    """The latest row of every key, by device: "cpu", or the folder of a GPU."""
+
+    def __init__(self, rows: Iterable[Row]) -> None:
+        self.rows: dict[str, dict[tuple[str, ...], Row]] = {}
+        for row in rows:
+            self.rows.setdefault(folder(row["device"]), {})[key(row)] = row
+
+    @property
+    def gpus(self) -> list[str]:
+        return sorted(name for name in self.rows if name != "cpu")
+
+    def of(self, device: str, **wanted: str) -> list[Row]:
+        """Rows of a device with these fields, in the order in which they were measured first."""
+        return [row for row in self.rows.get(device, {}).values()
+                if all(row.get(field) == value for field, value in wanted.items())]
+
+    def one(self, device: str, **wanted: str) -> Row | None:
+        return next(iter(self.of(device, **wanted)), None)
+
+
+# ---------------------------------------------------------------------------------------------- cells
+
+
+def table(head: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
+    head = list(head)
+    rows = ["| " + " | ".join(line) + " |" for line in (head, ["---"] + ["---:"] * (len(head) - 1), *lines)]
+    return "\n".join(rows)
+
+
+def milliseconds(row: Row | None) -> str:
+    """The median, with three digits, in a fitting unit."""
+    if row is None or "ms" not in row:
+        return NOT_MEASURED
+    ms = row["ms"][1]
+    text = f"{digits(ms / 1000)} s" if ms >= 1000 else f"{digits(ms)} ms" if ms >= 1 else f"{digits(1000 * ms)} µs"
+    return text + (" (stale)" if is_stale(row) else "")
+
+
+def digits(value: float) -> str:
+    """Three of them at most: 0.123, 1.23, 12.3, 1,234."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def times(slow: Row | None, fast: Row | None) -> str:
+    """How many times faster `fast` is."""
+    if slow is None or fast is None or "ms" not in slow or "ms" not in fast:
+        return NOT_MEASURED
+    return f"{slow['ms'][1] / fast['ms'][1]:.2f}x"
+
+
+def share(row: Row | None, amount: str, rate: str) -> str:
+    """Of the copy bandwidth ("bytes", "gbs") or the matrix rate ("flops", "tflops") of the same run, in percent."""
+    if row is None or "ms" not in row or amount not in row:
+        return NOT_MEASURED
+    scale = 1e9 if rate == "gbs" else 1e12
+    return f"{100 * row[amount] / (row['ms'][1] / 1e3) / scale / row[rate]:.0f} %"
+
+
+def per_second(row: Row | None) -> str:
+    return NOT_MEASURED if row is None or "ms" not in row else digits(row["images"] / row["ms"][1] * 1e3)
+
+
+def when(rows: list[Row], command: str) -> str:
+    """Where and when these rows are from, and how to get them again."""
+    if not rows:
+        return f"Not measured yet; {command} measures it."
+    last = max(rows, key=lambda row: row["date"])
+    versions = ", ".join(f"{name} {number}" for name, number in last["versions"].items()
+                         if name not in ("python", "cudnn"))
+    threads = f", {last['threads']} thread{'s' * (last['threads'] != 1)}" if folder(last["device"]) == "cpu" else ""
+    clocks = f", clocks {last['clocks']}" if last.get("clocks") else ""
+    return (f"{last['device']}{threads}{clocks}; {versions}; {last['date']}, commit {last.get('commit', 'unknown')}; "
+            f"again: {command}")
+
+
+# ---------------------------------------------------------------------------------------------- tables
+
+
+def cpu(measured: Measured) -> str:
+    """Against MinImagen on a CPU."""
+    lines = []
+    for row in measured.of("cpu", provider="ours"):
+        if row["op"] not in ("training step", "guided sampling"):
+            continue
+        names = {"op": row["op"], "shape": row["shape"], "mode": row["mode"]}
+        unpadded, theirs = (measured.one("cpu", provider=name, **names) for name in
+                            ("ours, text_padding none", "MinImagen"))
+        if row["mode"] == "peak memory":
+            cells = [f"{r['peak_bytes'] / 2**20:.0f} MiB" if r and "peak_bytes" in r else NOT_MEASURED
+                     for r in (row, unpadded, theirs)]
+            measured_both = cells[2] != NOT_MEASURED
+            ratio = f"{100 * row['peak_bytes'] / theirs['peak_bytes']:.0f} %" if measured_both else NOT_MEASURED
+        else:
+            cells, ratio = [milliseconds(r) for r in (row, unpadded, theirs)], times(theirs, row)
+        label = row["op"] if row["mode"] != "peak memory" else "its peak memory"
+        lines.append([f"{label}, {row['shape']}", *cells, ratio])
+    head = ("", "fastimagen, 256 slots", "fastimagen, real tokens only", "MinImagen 0.0.9",
+            "256 slots against MinImagen")
+    note = when(measured.of("cpu", op="training step"), AGAIN["cpu"])
+    return f"{table(head, lines)}\n\n{note}" if lines else note
+
+
+def step(measured: Measured) -> str:
+    """Whole training steps on GPUs."""
+    parts = []
+    for device in measured.gpus or [""]:
+        rows = measured.of(device, op="training step")
+        lines = [[row["shape"], row["provider"] + (" (stale)" if is_stale(row) else ""), str(row.get("images", "")),
+                  per_second(row), share(row, "flops", "tflops"),
+                  f"{row['peak_bytes'] / 2**30:.1f} GiB" if "peak_bytes" in row else NOT_MEASURED,
+                  against(measured, device, row)] for row in rows]
+        head = ("network", "by", "batch", "pictures/s", "of the matrix rate", "memory", "against MinImagen")
+        parts += [table(head, lines)] if lines else []
+        parts.append(when(rows, AGAIN["gpu"]))
+    return "\n\n".join(parts)
+
+
+def against(measured: Measured, device: str, row: Row) -> str:
+    """Pictures per second over MinImagen's."""
+    theirs = measured.one(device, op=row["op"], shape=row["shape"], provider="MinImagen")
+    if not theirs or "ms" not in theirs or "ms" not in row:
+        return NOT_MEASURED
+    return f"{row['images'] / row['ms'][1] / theirs['images'] * theirs['ms'][1]:.2f}x"
+
+
+def breakdown(measured: Measured) -> str:
+    """Where the time of a step goes."""
+    parts = []
+    for device in ["cpu", *measured.gpus]:
+        rows = [row for row in measured.of(device, op="training step", mode="training") if "parts" in row]
+        if not rows:
+            continue
+        lines = [[row["shape"], row["provider"], *(f"{100 * spent / sum(row['parts'].values()):.0f} %"
+                                                   for spent in row["parts"].values())] for row in rows]
+        parts += [table(("network", "by", *rows[0]["parts"]), lines),
+                  when(rows, AGAIN["cpu" if device == "cpu" else "gpu"])]
+    return "\n\n".join(parts) or when([], AGAIN["gpu"])
+
+
+def single_op(op: str) -> Callable[[Measured], str]:
+    """The table of one op: a line for a shape and mode, a column for a provider."""
+    def make(measured: Measured) -> str:
+        parts = []
+        for device in [*measured.gpus, "cpu"] if measured.gpus else ["cpu"]:
+            rows = measured.of(device, op=op)
+            if not rows:
+                continue
+            shapes = dict.fromkeys((row["shape"], row["mode"]) for row in rows)
+            providers = [name for name in dict.fromkeys(row["provider"] for row in rows)
+                         if any("ms" in row for row in rows if row["provider"] == name)]
+            lines = []
+            for shape, mode in shapes:
+                found = [measured.one(device, op=op, shape=shape, mode=mode, provider=name) for name in providers]
+                ours = next((row for row in found if row and "ours" in row["provider"] and "ms" in row), None)
+                lines.append([f"{shape}, {mode}", *map(milliseconds, found),
+                              share(ours, "bytes", "gbs"), share(ours, "flops", "tflops")])
+            head = ("", *providers, "ours of copy", "ours of matrix rate")
+            parts += [table(head, lines), when(rows, AGAIN["cpu" if device == "cpu" else "gpu"])]
+        if not measured.gpus:
+            parts.append(f"On a GPU: {when([], AGAIN['gpu'])}")
+        return "\n\n".join(parts)
+
+    return make
+
+
+def sampler(measured: Measured) -> str:
+    """A step of the sampler, guided, and its U-Net."""
+    parts = []
+    for device in [*measured.gpus, "cpu"]:
+        lines = []
+        rows = measured.of(device, op="sampling")
+        for row in rows:
+            unet = measured.one(device, op="unet", shape=row["shape"], provider=row["provider"])
+            lines.append([row["shape"], row["provider"], milliseconds(row), milliseconds(unet), row.get("note", "")])
+        if lines:
+            parts += [table(("stage", "by", "step", "its U-Net", "the rest"), lines),
+                      when(rows, AGAIN["cpu" if device == "cpu" else "gpu"])]
+    if not measured.gpus:
+        parts.append(f"On a GPU: {when([], AGAIN['gpu'])}")
+    return "\n\n".join(parts)
+
+
+TABLES: dict[str, Callable[[Measured], str]] = {
+    "cpu": cpu, "step": step, "breakdown": breakdown, "sampler": sampler, "attention": single_op("attention"),
+    "group_norm": single_op("group_norm"), "threshold": single_op("threshold"),
+    "sampler_step": single_op("sampler step")}
+
+
+# ---------------------------------------------------------------------------------------------- pages and plots
+
+
+def fill(page: str, measured: Measured) -> str:
+    """The page with its marked sections made anew. Raises ValueError for a mark that names no table."""
+    def section(match: re.Match[str]) -> str:
+        if match["name"] not in TABLES:
+            raise ValueError(f'no table "{match["name"]}"; there are {", ".join(TABLES)}')
+        return f"{match['begin']}\n{TABLES[match['name']](measured)}\n\n{match['end']}"
+
+    return MARKED.sub(section, page)
+
+
+def plots(rows: list[Row]) -> dict[str, str]:
+    """Path -> SVG of all that can be drawn: whole steps, history, and, once there is a GPU's file, the roofline."""
+    measured = Measured(rows)
+    found = {"docs/benchmarks_step.svg": svg.steps(measured), "docs/benchmarks_history.svg": svg.history(rows),
+             "docs/benchmarks_roofline.svg": svg.roofline(measured)}
+    return {path: text for path, text in found.items() if text}
+
+
+def generated(root: Path = ROOT) -> dict[Path, str]:
+    """Everything that is generated, as it ought to be now: path -> content."""
+    rows = read_all(root / "benchmarks/results")
+    measured = Measured(rows)
+    pages = {root / name: fill((root / name).read_text(), measured) for name in PAGES}
+    return pages | {root / path: text for path, text in plots(rows).items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; say what is not up to date")
+    check = parser.parse_args().check
+    old = [path for path, text in generated().items() if not path.exists() or path.read_text() != text]
+    if check:
+        sys.exit(f"not up to date: {', '.join(path.name for path in old)}" if old else 0)
+    for path in old:
+        path.write_text(generated()[path])
+        print(f"wrote {path.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

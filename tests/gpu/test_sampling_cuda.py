@@ -1,0 +1,88 @@
+"""Sampling on a GPU: the same pictures as on a CPU, no waiting in the loop, stages that take turns."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.networks import TOY, captions
+from fastimagen import ops
+from fastimagen.cascade import Cascade
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+SEEDS = [3, 0, 7]
+
+
+@pytest.fixture(scope="module")
+def cascade() -> Cascade:
+    torch.manual_seed(0)
+    cascade = Cascade(TOY.cascade()).eval()
+    with torch.no_grad():
+        for parameter in cascade.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.02)
+    return cascade
+
+
+def sample(cascade: Cascade, device: torch.device, sampler: str = "dpmpp_2m", **options: object) -> Tensor:
+    settings = cascade.settings(steps=8, guidance=3.0, sampler=sampler)
+    return cascade.sample(captions(3, cascade.text_dim, device), SEEDS, settings=settings, **options).cpu()
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("sampler", ["ddpm", "dpmpp_2m"])
+def test_pictures_are_those_of_a_cpu(sampler: str, backend: str, cascade: Cascade) -> None:
+    ops.set_backend("torch")
+    expected = sample(cascade, CPU, sampler)
+    ops.set_backend(backend)
+    found = sample(copy.deepcopy(cascade).to(CUDA), CUDA, sampler)
+    assert (found - expected).abs().max() < 2 / 255
+
+
+def test_the_loop_never_waits_for_the_gpu(cascade: Cascade) -> None:
+    ops.set_backend("triton")
+    on_gpu = copy.deepcopy(cascade).to(CUDA)
+    sample(on_gpu, CUDA)
+    steps: list[int] = []
+
+    def callback(stage: str, step: int, x: Tensor, x0: Tensor) -> None:
+        """From the first step of a stage to its last."""
+        torch.cuda.set_sync_debug_mode("warn" if step < 7 else "default")
+        steps.append(step)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            sample(on_gpu, CUDA, callback=callback)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert len(steps) == 16
+    assert [str(warning.message) for warning in caught if "synchroniz" in str(warning.message)] == []
+
+
+def test_stages_take_turns(cascade: Cascade) -> None:
+    at_home = copy.deepcopy(cascade)
+    seen: list[set[str]] = []
+
+    def callback(stage: str, step: int, x: Tensor, x0: Tensor) -> None:
+        seen.append({name for name, unet in at_home.unets.items() if next(unet.parameters()).is_cuda})
+
+    drawn = sample(at_home, CUDA, callback=callback, device=CUDA)
+    assert seen == [{"base"}] * 8 + [{"sr"}] * 8
+    assert not any(parameter.is_cuda for parameter in at_home.parameters())
+    assert torch.equal(drawn, sample(copy.deepcopy(cascade).to(CUDA), CUDA))
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiled_networks_draw_the_same(mode: str, cascade: Cascade) -> None:
+    on_gpu = copy.deepcopy(cascade).to(CUDA)
+    expected = sample(on_gpu, CUDA)
+    for unet in on_gpu.unets.values():
+        unet.compile(mode=mode)
+    for _ in range(2):
+        assert (sample(on_gpu, CUDA) - expected).abs().max() < 2 / 255
