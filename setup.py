@@ -12,6 +12,7 @@ TEXT = ["transformers>=5.0", "sentencepiece>=0.2", "protobuf"]
 KERNELS = ["triton>=3.6; platform_system == 'Linux'"]
 DATA = ["webdataset>=1.0"]
 TRAIN = [*TEXT, *KERNELS, *DATA, "deepspeed>=0.19.8", "tensorboard", "tqdm", "psutil"]
+DEMO = [*TEXT, "gradio>=6.0"]
 
 setup(
     name="fastimagen",
@@ -32,7 +33,8 @@ setup(
         "data": DATA,
         "train": TRAIN,
         "xformers": ["xformers"],
-        "test": [*TRAIN, "pytest", "pytest-benchmark", "hypothesis"],
+        "demo": DEMO,
+        "test": [*TRAIN, *DEMO, "pytest", "pytest-benchmark", "hypothesis"],
     },
     entry_points={"console_scripts": ["fastimagen = fastimagen.cli:main"]},
 )

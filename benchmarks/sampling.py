@@ -1,18 +1,22 @@
-"""Sampling: what a step costs beyond its U-Net, for a stage of its own."""
+"""Sampling: what a step of a stage's sampler costs, and how much of that is its U-Net."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
 from fastimagen import ops
+from fastimagen.unet import UNet
 
 from .measure import Bench
 from .networks import Network, captions, flops, images, make_unet
-from .timing import Work
+from .timing import Times
 
-STEPS = (2, 6)  # two lengths: their difference is steps alone, without what is done once
+STEPS = 16  # of one walk, which also pays for its noise and for the text
+ROUNDS = 5
 
 
 def run(bench: Bench, networks: Iterable[Network], backends: tuple[str, ...], *, batch: int = 16) -> None:
@@ -27,33 +31,62 @@ def run(bench: Bench, networks: Iterable[Network], backends: tuple[str, ...], *,
             name, names = f"ours, {backend}", {"shape": f"{network.name} B{batch}", "dtype": str(dtype)[6:]}
             with bench.missing_on_error(name, op="sampling", mode="step", **names):
                 ops.set_backend(backend)
-                works = _works(network, batch, bench.device, dtype)
-                times = bench.time(works, in_graph=False)
-                unet, (fewer, more) = times["unet"], (times[f"{steps} steps"] for steps in STEPS)
-                bench.add(op="unet", mode="guided", provider=name, ms=unet[:3], timer=unet.timer, images=batch,
+                steps, unets = measure(network, batch, bench.device, dtype)
+                bench.add(op="unet", mode="guided", provider=name, ms=unets[:3], timer=unets.timer, images=batch,
                           flops=2 * batch * each, **names)
-                step = [(b - a) / (STEPS[1] - STEPS[0]) for a, b in zip(fewer[:3], more[:3])]
-                bench.add(op="sampling", mode="step", provider=name, ms=step, timer=more.timer, images=batch,
-                          note=f"{100 * (step[1] - unet.p50) / step[1]:.1f} % beyond the U-Net", **names)
+                bench.add(op="sampling", mode="step", provider=name, ms=steps[:3], timer=steps.timer, images=batch,
+                          note=f"{100 * (steps.p50 - unets.p50) / steps.p50:.1f} % beyond the U-Net", **names)
 
 
-@torch.inference_mode()
-def _works(network: Network, batch: int, device: torch.device, dtype: torch.dtype) -> dict[str, Work]:
-    """The guided U-Net on its own, and the stage's sampler with few and with more steps."""
+def measure(network: Network, batch: int, device: torch.device, dtype: torch.dtype) -> tuple[Times, Times]:
+    """Milliseconds of a step, and of the U-Net in it, from the same walks."""
     stage = network.stage()
     unet = make_unet(stage.config.unet, device, dtype).eval()
     text, seeds = captions(batch, stage.config.unet.text_dim, device), list(range(batch))
     lowres = images(batch, stage.lowres_size, device) if stage.config.unet.lowres else None
-    x = images(2 * batch, stage.config.size, device)
-    time = torch.full((2 * batch,), 500.0, device=device)
-    condition = {"lowres": x, "lowres_time": time} if stage.config.unet.lowres else {}
-    rows = torch.arange(batch, device=device).repeat(2)
-    state = unet.encode_text(text[rows], torch.arange(2 * batch, device=device) < batch)
+    settings = stage.config.sampling.model_copy(update={"steps": STEPS, "guidance": 3.0})
+    clock = Clock(device)
+    clock.watch(unet)
+    walks, unets = [], []
+    for _ in range(ROUNDS + 1):
+        clock.spans.clear()
+        walk = clock.span(lambda: stage.sample(unet, text, seeds, lowres=lowres, sampling=settings))
+        walks.append(clock.milliseconds([walk]) / STEPS)
+        unets.append(clock.milliseconds(clock.spans) / STEPS)
+    return Times.of(walks[1:], clock.timer), Times.of(unets[1:], clock.timer)  # the first one warmed up
 
-    def sample(steps: int) -> None:
-        settings = stage.config.sampling.model_copy(update={"steps": steps, "guidance": 3.0})
-        stage.sample(unet, text, seeds, lowres=lowres, sampling=settings)
 
-    works = {f"{steps} steps": Work(lambda _, steps=steps: sample(steps)) for steps in STEPS}
-    works["unet"] = Work(torch.inference_mode()(lambda _: unet(x, time, text=state, **condition)))
-    return works
+class Clock:
+    """Spans of CPU seconds, or between CUDA events."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self.timer = "events" if self.cuda else "CPU seconds"
+        self.spans: list[tuple[Any, Any]] = []
+        self._begun: Any = None
+
+    def now(self) -> Any:
+        if not self.cuda:
+            return time.process_time()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def span(self, call: Callable[[], object]) -> tuple[Any, Any]:
+        begun = self.now()
+        call()
+        return begun, self.now()
+
+    def watch(self, unet: UNet) -> None:
+        """Note a span for every call of the U-Net."""
+        def begin(*_: object) -> None:
+            self._begun = self.now()
+
+        unet.register_forward_pre_hook(begin)
+        unet.register_forward_hook(lambda *_: self.spans.append((self._begun, self.now())))
+
+    def milliseconds(self, spans: list[tuple[Any, Any]]) -> float:
+        if not self.cuda:
+            return 1000 * sum(end - begun for begun, end in spans)
+        torch.cuda.synchronize()
+        return sum(begun.elapsed_time(end) for begun, end in spans)

@@ -83,6 +83,12 @@ def parser() -> argparse.ArgumentParser:
     sample.add_argument("--stop-at", help="the last stage to run")
     _device_options(sample)
 
+    demo = command("demo", _demo, "serve a web page that draws pictures for captions")
+    demo.add_argument("--model", type=Path, required=True)
+    demo.add_argument("--host", default="127.0.0.1", help="address to listen on; by default this machine alone")
+    demo.add_argument("--port", type=int, default=7860)
+    _model_options(demo)
+
     evaluate = command("evaluate", _evaluate, "read the captions' attributes back out of sampled pictures")
     evaluate.add_argument("--model", type=Path, required=True)
     evaluate.add_argument("--data", choices=["shapes"], default="shapes")
@@ -103,9 +109,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _device_options(sub: argparse.ArgumentParser) -> None:
+    _model_options(sub)
+    sub.add_argument("--batch-size", type=int, default=32)
+
+
+def _model_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--device", help="cuda or cpu; by default cuda where there is one")
     sub.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    sub.add_argument("--batch-size", type=int, default=32)
     sub.add_argument("--compile", choices=["default", "reduce-overhead", "max-autotune"],
                      help="torch.compile for the U-Nets; reduce-overhead adds CUDA graphs")
     sub.add_argument("--offload", choices=["auto", "always", "never"], default="auto",
@@ -245,6 +255,16 @@ def _lines(path: Path) -> list[str]:
     except UnicodeDecodeError as error:
         raise ValueError(f"captions {path} are not UTF-8: {error}") from None
     return lines if lines[-1] else lines[:-1]
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from importlib.util import find_spec
+
+    if find_spec("gradio") is None:
+        raise ValueError("the page needs Gradio: pip install fastimagen[demo]")
+    from .demo import serve
+
+    serve(_load(options), host=options.host, port=options.port)
 
 
 def _evaluate(options: argparse.Namespace) -> None:

@@ -64,10 +64,14 @@ class Output:
         overview.save(folder / "grid.png")
         lines = "".join(" ".join(caption.splitlines()) + "\n" for caption in self.captions)
         (folder / "captions.txt").write_text(lines, encoding="utf-8")
-        records = [{"image": f"images/{index:06d}.png", "caption": caption, "seed": seed}
-                   for index, (caption, seed) in enumerate(zip(self.captions, self.seeds))]
-        (folder / "samples.json").write_text(json.dumps({**self.settings, "samples": records}, indent=2) + "\n")
+        (folder / "samples.json").write_text(json.dumps(self.record(), indent=2) + "\n")
         return folder
+
+    def record(self) -> dict[str, Any]:
+        """All that is needed to make the pictures again, as samples.json holds it."""
+        samples = [{"image": f"images/{index:06d}.png", "caption": caption, "seed": seed}
+                   for index, (caption, seed) in enumerate(zip(self.captions, self.seeds))]
+        return {**self.settings, "samples": samples}
 
 
 def refuse_nonempty(folder: Path) -> None:

@@ -1,0 +1,159 @@
+"""The web page, served by the real command: over HTTP, and in a headless Chromium where there is one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastimagen.cli import main
+from fastimagen.images import to_uint8
+from fastimagen.pipeline import ImagenPipeline
+from tests.conftest import ROOT, write_toy_encoder, write_toy_model
+
+gradio_client = pytest.importorskip("gradio_client")
+CAPTION = "a small blue star on a white background"
+STAGES = ("dpmpp_2m", 2, 2.0, "ddim", 3, 1.0)  # sampler, steps, guidance of base and of sr
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo")
+    return write_toy_model(folder / "model", write_toy_encoder(folder / "encoder"))
+
+
+@pytest.fixture(scope="module")
+def url(model: Path) -> Iterator[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "fastimagen.cli", "demo", "--model", str(model), "--port", str(port)]
+    server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                              env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    try:
+        line = server.stdout.readline()
+        assert line.startswith(f"http://127.0.0.1:{port}/"), line + server.stdout.read()
+        yield line.split()[0]
+    finally:
+        server.terminate()
+        server.wait(timeout=20)
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> Any:
+    return gradio_client.Client(url, verbose=False)
+
+
+def draw(client: Any, captions: str, *, negative: str = "", seed: int = 5, count: int = 2,
+         stages: tuple = STAGES) -> tuple[list[np.ndarray], dict, Path]:
+    gallery, _, record, download = client.predict(captions, negative, seed, count, *stages, api_name="/draw")
+    return [np.asarray(Image.open(entry["image"])) for entry in gallery], record, Path(download["value"])
+
+
+def expected(model: Path, captions: list[str], **options: Any) -> np.ndarray:
+    return to_uint8(ImagenPipeline.from_pretrained(model)(captions, **options).images).numpy()
+
+
+def test_the_page_names_the_model(model: Path, url: str) -> None:
+    page = urlopen(url).read().decode()
+    assert str(model) in page and "base 8x8" in page and "sr 16x16" in page
+
+
+def test_pictures_are_those_of_the_pipeline_and_settings_make_them_again(model: Path, client: Any) -> None:
+    pictures, record, download = draw(client, f"{CAPTION}\n\na red circle", negative="a green square")
+    settings = json.loads(download.read_text())
+    assert settings == record and settings["negative"] == ["a green square"]
+    stages = settings["stages"]
+    assert [(s["sampler"], s["steps"], s["guidance"]) for s in (stages["base"], stages["sr"])] == [STAGES[:3], STAGES[3:]]
+    wanted = [sample["caption"] for sample in settings["samples"]]
+    assert wanted == [CAPTION, CAPTION, "a red circle", "a red circle"]
+    seeds = [sample["seed"] for sample in settings["samples"]]
+    assert seeds == [5, 6, 7, 8]
+    again = expected(model, wanted, seeds=seeds, negative=settings["negative"],
+                     **{key: {name: stage[key] for name, stage in stages.items()}
+                        for key in ("sampler", "steps", "guidance")})
+    assert np.array_equal(pictures, again)
+
+
+@pytest.mark.parametrize(("given", "complaint"), [
+    (dict(captions="  \n "), "Write a caption first"),
+    (dict(captions="a red circle\n" * 5, count=16), "80 pictures at once are too many: at most 64"),
+    (dict(captions="a red circle", stages=("euler", *STAGES[1:])), "Value: euler is not in the list of choices"),
+    (dict(captions="a red circle", negative="blue", stages=("ddim", 2, 1.0) * 2), "raise it"),
+])
+def test_a_mistake_is_one_line_and_the_server_goes_on(given: dict[str, Any], complaint: str, client: Any) -> None:
+    with pytest.raises(gradio_client.exceptions.AppError) as error:
+        draw(client, **given)
+    assert complaint in str(error.value) and "Traceback" not in str(error.value)
+    assert len(draw(client, CAPTION)[0]) == 2
+
+
+def test_visitors_wait_for_each_other(model: Path, client: Any) -> None:
+    with ThreadPoolExecutor(3) as pool:
+        drawn = list(pool.map(lambda seed: draw(client, CAPTION, seed=seed, count=1)[0], (1, 2, 3)))
+    steps, guidance = {"base": 2, "sr": 3}, {"base": 2.0, "sr": 1.0}
+    again = expected(model, [CAPTION] * 3, seeds=[1, 2, 3], steps=steps, guidance=guidance,
+                     sampler={"base": "dpmpp_2m", "sr": "ddim"})
+    assert np.array_equal(np.concatenate(drawn), again)
+
+
+def test_without_gradio_it_says_what_to_install(model: Path, monkeypatch: pytest.MonkeyPatch,
+                                                capsys: pytest.CaptureFixture[str]) -> None:
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gradio" else find(name))
+    assert main(["demo", "--model", str(model)]) == 1
+    assert capsys.readouterr().err == "error: the page needs Gradio: pip install fastimagen[demo]\n"
+
+
+# ---- in a browser
+
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync"]
+
+
+@pytest.fixture
+def page(url: str) -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: no browser test")
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        pytest.skip("no Chromium is installed: no browser test")
+    with playwright.sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=chromium, args=FLAGS)
+        page = browser.new_page()
+        page.goto(url)
+        yield page
+        browser.close()
+
+
+def test_in_a_browser(page: Any, url: str) -> None:
+    asked: list[str] = []
+    complaints: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+    page.reload()
+    page.fill("#captions textarea", CAPTION)
+    page.click("#draw")
+    page.wait_for_function("document.querySelector('#status').innerText.includes('4 in ')", timeout=30000)
+    pictures = page.locator("#gallery .grid-wrap img")
+    assert pictures.count() == 4
+    until = time.monotonic() + 10
+    while not (sizes := pictures.evaluate_all("all => all.map(one => one.naturalWidth)")) == [16] * 4:
+        assert time.monotonic() < until, sizes
+    assert complaints == []
+    assert [address for address in asked if not address.startswith((url, "data:", "blob:"))] == []  # no foreign host
