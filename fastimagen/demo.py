@@ -9,15 +9,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import gradio as gr
 from PIL import Image
 from torch import Tensor
 
 from .images import to_uint8
 from .pipeline import ImagenPipeline, Output
 from .samplers import SAMPLERS
+
+if TYPE_CHECKING:
+    import gradio as gr
 
 EXAMPLES = ("a large blue star at the top of a black background",
             "a small green cross on the left of a gray background",
@@ -38,6 +40,8 @@ class Stopped(Exception):
 
 def serve(pipe: ImagenPipeline, *, host: str = "127.0.0.1", port: int = 7860) -> None:
     """Serve the page until interrupted. Raises OSError if the port is taken."""
+    import gradio as gr
+
     app = build(pipe)
     theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])  # none to fetch
     _, url, _ = app.launch(server_name=host, server_port=port, share=False, show_error=True, quiet=True,
@@ -48,6 +52,8 @@ def serve(pipe: ImagenPipeline, *, host: str = "127.0.0.1", port: int = 7860) ->
 
 def build(pipe: ImagenPipeline) -> gr.Blocks:
     """The page. One visitor's pictures are drawn at a time, the others wait in line."""
+    import gradio as gr
+
     name = Path(pipe.source).name
     settings = pipe.cascade.settings()
     with gr.Blocks(title=f"fastimagen: {name}", analytics_enabled=False) as app:
@@ -93,6 +99,8 @@ def _sizes(pipe: ImagenPipeline) -> str:
 
 def _draw(pipe: ImagenPipeline, names: list[str]) -> Callable[..., Iterator[tuple[Any, ...]]]:
     """What the button does: (gallery, status, record, download) now and again while the pictures come to be."""
+    import gradio as gr
+
     folder = Path(tempfile.mkdtemp(prefix="fastimagen-demo-"))
 
     def draw(captions: str, negative: str, seed: float, count: float, *values: Any) -> Iterator[tuple[Any, ...]]:

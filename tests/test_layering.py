@@ -44,7 +44,8 @@ BELOW = {
     "evaluate": "pipeline images data",
     "interop": "config config_file presets unet cascade pipeline text",  # where MinImagen's numbers stand
     "info": "ops",
-    "cli": " ".join(ABOVE) + " data train export evaluate interop info",
+    "demo": "pipeline images samplers",
+    "cli": " ".join(ABOVE) + " data train export evaluate interop info demo",
 }
 ALLOWED = {name: imports.split() for name, imports in {**ABOVE, **BELOW}.items()}
 ONLY_IN_FUNCTIONS = {"cli"}  # --help must not wait for torch
@@ -53,7 +54,7 @@ CORE = {"torch", "safetensors", "numpy", "einops", "pydantic", "PIL"}
 # At import; for modules that are not named, CORE.
 THIRD_PARTY = {"config": {"pydantic"}, "config_file": {"pydantic"}, "presets": set(), "info": set(), "cli": set()}
 IN_FUNCTIONS = {"text": {"transformers"}, "ops": {"fastimagen_kernels", "xformers"}, "info": {"torch"},
-                "cli": {"torch"},
+                "cli": {"torch"}, "demo": {"gradio"},
                 "data": {"webdataset", "braceexpand"}, "train": {"deepspeed", "psutil", "tqdm"}}
 KERNELS = {"torch", "triton", "fastimagen_kernels"}
 NOBODYS = {"tests": {"tests"}, "benchmarks": {"benchmarks", "tests"}}  # and the folders that may import them
