@@ -33,7 +33,8 @@ from .rows import RESULTS, Results, environment
 from .timing import Work
 
 PAIR = (networks.TEST_BASE, networks.TEST_SUPER)
-SETS = {"test pair 64, 64->128 B2": PAIR, "default 45 M 64 B1": (networks.DEFAULT,)}
+TEST_PAIR = "MinImagen's test pair, 64 and 128 pixels, B2"
+SETS = {TEST_PAIR: PAIR, "MinImagen's default U-Net, 64 pixels, B1": (networks.DEFAULT,)}
 """Networks of MinImagen that a CPU can train; the pair is what it trains with --TESTING."""
 PROVIDERS = {"ours": partial(step.ours, backend="torch"),
              "ours, text_padding none": partial(step.ours, backend="torch", padding="none"),
@@ -99,7 +100,7 @@ def _peak() -> int:
 def guided(bench: Bench) -> None:
     """The test pair draws two pictures with guidance 3, ancestral sampling, as many steps in both."""
     works: dict[str, Work] = {}
-    names = {"op": "guided sampling", "shape": f"test pair 64, 64->128 B2, {SAMPLING_STEPS} steps", "dtype": "float32",
+    names = {"op": "guided sampling", "shape": f"{TEST_PAIR}, {SAMPLING_STEPS} steps", "dtype": "float32",
              "mode": "sampling"}
     text = captions(2, 512, CPU)
     for name, padding in (("ours", "null"), ("ours, text_padding none", "none")):

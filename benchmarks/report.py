@@ -174,13 +174,15 @@ def single_op(op: str) -> Callable[[Measured], str]:
             shapes = dict.fromkeys((row["shape"], row["mode"]) for row in rows)
             providers = [name for name in dict.fromkeys(row["provider"] for row in rows)
                          if any("ms" in row for row in rows if row["provider"] == name)]
+            rates = {"ours of copy": ("bytes", "gbs"), "ours of matrix rate": ("flops", "tflops")}
+            rates = {name: rate for name, rate in rates.items() if any(rate[0] in row for row in rows)}
             lines = []
             for shape, mode in shapes:
                 found = [measured.one(device, op=op, shape=shape, mode=mode, provider=name) for name in providers]
                 ours = next((row for row in found if row and "ours" in row["provider"] and "ms" in row), None)
                 lines.append([f"{shape}, {mode}", *map(milliseconds, found),
-                              share(ours, "bytes", "gbs"), share(ours, "flops", "tflops")])
-            head = ("", *providers, "ours of copy", "ours of matrix rate")
+                              *(share(ours, *rate) for rate in rates.values())])
+            head = ("", *providers, *rates)
             parts += [table(head, lines), when(rows, AGAIN["cpu" if device == "cpu" else "gpu"])]
         if not measured.gpus:
             parts.append(f"On a GPU: {when([], AGAIN['gpu'])}")

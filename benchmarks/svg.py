@@ -33,7 +33,7 @@ def steps(measured: Measured) -> str | None:
     for device in [*measured.gpus, "cpu"]:
         for row in measured.of(device, op="training step", mode="training"):
             if "ms" in row:
-                groups.setdefault(f"{row['shape']} ({row['device']})", []).append(row)
+                groups.setdefault(f"{row['shape']}; {row['device']}", []).append(row)
     parts, y = [], 34.0
     for name, rows in groups.items():
         y += 18

@@ -89,7 +89,8 @@ class Stage:
         if tile is None or tile >= self.config.size:
             return
         if tile % unet.stride:
-            raise ValueError(f"tile {tile} of stage {self.name} must be a multiple of {unet.stride}, its U-Net's stride")
+            raise ValueError(f"tile {tile} of stage {self.name} must be a multiple of {unet.stride}, "
+                             f"its U-Net's stride")
         if unet.coordinates:
             raise ValueError(f"stage {self.name} knows every pixel's place: it cannot be drawn in tiles")
 

@@ -20,8 +20,8 @@ def main(arguments: list[str] | None = None) -> int:
     except RuntimeError as error:
         if "out of memory" not in str(error):
             raise
-        print("error: the GPU's memory does not suffice; a smaller --batch-size, --dtype bfloat16, --offload always and, "
-              "for large pictures, --tile need less", file=sys.stderr)
+        print("error: the GPU's memory does not suffice; a smaller --batch-size, --dtype bfloat16, --offload always "
+              "and, for large pictures, --tile need less", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -100,7 +100,8 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--seed", type=int, default=0)
     _device_options(evaluate)
 
-    minimagen = command("import-minimagen", _import_minimagen, "turn a MinImagen training directory into a model directory")
+    minimagen = command("import-minimagen", _import_minimagen,
+                        "turn a MinImagen training directory into a model directory")
     minimagen.add_argument("source", type=Path)
     minimagen.add_argument("--out", type=Path, required=True)
 

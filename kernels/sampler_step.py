@@ -94,9 +94,9 @@ def finish(x_pointer, s_pointer, previous_pointer, noise_pointer, x0_pointer, fo
     tl.store(following_pointer + offset, following, mask=mask)
 
 
-def sampler_step(output: Tensor, x: Tensor, previous: Tensor | None, noise: Tensor | None, recovery: tuple[float, float],
-                 update: tuple[float, float, float, float], guidance: float | None, threshold: str, percentile: float,
-                 ) -> tuple[Tensor, Tensor]:
+def sampler_step(output: Tensor, x: Tensor, previous: Tensor | None, noise: Tensor | None,
+                 recovery: tuple[float, float], update: tuple[float, float, float, float], guidance: float | None,
+                 threshold: str, percentile: float) -> tuple[Tensor, Tensor]:
     """(x', x0), both (B, ...) like x. All tensors are dense and lie in memory as x does; output is (2B, ...) with
     guidance."""
     n = x[0].numel()
@@ -120,7 +120,7 @@ def shipped() -> Iterator[tuple[str, Callable[[], object]]]:
     """What is compiled ahead of time: a label, and a call of a launcher on meta tensors."""
     x = torch.empty(2, 3, 64, 64, device="meta")
     output = torch.empty(4, 3, 64, 64, dtype=torch.bfloat16, device="meta")
+    recovery, update = (0.5, -0.5), (0.5, 0.5, 0.1, 0.1)
     for threshold in ("dynamic", "static"):
-        yield threshold, partial(sampler_step, output, x, x, x, (0.5, -0.5), (0.5, 0.5, 0.1, 0.1), 3.0, threshold, 0.995)
-    yield "plain", partial(sampler_step, output[:2].float(), x, None, None, (0.5, -0.5), (0.5, 0.5, 0.0, 0.0), None,
-                           "none", 0.995)
+        yield threshold, partial(sampler_step, output, x, x, x, recovery, update, 3.0, threshold, 0.995)
+    yield "plain", partial(sampler_step, output[:2].float(), x, None, None, recovery, update, None, "none", 0.995)

@@ -77,7 +77,8 @@ def test_pictures_are_those_of_the_pipeline_and_settings_make_them_again(model: 
     settings = json.loads(download.read_text())
     assert settings == record and settings["negative"] == ["a green square"]
     stages = settings["stages"]
-    assert [(s["sampler"], s["steps"], s["guidance"]) for s in (stages["base"], stages["sr"])] == [STAGES[:3], STAGES[3:]]
+    chosen = [tuple(stages[name][key] for key in ("sampler", "steps", "guidance")) for name in ("base", "sr")]
+    assert chosen == [STAGES[:3], STAGES[3:]]
     wanted = [sample["caption"] for sample in settings["samples"]]
     assert wanted == [CAPTION, CAPTION, "a red circle", "a red circle"]
     seeds = [sample["seed"] for sample in settings["samples"]]

@@ -50,7 +50,8 @@ def test_stages_take_turns_on_the_device(model: Path, text: TextEmbeddings, monk
     assert torch.equal(pipe(text=text).images, expected)
 
 
-def test_a_stage_goes_home_when_sampling_fails(model: Path, text: TextEmbeddings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stage_goes_home_when_sampling_fails(model: Path, text: TextEmbeddings,
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = ImagenPipeline.from_pretrained(model, offload="always")
     moves = []
     monkeypatch.setattr(nn.Module, "to", lambda self, device: moves.append(str(device)))
@@ -80,7 +81,7 @@ def test_compile_compiles_every_unet(model: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(nn.Module, "compile", lambda self, mode: modes.append(mode))
     ImagenPipeline.from_pretrained(model, compile="reduce-overhead")
     assert modes == ["reduce-overhead"] * 2
-    with pytest.raises(ValueError, match="compile must be one of None, default, reduce-overhead, max-autotune, got fast"):
+    with pytest.raises(ValueError, match="compile must be one of None, default, .*, got fast"):
         ImagenPipeline.from_pretrained(model, compile="fast")
     with pytest.raises(ValueError, match="offload must be one of auto, always, never, got maybe"):
         ImagenPipeline.from_pretrained(model, offload="maybe")

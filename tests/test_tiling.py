@@ -38,7 +38,8 @@ def test_no_seam() -> None:
 
 
 def test_what_lies_far_from_borders_is_what_the_whole_would_be() -> None:
-    x, kernel = picture(96, 96), torch.randn(3, 3, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    x = picture(96, 96)
+    kernel = torch.randn(3, 3, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
     def network(x: Tensor) -> Tensor:
         return F.conv2d(x, kernel, padding=2)

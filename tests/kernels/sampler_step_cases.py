@@ -32,7 +32,8 @@ class Case:
             return torch.randn(batch, *self.shape[1:], generator=generator)
 
         batch = self.shape[0]
-        output, x, previous, noise = (draw(rows) for rows in (batch * (1 if self.guidance is None else 2), *[batch] * 3))
+        halves = 1 if self.guidance is None else 2
+        output, x, previous, noise = (draw(rows) for rows in (halves * batch, *[batch] * 3))
         chosen = {"previous": previous} if self.previous else {}
         return output.to(self.dtype), x, chosen | ({"noise": noise} if self.noise else {})
 
