@@ -32,7 +32,9 @@ quickstart: venv
 test: venv
 	$(BIN)/python -m pytest
 
+# MinImagen without what its training scripts need: benchmarks/peers.py has stand-ins.
 bench: venv
+	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps minimagen==0.0.9 einops-exts resize-right
 	$(BIN)/python -m benchmarks.cpu
 
 # In the environment at hand, which has the PyTorch that fits the GPU; nothing is installed.
