@@ -155,7 +155,8 @@ def data(bench: Bench) -> None:
 
 GROUPS: dict[str, Callable[[Bench], None]] = {
     "training": training, "memory": memory, "guided": guided, "ops": single_ops,
-    "sampling": lambda bench: sampling.run(bench, QUICKSTART, ("torch",), batch=8), "data": data}
+    "sampling": lambda bench: [sampling.run(bench, QUICKSTART, ("torch",), batch=batch) for batch in (8, 1)],
+    "data": data}
 
 
 def main(arguments: list[str] | None = None) -> None:
