@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .backend import in_kernels, use_triton
+from .layout import dense, laid_as
 
 ACTIVATIONS = ("silu", "none")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -68,7 +69,7 @@ def _unsupported(*tensors: Tensor | None) -> str | None:
 def _forward(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, num_groups: int,
              eps: float, activation: str) -> tuple[Tensor, Tensor, Tensor]:
     """y, and mean and rstd (B, G) in fp32."""
-    x = _dense(x)
+    x = dense(x)
     if in_kernels(x):
         from fastimagen_kernels.group_norm import group_norm_forward
 
@@ -76,7 +77,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shif
                                   eps, activation == "silu")
     var, mean = torch.var_mean(x.float().unflatten(1, (num_groups, -1)), dim=(2, 3, 4), correction=0)  # (B, G)
     y = reference(x, weight, bias, num_groups, scale=scale, shift=shift, eps=eps, activation=activation)
-    return _as(y, x), mean, (var + eps).rsqrt()
+    return laid_as(x, y), mean, (var + eps).rsqrt()
 
 
 @torch.library.custom_op("fastimagen::group_norm_silu_backward", mutates_args=())
@@ -84,8 +85,8 @@ def _backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor
               mean: Tensor, rstd: Tensor, num_groups: int, activation: str,
               ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dx, dweight, dbias, dscale, dshift; the last two empty without FiLM."""
-    x = _dense(x)
-    dy = _as(dy, x)
+    x = dense(x)
+    dy = laid_as(x, dy)
     if in_kernels(x):
         from fastimagen_kernels.group_norm import group_norm_backward
 
@@ -120,17 +121,7 @@ def _gradients(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, scale: Tenso
     dscale = None if scale is None else (weight * s2 + bias * s1).to(scale.dtype)
     dshift = None if shift is None else s1.to(shift.dtype, copy=True)
     dweight, dbias = (factor * s2).sum(dim=0), (factor * s1).sum(dim=0)  # (C,)
-    return _as(dx.to(x.dtype), x), dweight.to(weight.dtype), dbias.to(bias.dtype), dscale, dshift
-
-
-def _dense(x: Tensor) -> Tensor:
-    """x itself if it is contiguous or channels_last, else a contiguous copy."""
-    return x if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
-
-
-def _as(tensor: Tensor, x: Tensor) -> Tensor:
-    """`tensor` in the layout of x, which is contiguous or channels_last; a copy only if it has the other."""
-    return tensor.contiguous(memory_format=torch.contiguous_format if x.is_contiguous() else torch.channels_last)
+    return laid_as(x, dx.to(x.dtype)), dweight.to(weight.dtype), dbias.to(bias.dtype), dscale, dshift
 
 
 def _rows(vector: Tensor | None) -> Tensor | None:
@@ -142,14 +133,14 @@ def _rows(vector: Tensor | None) -> Tensor | None:
 def _(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, num_groups: int, eps: float,
       activation: str) -> tuple[Tensor, Tensor, Tensor]:
     mean, rstd = (x.new_empty(x.shape[0], num_groups, dtype=torch.float32) for _ in range(2))
-    return torch.empty_like(_dense(x)), mean, rstd
+    return torch.empty_like(dense(x)), mean, rstd
 
 
 @_backward.register_fake
 def _(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, mean: Tensor,
       rstd: Tensor, num_groups: int, activation: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dscale, dshift = (x.new_empty(0) if vector is None else vector.new_empty(vector.shape) for vector in (scale, shift))
-    return torch.empty_like(_dense(x)), torch.empty_like(weight), torch.empty_like(bias), dscale, dshift
+    return torch.empty_like(dense(x)), torch.empty_like(weight), torch.empty_like(bias), dscale, dshift
 
 
 def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import thresholding
 from .backend import in_kernels, use_triton
+from .layout import dense, laid_as
 
 THRESHOLDS = ("dynamic", "static", "none")
 
@@ -81,15 +82,15 @@ def _unsupported(output: Tensor, x: Tensor) -> str | None:
 def _operator(output: Tensor, x: Tensor, previous: Tensor | None, noise: Tensor | None, skip: float, out: float,
               keep: float, gain: float, memory: float, spread: float, guidance: float | None, threshold: str,
               percentile: float) -> tuple[Tensor, Tensor]:
-    x = thresholding.dense(x)
+    x = dense(x)
     recovery, update = (skip, out), (keep, gain, memory, spread)
     if not in_kernels(x):
         results = reference(output, x, recovery, update, guidance=guidance, threshold=threshold, percentile=percentile,
                             previous=previous, noise=noise)
-        return tuple(thresholding.laid_like(result, x) for result in results)
+        return tuple(laid_as(x, result) for result in results)
     from fastimagen_kernels import sampler_step as kernels
 
-    output, previous, noise = (_laid_out_as(x, tensor) for tensor in (output, previous, noise))
+    output, previous, noise = (None if tensor is None else laid_as(x, tensor) for tensor in (output, previous, noise))
     return kernels.sampler_step(output, x, previous, noise, recovery, update, guidance, threshold, percentile)
 
 
@@ -97,12 +98,5 @@ def _operator(output: Tensor, x: Tensor, previous: Tensor | None, noise: Tensor 
 def _(output: Tensor, x: Tensor, previous: Tensor | None, noise: Tensor | None, skip: float, out: float, keep: float,
       gain: float, memory: float, spread: float, guidance: float | None, threshold: str, percentile: float,
       ) -> tuple[Tensor, Tensor]:
-    x = thresholding.dense(x)
+    x = dense(x)
     return torch.empty_like(x), torch.empty_like(x)
-
-
-def _laid_out_as(x: Tensor, tensor: Tensor | None) -> Tensor | None:
-    """`tensor` with the numbers of a picture in the order that x has, copied only where they are not."""
-    if tensor is None:
-        return None
-    return tensor.contiguous() if x.is_contiguous() else tensor.contiguous(memory_format=torch.channels_last)

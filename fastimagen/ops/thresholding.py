@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .backend import in_kernels, use_triton
+from .layout import dense, laid_as
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST = 2**31 - 1  # numbers of a picture, for the kernel
@@ -72,7 +73,7 @@ def unsupported(x0: Tensor) -> str | None:
 def _operator(x0: Tensor, percentile: float, floor: float) -> Tensor:
     x0 = dense(x0)
     if not in_kernels(x0):
-        return laid_like(reference(x0, percentile, floor=floor), x0)
+        return laid_as(x0, reference(x0, percentile, floor=floor))
     from fastimagen_kernels import dynamic_threshold as kernels
 
     return kernels.dynamic_threshold(x0, percentile, floor)
@@ -81,13 +82,3 @@ def _operator(x0: Tensor, percentile: float, floor: float) -> Tensor:
 @_operator.register_fake
 def _(x0: Tensor, percentile: float, floor: float) -> Tensor:
     return torch.empty_like(dense(x0))
-
-
-def dense(x0: Tensor) -> Tensor:
-    """x0 itself if it is contiguous or channels_last, else a contiguous copy."""
-    last = x0.dim() == 4 and x0.is_contiguous(memory_format=torch.channels_last)
-    return x0 if last or x0.is_contiguous() else x0.contiguous()
-
-
-def laid_like(tensor: Tensor, x0: Tensor) -> Tensor:
-    return torch.empty_like(x0).copy_(tensor)

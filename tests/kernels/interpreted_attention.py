@@ -13,9 +13,10 @@ from torch import Tensor
 
 from fastimagen import ops
 from tests.kernels.attention_cases import Case, assert_close, errors, exact, make, results
-from tests.kernels.interpreting import guarded, patch_once, round_to_nearest
+from tests.kernels.interpreting import guarded
 
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")
+pytestmark = [pytest.mark.usefixtures("interpreter"),
+              pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")]
 
 TEXT = Case(queries=9, heads=4, width=24, keys=9, context=20, lengths=(20, 3))
 CASES = [
@@ -30,15 +31,6 @@ CASES = [
     Case(queries=5, heads=2, width=48),  # the null key alone
     Case(queries=3, heads=2, width=56, keys=1, key_heads=2, null="shared", context=1, lengths=(1, 0)),
 ]
-
-
-@pytest.fixture(autouse=True)
-def interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    patch_once(monkeypatch)
-    round_to_nearest(monkeypatch)
-    ops.set_backend("triton")
-    yield
-    ops.set_backend("auto")
 
 
 @pytest.fixture(autouse=True)

@@ -9,21 +9,13 @@ import torch
 from torch import Tensor
 
 from fastimagen import ops
-from tests.kernels.interpreting import patch_once, round_to_nearest
 
 from .threshold_cases import CASES, PERCENTILES, assert_thresholded
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs in a process of its own, with TRITON_INTERPRET=1", allow_module_level=True)
 
-
-@pytest.fixture(autouse=True)
-def interpreter(monkeypatch: pytest.MonkeyPatch):
-    patch_once(monkeypatch)
-    round_to_nearest(monkeypatch)
-    ops.set_backend("triton")
-    yield
-    ops.set_backend("auto")
+pytestmark = pytest.mark.usefixtures("interpreter")
 
 
 @pytest.mark.parametrize("percentile", PERCENTILES)

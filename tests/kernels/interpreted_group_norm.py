@@ -15,18 +15,10 @@ from triton.runtime import interpreter
 
 from fastimagen import ops
 from tests.kernels.group_norm_cases import NAMES, assert_close, errors, exact, inputs, results
-from tests.kernels.interpreting import guarded, patch_once, round_to_nearest
+from tests.kernels.interpreting import guarded
 
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # sigmoid(-100): 1 / inf is right
-
-
-@pytest.fixture(autouse=True)
-def triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    patch_once(monkeypatch)
-    round_to_nearest(monkeypatch)
-    ops.set_backend("triton")
-    yield
-    ops.set_backend("auto")
+pytestmark = [pytest.mark.usefixtures("interpreter"),
+              pytest.mark.filterwarnings("ignore:overflow encountered in exp")]  # sigmoid(-100): 1 / inf is right
 
 
 @pytest.fixture(autouse=True)

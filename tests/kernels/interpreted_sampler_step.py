@@ -8,20 +8,14 @@ import pytest
 import torch
 
 from fastimagen import ops
-from tests.kernels.interpreting import guarded, patch_once
+from tests.kernels.interpreting import guarded
 
 from .sampler_step_cases import CASES, Case
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs in a process of its own, with TRITON_INTERPRET=1", allow_module_level=True)
 
-
-@pytest.fixture(autouse=True)
-def interpreter(monkeypatch: pytest.MonkeyPatch):
-    patch_once(monkeypatch)
-    ops.set_backend("triton")
-    yield
-    ops.set_backend("auto")
+pytestmark = pytest.mark.usefixtures("interpreter")
 
 
 @pytest.mark.parametrize("case", CASES, ids=repr)
