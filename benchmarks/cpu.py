@@ -139,6 +139,7 @@ def data(bench: Bench) -> None:
     with bench.missing_on_error("ours", **names), tempfile.TemporaryDirectory() as folder:
         from fastimagen.config import FastimagenConfig
         from fastimagen.data.source import embed_all, open_split, prepare_shapes
+        from fastimagen.text import T5Encoder
 
         config = FastimagenConfig.model_validate({
             "data": {"shards": f"{folder}/train", "validation": f"{folder}/val", "threads": 1,
@@ -151,6 +152,10 @@ def data(bench: Bench) -> None:
         with closing(loader.batches(0)) as batches:  # one for all repetitions: what it read ahead is used in the next
             times = bench.time({"ours": Work(lambda _: [next(batches) for _ in range(4)])})["ours"]
         bench.add(**names, provider="ours", ms=times[:3], timer=times.timer, images=256)
+        encoder, lines = T5Encoder(f"{folder}/text_encoder"), (ROOT / "launch/captions.txt").read_text().splitlines()
+        times = bench.time({"ours": Work(lambda _: encoder.encode(lines))})["ours"]
+        names = {"op": "text embedding", "shape": "built-in T5, captions of shapes", "dtype": "float32"}
+        bench.add(**names, mode="embedding", provider="ours", ms=times[:3], timer=times.timer, images=len(lines))
 
 
 GROUPS: dict[str, Callable[[Bench], None]] = {

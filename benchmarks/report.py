@@ -199,17 +199,32 @@ def sampler(measured: Measured) -> str:
         rows = measured.of(device, op="sampling")
         for row in rows:
             unet = measured.one(device, op="unet", shape=row["shape"], provider=row["provider"])
-            lines.append([row["shape"], row["provider"], milliseconds(row), milliseconds(unet), row.get("note", "")])
+            lines.append([row["shape"], row["provider"], milliseconds(row), milliseconds(unet), row.get("note", ""),
+                          picture(row)])
         if lines:
-            parts += [table(("stage", "by", "step", "its U-Net", "the rest"), lines),
+            parts += [table(("stage", "by", "step", "its U-Net", "the rest", "a picture in its steps"), lines),
                       when(rows, AGAIN["cpu" if device == "cpu" else "gpu"])]
     if not measured.gpus:
         parts.append(f"On a GPU: {when([], AGAIN['gpu'])}")
     return "\n\n".join(parts)
 
 
+def picture(row: Row) -> str:
+    """Time of one picture in as many steps as the stage is sampled with."""
+    if "ms" not in row or "steps" not in row:
+        return NOT_MEASURED
+    return f"{digits(row['ms'][1] * row['steps'] / row['images'] / 1000)} s in {row['steps']}"
+
+
+def data(measured: Measured) -> str:
+    """Pictures and captions per second on the way to the network."""
+    rows = [row for op in ("data loading", "text embedding") for row in measured.of("cpu", op=op)]
+    lines = [[row["op"], row["shape"], per_second(row)] for row in rows]
+    return f"{table(('', 'of', 'a second and core'), lines)}\n\n{when(rows, AGAIN['cpu'])}"
+
+
 TABLES: dict[str, Callable[[Measured], str]] = {
-    "cpu": cpu, "step": step, "breakdown": breakdown, "sampler": sampler, "attention": single_op("attention"),
+    "cpu": cpu, "step": step, "breakdown": breakdown, "sampler": sampler, "data": data, "attention": single_op("attention"),
     "group_norm": single_op("group_norm"), "threshold": single_op("threshold"),
     "sampler_step": single_op("sampler step")}
 
