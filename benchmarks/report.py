@@ -224,8 +224,8 @@ def data(measured: Measured) -> str:
 
 
 TABLES: dict[str, Callable[[Measured], str]] = {
-    "cpu": cpu, "step": step, "breakdown": breakdown, "sampler": sampler, "data": data, "attention": single_op("attention"),
-    "group_norm": single_op("group_norm"), "threshold": single_op("threshold"),
+    "cpu": cpu, "step": step, "breakdown": breakdown, "sampler": sampler, "data": data,
+    "attention": single_op("attention"), "group_norm": single_op("group_norm"), "threshold": single_op("threshold"),
     "sampler_step": single_op("sampler step")}
 
 

@@ -367,6 +367,8 @@ class TrainConfig(Section):
     """Steps between sample grids."""
     sample_count: int = Field(16, ge=1)
     """Pictures of a grid: the first captions of the validation set, with seeds 0, 1, 2, ..."""
+    compile: Literal["default", "reduce-overhead", "max-autotune"] | None = None
+    """A mode of torch.compile for the U-Nets on GPUs; a CPU trains them as they are."""
     max_nonfinite: int = Field(10, ge=1)
     """Steps in a row with a non-finite loss or gradient that end the run."""
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import queue
+import signal
 import tempfile
 import threading
 import time
@@ -23,14 +25,21 @@ if TYPE_CHECKING:
 
 EXAMPLES = ("a large blue star at the top of a black background",
             "a small green cross on the left of a gray background",
-            "a large yellow circle in the center of a white background",
             "a red circle to the left of a green square on a white background")  # of the built-in shapes
 MOST = 64  # pictures at once
+LARGEST_SEED = 2**53 - MOST  # a browser's numbers are exact up to 2^53, and seeds count up
 SHOW_EVERY = 0.3  # seconds between intermediate pictures
+SHOWN_SIDE = 256  # pixels: what is looked at for a moment need not be sent in full
+KEPT = 24 * 3600  # seconds that a picture stays on the disk while the page is served
 CSS = """
 .gradio-container {max-width: 1100px !important; margin: auto}
 #gallery img {image-rendering: pixelated}
-#gallery .grid-wrap .caption-label {display: none}
+#gallery .grid-container {grid-template: none / repeat(var(--grid-cols), minmax(0, 1fr)); grid-auto-rows: auto}
+#gallery .thumbnail-lg {aspect-ratio: auto; height: auto}
+#gallery .thumbnail-lg img {aspect-ratio: 1}
+#gallery .thumbnail-lg .caption-label {
+    position: static; max-width: none; border: none; padding: 0; margin: 2px 6px 4px; font-size: 11px; line-height: 1.25;
+    white-space: normal; display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 3}
 """
 
 
@@ -39,32 +48,50 @@ class Stopped(Exception):
 
 
 def serve(pipe: ImagenPipeline, *, host: str = "127.0.0.1", port: int = 7860) -> None:
-    """Serve the page until interrupted. Raises OSError if the port is taken."""
+    """Serve the page until interrupted or terminated; then nothing of it is left on the disk.
+
+    Raises ValueError if the model names no text encoder, or if there is no listening at host and port.
+    """
+    if pipe.text_encoder is None:
+        raise ValueError(f"{pipe.source} names no text encoder: the page draws pictures for captions")
     import gradio as gr
 
-    app = build(pipe)
     theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])  # none to fetch
-    _, url, _ = app.launch(server_name=host, server_port=port, share=False, show_error=True, quiet=True,
-                           ssr_mode=False, footer_links=[], theme=theme, css=CSS, prevent_thread_lock=True)
-    print(f"{url}  (Ctrl-C ends it)", flush=True)
-    app.block_thread()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
+    with tempfile.TemporaryDirectory(prefix="fastimagen-demo-") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        app = build(pipe, Path(folder))
+        try:
+            _, url, _ = app.launch(server_name=host, server_port=port, share=False, show_error=True, quiet=True,
+                                   ssr_mode=False, footer_links=[], theme=theme, css=CSS, prevent_thread_lock=True)
+        except OSError:
+            raise ValueError(f"cannot listen at {host}, port {port}: another program may; choose a --port") from None
+        print(f"{url}  (Ctrl-C ends it)", flush=True)
+        app.block_thread()
 
 
-def build(pipe: ImagenPipeline) -> gr.Blocks:
-    """The page. One visitor's pictures are drawn at a time, the others wait in line."""
+def build(pipe: ImagenPipeline, folder: Path) -> gr.Blocks:
+    """The page. One visitor's pictures are drawn at a time, the others wait in line. Settings are written to folder."""
     import gradio as gr
 
-    name = Path(pipe.source).name
     settings = pipe.cascade.settings()
-    with gr.Blocks(title=f"fastimagen: {name}", analytics_enabled=False) as app:
-        gr.Markdown(f"# fastimagen\n{pipe.source}: {_sizes(pipe)}")
+    shapes = pipe.text_encoder.get("included")  # the built-in encoder knows nothing else
+    with gr.Blocks(title=f"fastimagen: {Path(pipe.source).name}", analytics_enabled=False, fill_width=True,
+                   delete_cache=(KEPT // 24, KEPT)) as app:
+        gr.Markdown(f"# fastimagen\n`{pipe.source}` on {pipe.device}: {_sizes(pipe)} pixels")
         with gr.Row():
             with gr.Column(scale=2):
-                captions = gr.Textbox(label="Captions, one per line", lines=3, autofocus=True, elem_id="captions")
-                negative = gr.Textbox(label="Lead away from (optional)", lines=1)
+                captions = gr.Textbox(label="Captions, one per line", lines=6, autofocus=True, elem_id="captions",
+                                      value="\n".join(EXAMPLES) if shapes else "",
+                                      info="This model knows captions like these." if shapes else None)
                 with gr.Row():
-                    seed = gr.Number(label="Seed", value=0, precision=0, minimum=0)
-                    count = gr.Slider(label="Pictures of each", value=4, minimum=1, maximum=16, step=1)
+                    count = gr.Slider(label="Pictures each", value=4, minimum=1, maximum=16, step=1, scale=3)
+                    seed = gr.Number(label="First seed", value=0, precision=0, minimum=0, maximum=LARGEST_SEED,
+                                     scale=2)
+                with gr.Row():
+                    start = gr.Button("Draw", variant="primary", elem_id="draw")
+                    stop = gr.Button("Stop", elem_id="stop")
+                negative = gr.Textbox(label="Lead away from (optional)", lines=1)
                 stages = []
                 for stage, chosen in settings.items():
                     with gr.Accordion(f"Stage {stage}", open=False):
@@ -74,99 +101,118 @@ def build(pipe: ImagenPipeline) -> gr.Blocks:
                                       step=1),
                             gr.Slider(label="Guidance", value=chosen.guidance, minimum=0,
                                       maximum=max(20, chosen.guidance), step=0.1)]
-                with gr.Row():
-                    start = gr.Button("Draw", variant="primary", elem_id="draw")
-                    stop = gr.Button("Stop")
             with gr.Column(scale=3):
-                gallery = gr.Gallery(show_label=False, columns=4, height=480, format="png", elem_id="gallery",
+                gallery = gr.Gallery(show_label=False, columns=4, height=560, format="png", elem_id="gallery",
                                      object_fit="contain", buttons=["download", "fullscreen"])
                 status = gr.Markdown("", elem_id="status")
                 with gr.Accordion("Settings that make these pictures again", open=False):
                     record = gr.JSON(show_label=False)
                 download = gr.DownloadButton("Download settings", interactive=False)
-        if pipe.text_encoder and pipe.text_encoder.get("included"):
-            gr.Examples([[caption] for caption in EXAMPLES], inputs=[captions], label="It knows captions like these")
-        drawing = start.click(_draw(pipe, list(settings)), [captions, negative, seed, count, *stages],
+        drawing = start.click(_draw(pipe, list(settings), folder), [captions, negative, seed, count, *stages],
                               [gallery, status, record, download], api_name="draw", concurrency_limit=1)
         stop.click(None, cancels=[drawing])
     return app
 
 
 def _sizes(pipe: ImagenPipeline) -> str:
-    stages = [f"{stage.name} {stage.config.size}x{stage.config.size}" for stage in pipe.cascade.stages]
-    return f"{' → '.join(stages)}, on {pipe.device}"
+    return " → ".join(f"{stage.name} {stage.config.size}x{stage.config.size}" for stage in pipe.cascade.stages)
 
 
-def _draw(pipe: ImagenPipeline, names: list[str]) -> Callable[..., Iterator[tuple[Any, ...]]]:
+def _draw(pipe: ImagenPipeline, names: list[str], folder: Path) -> Callable[..., Iterator[tuple[Any, ...]]]:
     """What the button does: (gallery, status, record, download) now and again while the pictures come to be."""
     import gradio as gr
 
-    folder = Path(tempfile.mkdtemp(prefix="fastimagen-demo-"))
+    worker = _worker()
 
-    def draw(captions: str, negative: str, seed: float, count: float, *values: Any) -> Iterator[tuple[Any, ...]]:
+    def draw(captions: str, negative: str, seed: int | None, count: int, *values: Any) -> Iterator[tuple[Any, ...]]:
         lines = [line.strip() for line in (captions or "").splitlines() if line.strip()]
+        wanted = [line for line in lines for _ in range(int(count))]
         if not lines:
             raise gr.Error("Write a caption first", print_exception=False)
-        wanted = [line for line in lines for _ in range(int(count))]
+        if seed is None:
+            raise gr.Error("Give a seed: any whole number from 0 on", print_exception=False)
         if len(wanted) > MOST:
             raise gr.Error(f"{len(wanted)} pictures at once are too many: at most {MOST}", print_exception=False)
         sampler, steps, guidance = (dict(zip(names, values[offset::3])) for offset in range(3))
         options = {"sampler": sampler, "steps": {name: int(step) for name, step in steps.items()}, "guidance": guidance,
                    "negative": [negative.strip()] if negative and negative.strip() else None,
                    "seeds": [int(seed) + index for index in range(len(wanted))]}
-        began, shown = time.monotonic(), 0.0
-        for news in _in_background(lambda callback: pipe(wanted, callback=callback, batch_size=MOST, **options)):
-            if isinstance(news, ValueError):
-                raise gr.Error(" ".join(str(news).split()), print_exception=False)
-            if isinstance(news, Exception):
-                raise news
-            if isinstance(news, Output):
-                path = folder / f"settings-{time.time_ns()}.json"
-                path.write_text(json.dumps(news.record(), indent=2) + "\n")
-                yield (_pictures(news.images, wanted), f"{len(wanted)} in {time.monotonic() - began:.1f} s",
-                       news.record(), gr.DownloadButton(value=str(path), interactive=True))
-            elif time.monotonic() - shown > SHOW_EVERY:
-                stage, step, x0 = news
-                shown = time.monotonic()
-                yield (_pictures(x0, wanted), f"{stage}: step {step + 1} of {options['steps'][stage]}", None,
-                       gr.DownloadButton(interactive=False))
+        began = time.monotonic()
+        try:
+            for news in in_background(worker, pipe, wanted, **options):
+                if isinstance(news, Output):
+                    path = folder / f"settings-{time.time_ns()}.json"
+                    path.write_text(json.dumps(news.record(), indent=2) + "\n")
+                    yield (_gallery(to_uint8(news.images), wanted, int(count)),
+                           f"{len(wanted)} pictures in {time.monotonic() - began:.1f} s", news.record(),
+                           gr.DownloadButton(value=str(path), interactive=True))
+                else:
+                    stage, step, pixels = news
+                    yield (_gallery(pixels, wanted, int(count), side=SHOWN_SIDE),
+                           f"Stage {stage}: step {step + 1} of {options['steps'][stage]}", None,
+                           gr.DownloadButton(interactive=False))
+        except (ValueError, OSError, ImportError) as error:
+            raise gr.Error(" ".join(str(error).split()), print_exception=False) from None
+        except RuntimeError as error:
+            if "out of memory" not in str(error):
+                raise
+            raise gr.Error("The GPU's memory does not suffice: draw fewer pictures at once", print_exception=False)
 
     return draw
 
 
-def _in_background(work: Callable[[Callable[..., None]], Output]) -> Iterator[Any]:
-    """work(callback) in a thread of its own: (stage, step, x0) after every step, then its result or exception.
+def _worker() -> queue.SimpleQueue[Callable[[], None]]:
+    """Jobs put here run one after the other in one thread: CUDA graphs are recorded for each thread anew."""
+    jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+
+    def work() -> None:
+        while True:
+            jobs.get()()
+
+    threading.Thread(target=work, daemon=True).start()
+    return jobs
+
+
+def in_background(worker: queue.SimpleQueue[Callable[[], None]], pipe: Callable[..., Output], captions: list[str],
+                  **options: Any) -> Iterator[tuple[str, int, Tensor] | Output]:
+    """(stage, step, pixels (B, H, W, 3) uint8) at times while `worker` draws, then the result. Raises as the pipeline.
 
     When the iterator is closed the work stops at its next step.
     """
-    news: queue.Queue[Any] = queue.Queue()
+    news: queue.SimpleQueue[Any] = queue.SimpleQueue()
     gone = threading.Event()
+    shown = -SHOW_EVERY
 
     def callback(stage: str, step: int, x: Tensor, x0: Tensor) -> None:
+        nonlocal shown
         if gone.is_set():
             raise Stopped
-        news.put((stage, step, x0))
+        if news.empty() and time.monotonic() - shown >= SHOW_EVERY:  # no heap of pictures before a slow reader
+            shown = time.monotonic()
+            news.put((stage, step, to_uint8(x0).cpu()))
 
-    def run() -> None:
+    def job() -> None:
         try:
-            news.put(work(callback))
+            news.put(pipe(captions, callback=callback, batch_size=MOST, **options))
         except Exception as error:  # for the other thread, which knows whom to tell
             news.put(error)
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
+    worker.put(job)
     try:
-        while True:
-            item = news.get()
+        while isinstance(item := news.get(), tuple):
             yield item
-            if not isinstance(item, tuple):
-                return
+        if isinstance(item, Exception):
+            raise item
+        yield item
     finally:
         gone.set()
-        thread.join()
 
 
-def _pictures(images: Tensor, captions: list[str]) -> list[tuple[Image.Image, str]]:
-    """What the gallery shows of images (B, 3, H, W) in [-1, 1]."""
-    pixels = to_uint8(images.clamp(-1, 1)).cpu().numpy()  # (B, H, W, 3)
-    return [(Image.fromarray(picture), caption) for picture, caption in zip(pixels, captions)]
+def _gallery(pixels: Tensor, captions: list[str], count: int, side: int | None = None) -> gr.Gallery:
+    """Pictures (B, H, W, 3) uint8, no larger than side, each caption's in a row of their own where that fits."""
+    import gradio as gr
+
+    pictures = [Image.fromarray(picture) for picture in pixels.numpy()]
+    for picture in pictures if side else ():
+        picture.thumbnail((side, side))
+    return gr.Gallery(list(zip(pictures, captions)), columns=count if 1 < count <= 6 else 4)

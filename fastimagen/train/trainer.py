@@ -177,18 +177,23 @@ class Trainer:
     def _train_config(self, config: StageConfig) -> StageTrainConfig:
         """train.stages of this stage, with what it leaves open filled in."""
         here = self.settings.stages.get(config.name, StageTrainConfig())
-        return here.model_copy(update={"steps": here.steps or self.settings.steps, "ema": here.ema or self.settings.ema})
+        return here.model_copy(update={"steps": here.steps or self.settings.steps,
+                                       "ema": here.ema or self.settings.ema})
 
     def _resolve(self, config: StageConfig, world: int, device: str) -> tuple[dict[str, Any], list[str]]:
         here = self._train_config(config)
-        return resolve_deepspeed(self.config.deepspeed, here.deepspeed, steps=here.steps, world_size=world,
-                                 cuda=device == "cuda", tensorboard=str(self.run_dir / "tensorboard"),
-                                 job_name=config.name)
+        deepspeed, notices = resolve_deepspeed(
+            self.config.deepspeed, here.deepspeed, steps=here.steps, world_size=world, cuda=device == "cuda",
+            tensorboard=str(self.run_dir / "tensorboard"), job_name=config.name)
+        if self.settings.compile and device != "cuda":
+            notices.append("train.compile: null (no CUDA)")
+        return deepspeed, notices
 
     def _headline(self, config: StageConfig, unet: UNet, deepspeed: dict[str, Any], world: int, device: str) -> str:
         millions = sum(p.numel() for p in unet.parameters()) / 1e6
         return (f"{config.name}: {config.size}x{config.size}, {millions:.2f} M parameters, "
-                f"{self._train_config(config).steps} steps of {deepspeed['train_batch_size']} images on {world} x {device}")
+                f"{self._train_config(config).steps} steps of {deepspeed['train_batch_size']} images "
+                f"on {world} x {device}")
 
     def _make_engine(self, config: StageConfig) -> tuple[Any, dict[str, Any]]:
         deepspeed, notices = self._resolve(config, self.world, self.device.type)
@@ -197,6 +202,8 @@ class Trainer:
         for line in [self._headline(config, unet, deepspeed, self.world, self.device.type),
                      *(f"{config.name}: {notice}" for notice in notices)]:
             self._say(line)
+        if self.settings.compile and self.device.type == "cuda":
+            unet.compile(mode=self.settings.compile)
         return make_engine(unet, deepspeed), deepspeed
 
     def _generator(self, config: StageConfig, step: int, micro: int) -> torch.Generator:
