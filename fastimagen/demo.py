@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     import gradio as gr
 
 EXAMPLES = ("a large blue star at the top of a black background",
-            "a small green cross on the left of a gray background",
-            "a red circle to the left of a green square on a white background")  # of the built-in shapes
+            "a large red triangle on the right of a white background",
+            "a pink circle to the left of a blue triangle on a black background")  # of the built-in shapes
 MOST = 64  # pictures at once
 LARGEST_SEED = 2**53 - MOST  # a browser's numbers are exact up to 2^53, and seeds count up
 SHOW_EVERY = 0.3  # seconds between intermediate pictures

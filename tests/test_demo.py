@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from fastimagen import demo
 from fastimagen.cli import main
 from fastimagen.images import to_uint8
 from fastimagen.pipeline import ImagenPipeline
@@ -35,32 +40,59 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_toy_model(folder / "model", write_toy_encoder(folder / "encoder"))
 
 
+# The command, with a list of all hosts that it looks up or connects to.
+WATCHED = """
+import sys
+
+log = open(sys.argv.pop(1), "w", buffering=1)
+
+def watch(event, arguments):
+    if event == "socket.connect" and isinstance(arguments[1], tuple):
+        print(arguments[1][0], file=log)
+    elif event in ("socket.getaddrinfo", "socket.gethostbyname"):
+        print(arguments[0], file=log)
+
+sys.addaudithook(watch)
+from fastimagen.cli import main
+sys.exit(main())
+"""
+
+
 @pytest.fixture(scope="module")
-def url(model: Path) -> Iterator[str]:
+def hosts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("demo") / "hosts"
+
+
+@pytest.fixture(scope="module")
+def url(model: Path, hosts: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "fastimagen.cli", "demo", "--model", str(model), "--port", str(port)]
-    server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                              env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    temporary = tmp_path_factory.mktemp("temporary")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GRADIO")}
+    command = [sys.executable, "-c", WATCHED, hosts, "demo", "--model", model, "--port", port]
+    server = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              text=True, env={**environment, "PYTHONUNBUFFERED": "1", "TMPDIR": str(temporary)})
     try:
         line = server.stdout.readline()
         assert line.startswith(f"http://127.0.0.1:{port}/"), line + server.stdout.read()
         yield line.split()[0]
     finally:
         server.terminate()
-        server.wait(timeout=20)
+        said = server.communicate(timeout=30)[0]
+    assert "Traceback" not in said, said
+    assert list(temporary.iterdir()) == [], "pictures and settings are left behind"
 
 
 @pytest.fixture(scope="module")
-def client(url: str) -> Any:
-    return gradio_client.Client(url, verbose=False)
+def client(url: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return gradio_client.Client(url, verbose=False, download_files=str(tmp_path_factory.mktemp("downloads")))
 
 
-def draw(client: Any, captions: str, *, negative: str = "", seed: int = 5, count: int = 2,
+def draw(client: Any, captions: str, *, negative: str = "", seed: int | None = 5, count: int = 1,
          stages: tuple = STAGES) -> tuple[list[np.ndarray], dict, Path]:
     gallery, _, record, download = client.predict(captions, negative, seed, count, *stages, api_name="/draw")
-    return [np.asarray(Image.open(entry["image"])) for entry in gallery], record, Path(download["value"])
+    return [np.asarray(Image.open(entry["image"])) for entry in gallery["value"]], record, Path(download["value"])
 
 
 def expected(model: Path, captions: list[str], **options: Any) -> np.ndarray:
@@ -73,7 +105,7 @@ def test_the_page_names_the_model(model: Path, url: str) -> None:
 
 
 def test_pictures_are_those_of_the_pipeline_and_settings_make_them_again(model: Path, client: Any) -> None:
-    pictures, record, download = draw(client, f"{CAPTION}\n\na red circle", negative="a green square")
+    pictures, record, download = draw(client, f"{CAPTION}\n\na red circle", negative="a green square", count=2)
     settings = json.loads(download.read_text())
     assert settings == record and settings["negative"] == ["a green square"]
     stages = settings["stages"]
@@ -92,19 +124,30 @@ def test_pictures_are_those_of_the_pipeline_and_settings_make_them_again(model: 
 @pytest.mark.parametrize(("given", "complaint"), [
     (dict(captions="  \n "), "Write a caption first"),
     (dict(captions="a red circle\n" * 5, count=16), "80 pictures at once are too many: at most 64"),
+    (dict(captions="a red circle", seed=None), "Give a seed: any whole number from 0 on"),
+    (dict(captions="a red circle", seed=2**60), "greater than maximum"),
+    (dict(captions="a red circle", stages=("ddim", 999, *STAGES[2:])), "999 is greater than maximum value 250"),
     (dict(captions="a red circle", stages=("euler", *STAGES[1:])), "Value: euler is not in the list of choices"),
     (dict(captions="a red circle", negative="blue", stages=("ddim", 2, 1.0) * 2), "raise it"),
 ])
 def test_a_mistake_is_one_line_and_the_server_goes_on(given: dict[str, Any], complaint: str, client: Any) -> None:
     with pytest.raises(gradio_client.exceptions.AppError) as error:
         draw(client, **given)
-    assert complaint in str(error.value) and "Traceback" not in str(error.value)
-    assert len(draw(client, CAPTION)[0]) == 2
+    assert complaint in str(error.value) and "\n" not in str(error.value)
+    assert len(draw(client, CAPTION)[0]) == 1
+
+
+def test_pictures_are_shown_while_they_come_to_be(client: Any) -> None:
+    job = client.submit(f"{CAPTION}\na red circle", "", 5, 1, *STAGES, api_name="/draw")
+    job.result()
+    first, *_, last = [(len(gallery["value"]), status, record) for gallery, status, record, _ in job.outputs()]
+    assert first == (2, "Stage base: step 1 of 2", None)
+    assert last[0] == 2 and last[1].startswith("2 pictures in ") and last[2] is not None
 
 
 def test_visitors_wait_for_each_other(model: Path, client: Any) -> None:
     with ThreadPoolExecutor(3) as pool:
-        drawn = list(pool.map(lambda seed: draw(client, CAPTION, seed=seed, count=1)[0], (1, 2, 3)))
+        drawn = list(pool.map(lambda seed: draw(client, CAPTION, seed=seed)[0], (1, 2, 3)))
     steps, guidance = {"base": 2, "sr": 3}, {"base": 2.0, "sr": 1.0}
     again = expected(model, [CAPTION] * 3, seeds=[1, 2, 3], steps=steps, guidance=guidance,
                      sampler={"base": "dpmpp_2m", "sr": "ddim"})
@@ -121,6 +164,58 @@ def test_without_gradio_it_says_what_to_install(model: Path, monkeypatch: pytest
     assert capsys.readouterr().err == "error: the page needs Gradio: pip install fastimagen[demo]\n"
 
 
+def test_a_model_without_text_encoder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = write_toy_model(tmp_path / "model")
+    assert main(["demo", "--model", str(model)]) == 1
+    assert capsys.readouterr().err == (f"error: {model} names no text encoder: "
+                                       f"the page draws pictures for captions\n")
+
+
+def test_a_taken_port_is_one_line(model: Path, url: str) -> None:
+    port = url.rstrip("/").rpartition(":")[2]
+    command = [sys.executable, "-m", "fastimagen.cli", "demo", "--model", model, "--port", port]
+    second = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+    assert second.returncode == 1
+    assert second.stderr == (f"error: cannot listen at 127.0.0.1, port {port}: another program may; "
+                             f"choose a --port\n")
+
+
+# ---- drawing beside the page
+
+def in_background(pipe: Any) -> tuple[Iterator[Any], threading.Thread]:
+    worker: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    thread = threading.Thread(target=lambda: worker.get()(), daemon=True)
+    thread.start()
+    return demo.in_background(worker, pipe, ["a"]), thread
+
+
+def test_a_drawing_ends_when_its_visitor_leaves() -> None:
+    def endless(captions: list[str], *, callback: Any, batch_size: int) -> None:
+        for step in count():
+            callback("base", step, None, torch.zeros(1, 3, 4, 4))
+
+    drawing, thread = in_background(endless)
+    stage, step, pixels = next(drawing)
+    assert (stage, step, tuple(pixels.shape), int(pixels.max())) == ("base", 0, (1, 4, 4, 3), 128)
+    drawing.close()
+    thread.join(timeout=20)
+    assert not thread.is_alive()
+
+
+def test_a_slow_reader_keeps_no_heap_of_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    def quick(captions: list[str], *, callback: Any, batch_size: int) -> str:
+        for step in range(100):
+            callback("base", step, None, torch.zeros(1, 3, 4, 4))
+        return "done"
+
+    monkeypatch.setattr(demo, "SHOW_EVERY", 0.0)
+    drawing, thread = in_background(quick)
+    next(drawing)
+    thread.join(timeout=20)
+    rest = list(drawing)
+    assert len(rest) <= 2 and rest[-1] == "done"
+
+
 # ---- in a browser
 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -130,10 +225,12 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "-
 @pytest.fixture
 def page(url: str) -> Iterator[Any]:
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: no browser test")
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if chromium is None:
-        pytest.skip("no Chromium is installed: no browser test")
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
     with playwright.sync_playwright() as running:
+        own = running.chromium.executable_path
+        chromium = next(filter(None, map(shutil.which, (*names, own))), None)
+        if chromium is None:
+            pytest.skip("no Chromium is installed: no browser test")
         browser = running.chromium.launch(executable_path=chromium, args=FLAGS)
         page = browser.new_page()
         page.goto(url)
@@ -150,7 +247,7 @@ def test_in_a_browser(page: Any, url: str) -> None:
     page.reload()
     page.fill("#captions textarea", CAPTION)
     page.click("#draw")
-    page.wait_for_function("document.querySelector('#status').innerText.includes('4 in ')", timeout=30000)
+    page.wait_for_function("document.querySelector('#status').innerText.includes('4 pictures in ')", timeout=30000)
     pictures = page.locator("#gallery .grid-wrap img")
     assert pictures.count() == 4
     until = time.monotonic() + 10
@@ -158,3 +255,8 @@ def test_in_a_browser(page: Any, url: str) -> None:
         assert time.monotonic() < until, sizes
     assert complaints == []
     assert [address for address in asked if not address.startswith((url, "data:", "blob:"))] == []  # no foreign host
+
+
+def test_the_server_asks_no_other_host(client: Any, hosts: Path) -> None:
+    draw(client, CAPTION)
+    assert set(hosts.read_text().split()) <= {"127.0.0.1"}
