@@ -77,10 +77,12 @@ class Bench:
                              mode="forward", provider=name, ms=times[:3], timer=times.timer, **{quantity: amount})
         return rates[0] / 1e9, rates[1] / 1e12
 
-    def time(self, works: dict[str, Work], *, in_graph: bool = True) -> dict[str, Times]:
+    def time(self, works: dict[str, Work], *, in_graph: bool = True, seconds: float | None = None) -> dict[str, Times]:
+        """Times of each, in about `seconds` a work, by default those of the bench."""
+        seconds = seconds or self.seconds
         if self.device.type == "cuda":
-            return {name: time_cuda(work, seconds=self.seconds, in_graph=in_graph) for name, work in works.items()}
-        return time_in_turns(works, seconds=self.seconds * len(works))
+            return {name: time_cuda(work, seconds=seconds, in_graph=in_graph) for name, work in works.items()}
+        return time_in_turns(works, seconds=seconds * len(works))
 
     def in_time(self) -> bool:
         return time.monotonic() < self.deadline

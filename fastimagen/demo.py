@@ -6,10 +6,13 @@ import json
 import os
 import queue
 import signal
+import socket
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +47,20 @@ CSS = """
 
 
 class Stopped(Exception):
-    """The visitor has gone, or pressed stop."""
+    """The visitor has gone or pressed stop, or the page is closing."""
+
+
+@dataclass(frozen=True)
+class Studio:
+    """Where all pictures are drawn: in one thread, since CUDA graphs are recorded for every thread anew."""
+
+    thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+    closing: threading.Event = field(default_factory=threading.Event)
+
+    def close(self) -> None:
+        """End the drawing under way at its next step, and wait for that."""
+        self.closing.set()
+        self.thread.shutdown(cancel_futures=True)
 
 
 def serve(pipe: ImagenPipeline, *, host: str = "127.0.0.1", port: int = 7860) -> None:
@@ -54,23 +70,33 @@ def serve(pipe: ImagenPipeline, *, host: str = "127.0.0.1", port: int = 7860) ->
     """
     if pipe.text_encoder is None:
         raise ValueError(f"{pipe.source} names no text encoder: the page draws pictures for captions")
-    import gradio as gr
-
-    theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])  # none to fetch
+    _check_address(host, port)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     with tempfile.TemporaryDirectory(prefix="fastimagen-demo-") as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder
-        app = build(pipe, Path(folder))
-        try:
-            _, url, _ = app.launch(server_name=host, server_port=port, share=False, show_error=True, quiet=True,
-                                   ssr_mode=False, footer_links=[], theme=theme, css=CSS, prevent_thread_lock=True)
-        except OSError:
-            raise ValueError(f"cannot listen at {host}, port {port}: another program may; choose a --port") from None
+        os.environ["GRADIO_TEMP_DIR"] = folder  # read when Gradio is imported
+        import gradio as gr
+
+        theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])  # no download
+        studio = Studio()
+        app = build(pipe, studio, Path(folder))
+        _, url, _ = app.launch(server_name=host, server_port=port, share=False, show_error=True, quiet=True,
+                               ssr_mode=False, footer_links=[], theme=theme, css=CSS, prevent_thread_lock=True)
         print(f"{url}  (Ctrl-C ends it)", flush=True)
         app.block_thread()
+        studio.close()
 
 
-def build(pipe: ImagenPipeline, folder: Path) -> gr.Blocks:
+def _check_address(host: str, port: int) -> None:
+    with socket.socket() as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            trial.bind((host, port))
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ValueError(f"cannot listen at {host}, port {port}: {reason}; choose --host and --port") from None
+
+
+def build(pipe: ImagenPipeline, studio: Studio, folder: Path) -> gr.Blocks:
     """The page. One visitor's pictures are drawn at a time, the others wait in line. Settings are written to folder."""
     import gradio as gr
 
@@ -85,7 +111,8 @@ def build(pipe: ImagenPipeline, folder: Path) -> gr.Blocks:
                                       value="\n".join(EXAMPLES) if shapes else "",
                                       info="This model knows captions like these." if shapes else None)
                 with gr.Row():
-                    count = gr.Slider(label="Pictures each", value=4, minimum=1, maximum=16, step=1, scale=3)
+                    count = gr.Slider(label="Pictures each", value=4, minimum=1, maximum=16, step=1, scale=3,
+                                      buttons=[])
                     seed = gr.Number(label="First seed", value=0, precision=0, minimum=0, maximum=LARGEST_SEED,
                                      scale=2)
                 with gr.Row():
@@ -108,7 +135,7 @@ def build(pipe: ImagenPipeline, folder: Path) -> gr.Blocks:
                 with gr.Accordion("Settings that make these pictures again", open=False):
                     record = gr.JSON(show_label=False)
                 download = gr.DownloadButton("Download settings", interactive=False)
-        drawing = start.click(_draw(pipe, list(settings), folder), [captions, negative, seed, count, *stages],
+        drawing = start.click(_draw(pipe, studio, list(settings), folder), [captions, negative, seed, count, *stages],
                               [gallery, status, record, download], api_name="draw", concurrency_limit=1)
         stop.click(None, cancels=[drawing])
     return app
@@ -118,11 +145,10 @@ def _sizes(pipe: ImagenPipeline) -> str:
     return " → ".join(f"{stage.name} {stage.config.size}x{stage.config.size}" for stage in pipe.cascade.stages)
 
 
-def _draw(pipe: ImagenPipeline, names: list[str], folder: Path) -> Callable[..., Iterator[tuple[Any, ...]]]:
+def _draw(pipe: ImagenPipeline, studio: Studio, names: list[str],
+          folder: Path) -> Callable[..., Iterator[tuple[Any, ...]]]:
     """What the button does: (gallery, status, record, download) now and again while the pictures come to be."""
     import gradio as gr
-
-    worker = _worker()
 
     def draw(captions: str, negative: str, seed: int | None, count: int, *values: Any) -> Iterator[tuple[Any, ...]]:
         lines = [line.strip() for line in (captions or "").splitlines() if line.strip()]
@@ -139,7 +165,7 @@ def _draw(pipe: ImagenPipeline, names: list[str], folder: Path) -> Callable[...,
                    "seeds": [int(seed) + index for index in range(len(wanted))]}
         began = time.monotonic()
         try:
-            for news in in_background(worker, pipe, wanted, **options):
+            for news in in_background(studio, pipe, wanted, **options):
                 if isinstance(news, Output):
                     path = folder / f"settings-{time.time_ns()}.json"
                     path.write_text(json.dumps(news.record(), indent=2) + "\n")
@@ -161,23 +187,11 @@ def _draw(pipe: ImagenPipeline, names: list[str], folder: Path) -> Callable[...,
     return draw
 
 
-def _worker() -> queue.SimpleQueue[Callable[[], None]]:
-    """Jobs put here run one after the other in one thread: CUDA graphs are recorded for each thread anew."""
-    jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-
-    def work() -> None:
-        while True:
-            jobs.get()()
-
-    threading.Thread(target=work, daemon=True).start()
-    return jobs
-
-
-def in_background(worker: queue.SimpleQueue[Callable[[], None]], pipe: Callable[..., Output], captions: list[str],
+def in_background(studio: Studio, pipe: Callable[..., Output], captions: list[str],
                   **options: Any) -> Iterator[tuple[str, int, Tensor] | Output]:
-    """(stage, step, pixels (B, H, W, 3) uint8) at times while `worker` draws, then the result. Raises as the pipeline.
+    """(stage, step, pixels (B, H, W, 3) uint8) at times while the studio draws, then the result. Raises as the pipeline.
 
-    When the iterator is closed the work stops at its next step.
+    When the iterator or the studio is closed the work stops at its next step.
     """
     news: queue.SimpleQueue[Any] = queue.SimpleQueue()
     gone = threading.Event()
@@ -185,7 +199,7 @@ def in_background(worker: queue.SimpleQueue[Callable[[], None]], pipe: Callable[
 
     def callback(stage: str, step: int, x: Tensor, x0: Tensor) -> None:
         nonlocal shown
-        if gone.is_set():
+        if gone.is_set() or studio.closing.is_set():
             raise Stopped
         if news.empty() and time.monotonic() - shown >= SHOW_EVERY:  # no heap of pictures before a slow reader
             shown = time.monotonic()
@@ -197,13 +211,14 @@ def in_background(worker: queue.SimpleQueue[Callable[[], None]], pipe: Callable[
         except Exception as error:  # for the other thread, which knows whom to tell
             news.put(error)
 
-    worker.put(job)
+    studio.thread.submit(job)
     try:
         while isinstance(item := news.get(), tuple):
             yield item
-        if isinstance(item, Exception):
+        if isinstance(item, Exception) and not isinstance(item, Stopped):
             raise item
-        yield item
+        if not isinstance(item, Stopped):
+            yield item
     finally:
         gone.set()
 
@@ -215,4 +230,4 @@ def _gallery(pixels: Tensor, captions: list[str], count: int, side: int | None =
     pictures = [Image.fromarray(picture) for picture in pixels.numpy()]
     for picture in pictures if side else ():
         picture.thumbnail((side, side))
-    return gr.Gallery(list(zip(pictures, captions)), columns=count if 1 < count <= 6 else 4)
+    return gr.Gallery(list(zip(pictures, captions)), columns=count if 3 <= count <= 6 else 4)

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import queue
 import shutil
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.request import urlopen
 
 import numpy as np
@@ -58,30 +56,37 @@ sys.exit(main())
 """
 
 
-@pytest.fixture(scope="module")
-def hosts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("demo") / "hosts"
+class Server(NamedTuple):
+    """The page in a process of its own, where it keeps its files, and whom it called."""
+
+    process: subprocess.Popen[str]
+    url: str
+    temporary: Path
+    hosts: Path
 
 
 @pytest.fixture(scope="module")
-def url(model: Path, hosts: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    temporary = tmp_path_factory.mktemp("temporary")
+    temporary, hosts = tmp_path_factory.mktemp("temporary"), tmp_path_factory.mktemp("hosts") / "hosts"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GRADIO")}
     command = [sys.executable, "-c", WATCHED, hosts, "demo", "--model", model, "--port", port]
-    server = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                              text=True, env={**environment, "PYTHONUNBUFFERED": "1", "TMPDIR": str(temporary)})
+    process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               text=True, env={**environment, "PYTHONUNBUFFERED": "1", "TMPDIR": str(temporary)})
     try:
-        line = server.stdout.readline()
-        assert line.startswith(f"http://127.0.0.1:{port}/"), line + server.stdout.read()
-        yield line.split()[0]
+        line = process.stdout.readline()
+        assert line.startswith(f"http://127.0.0.1:{port}/"), line + process.stdout.read()
+        yield Server(process, line.split()[0], temporary, hosts)
     finally:
-        server.terminate()
-        said = server.communicate(timeout=30)[0]
-    assert "Traceback" not in said, said
-    assert list(temporary.iterdir()) == [], "pictures and settings are left behind"
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture(scope="module")
+def url(server: Server) -> str:
+    return server.url
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +96,8 @@ def client(url: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def draw(client: Any, captions: str, *, negative: str = "", seed: int | None = 5, count: int = 1,
          stages: tuple = STAGES) -> tuple[list[np.ndarray], dict, Path]:
-    gallery, _, record, download = client.predict(captions, negative, seed, count, *stages, api_name="/draw")
+    job = client.submit(captions, negative, seed, count, *stages, api_name="/draw")
+    gallery, _, record, download = job.result(timeout=60)
     return [np.asarray(Image.open(entry["image"])) for entry in gallery["value"]], record, Path(download["value"])
 
 
@@ -171,35 +177,33 @@ def test_a_model_without_text_encoder_is_refused(tmp_path: Path, capsys: pytest.
                                        f"the page draws pictures for captions\n")
 
 
-def test_a_taken_port_is_one_line(model: Path, url: str) -> None:
-    port = url.rstrip("/").rpartition(":")[2]
-    command = [sys.executable, "-m", "fastimagen.cli", "demo", "--model", model, "--port", port]
-    second = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
-    assert second.returncode == 1
-    assert second.stderr == (f"error: cannot listen at 127.0.0.1, port {port}: another program may; "
-                             f"choose a --port\n")
+@pytest.mark.parametrize(("port", "reason"), [(None, "Address already in use"), ("99999", "port must be 0-65535")])
+def test_a_port_that_cannot_be_had_is_one_line(port: str | None, reason: str, model: Path, url: str,
+                                               capsys: pytest.CaptureFixture[str]) -> None:
+    port = port or url.rstrip("/").rpartition(":")[2]
+    assert main(["demo", "--model", str(model), "--port", port]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: cannot listen at 127.0.0.1, port {port}: ") and said.count("\n") == 1
+    assert reason in said
 
 
 # ---- drawing beside the page
 
-def in_background(pipe: Any) -> tuple[Iterator[Any], threading.Thread]:
-    worker: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    thread = threading.Thread(target=lambda: worker.get()(), daemon=True)
-    thread.start()
-    return demo.in_background(worker, pipe, ["a"]), thread
+def endless(captions: list[str], *, callback: Any, batch_size: int) -> None:
+    for step in count():
+        callback("base", step, None, torch.zeros(1, 3, 4, 4))
 
 
 def test_a_drawing_ends_when_its_visitor_leaves() -> None:
-    def endless(captions: list[str], *, callback: Any, batch_size: int) -> None:
-        for step in count():
-            callback("base", step, None, torch.zeros(1, 3, 4, 4))
-
-    drawing, thread = in_background(endless)
+    studio = demo.Studio()
+    drawing = demo.in_background(studio, endless, ["a"])
     stage, step, pixels = next(drawing)
     assert (stage, step, tuple(pixels.shape), int(pixels.max())) == ("base", 0, (1, 4, 4, 3), 128)
     drawing.close()
-    thread.join(timeout=20)
-    assert not thread.is_alive()
+    try:
+        assert studio.thread.submit(lambda: "free").result(timeout=20) == "free"
+    finally:
+        studio.close()
 
 
 def test_a_slow_reader_keeps_no_heap_of_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,9 +213,10 @@ def test_a_slow_reader_keeps_no_heap_of_pictures(monkeypatch: pytest.MonkeyPatch
         return "done"
 
     monkeypatch.setattr(demo, "SHOW_EVERY", 0.0)
-    drawing, thread = in_background(quick)
+    studio = demo.Studio()
+    drawing = demo.in_background(studio, quick, ["a"])
     next(drawing)
-    thread.join(timeout=20)
+    studio.thread.shutdown()  # waits
     rest = list(drawing)
     assert len(rest) <= 2 and rest[-1] == "done"
 
@@ -220,6 +225,10 @@ def test_a_slow_reader_keeps_no_heap_of_pictures(monkeypatch: pytest.MonkeyPatch
 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]
+
+
+def is_foreign(address: str, url: str) -> bool:
+    return not address.startswith((url, "data:", "blob:"))
 
 
 @pytest.fixture
@@ -233,6 +242,7 @@ def page(url: str) -> Iterator[Any]:
             pytest.skip("no Chromium is installed: no browser test")
         browser = running.chromium.launch(executable_path=chromium, args=FLAGS)
         page = browser.new_page()
+        page.route(lambda address: is_foreign(address, url), lambda route: route.abort())
         page.goto(url)
         yield page
         browser.close()
@@ -253,10 +263,24 @@ def test_in_a_browser(page: Any, url: str) -> None:
     until = time.monotonic() + 10
     while not (sizes := pictures.evaluate_all("all => all.map(one => one.naturalWidth)")) == [16] * 4:
         assert time.monotonic() < until, sizes
+    assert [address for address in asked if is_foreign(address, url)] == []
     assert complaints == []
-    assert [address for address in asked if not address.startswith((url, "data:", "blob:"))] == []  # no foreign host
 
 
-def test_the_server_asks_no_other_host(client: Any, hosts: Path) -> None:
+# ---- at last
+
+def test_the_server_asks_no_other_host(client: Any, server: Server) -> None:
     draw(client, CAPTION)
-    assert set(hosts.read_text().split()) <= {"127.0.0.1"}
+    assert set(server.hosts.read_text().split()) <= {"127.0.0.1"}
+
+
+def test_terminated_amid_a_drawing_it_leaves_nothing(client: Any, server: Server) -> None:
+    job = client.submit(CAPTION, "", 0, 16, "heun", 250, 2.0, "heun", 250, 2.0, api_name="/draw")
+    until = time.monotonic() + 20
+    while not job.outputs():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    server.process.terminate()
+    said = server.process.communicate(timeout=60)[0]
+    assert server.process.returncode == 0, said
+    assert list(server.temporary.iterdir()) == []
