@@ -41,8 +41,8 @@ CSS = """
 #gallery .thumbnail-lg {aspect-ratio: auto; height: auto}
 #gallery .thumbnail-lg img {aspect-ratio: 1}
 #gallery .thumbnail-lg .caption-label {
-    position: static; max-width: none; border: none; padding: 0; margin: 2px 6px 4px; font-size: 11px; line-height: 1.25;
-    white-space: normal; display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 3}
+    position: static; max-width: none; border: none; padding: 0; margin: 2px 6px 4px; font-size: 11px;
+    line-height: 1.25; white-space: normal; display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 3}
 """
 
 
@@ -82,8 +82,10 @@ def serve(pipe: ImagenPipeline, *, host: str = "127.0.0.1", port: int = 7860) ->
         _, url, _ = app.launch(server_name=host, server_port=port, share=False, show_error=True, quiet=True,
                                ssr_mode=False, footer_links=[], theme=theme, css=CSS, prevent_thread_lock=True)
         print(f"{url}  (Ctrl-C ends it)", flush=True)
-        app.block_thread()
-        studio.close()
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            studio.close()
 
 
 def _check_address(host: str, port: int) -> None:
@@ -189,7 +191,7 @@ def _draw(pipe: ImagenPipeline, studio: Studio, names: list[str],
 
 def in_background(studio: Studio, pipe: Callable[..., Output], captions: list[str],
                   **options: Any) -> Iterator[tuple[str, int, Tensor] | Output]:
-    """(stage, step, pixels (B, H, W, 3) uint8) at times while the studio draws, then the result. Raises as the pipeline.
+    """(stage, step, pixels (B, H, W, 3) uint8) at times while the studio draws, then the result. Raises as `pipe` does.
 
     When the iterator or the studio is closed the work stops at its next step.
     """
