@@ -51,7 +51,7 @@ def training(bench: Bench) -> None:
         for name, provider in PROVIDERS.items():
             with bench.missing_on_error(name, op="training step", shape=shape, dtype="float32", mode="training"):
                 steps = [provider(network, network.batch, CPU) for network in chain]
-                # A first step after another's turn pays for what that left of heap and caches; in a large one it is lost.
+                # A first step after another's turn pays for what that left of heap and caches: small ones take two.
                 works[name] = Work(partial(_all, steps), partial(_all, steps, None) if shape == TEST_PAIR else _nothing)
         amount = sum(network.batch * networks.flops(network.stage().config.unet, network.side, "training")
                      for network in chain)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -67,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
     source = sample.add_mutually_exclusive_group(required=True)
     source.add_argument("--captions", nargs="+", help="captions, or one .txt file with a caption per line")
     source.add_argument("--embeddings", type=Path, help="precomputed text embeddings (.safetensors): no text encoder")
+    source.add_argument("--settings", type=Path, help="samples.json, or what the demo hands out: those pictures again")
     sample.add_argument("--out", type=Path, default=Path("samples"))
     sample.add_argument("--steps", type=int)
     sample.add_argument("--sampler", help="ddpm, ddim, dpmpp_2m or heun")
@@ -171,22 +173,51 @@ def _sample(options: argparse.Namespace) -> None:
     from .shared_sampling import draw_shared
 
     refuse_nonempty(options.out)
-    captions, text = _captions(options)
-    count = len(captions) if captions else len(text)
-    seeds = list(range(options.seed, options.seed + count))
-    given = _given(options)
+    chosen = _recorded(options) if options.settings else _chosen(options)
     pipe = _load(options)
-    output = draw_shared(pipe, captions, text=text, seeds=seeds, batch_size=options.batch_size, steps=options.steps,
-                         sampler=options.sampler, guidance=options.guidance, tile=options.tile, given=given,
-                         negative=None if options.negative is None else [options.negative],
-                         lowres=None if options.lowres is None else _picture(options.lowres),
-                         start_at=options.start_at, stop_at=options.stop_at,
-                         callback=_progress(pipe, options.steps) if sys.stderr.isatty() else None)
+    output = draw_shared(pipe, **chosen, batch_size=options.batch_size,
+                         callback=_progress(pipe, chosen["steps"]) if sys.stderr.isatty() else None)
     if output is not None:
         print(output.save(options.out))
 
 
-def _progress(pipe, steps: int | None):
+def _chosen(options: argparse.Namespace) -> dict[str, Any]:
+    """The pipeline's arguments by the command line's options."""
+    captions, text = _captions(options)
+    count = len(captions) if captions else len(text)
+    return {"captions": captions, "text": text, "seeds": list(range(options.seed, options.seed + count)),
+            "steps": options.steps, "sampler": options.sampler, "guidance": options.guidance, "tile": options.tile,
+            "given": _given(options), "negative": None if options.negative is None else [options.negative],
+            "lowres": None if options.lowres is None else _picture(options.lowres),
+            "start_at": options.start_at, "stop_at": options.stop_at}
+
+
+SETTLED = ("seed", "steps", "sampler", "guidance", "tile", "negative", "image", "mask", "lowres", "start_at", "stop_at")
+
+
+def _recorded(options: argparse.Namespace) -> dict[str, Any]:
+    """The pipeline's arguments that made the pictures of a samples.json. Raises ValueError if it lacks some of them."""
+    import json
+
+    path = options.settings
+    if more := [name for name in SETTLED if getattr(options, name) != {"seed": 0}.get(name)]:
+        raise ValueError(f"--settings settles --{more[0].replace('_', '-')} already: leave one of them out")
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        captions, seeds = ([sample[key] for sample in record["samples"]] for key in ("caption", "seed"))
+        by_stage = {key: {name: stage[key] for name, stage in record["stages"].items()}
+                    for key in ("steps", "sampler", "guidance", "threshold", "percentile", "tile")}
+        given, negative, start_at, stop_at = (record[key] for key in ("given", "negative", "start_at", "stop_at"))
+    except OSError as error:
+        raise ValueError(f"cannot read settings {path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{path} holds no settings of pictures, as samples.json does") from None
+    if given is not None or start_at is not None or negative == "embeddings":
+        raise ValueError(f"{path}: its pictures came from a picture or embeddings, which it does not hold")
+    return {"captions": captions, "seeds": seeds, "negative": negative, "stop_at": stop_at, **by_stage}
+
+
+def _progress(pipe, steps: int | Mapping[str, int] | None):
     """A callback that says on one line of the terminal which step of which stage is done."""
     settings = pipe.cascade.settings(steps=steps)
     last = pipe.cascade.stages[-1].name

@@ -77,6 +77,29 @@ def test_sample_writes_what_it_promises(model: Path, tmp_path: Path,
     assert Image.open(out / "images/000000.png").size == (16, 16)
 
 
+def test_settings_make_the_same_pictures_again(model: Path, tmp_path: Path) -> None:
+    """As the demo hands them out: stages of their own settings, seeds as they come, a negative caption."""
+    output = ImagenPipeline.from_pretrained(model)(
+        CAPTIONS, seeds=[7, 3, 9], steps={"base": 3, "sr": 1}, sampler={"sr": "ddim"}, guidance={"base": 1.5},
+        threshold={"base": "static"}, negative=["a cross"])
+    output.save(tmp_path / "first")
+    sample("--model", model, "--settings", tmp_path / "first/samples.json", "--out", tmp_path / "again")
+    assert files(tmp_path / "again") == files(tmp_path / "first")
+
+
+def test_settings_that_cannot_be_followed(model: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (16, 16)).save(picture)
+    sample("--model", model, "--captions", "a", "--image", picture, "--strength", 0.5, "--out", tmp_path / "out")
+    (tmp_path / "other.json").write_text('{"samples": 3}')
+    for arguments, complaint in ((("out/samples.json",), "which it does not hold"),
+                                 (("other.json",), "other.json holds no settings of pictures"),
+                                 (("nowhere.json",), "cannot read settings nowhere.json: No such file or directory"),
+                                 (("other.json", "--start-at", "sr"), "--settings settles --start-at already"),
+                                 (("other.json", "--seed", "3"), "--settings settles --seed already")):
+        assert complaint in refused("sample", "--model", model, "--out", "new", "--settings", *arguments)
+
+
 def test_line_i_of_a_file_is_image_i(model: Path, tmp_path: Path) -> None:
     """Each picture is the one that its caption and seed give alone. Windows line ends and a byte order mark
     are no part of the captions."""
