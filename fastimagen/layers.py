@@ -9,47 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import ops
-
-
-WIDE, BLOCK = 9, 4  # kernels from so wide on work on blocks of the output where a CPU trains
-
-
-class Conv2d(nn.Module):
-    """Convolution whose weight is stored as a matrix (O, kH kW I) and seen as channels_last (O, I, kH, kW).
-
-    DeepSpeed flattens parameters and refuses channels_last ones; stored this way they are contiguous for it and
-    channels_last for the convolution. Its Muon takes matrices alone.
-    """
-
-    def __init__(self, dim_in: int, dim_out: int, kernel: int, *, stride: int = 1, padding: int = 0,
-                 zero_init: bool = False) -> None:
-        super().__init__()
-        self.kernel, self.stride, self.padding = kernel, stride, padding
-        self.weight = nn.Parameter(torch.empty(dim_out, kernel * kernel * dim_in))
-        self.bias = nn.Parameter(torch.empty(dim_out))
-        bound = 0.0 if zero_init else 1 / math.sqrt(dim_in * kernel * kernel)  # PyTorch's own default
-        nn.init.uniform_(self.weight, -bound, bound)
-        nn.init.uniform_(self.bias, -bound, bound)
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.unflatten(1, (self.kernel, self.kernel, -1)).permute(0, 3, 1, 2)  # (O, I, kH, kW), a view
-        if self.kernel >= WIDE and self.stride == 1 and x.device.type == "cpu" and torch.is_grad_enabled():
-            return self._in_blocks(x, weight)
-        return F.conv2d(x, weight, self.bias, self.stride, self.padding)
-
-    def _in_blocks(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The same with stride R: its R x R neighbours in the output come from as many shifted kernels.
-
-        oneDNN's gradient of a wide kernel over few channels can take a hundred times what it should (docs/notes.md);
-        with more outputs and fewer places it does not.
-        """
-        height, width = x.shape[2:]
-        x = F.pad(x, (0, -width % BLOCK, 0, -height % BLOCK))  # (B, I, H', W'), multiples of R
-        shifts = [(j, BLOCK - 1 - j, i, BLOCK - 1 - i) for i in range(BLOCK) for j in range(BLOCK)]
-        weight = torch.stack([F.pad(weight, shift) for shift in shifts], dim=1).flatten(0, 1)  # (O R R, I, kH', kW')
-        out = F.conv2d(x, weight, self.bias.repeat_interleave(BLOCK**2), BLOCK, self.padding)  # (B, O R R, H'/R, W'/R)
-        out = F.pixel_shuffle(out, BLOCK)[..., :height, :width]  # (B, O, H, W)
-        return out.contiguous(memory_format=torch.channels_last)
+from .convolution import Conv2d
 
 
 class GroupNormSiLU(nn.Module):

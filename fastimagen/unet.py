@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from .attention import AttentionPooling, Context, CrossAttention, SelfAttention, TransformerBlock, to_map, to_tokens
 from .config import UNetConfig
-from .layers import Conv2d, CrossEmbed, Downsample, GroupNormSiLU, Sinusoidal, Upsample, Widen
+from .convolution import Conv2d
+from .layers import CrossEmbed, Downsample, GroupNormSiLU, Sinusoidal, Upsample, Widen
 from .text import TextEmbeddings
 
 PLACE_OCTAVES = 3  # waves that show a pixel's place: half a period over the picture, a whole one, two

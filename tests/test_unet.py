@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from fastimagen.attention import AttentionPooling, Context, SelfAttention
 from fastimagen.config import UNetConfig
-from fastimagen.layers import Conv2d
 from fastimagen.text import TextEmbeddings
 from fastimagen.unet import UNet
 from tests.conftest import TOY_UNET
@@ -330,24 +329,6 @@ def refusal(unet: UNet, **changes: Any) -> str:
         unet(**{**inputs(unet), **changes})
     assert "\n" not in str(caught.value)
     return str(caught.value)
-
-
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("kernel", [3, 9, 15])
-def test_convolution_is_pytorchs_whatever_the_kernel(kernel: int, stride: int) -> None:
-    """Wide kernels work in blocks where gradients are wanted."""
-    layer = Conv2d(3, 4, kernel, stride=stride, padding=kernel // 2).double()
-    x = torch.randn(2, 3, 17, 20, dtype=torch.float64, requires_grad=True)
-    leaves = (x, layer.weight, layer.bias)
-    weight = rearrange(layer.weight, "o (h w i) -> o i h w", h=kernel, w=kernel)
-    expected = F.conv2d(x, weight, layer.bias, stride, kernel // 2)
-    found = layer(x)
-    dy = torch.randn_like(expected)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-    for one, other in zip(torch.autograd.grad(found, leaves, dy), torch.autograd.grad(expected, leaves, dy)):
-        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
-    with torch.no_grad():
-        torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_wrong_images_are_refused_before_anything_runs() -> None:

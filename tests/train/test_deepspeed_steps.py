@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastimagen.layers import Conv2d
+from fastimagen.convolution import Conv2d
 from fastimagen.train.engine import init_distributed, make_engine, resolve_deepspeed
 from tests.conftest import ROOT
 
