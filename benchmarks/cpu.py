@@ -164,16 +164,15 @@ def data(bench: Bench) -> None:
 
 
 GROUPS: dict[str, Callable[[Bench], None]] = {
-    "training": training, "memory": memory, "guided": guided,
-    "sampling": lambda bench: [sampling.run(bench, QUICKSTART, ("torch",), batch=batch) for batch in (8, 1)],
-    "data": data, "ops": single_ops}
+    "training": training, "memory": memory, "guided": guided, "data": data, "ops": single_ops,
+    "sampling": lambda bench: [sampling.run(bench, QUICKSTART, ("torch",), batch=batch) for batch in (8, 1)]}
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=__doc__.partition("\n")[0])
     options.add_argument("--out", type=Path, metavar="FILE", help="by default benchmarks/results/cpu/<date>.json")
     options.add_argument("--only", default=",".join(GROUPS), metavar="GROUP,...", help=", ".join(GROUPS))
-    options.add_argument("--seconds", type=float, default=540, help="after so many no further measurement begins (540)")
+    options.add_argument("--seconds", type=float, default=570, help="after so many no further measurement begins (570)")
     options.add_argument("--memory", nargs=2, metavar=("NETWORKS", "PROVIDER"), help=argparse.SUPPRESS)
     given = options.parse_args(arguments)
     torch.set_num_threads(1)

@@ -137,7 +137,7 @@ def _names(case: Case) -> dict[str, str]:
 
 def line(row: Row) -> str:
     """A row for the eye."""
-    names = f"{row['op']:<14}{row['shape']:<44}{row['mode']:<10}{row['provider']:<28}"
+    names = f"{row['op']:<14} {row['shape']:<44} {row['mode']:<10} {row['provider']:<28} "
     if "missing" in row:
         return f"{names}not measured: {row['missing']}"
     if "ms" not in row:

@@ -198,9 +198,9 @@ def waits(step: Step) -> int:
     return sum("synchroniz" in str(warning.message) for warning in caught)
 
 
-PARTS = {  # op of the profile -> part; the first that matches counts
+PARTS = {  # part -> its ops in the profile, and all that they call and these do not name; the first that matches counts
     "attention": r"attention|flash|efficient|_softmax|::bmm$|::baddbmm$",
-    "convolution": r"convolution|mkldnn_conv|thnn_conv",
+    "convolution": r"[cC]onvolution|mkldnn_conv|thnn_conv",
     "normalisation": r"group_norm|layer_norm|::silu|::addcmul",
     "optimizer": r"_fused_adam|_foreach",
     "linear": r"::mm$|::addmm$|::linear$",
@@ -216,7 +216,7 @@ def breakdown(step: Step, device: torch.device) -> dict[str, float]:
         step()
         if device.type == "cuda":
             torch.cuda.synchronize()
-    return parts_of(profile.key_averages(), device)
+    return parts_of(profile.events(), device)
 
 
 def parts_of(events: Iterable[Any], device: torch.device) -> dict[str, float]:
@@ -226,6 +226,14 @@ def parts_of(events: Iterable[Any], device: torch.device) -> dict[str, float]:
         if device.type == "cuda" and event.device_type != torch.autograd.DeviceType.CPU:
             continue
         spent = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
-        part = next((part for part, pattern in PARTS.items() if re.search(pattern, event.key)), "rest")
-        sums[part] += spent / 1000
+        sums[_part(event)] += spent / 1000
     return {part: round(spent, 3) for part, spent in sums.items()}
+
+
+def _part(event: Any) -> str:
+    while event is not None:
+        for part, pattern in PARTS.items():
+            if re.search(pattern, event.name):
+                return part
+        event = event.cpu_parent
+    return "rest"

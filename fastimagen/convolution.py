@@ -43,7 +43,7 @@ class Conv2d(nn.Module):
             if self.kernel >= WIDE and self.stride == 1:
                 return _in_blocks(x, weight, self.bias, self.padding)
             if self.kernel > 1 and min(weight.shape[:2]) >= MANY and _exact(x):
-                return _ByColumns.apply(x, weight, self.bias, self.stride, self.padding)
+                return ConvolutionByColumns.apply(x, weight, self.bias, self.stride, self.padding)
         return F.conv2d(x, weight, self.bias, self.stride, self.padding)
 
 
@@ -63,7 +63,7 @@ def _exact(x: Tensor) -> bool:
     return x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
 
 
-class _ByColumns(torch.autograd.Function):
+class ConvolutionByColumns(torch.autograd.Function):
     """F.conv2d whose gradient with respect to the weight is a product: output's gradient times patches of the input."""
 
     @staticmethod

@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import gpu_check, report
+from benchmarks import gpu_check, report, step
 from benchmarks.rows import Results, kernel_digest, read
+from fastimagen.convolution import Conv2d
 from tests.conftest import ROOT
 
 HERE = {"device": "NVIDIA Test", "clocks": None, "threads": 1, "versions": {"torch": "0"}, "commit": "abc",
@@ -140,3 +142,13 @@ def test_result_files_are_complete() -> None:
             assert {"op", "shape", "dtype", "mode", "provider", "device", "versions", "date", "commit"} <= row.keys()
             assert "ms" in row or "missing" in row or "peak_bytes" in row, row
             assert not row["commit"].endswith("+"), f"{path.name} measured sources that were not committed"
+
+
+def test_breakdown_counts_what_an_op_calls_with_it() -> None:
+    """The convolution's weight gradient by products of matrices, its copies too, is convolution; a bare product is not."""
+    conv, x = Conv2d(128, 128, 3, padding=1), torch.randn(4, 128, 16, 16)
+    parts = step.breakdown(lambda: conv(x).sum().backward(), torch.device("cpu"))
+    assert parts["convolution"] > 0.8 * sum(parts.values())
+    assert parts["linear"] == 0
+    parts = step.breakdown(lambda: torch.randn(256, 256) @ torch.randn(256, 256), torch.device("cpu"))
+    assert parts["linear"] > 0 == parts["convolution"]
