@@ -10,6 +10,7 @@ installed (benchmarks/peers.py says how); its networks have the shapes, captions
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import subprocess
 import sys
@@ -56,9 +57,13 @@ def training(bench: Bench) -> None:
         amount = sum(network.batch * networks.flops(network.stage().config.unet, network.side, "training")
                      for network in chain)
         for name, times in bench.time(works, seconds=8).items():  # ten rounds of the small ones: their times scatter
+            before = os.times()
             parts = step.breakdown(partial(works[name].call, None), CPU)
+            after = os.times()
+            system, user = after.system - before.system, after.user - before.user
             bench.add(op="training step", shape=shape, dtype="float32", mode="training", provider=name, ms=times[:3],
-                      timer=times.timer, images=chain[0].batch, flops=amount, parts=parts)
+                      timer=times.timer, images=chain[0].batch, flops=amount, parts=parts,
+                      system_share=system / (system + user))
 
 
 def _nothing() -> None:

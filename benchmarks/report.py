@@ -120,6 +120,11 @@ def cpu(measured: Measured) -> str:
             cells, ratio = [milliseconds(r) for r in (row, unpadded, theirs)], times(theirs, row)
         label = row["op"] if row["mode"] != "peak memory" else "its peak memory"
         lines.append([f"{label}, {row['shape']}", *cells, ratio])
+        if all(r and "system_share" in r for r in (row, unpadded, theirs)):
+            shares = [r["system_share"] for r in (row, unpadded, theirs)]
+            ratio = theirs["ms"][1] * (1 - shares[2]) / (row["ms"][1] * (1 - shares[0]))
+            lines.append(["of it in the operating system", *(f"{100 * part:.0f} %" for part in shares),
+                          f"{ratio:.2f}x without it"])
     head = ("", "fastimagen, 256 slots", "fastimagen, real tokens only", "MinImagen 0.0.9",
             "256 slots against MinImagen")
     note = when(measured.of("cpu", op="training step"), AGAIN["cpu"])
