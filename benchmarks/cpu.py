@@ -56,7 +56,7 @@ def training(bench: Bench) -> None:
                 works[name] = Work(partial(_all, steps), partial(_all, steps, None) if shape == TEST_PAIR else _nothing)
         amount = sum(network.batch * networks.flops(network.stage().config.unet, network.side, "training")
                      for network in chain)
-        for name, times in bench.time(works, seconds=8).items():  # ten rounds of the small ones: their times scatter
+        for name, times in bench.time(works, seconds=12).items():  # ten rounds of the small ones: their times scatter
             before = os.times()
             parts = step.breakdown(partial(works[name].call, None), CPU)
             after = os.times()

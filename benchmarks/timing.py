@@ -16,6 +16,7 @@ from torch import Tensor
 
 WARMUPS = 3  # the first call compiles and plans, the second fills the allocator
 FLUSH_BYTES = 256 * 2**20  # several times the L2 of any GPU
+MOST_ROUNDS = 100  # on a CPU
 SAMPLES = (10, 200)  # at least and at most, where the time allows
 
 
@@ -98,12 +99,11 @@ def _uncaptured(work: Work, buffer: Tensor) -> Callable[[], float]:
     return run
 
 
-def time_in_turns(works: Mapping[str, Work], *, seconds: float, rounds: tuple[int, int] = (3, 100),
-                  ) -> dict[str, Times]:
+def time_in_turns(works: Mapping[str, Work], *, seconds: float) -> dict[str, Times]:
     """Times of several works on the CPU, one repetition of each in turn, after one that does not count.
 
-    Goes on for about `seconds` in all, for at least rounds[0] rounds and at most rounds[1]. With one thread CPU time is
-    counted, which other processes cannot stretch much; with more, the clock on the wall.
+    Goes on for about `seconds` in all, at least three rounds, two if a round takes longer than 20 seconds. With one thread
+    CPU time is counted, which other processes cannot stretch much; with more, the clock on the wall.
     """
     alone = torch.get_num_threads() == 1
     clock, timer = (time.process_time, "CPU seconds of 1 thread, in turns") if alone else (
@@ -111,10 +111,10 @@ def time_in_turns(works: Mapping[str, Work], *, seconds: float, rounds: tuple[in
     samples: dict[str, list[float]] = {name: [] for name in works}
     for work in works.values():
         work.call(work.setup())
-    until = time.monotonic() + seconds
-    least, most = rounds
-    for turn in range(most):
-        if turn >= least and time.monotonic() > until:
+    begin = time.monotonic()
+    for turn in range(MOST_ROUNDS):
+        spent = time.monotonic() - begin
+        if spent > seconds and turn >= (2 if spent > 20 * turn else 3):
             break
         for name, work in works.items():
             state = work.setup()
