@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -172,7 +173,8 @@ def _draw(pipe: ImagenPipeline, studio: Studio, names: list[str],
                     path = folder / f"settings-{time.time_ns()}.json"
                     path.write_text(json.dumps(news.record(), indent=2) + "\n")
                     yield (_gallery(to_uint8(news.images), wanted, int(count)),
-                           f"{len(wanted)} pictures in {time.monotonic() - began:.1f} s", news.record(),
+                           "\n\n".join([f"{len(wanted)} pictures in {time.monotonic() - began:.1f} s",
+                                        *(f"Mind: {escape(line)}" for line in news.unread)]), news.record(),
                            gr.DownloadButton(value=str(path), interactive=True))
                 else:
                     stage, step, pixels = news

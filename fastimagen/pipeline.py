@@ -44,6 +44,8 @@ class Output:
     seeds: list[int]
     settings: dict[str, Any] = field(default_factory=dict)
     """Model, version, and the sampling settings of each stage."""
+    unread: list[str] = field(default_factory=list)
+    """What the text encoder could not read of the captions, a line each."""
 
     def grid(self) -> Image.Image:
         """All pictures with their captions."""
@@ -211,10 +213,14 @@ class ImagenPipeline:
                   list(negative) if not isinstance(negative, TextEmbeddings) else "embeddings",
                   "start_at": start_at, "stop_at": stop_at, "given": None if given is None else given.settings(),
                   "stages": {name: settings[name].model_dump() for name in running}}
+        read = []
         if negative is not None:
-            negative = negative if isinstance(negative, TextEmbeddings) else self.encode(negative)
+            if not isinstance(negative, TextEmbeddings):
+                read += negative
+                negative = self.encode(negative)
             negative = _for_all(negative, count, "negative caption")
         if self.cascade.text_dim is not None and text is None:  # last: the text encoder may take minutes to load
+            read += captions
             text = self.encode(captions)
         images = []
         for first in range(0, count, batch_size):
@@ -224,7 +230,7 @@ class ImagenPipeline:
                 part, seeds[rows], settings=settings, negative=negative and negative[rows], given=given and given[rows],
                 lowres=None if lowres is None else lowres[rows].to(self.device), start_at=start_at, stop_at=stop_at,
                 callback=callback, device=self.device if self.offload else None).cpu())
-        return Output(torch.cat(images), captions, seeds, record)
+        return Output(torch.cat(images), captions, seeds, record, self._encoder.unread(read) if read else [])
 
     def save_pretrained(self, path: str | Path, *, card: str | None = None) -> Path:
         """Write a model directory; card None keeps the one it was loaded with.

@@ -273,28 +273,44 @@ class T5Encoder:
 
         Literal </s>, <pad> or <extra_id_0> in a caption becomes <unk>: only we may end a caption.
         """
+        result = []
+        for text, row, unknown in self._rows(captions):
+            if unknown:
+                if not self.unknown:
+                    log.warning("text encoder: parts of a caption are unknown to the tokenizer: %.60s", text)
+                self.unknown += 1
+            if len(row) > self.max_length:
+                if not self.truncated:
+                    log.warning("text encoder: a caption of %d tokens is cut to %d: %.60s...",
+                                len(row), self.max_length, text)
+                self.truncated += 1
+                row = [*row[:self.max_length - 1], row[-1]]
+            result.append(row)
+        return result
+
+    def unread(self, captions: Sequence[str]) -> list[str]:
+        """What `tokenize` cannot pass on of these captions: a line for each that is cut or has unknown parts."""
+        lines = []
+        for text, row, unknown in self._rows(list(dict.fromkeys(captions))):
+            shown = text if len(text) <= 60 else f"{text[:60]}..."
+            if unknown:
+                lines.append(f'the text encoder does not know all of "{shown}"')
+            if len(row) > self.max_length:
+                lines.append(f'the text encoder reads {self.max_length} of the {len(row)} tokens of "{shown}"')
+        return lines
+
+    def _rows(self, captions: Sequence[str]) -> list[tuple[str, list[int], bool]]:
+        """Of each caption its text, all its ids with the closing </s>, and whether some are <unk>."""
         if isinstance(captions, str) or not all(isinstance(caption, str) for caption in captions):
             raise ValueError(f"captions must be a list of strings, got {captions!r:.80}")
         if not captions:
             return []
         texts = [preprocess(caption) for caption in captions]
-        rows = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         unk, eos = self.tokenizer.unk_token_id, self.tokenizer.eos_token_id
-        result = []
-        for text, row in zip(texts, rows):
-            # split_special_tokens=True does not do it: T5's unigram model has </s> and <pad> as plain pieces
-            row = [unk if token in self._special else token for token in row]
-            if unk in row:
-                if not self.unknown:
-                    log.warning("text encoder: parts of a caption are unknown to the tokenizer: %.60s", text)
-                self.unknown += 1
-            if len(row) + 1 > self.max_length:
-                if not self.truncated:
-                    log.warning("text encoder: a caption of %d tokens is cut to %d: %.60s...",
-                                len(row) + 1, self.max_length, text)
-                self.truncated += 1
-            result.append(row[:self.max_length - 1] + [eos])
-        return result
+        rows = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        # split_special_tokens=True does not do it: T5's unigram model has </s> and <pad> as plain pieces
+        rows = [[unk if token in self._special else token for token in row] for row in rows]
+        return [(text, [*row, eos], unk in row) for text, row in zip(texts, rows)]
 
     def encode(self, captions: Sequence[str], batch_size: int = 32) -> TextEmbeddings:
         """Embeds captions on the encoder's device, in its dtype; padding is zero, an empty caption its </s>.

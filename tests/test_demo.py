@@ -127,6 +127,13 @@ def test_pictures_are_those_of_the_pipeline_and_settings_make_them_again(model: 
     assert np.array_equal(pictures, again)
 
 
+def test_what_the_text_encoder_cannot_read_is_said(client: Any) -> None:
+    job = client.submit(f"{CAPTION}\na <b>象</b>", "", 5, 1, *STAGES, api_name="/draw")
+    status = job.result(timeout=60)[1]
+    assert status.startswith("2 pictures in ")
+    assert status.count("Mind: ") == 1 and "does not know all of &quot;a &lt;b&gt;象" in status
+
+
 @pytest.mark.parametrize(("given", "complaint"), [
     (dict(captions="  \n "), "Write a caption first"),
     (dict(captions="a red circle\n" * 5, count=16), "80 pictures at once are too many: at most 64"),

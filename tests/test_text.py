@@ -167,6 +167,15 @@ def test_unknown_parts_are_counted_and_reported(tiny, caplog):
     assert encoder.unknown == 2 and len(caplog.records) == 1 and "a 象 circle" in caplog.text
 
 
+def test_what_is_not_read_is_said_of_each_caption(tiny):
+    encoder = T5Encoder(tiny, max_length=6)
+    long = "a " * 40 + "circle"
+    assert encoder.unread(["a red circle", long, "a 象 circle", long]) == [
+        f'the text encoder reads 6 of the 42 tokens of "{long[:60]}..."',
+        'the text encoder does not know all of "a 象 circle"']
+    assert encoder.truncated == encoder.unknown == 0  # nothing has been encoded
+
+
 def test_white_space_and_unicode_form_do_not_matter(encoder):
     decomposed, composed = "caf\u0065\u0301", "caf\u00e9"
     assert encoder.tokenize([f"  {decomposed} \n"]) == encoder.tokenize([composed])
