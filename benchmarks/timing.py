@@ -102,8 +102,8 @@ def _uncaptured(work: Work, buffer: Tensor) -> Callable[[], float]:
 def time_in_turns(works: Mapping[str, Work], *, seconds: float) -> dict[str, Times]:
     """Times of several works on the CPU, one repetition of each in turn, after one that does not count.
 
-    Goes on for about `seconds` in all, at least three rounds, two if a round takes longer than 20 seconds. With one thread
-    CPU time is counted, which other processes cannot stretch much; with more, the clock on the wall.
+    Goes on for about `seconds` in all, at least three rounds, two if a round takes longer than 20 seconds. With one
+    thread CPU time is counted, which other processes cannot stretch much; with more, the clock on the wall.
     """
     alone = torch.get_num_threads() == 1
     clock, timer = (time.process_time, "CPU seconds of 1 thread, in turns") if alone else (

@@ -24,8 +24,9 @@ Text encoder: {encoder}
 fastimagen sample --model . --captions "{caption}" --out samples
 ```
 """
-RANDOM_FEATURES = ("the small built-in T5, included in full. Its weights are random: its embeddings tell words and their "
-                   "places apart and know nothing else, which is enough for the captioned shapes and for nothing more.")
+RANDOM_FEATURES = ("the small built-in T5, included in full. Its weights are random: its embeddings tell words and "
+                   "their places apart and know nothing else, which is enough for the captioned shapes and for nothing "
+                   "more.")
 
 
 def export(run: str | Path, out: str | Path) -> Path:

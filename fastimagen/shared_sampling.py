@@ -25,8 +25,8 @@ def draw_shared(pipe: ImagenPipeline, captions: Sequence[str] | None, *, seeds: 
     8 bits a channel hold them, and the others None.
 
     A picture depends on its caption and seed, so how many processes share the work does not show in it. Pictures,
-    low-resolution pictures and negative captions in `options` are one for all. Raises what `pipe` raises, in the process
-    that meets it; the launcher ends the others.
+    low-resolution pictures and negative captions in `options` are one for all. Raises what `pipe` raises, in the
+    process that meets it; the launcher ends the others.
     """
     rank, world = processes()
     if world == 1:

@@ -145,7 +145,7 @@ def test_result_files_are_complete() -> None:
 
 
 def test_breakdown_counts_what_an_op_calls_with_it() -> None:
-    """The convolution's weight gradient by products of matrices, its copies too, is convolution; a bare product is not."""
+    """The convolution's weight gradient by products, its copies too, is convolution; a bare product is not."""
     conv, x = Conv2d(128, 128, 3, padding=1), torch.randn(4, 128, 16, 16)
     parts = step.breakdown(lambda: conv(x).sum().backward(), torch.device("cpu"))
     assert parts["convolution"] > 0.8 * sum(parts.values())

@@ -23,7 +23,8 @@ def plain(layer: Conv2d, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("columns", [1, 20_000, 100_000, 1 << 20], ids="{}-numbers".format)
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("way", WAYS)
-def test_values_and_gradients_are_pytorchs(way: str, stride: int, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_and_gradients_are_pytorchs(way: str, stride: int, columns: int,
+                                           monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of one row, of several rows with a rest, of one picture and of all."""
     monkeypatch.setattr(convolution, "COLUMNS", columns)
     dim_in, dim_out, kernel = WAYS[way]

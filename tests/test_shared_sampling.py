@@ -27,8 +27,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sample(out: Path, model: Path, launcher: list[str], captions: list[str] = CAPTIONS) -> subprocess.CompletedProcess:
     arguments = ["sample", "--model", str(model), "--captions", *captions, "--out", str(out), "--steps", "3",
                  "--sampler", "ddpm", "--seed", "5"]
-    return subprocess.run([sys.executable, "-m", *launcher, *arguments], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
-                          capture_output=True, text=True, timeout=240)
+    return subprocess.run([sys.executable, "-m", *launcher, *arguments], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=240)
 
 
 def launchers() -> dict[str, list[str]]:
@@ -50,7 +50,8 @@ def test_two_processes_draw_what_one_draws(launcher: str, model: Path, tmp_path:
     one, two = (json.loads((tmp_path / name / "samples.json").read_text()) for name in ("one", "two"))
     assert one == two and [record["seed"] for record in two["samples"]] == [5, 6, 7, 8, 9]
     for index in range(len(CAPTIONS)):
-        pixels = [np.asarray(Image.open(tmp_path / name / f"images/{index:06d}.png"), dtype=int) for name in ("one", "two")]
+        paths = [tmp_path / name / f"images/{index:06d}.png" for name in ("one", "two")]
+        pixels = [np.asarray(Image.open(path), dtype=int) for path in paths]
         assert abs(pixels[0] - pixels[1]).max() <= 1
 
 

@@ -86,7 +86,7 @@ def _drop_after(path: Path, stage: str, start: int) -> None:
 class Window:
     """Sums since the last record: loss on the device, without waiting for it, and time spent waiting for data.
 
-    A checkpoint keeps the sums of all processes, so that the next record of a resumed run is the one it would have been.
+    A checkpoint keeps the sums of all processes, so that the next record of a resumed run is what it would have been.
     """
 
     def __init__(self, device: torch.device, loss_sum: float = 0.0, steps: int = 0) -> None:

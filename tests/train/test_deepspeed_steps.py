@@ -65,7 +65,8 @@ def trained(tree: dict) -> dict[str, list]:
 
 @pytest.fixture(scope="module")
 def weights() -> dict[str, dict[str, list]]:
-    script = "import json; from tests.train.test_deepspeed_steps import with_deepspeed; print(json.dumps(with_deepspeed()))"
+    script = ("import json; from tests.train.test_deepspeed_steps import with_deepspeed; "
+              "print(json.dumps(with_deepspeed()))")
     run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     return json.loads(run.stdout.splitlines()[-1])

@@ -196,8 +196,9 @@ ACCUMULATION = "gradient_accumulation_steps"
 def test_the_batch_triangle(given: tuple, world_size: int, expected: tuple) -> None:
     keys = (TOTAL, MICRO, ACCUMULATION)
     tree = {key: value for key, value in zip(keys, given) if value is not None}
-    resolved, notices = resolve_deepspeed({**tree, "optimizer": ADAM, "zero_optimization": {"stage": 1},
-                                           "gradient_clipping": 0.5}, {}, steps=1, world_size=world_size, cuda=True, tensorboard="", job_name="")
+    tree |= {"optimizer": ADAM, "zero_optimization": {"stage": 1}, "gradient_clipping": 0.5}
+    resolved, notices = resolve_deepspeed(tree, {}, steps=1, world_size=world_size, cuda=True, tensorboard="",
+                                          job_name="")
     assert tuple(resolved[key] for key in keys) == expected
     assert expected[0] == expected[1] * expected[2] * world_size
     assert sorted(notices) == sorted(
