@@ -27,9 +27,10 @@ ABOVE = {  # the sampler line: they reach nothing that stands below
     "diffusion": "config schedule ops",
     "samplers": "schedule ops",
     "guidance": "config schedule ops diffusion samplers",  # from a network's output to a sampler's next x
-    "layers": "config ops",
+    "convolution": "",
+    "layers": "config ops convolution",
     "attention": "config ops",
-    "unet": "config layers attention text",  # TextEmbeddings is what it is conditioned on
+    "unet": "config layers attention convolution text",  # TextEmbeddings is what it is conditioned on
     "editing": "images samplers schedule",
     "tiling": "",
     "cascade": "config config_file presets unet diffusion samplers guidance schedule editing tiling images text",
