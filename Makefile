@@ -32,7 +32,7 @@ quickstart: venv
 test: venv
 	$(BIN)/python -m pytest
 
-# MinImagen without what its training scripts need: benchmarks/peers.py has stand-ins.
+# MinImagen without what its training scripts need: benchmarks/harness/peers.py has stand-ins.
 bench: venv
 	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps minimagen==0.0.9 einops-exts resize-right
 	$(BIN)/python -m benchmarks.cpu

@@ -8,6 +8,8 @@ from setuptools import setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "fastimagen/__init__.py").read_text())[1]
 
+PACKAGES = ["data", "diffusion", "evaluation", "interop", "networks", "ops", "sampling", "text", "train"]
+
 TEXT = ["transformers>=5.0", "sentencepiece>=0.2", "protobuf"]
 KERNELS = ["triton>=3.6; platform_system == 'Linux'"]
 DATA = ["webdataset>=1.0"]
@@ -24,7 +26,7 @@ setup(
     python_requires=">=3.11",
     # Named one by one: find_packages() would install tests, launch and benchmarks as top-level packages. kernels/ has
     # no __init__.py and another name, because other packages look for a module called `kernels`.
-    packages=["fastimagen", "fastimagen.data", "fastimagen.ops", "fastimagen.train", "fastimagen_kernels"],
+    packages=["fastimagen", *(f"fastimagen.{name}" for name in PACKAGES), "fastimagen_kernels"],
     package_dir={"fastimagen_kernels": "kernels"},
     install_requires=["torch>=2.11", "safetensors>=0.5", "numpy>=1.26", "einops>=0.8", "pydantic>=2.10", "pillow>=11"],
     extras_require={

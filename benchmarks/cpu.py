@@ -4,7 +4,7 @@
     python -m benchmarks.cpu [--out FILE] [--only GROUP,...] [--seconds S]
 
 One thread; what is compared takes turns in one run, and CPU seconds are counted. MinImagen 0.0.9 is measured if it is
-installed (benchmarks/peers.py says how); its networks have the shapes, captions and seeds of ours.
+installed (benchmarks/harness/peers.py says how); its networks have the shapes, captions and seeds of ours.
 """
 
 from __future__ import annotations
@@ -26,20 +26,24 @@ import torch
 from fastimagen.cascade import Cascade
 from fastimagen.presets import minimagen_test, shapes
 
-from . import attention, group_norm, networks, peers, sampling, step, threshold
-from .checkout import ROOT
-from .measure import Bench, NotHere
-from .networks import Network, captions
-from .rows import RESULTS, Results, environment
-from .timing import Work
+from .cases import attention, group_norm, sampling, step
+from .cases import dynamic_threshold as threshold
+from .harness import networks, peers
+from .harness.checkout import ROOT
+from .harness.measure import Bench, NotHere
+from .harness.networks import Network, captions
+from .harness.rows import RESULTS, Results, environment
+from .harness.timing import Work
 
 PAIR = (networks.TEST_BASE, networks.TEST_SUPER)
 TEST_PAIR = "MinImagen's test pair, 64 and 128 pixels, B2"
 SETS = {TEST_PAIR: PAIR, "MinImagen's default U-Net, 64 pixels, B1": (networks.DEFAULT,)}
 """Networks of MinImagen that a CPU can train; the pair is what it trains with --TESTING."""
-PROVIDERS = {"ours": partial(step.ours, backend="torch"),
-             "ours, text_padding none": partial(step.ours, backend="torch", padding="none"),
-             "MinImagen": step.minimagen}
+PROVIDERS = {
+    "ours": partial(step.ours, backend="torch"),
+    "ours, text_padding none": partial(step.ours, backend="torch", padding="none"),
+    "MinImagen": step.minimagen,
+}
 QUICKSTART = (Network("quickstart base 32", shapes, "base", 32, 8), Network("quickstart sr 64", shapes, "sr", 32, 8))
 SAMPLING_STEPS = 25
 CPU = torch.device("cpu")
@@ -54,16 +58,27 @@ def training(bench: Bench) -> None:
                 steps = [provider(network, network.batch, CPU) for network in chain]
                 # A first step after another's turn pays for what that left of heap and caches: small ones take two.
                 works[name] = Work(partial(_all, steps), partial(_all, steps, None) if shape == TEST_PAIR else _nothing)
-        amount = sum(network.batch * networks.flops(network.stage().config.unet, network.side, "training")
-                     for network in chain)
+        amount = sum(
+            network.batch * networks.flops(network.stage().config.unet, network.side, "training") for network in chain
+        )
         for name, times in bench.time(works, seconds=12).items():  # ten rounds of the small ones: their times scatter
             before = os.times()
             parts = step.breakdown(partial(works[name].call, None), CPU)
             after = os.times()
             system, user = after.system - before.system, after.user - before.user
-            bench.add(op="training step", shape=shape, dtype="float32", mode="training", provider=name, ms=times[:3],
-                      timer=times.timer, images=chain[0].batch, flops=amount, parts=parts,
-                      system_share=system / (system + user))
+            bench.add(
+                op="training step",
+                shape=shape,
+                dtype="float32",
+                mode="training",
+                provider=name,
+                ms=times[:3],
+                timer=times.timer,
+                images=chain[0].batch,
+                flops=amount,
+                parts=parts,
+                system_share=system / (system + user),
+            )
 
 
 def _nothing() -> None:
@@ -81,13 +96,22 @@ def memory(bench: Bench) -> None:
         for name in PROVIDERS:
             names = {"op": "training step", "shape": shape, "dtype": "float32", "mode": "peak memory"}
             with bench.missing_on_error(name, **names):
-                child = subprocess.run([sys.executable, "-m", "benchmarks.cpu", "--memory", shape, name], cwd=ROOT,
-                                       capture_output=True, text=True)
+                child = subprocess.run(
+                    [sys.executable, "-m", "benchmarks.cpu", "--memory", shape, name],
+                    cwd=ROOT,
+                    capture_output=True,
+                    text=True,
+                )
                 if child.returncode:
                     raise NotHere(child.stderr.strip().splitlines()[-1])
                 before, peak = map(int, child.stdout.split())
-                bench.add(**names, provider=name, peak_bytes=peak, bytes_before=before,
-                          note=f"{peak / 2**20:.0f} MiB, {before / 2**20:.0f} of them before the network was built")
+                bench.add(
+                    **names,
+                    provider=name,
+                    peak_bytes=peak,
+                    bytes_before=before,
+                    note=f"{peak / 2**20:.0f} MiB, {before / 2**20:.0f} of them before the network was built",
+                )
 
 
 def peak_of(shape: str, name: str) -> None:
@@ -110,8 +134,12 @@ def _peak() -> int:
 def guided(bench: Bench) -> None:
     """The test pair draws two pictures with guidance 3, ancestral sampling, as many steps in both."""
     works: dict[str, Work] = {}
-    names = {"op": "guided sampling", "shape": f"{TEST_PAIR}, {SAMPLING_STEPS} steps", "dtype": "float32",
-             "mode": "sampling"}
+    names = {
+        "op": "guided sampling",
+        "shape": f"{TEST_PAIR}, {SAMPLING_STEPS} steps",
+        "dtype": "float32",
+        "mode": "sampling",
+    }
     text = captions(2, 512, CPU)
     for name, padding in (("ours", "null"), ("ours, text_padding none", "none")):
         with bench.missing_on_error(name, **names):
@@ -149,16 +177,24 @@ def data(bench: Bench) -> None:
     with bench.missing_on_error("ours", **names), tempfile.TemporaryDirectory() as folder:
         from fastimagen.config import FastimagenConfig
         from fastimagen.data.source import embed_all, open_split, prepare_shapes
-        from fastimagen.text import T5Encoder
+        from fastimagen.text.t5 import T5Encoder
 
-        config = FastimagenConfig.model_validate({
-            "data": {"shards": f"{folder}/train", "validation": f"{folder}/val", "threads": 1,
-                     "shapes": {"count": 256, "size": 64}},
-            "text": {"encoder": f"{folder}/text_encoder"}})
+        config = FastimagenConfig.model_validate(
+            {
+                "data": {
+                    "shards": f"{folder}/train",
+                    "validation": f"{folder}/val",
+                    "threads": 1,
+                    "shapes": {"count": 256, "size": 64},
+                },
+                "text": {"encoder": f"{folder}/text_encoder"},
+            }
+        )
         prepare_shapes(config, say=lambda _: None)
         embed_all(config, say=lambda _: None)
         loader = open_split(config.data.shards, config, with_text=True).loader(
-            config, size=64, crop=None, global_batch=64, rank=0, world_size=1, micro_batch=64, seed=0)
+            config, size=64, crop=None, global_batch=64, rank=0, world_size=1, micro_batch=64, seed=0
+        )
         with closing(loader.batches(0)) as batches:  # one for all repetitions: what it read ahead is used in the next
             times = bench.time({"ours": Work(lambda _: [next(batches) for _ in range(4)])})["ours"]
         bench.add(**names, provider="ours", ms=times[:3], timer=times.timer, images=256)
@@ -169,8 +205,13 @@ def data(bench: Bench) -> None:
 
 
 GROUPS: dict[str, Callable[[Bench], None]] = {
-    "training": training, "memory": memory, "guided": guided, "data": data, "ops": single_ops,
-    "sampling": lambda bench: [sampling.run(bench, QUICKSTART, ("torch",), batch=batch) for batch in (8, 1)]}
+    "training": training,
+    "memory": memory,
+    "guided": guided,
+    "data": data,
+    "ops": single_ops,
+    "sampling": lambda bench: [sampling.run(bench, QUICKSTART, ("torch",), batch=batch) for batch in (8, 1)],
+}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -18,11 +18,18 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
-from .checkout import ROOT
+from .harness.checkout import ROOT
 
 GROUPS = {  # group -> the most seconds that it may take
-    "tests": 150, "step": 90, "attention": 60, "group_norm": 45, "threshold": 20, "compiled_step": 150,
-    "compilers": 60, "sampling": 45, "networks": 120,
+    "tests": 150,
+    "step": 90,
+    "attention": 60,
+    "group_norm": 45,
+    "threshold": 20,
+    "compiled_step": 150,
+    "compilers": 60,
+    "sampling": 45,
+    "networks": 120,
 }
 START = 12  # seconds that a process needs before it measures; with less left, no group begins
 NEEDED = ("torch", "triton", "pytest", "einops", "safetensors", "PIL", "pydantic")
@@ -31,8 +38,12 @@ NEEDED = ("torch", "triton", "pytest", "einops", "safetensors", "PIL", "pydantic
 def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__.partition("\n")[0])
     options.add_argument("--budget", type=float, default=520, metavar="SECONDS", help="for all together (520)")
-    options.add_argument("--out", type=Path, metavar="FILE", help="rows are added to it; by default "
-                         "benchmarks/results/<device>/<date>.json")
+    options.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="rows are added to it; by default benchmarks/results/<device>/<date>.json",
+    )
     options.add_argument("--only", default=",".join(GROUPS), metavar="GROUP,...", help=", ".join(GROUPS))
     options.add_argument("--dry-run", action="store_true", help="toy sizes, on a CPU as well, to see that all runs")
     options.add_argument("--worker", type=float, metavar="SECONDS", help=argparse.SUPPRESS)
@@ -67,27 +78,47 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"no time for {', '.join(names)}", flush=True)
             continue
         print(f"== {', '.join(names)}, at most {seconds:.0f} s", flush=True)
-        again = [f"--only={','.join(names)}", *(["--dry-run"] if options.dry_run else []),
-                 *([f"--out={options.out}"] if options.out else [])]
+        again = [
+            f"--only={','.join(names)}",
+            *(["--dry-run"] if options.dry_run else []),
+            *([f"--out={options.out}"] if options.out else []),
+        ]
         in_order &= run(seconds + START, "benchmarks.gpu_check", *again, f"--worker={seconds - START / 2}")
     return 0 if in_order else 1
 
 
 def pytest(*files: str) -> tuple[str, ...]:
     """Tests in tests/gpu by themselves: neither options nor fixtures of the others, which need more packages."""
-    return ("pytest", "-q", "-x", "-rs", "-o", "addopts=", "-p", "benchmarks.checkout", "-p", "no:cacheprovider",
-            f"--confcutdir={ROOT / 'tests/gpu'}", *(str(ROOT / "tests/gpu" / file) for file in files))
+    return (
+        "pytest",
+        "-q",
+        "-x",
+        "-rs",
+        "-o",
+        "addopts=",
+        "-p",
+        "benchmarks.harness.checkout",
+        "-p",
+        "no:cacheprovider",
+        f"--confcutdir={ROOT / 'tests/gpu'}",
+        *(str(ROOT / "tests/gpu" / file) for file in files),
+    )
 
 
 def run(seconds: float, module: str, *arguments: str) -> bool:
     """Run a module in a process of its own, for so long at most; whether it came to a good end."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
     try:
-        return subprocess.run([sys.executable, "-m", module, *arguments], cwd=ROOT, env=environment,
-                              timeout=seconds).returncode == 0
+        return (
+            subprocess.run(
+                [sys.executable, "-m", module, *arguments], cwd=ROOT, env=environment, timeout=seconds
+            ).returncode
+            == 0
+        )
     except subprocess.TimeoutExpired:
-        print(f"{module} {' '.join(arguments)} was stopped after {seconds:.0f} s; its rows so far are written",
-              flush=True)
+        print(
+            f"{module} {' '.join(arguments)} was stopped after {seconds:.0f} s; its rows so far are written", flush=True
+        )
         return False
 
 
@@ -95,8 +126,8 @@ def measure(groups: list[str], options: argparse.Namespace) -> int:
     """The work of one process: measure these groups in turn and write their rows."""
     import torch
 
-    from .measure import Bench
-    from .rows import RESULTS, Results, environment, folder
+    from .harness.measure import Bench
+    from .harness.rows import RESULTS, Results, environment, folder
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not options.dry_run:
@@ -116,7 +147,9 @@ def measure(groups: list[str], options: argparse.Namespace) -> int:
 
 def measurements(bench: object) -> dict[str, Callable[[], None]]:
     """What each group measures on a GPU."""
-    from . import attention, group_norm, networks, sampling, step, threshold
+    from .cases import attention, group_norm, sampling, step
+    from .cases import dynamic_threshold as threshold
+    from .harness import networks
 
     device = bench.device
     return {
@@ -125,8 +158,10 @@ def measurements(bench: object) -> dict[str, Callable[[], None]]:
         "group_norm": lambda: bench.run(group_norm.cases(device)),
         "threshold": lambda: bench.run(threshold.cases(device)),
         "compiled_step": lambda: step.run(bench, [networks.BASE64], step.COMPILED),
-        "compilers": lambda: (bench.run(group_norm.cases(device, shapes=group_norm.SHAPES[:4], compilers=True)),
-                              bench.run(attention.cases(device, compilers=True))),
+        "compilers": lambda: (
+            bench.run(group_norm.cases(device, shapes=group_norm.SHAPES[:4], compilers=True)),
+            bench.run(attention.cases(device, compilers=True)),
+        ),
         "sampling": lambda: sampling.run(bench, [networks.BASE64, networks.SUPER256], ("triton", "torch")),
         "networks": lambda: step.run(bench, [networks.SUPER256, *networks.PAPER], step.EAGER),
     }
@@ -134,7 +169,9 @@ def measurements(bench: object) -> dict[str, Callable[[], None]]:
 
 def toys(bench: object) -> dict[str, Callable[[], None]]:
     """The same groups at sizes for a moment on a CPU."""
-    from . import attention, group_norm, networks, sampling, step, threshold
+    from .cases import attention, group_norm, sampling, step
+    from .cases import dynamic_threshold as threshold
+    from .harness import networks
 
     device = bench.device
     few = {"sides": (4,), "batches": (2,)}
@@ -144,8 +181,10 @@ def toys(bench: object) -> dict[str, Callable[[], None]]:
         "group_norm": lambda: bench.run(group_norm.cases(device, shapes=((2, 16, 4),))),
         "threshold": lambda: bench.run(threshold.cases(device, shapes=((2, 8),))),
         "compiled_step": lambda: step.run(bench, [networks.TOY], step.COMPILED),
-        "compilers": lambda: (bench.run(group_norm.cases(device, shapes=((2, 16, 4),), compilers=True)),
-                              bench.run(attention.cases(device, sides=(32,), batches=(1,), compilers=True))),
+        "compilers": lambda: (
+            bench.run(group_norm.cases(device, shapes=((2, 16, 4),), compilers=True)),
+            bench.run(attention.cases(device, sides=(32,), batches=(1,), compilers=True)),
+        ),
         "sampling": lambda: sampling.run(bench, [networks.TOY_SUPER], ("triton", "torch"), batch=2),
         "networks": lambda: step.run(bench, [networks.TOY_SUPER], step.EAGER),
     }

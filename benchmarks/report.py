@@ -14,8 +14,8 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from . import svg
-from .rows import ROOT, Row, folder, is_stale, key, read_all
+from .harness import svg
+from .harness.rows import ROOT, Row, folder, is_stale, key, read_all
 
 PAGES = ("README.md", "docs/benchmarks.md")
 MARKED = re.compile(r"(?P<begin><!-- benchmarks: (?P<name>\w+) -->\n).*?(?P<end><!-- end of benchmarks -->)", re.DOTALL)
@@ -37,8 +37,11 @@ class Measured:
 
     def of(self, device: str, **wanted: str) -> list[Row]:
         """Rows of a device with these fields, in the order in which they were measured first."""
-        return [row for row in self.rows.get(device, {}).values()
-                if all(row.get(field) == value for field, value in wanted.items())]
+        return [
+            row
+            for row in self.rows.get(device, {}).values()
+            if all(row.get(field) == value for field, value in wanted.items())
+        ]
 
     def one(self, device: str, **wanted: str) -> Row | None:
         return next(iter(self.of(device, **wanted)), None)
@@ -91,12 +94,15 @@ def when(rows: list[Row], command: str) -> str:
     if not rows:
         return f"Not measured yet; {command} measures it."
     last = max(rows, key=lambda row: row["date"])
-    versions = ", ".join(f"{name} {number}" for name, number in last["versions"].items()
-                         if name not in ("python", "cudnn"))
+    versions = ", ".join(
+        f"{name} {number}" for name, number in last["versions"].items() if name not in ("python", "cudnn")
+    )
     threads = f", {last['threads']} thread{'s' * (last['threads'] != 1)}" if folder(last["device"]) == "cpu" else ""
     clocks = f", clocks {last['clocks']}" if last.get("clocks") else ""
-    return (f"{last['device']}{threads}{clocks}; {versions}; {last['date']}, commit {last.get('commit', 'unknown')}; "
-            f"again: {command}")
+    return (
+        f"{last['device']}{threads}{clocks}; {versions}; {last['date']}, commit {last.get('commit', 'unknown')}; "
+        f"again: {command}"
+    )
 
 
 # ---------------------------------------------------------------------------------------------- tables
@@ -109,11 +115,14 @@ def cpu(measured: Measured) -> str:
         if row["op"] not in ("training step", "guided sampling"):
             continue
         names = {"op": row["op"], "shape": row["shape"], "mode": row["mode"]}
-        unpadded, theirs = (measured.one("cpu", provider=name, **names) for name in
-                            ("ours, text_padding none", "MinImagen"))
+        unpadded, theirs = (
+            measured.one("cpu", provider=name, **names) for name in ("ours, text_padding none", "MinImagen")
+        )
         if row["mode"] == "peak memory":
-            cells = [f"{r['peak_bytes'] / 2**20:.0f} MiB" if r and "peak_bytes" in r else NOT_MEASURED
-                     for r in (row, unpadded, theirs)]
+            cells = [
+                f"{r['peak_bytes'] / 2**20:.0f} MiB" if r and "peak_bytes" in r else NOT_MEASURED
+                for r in (row, unpadded, theirs)
+            ]
             measured_both = cells[2] != NOT_MEASURED
             ratio = f"{100 * row['peak_bytes'] / theirs['peak_bytes']:.0f} %" if measured_both else NOT_MEASURED
         else:
@@ -123,10 +132,20 @@ def cpu(measured: Measured) -> str:
         if all(r and "system_share" in r for r in (row, unpadded, theirs)):
             shares = [r["system_share"] for r in (row, unpadded, theirs)]
             ratio = theirs["ms"][1] * (1 - shares[2]) / (row["ms"][1] * (1 - shares[0]))
-            lines.append(["of it in the operating system", *(f"{100 * part:.0f} %" for part in shares),
-                          f"{ratio:.2f}x without it"])
-    head = ("", "fastimagen, 256 slots", "fastimagen, real tokens only", "MinImagen 0.0.9",
-            "256 slots against MinImagen")
+            lines.append(
+                [
+                    "of it in the operating system",
+                    *(f"{100 * part:.0f} %" for part in shares),
+                    f"{ratio:.2f}x without it",
+                ]
+            )
+    head = (
+        "",
+        "fastimagen, 256 slots",
+        "fastimagen, real tokens only",
+        "MinImagen 0.0.9",
+        "256 slots against MinImagen",
+    )
     note = when(measured.of("cpu", op="training step"), AGAIN["cpu"])
     return f"{table(head, lines)}\n\n{note}" if lines else note
 
@@ -136,10 +155,18 @@ def step(measured: Measured) -> str:
     parts = []
     for device in measured.gpus or [""]:
         rows = measured.of(device, op="training step")
-        lines = [[row["shape"], row["provider"] + (" (stale)" if is_stale(row) else ""), str(row.get("images", "")),
-                  per_second(row), share(row, "flops", "tflops"),
-                  f"{row['peak_bytes'] / 2**30:.1f} GiB" if "peak_bytes" in row else NOT_MEASURED,
-                  against(measured, device, row)] for row in rows]
+        lines = [
+            [
+                row["shape"],
+                row["provider"] + (" (stale)" if is_stale(row) else ""),
+                str(row.get("images", "")),
+                per_second(row),
+                share(row, "flops", "tflops"),
+                f"{row['peak_bytes'] / 2**30:.1f} GiB" if "peak_bytes" in row else NOT_MEASURED,
+                against(measured, device, row),
+            ]
+            for row in rows
+        ]
         head = ("network", "by", "batch", "pictures/s", "of the matrix rate", "memory", "against MinImagen")
         parts += [table(head, lines)] if lines else []
         parts.append(when(rows, AGAIN["gpu"]))
@@ -161,15 +188,24 @@ def breakdown(measured: Measured) -> str:
         rows = [row for row in measured.of(device, op="training step", mode="training") if "parts" in row]
         if not rows:
             continue
-        lines = [[row["shape"], row["provider"], *(f"{100 * spent / sum(row['parts'].values()):.0f} %"
-                                                   for spent in row["parts"].values())] for row in rows]
-        parts += [table(("network", "by", *rows[0]["parts"]), lines),
-                  when(rows, AGAIN["cpu" if device == "cpu" else "gpu"])]
+        lines = [
+            [
+                row["shape"],
+                row["provider"],
+                *(f"{100 * spent / sum(row['parts'].values()):.0f} %" for spent in row["parts"].values()),
+            ]
+            for row in rows
+        ]
+        parts += [
+            table(("network", "by", *rows[0]["parts"]), lines),
+            when(rows, AGAIN["cpu" if device == "cpu" else "gpu"]),
+        ]
     return "\n\n".join(parts) or when([], AGAIN["gpu"])
 
 
 def single_op(op: str) -> Callable[[Measured], str]:
     """The table of one op: a line for a shape and mode, a column for a provider."""
+
     def make(measured: Measured) -> str:
         parts = []
         for device in [*measured.gpus, "cpu"] if measured.gpus else ["cpu"]:
@@ -177,16 +213,20 @@ def single_op(op: str) -> Callable[[Measured], str]:
             if not rows:
                 continue
             shapes = dict.fromkeys((row["shape"], row["mode"]) for row in rows)
-            providers = [name for name in dict.fromkeys(row["provider"] for row in rows)
-                         if any("ms" in row for row in rows if row["provider"] == name)]
+            providers = [
+                name
+                for name in dict.fromkeys(row["provider"] for row in rows)
+                if any("ms" in row for row in rows if row["provider"] == name)
+            ]
             rates = {"ours of copy": ("bytes", "gbs"), "ours of matrix rate": ("flops", "tflops")}
             rates = {name: rate for name, rate in rates.items() if any(rate[0] in row for row in rows)}
             lines = []
             for shape, mode in shapes:
                 found = [measured.one(device, op=op, shape=shape, mode=mode, provider=name) for name in providers]
                 ours = next((row for row in found if row and "ours" in row["provider"] and "ms" in row), None)
-                lines.append([f"{shape}, {mode}", *map(milliseconds, found),
-                              *(share(ours, *rate) for rate in rates.values())])
+                lines.append(
+                    [f"{shape}, {mode}", *map(milliseconds, found), *(share(ours, *rate) for rate in rates.values())]
+                )
             head = ("", *providers, *rates)
             parts += [table(head, lines), when(rows, AGAIN["cpu" if device == "cpu" else "gpu"])]
         if not measured.gpus:
@@ -204,11 +244,21 @@ def sampler(measured: Measured) -> str:
         rows = measured.of(device, op="sampling")
         for row in rows:
             unet = measured.one(device, op="unet", shape=row["shape"], provider=row["provider"])
-            lines.append([row["shape"], row["provider"], milliseconds(row), milliseconds(unet), row.get("note", ""),
-                          picture(row)])
+            lines.append(
+                [
+                    row["shape"],
+                    row["provider"],
+                    milliseconds(row),
+                    milliseconds(unet),
+                    row.get("note", ""),
+                    picture(row),
+                ]
+            )
         if lines:
-            parts += [table(("stage", "by", "step", "its U-Net", "the rest", "a picture in its steps"), lines),
-                      when(rows, AGAIN["cpu" if device == "cpu" else "gpu"])]
+            parts += [
+                table(("stage", "by", "step", "its U-Net", "the rest", "a picture in its steps"), lines),
+                when(rows, AGAIN["cpu" if device == "cpu" else "gpu"]),
+            ]
     if not measured.gpus:
         parts.append(f"On a GPU: {when([], AGAIN['gpu'])}")
     return "\n\n".join(parts)
@@ -229,9 +279,16 @@ def data(measured: Measured) -> str:
 
 
 TABLES: dict[str, Callable[[Measured], str]] = {
-    "cpu": cpu, "step": step, "breakdown": breakdown, "sampler": sampler, "data": data,
-    "attention": single_op("attention"), "group_norm": single_op("group_norm"), "threshold": single_op("threshold"),
-    "sampler_step": single_op("sampler step")}
+    "cpu": cpu,
+    "step": step,
+    "breakdown": breakdown,
+    "sampler": sampler,
+    "data": data,
+    "attention": single_op("attention"),
+    "group_norm": single_op("group_norm"),
+    "threshold": single_op("threshold"),
+    "sampler_step": single_op("sampler step"),
+}
 
 
 # ---------------------------------------------------------------------------------------------- pages and plots
@@ -239,6 +296,7 @@ TABLES: dict[str, Callable[[Measured], str]] = {
 
 def fill(page: str, measured: Measured) -> str:
     """The page with its marked sections made anew. Raises ValueError for a mark that names no table."""
+
     def section(match: re.Match[str]) -> str:
         if match["name"] not in TABLES:
             raise ValueError(f'no table "{match["name"]}"; there are {", ".join(TABLES)}')
@@ -250,8 +308,11 @@ def fill(page: str, measured: Measured) -> str:
 def plots(rows: list[Row]) -> dict[str, str]:
     """Path -> SVG of all that can be drawn: whole steps, history, and, once there is a GPU's file, the roofline."""
     measured = Measured(rows)
-    found = {"docs/benchmarks_step.svg": svg.steps(measured), "docs/benchmarks_history.svg": svg.history(rows),
-             "docs/benchmarks_roofline.svg": svg.roofline(measured)}
+    found = {
+        "docs/benchmarks_step.svg": svg.steps(measured),
+        "docs/benchmarks_history.svg": svg.history(rows),
+        "docs/benchmarks_roofline.svg": svg.roofline(measured),
+    }
     return {path: text for path, text in found.items() if text}
 
 

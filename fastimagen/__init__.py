@@ -7,24 +7,24 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# Public names and their rooms; a room is entered when its name is first used, so `import fastimagen` stays light.
-_ROOMS = {
-    "ImagenPipeline": "pipeline",
-    "UNet": "unet",
+# Public names and their modules, imported when a name is first used: `import fastimagen` stays light.
+_MODULES = {
+    "ImagenPipeline": "sampling.pipeline",
+    "UNet": "networks.unet",
     "UNetConfig": "config",
     "Cascade": "cascade",
     "CascadeConfig": "config",
-    "TextEmbeddings": "text",
-    "T5Encoder": "text",
+    "TextEmbeddings": "text.embeddings",
+    "T5Encoder": "text.t5",
     "Trainer": "train.trainer",
     "EMA": "train.ema",
 }
-__all__ = [*_ROOMS, "__version__"]
+__all__ = [*_MODULES, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _ROOMS:
-        return getattr(import_module(f"{__name__}.{_ROOMS[name]}"), name)
+    if name in _MODULES:
+        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -15,15 +15,16 @@ from torch import Tensor, nn
 
 from .config import CascadeConfig, SamplingConfig, StageConfig
 from .config_file import validate
-from .diffusion import Diffusion
-from .editing import Given, sample_given
-from .guidance import Denoiser
+from .diffusion.guidance import Denoiser
+from .diffusion.inpainting import Given, sample_given
+from .diffusion.process import Diffusion
+from .diffusion.samplers import SAMPLERS
+from .diffusion.schedule import make_schedule
+from .diffusion.tiling import in_tiles
 from .images import resize
-from .samplers import SAMPLERS, image_noise
-from .schedule import make_schedule
-from .text import TextEmbeddings
-from .tiling import in_tiles
-from .unet import UNet
+from .networks.unet import UNet
+from .seeds import image_noise
+from .text.embeddings import TextEmbeddings
 
 Callback = Callable[[str, int, Tensor, Tensor], None]
 
@@ -44,8 +45,15 @@ class Stage:
 
     # ---- training
 
-    def training_loss(self, unet: nn.Module, images: Tensor, text: TextEmbeddings | None, generator: torch.Generator,
-                      *, drop_captions: bool = True) -> Tensor:
+    def training_loss(
+        self,
+        unet: nn.Module,
+        images: Tensor,
+        text: TextEmbeddings | None,
+        generator: torch.Generator,
+        *,
+        drop_captions: bool = True,
+    ) -> Tensor:
         """Weighted loss per sample (B,) for images (B, C, S, S) in [-1, 1].
 
         Times, noise, augmentation and caption dropout all come from `generator`, which lives on the images' device.
@@ -89,15 +97,25 @@ class Stage:
         if tile is None or tile >= self.config.size:
             return
         if tile % unet.stride:
-            raise ValueError(f"tile {tile} of stage {self.name} must be a multiple of {unet.stride}, "
-                             f"its U-Net's stride")
+            raise ValueError(
+                f"tile {tile} of stage {self.name} must be a multiple of {unet.stride}, its U-Net's stride"
+            )
         if unet.coordinates:
             raise ValueError(f"stage {self.name} knows every pixel's place: it cannot be drawn in tiles")
 
     @torch.inference_mode()
-    def sample(self, unet: UNet, text: TextEmbeddings | None, seeds: list[int], *, lowres: Tensor | None = None,
-               negative: TextEmbeddings | None = None, given: Given | None = None,
-               sampling: SamplingConfig | None = None, callback: Callback | None = None) -> Tensor:
+    def sample(
+        self,
+        unet: UNet,
+        text: TextEmbeddings | None,
+        seeds: list[int],
+        *,
+        lowres: Tensor | None = None,
+        negative: TextEmbeddings | None = None,
+        given: Given | None = None,
+        sampling: SamplingConfig | None = None,
+        callback: Callback | None = None,
+    ) -> Tensor:
         """Pictures (B, C, S, S) in [-1, 1], fp32, picture i a function of (caption i, seeds[i], lowres[i]).
 
         lowres (B, C, s, s) in [-1, 1] for super-resolution; negative captions that guidance leads away from, in place
@@ -122,12 +140,25 @@ class Stage:
         if given is None:
             x = walk(denoise, step_noise(-1), times, schedule=schedule, noise=step_noise, callback=shown)
         else:
-            x = sample_given(walk, denoise, given.at(self.config.size, device), times, schedule=schedule,
-                             noise=step_noise, callback=shown)
+            x = sample_given(
+                walk,
+                denoise,
+                given.at(self.config.size, device),
+                times,
+                schedule=schedule,
+                noise=step_noise,
+                callback=shown,
+            )
         return x.clamp(-1, 1)
 
-    def _denoiser(self, unet: UNet, text: TextEmbeddings | None, negative: TextEmbeddings | None,
-                  condition: dict[str, Tensor], sampling: SamplingConfig) -> Denoiser:
+    def _denoiser(
+        self,
+        unet: UNet,
+        text: TextEmbeddings | None,
+        negative: TextEmbeddings | None,
+        condition: dict[str, Tensor],
+        sampling: SamplingConfig,
+    ) -> Denoiser:
         """The U-Net as a denoiser: captions, encoded once for all steps, low-res image and guidance built in."""
         weight = None if text is None or sampling.guidance == 1.0 else sampling.guidance
         if text is None:
@@ -165,10 +196,20 @@ class Cascade(nn.Module):
         """Width of the text embeddings that the stages read; None for an unconditional cascade."""
         return next((stage.unet.text_dim for stage in self.config.stages if stage.unet.text_dim), None)
 
-    def sample(self, text: TextEmbeddings | None, seeds: list[int], *, settings: Mapping[str, SamplingConfig],
-               negative: TextEmbeddings | None = None, given: Given | None = None, lowres: Tensor | None = None,
-               start_at: str | None = None, stop_at: str | None = None, callback: Callback | None = None,
-               device: torch.device | None = None) -> Tensor:
+    def sample(
+        self,
+        text: TextEmbeddings | None,
+        seeds: list[int],
+        *,
+        settings: Mapping[str, SamplingConfig],
+        negative: TextEmbeddings | None = None,
+        given: Given | None = None,
+        lowres: Tensor | None = None,
+        start_at: str | None = None,
+        stop_at: str | None = None,
+        callback: Callback | None = None,
+        device: torch.device | None = None,
+    ) -> Tensor:
         """Run the stages from start_at to stop_at: pictures (B, C, S, S) of the last of them, in [-1, 1].
 
         lowres (B, C, s, s) in [-1, 1] is what a super-resolution stage enlarges when it comes first. A given picture
@@ -180,10 +221,16 @@ class Cascade(nn.Module):
             reads = stage.config.unet.text_dim is not None
             unet = self.unets[stage.name]
             with _visiting(unet, device) if device else nullcontext():
-                images = stage.sample(unet, text if reads else None, seeds, lowres=images,
-                                      negative=negative if reads else None, sampling=settings[stage.name],
-                                      given=given if given and (index == 0 or given.mask is not None) else None,
-                                      callback=callback)
+                images = stage.sample(
+                    unet,
+                    text if reads else None,
+                    seeds,
+                    lowres=images,
+                    negative=negative if reads else None,
+                    sampling=settings[stage.name],
+                    given=given if given and (index == 0 or given.mask is not None) else None,
+                    callback=callback,
+                )
         return images
 
     def running(self, start_at: str | None, stop_at: str | None, lowres: Tensor | None) -> list[Stage]:
@@ -200,7 +247,7 @@ class Cascade(nn.Module):
             raise ValueError(f"stage {names[first]} enlarges a picture: give lowres")
         if lowres is not None and not enlarges:
             raise ValueError(f"stage {names[first]} starts from noise, not from lowres: say which stage to start_at")
-        return self.stages[first:last + 1]
+        return self.stages[first : last + 1]
 
     def settings(self, **overrides: Any) -> dict[str, SamplingConfig]:
         """Sampling settings by stage: the configured ones with overrides, each None (keep), one value for all stages,
@@ -211,8 +258,10 @@ class Cascade(nn.Module):
                 raise ValueError(f"{field} is given for unknown stage {unknown[0]}; the cascade has {', '.join(names)}")
         settings = {}
         for stage in self.stages:
-            chosen = {field: value.get(stage.name) if isinstance(value, Mapping) else value
-                      for field, value in overrides.items()}
+            chosen = {
+                field: value.get(stage.name) if isinstance(value, Mapping) else value
+                for field, value in overrides.items()
+            }
             merged = stage.config.sampling.model_dump() | {k: v for k, v in chosen.items() if v is not None}
             settings[stage.name] = validate(SamplingConfig, merged, f"sampling of {stage.name}")
             stage.diffusion.schedule.grid(settings[stage.name].steps)  # refuses more steps than the schedule has

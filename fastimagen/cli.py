@@ -21,8 +21,11 @@ def main(arguments: list[str] | None = None) -> int:
     except RuntimeError as error:
         if "out of memory" not in str(error):
             raise
-        print("error: the GPU's memory does not suffice; a smaller --batch-size, --dtype bfloat16, --offload always "
-              "and, for large pictures, --tile need less", file=sys.stderr)
+        print(
+            "error: the GPU's memory does not suffice; a smaller --batch-size, --dtype bfloat16, --offload always "
+            "and, for large pictures, --tile need less",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -102,8 +105,9 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--seed", type=int, default=0)
     _device_options(evaluate)
 
-    minimagen = command("import-minimagen", _import_minimagen,
-                        "turn a MinImagen training directory into a model directory")
+    minimagen = command(
+        "import-minimagen", _import_minimagen, "turn a MinImagen training directory into a model directory"
+    )
     minimagen.add_argument("source", type=Path)
     minimagen.add_argument("--out", type=Path, required=True)
 
@@ -119,10 +123,17 @@ def _device_options(sub: argparse.ArgumentParser) -> None:
 def _model_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--device", help="cuda or cpu; by default cuda where there is one")
     sub.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    sub.add_argument("--compile", choices=["default", "reduce-overhead", "max-autotune"],
-                     help="torch.compile for the U-Nets; reduce-overhead adds CUDA graphs")
-    sub.add_argument("--offload", choices=["auto", "always", "never"], default="auto",
-                     help="keep a stage on the GPU only while it runs")
+    sub.add_argument(
+        "--compile",
+        choices=["default", "reduce-overhead", "max-autotune"],
+        help="torch.compile for the U-Nets; reduce-overhead adds CUDA graphs",
+    )
+    sub.add_argument(
+        "--offload",
+        choices=["auto", "always", "never"],
+        default="auto",
+        help="keep a stage on the GPU only while it runs",
+    )
 
 
 def _shards_folder(options: argparse.Namespace) -> None:
@@ -149,7 +160,7 @@ def _embed(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from .export import export
+    from .train.export import export
 
     print(export(options.run, options.out))
 
@@ -157,26 +168,35 @@ def _export(options: argparse.Namespace) -> None:
 def _load(options: argparse.Namespace):
     import torch
 
-    from .pipeline import ImagenPipeline
+    from .sampling.pipeline import ImagenPipeline
 
     device = options.device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         raise ValueError(f"--device {device} is not to be had here: {str(error).partition(chr(10))[0]}") from None
-    return ImagenPipeline.from_pretrained(options.model, device=device, dtype=getattr(torch, options.dtype),
-                                          compile=options.compile, offload=options.offload)
+    return ImagenPipeline.from_pretrained(
+        options.model,
+        device=device,
+        dtype=getattr(torch, options.dtype),
+        compile=options.compile,
+        offload=options.offload,
+    )
 
 
 def _sample(options: argparse.Namespace) -> None:
-    from .pipeline import refuse_nonempty
-    from .shared_sampling import draw_shared
+    from .files import require_empty
+    from .sampling.distributed import draw_shared
 
-    refuse_nonempty(options.out)
+    require_empty(options.out)
     chosen = _recorded(options) if options.settings else _chosen(options)
     pipe = _load(options)
-    output = draw_shared(pipe, **chosen, batch_size=options.batch_size,
-                         callback=_progress(pipe, chosen["steps"]) if sys.stderr.isatty() else None)
+    output = draw_shared(
+        pipe,
+        **chosen,
+        batch_size=options.batch_size,
+        callback=_progress(pipe, chosen["steps"]) if sys.stderr.isatty() else None,
+    )
     if output is not None:
         print(output.save(options.out))
 
@@ -185,11 +205,20 @@ def _chosen(options: argparse.Namespace) -> dict[str, Any]:
     """The pipeline's arguments by the command line's options."""
     captions, text = _captions(options)
     count = len(captions) if captions else len(text)
-    return {"captions": captions, "text": text, "seeds": list(range(options.seed, options.seed + count)),
-            "steps": options.steps, "sampler": options.sampler, "guidance": options.guidance, "tile": options.tile,
-            "given": _given(options), "negative": None if options.negative is None else [options.negative],
-            "lowres": None if options.lowres is None else _picture(options.lowres),
-            "start_at": options.start_at, "stop_at": options.stop_at}
+    return {
+        "captions": captions,
+        "text": text,
+        "seeds": list(range(options.seed, options.seed + count)),
+        "steps": options.steps,
+        "sampler": options.sampler,
+        "guidance": options.guidance,
+        "tile": options.tile,
+        "given": _given(options),
+        "negative": None if options.negative is None else [options.negative],
+        "lowres": None if options.lowres is None else _picture(options.lowres),
+        "start_at": options.start_at,
+        "stop_at": options.stop_at,
+    }
 
 
 SETTLED = ("seed", "steps", "sampler", "guidance", "tile", "negative", "image", "mask", "lowres", "start_at", "stop_at")
@@ -205,8 +234,10 @@ def _recorded(options: argparse.Namespace) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         captions, seeds = ([sample[key] for sample in record["samples"]] for key in ("caption", "seed"))
-        by_stage = {key: {name: stage[key] for name, stage in record["stages"].items()}
-                    for key in ("steps", "sampler", "guidance", "threshold", "percentile", "tile")}
+        by_stage = {
+            key: {name: stage[key] for name, stage in record["stages"].items()}
+            for key in ("steps", "sampler", "guidance", "threshold", "percentile", "tile")
+        }
         given, negative, start_at, stop_at = (record[key] for key in ("given", "negative", "start_at", "stop_at"))
     except OSError as error:
         raise ValueError(f"cannot read settings {path}: {error.strerror}") from None
@@ -225,15 +256,19 @@ def _progress(pipe, steps: int | Mapping[str, int] | None):
     def show(stage: str, step: int, x: object, x0: object) -> None:
         done = step + 1 == settings[stage].steps
         end = "\n" if done and stage == last else ""
-        print(f"\r{len(x)} pictures, {stage}: step {step + 1} of {settings[stage].steps}   ", end=end, file=sys.stderr,
-              flush=True)
+        print(
+            f"\r{len(x)} pictures, {stage}: step {step + 1} of {settings[stage].steps}   ",
+            end=end,
+            file=sys.stderr,
+            flush=True,
+        )
 
     return show
 
 
 def _given(options: argparse.Namespace):
     """The picture to start from, and its mask."""
-    from .editing import Given
+    from .diffusion.inpainting import Given
 
     if options.image is None:
         if options.mask is not None or options.strength != 1.0:
@@ -243,8 +278,10 @@ def _given(options: argparse.Namespace):
     if options.mask is not None:
         mask = _picture(options.mask).mean(dim=1, keepdim=True) > 0  # (1, 1, H, W)
         if mask.shape[2:] != image.shape[2:]:
-            sizes = (f"{name} {width}x{height}" for name, (height, width) in
-                     ((options.mask, mask.shape[2:]), (options.image, image.shape[2:])))
+            sizes = (
+                f"{name} {width}x{height}"
+                for name, (height, width) in ((options.mask, mask.shape[2:]), (options.image, image.shape[2:]))
+            )
             raise ValueError(f"mask and picture must be of one size: {', '.join(sizes)}")
     return Given(image, mask, strength=options.strength, resamples=options.resamples)
 
@@ -262,7 +299,7 @@ def _picture(path: Path):
 def _captions(options: argparse.Namespace):
     """(captions, embeddings) as the user gave them. A line of a file is a caption; blank ones are an error."""
     if options.embeddings:
-        from .text import TextEmbeddings
+        from .text.embeddings import TextEmbeddings
 
         return TextEmbeddings.load_captions(options.embeddings), TextEmbeddings.load(options.embeddings)
     if len(options.captions) > 1 or not options.captions[0].endswith(".txt"):
@@ -300,16 +337,23 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from .evaluate import evaluate_shapes, table
+    from .evaluation.shapes import evaluate_shapes, table
 
-    report = evaluate_shapes(_load(options), count=options.count, seed=options.seed, out=options.out,
-                             batch_size=options.batch_size, steps=options.steps, sampler=options.sampler,
-                             guidance=options.guidance)
+    report = evaluate_shapes(
+        _load(options),
+        count=options.count,
+        seed=options.seed,
+        out=options.out,
+        batch_size=options.batch_size,
+        steps=options.steps,
+        sampler=options.sampler,
+        guidance=options.guidance,
+    )
     print(table(report))
 
 
 def _import_minimagen(options: argparse.Namespace) -> None:
-    from .interop import import_minimagen
+    from .interop.minimagen import import_minimagen
 
     print(import_minimagen(options.source, options.out))
 

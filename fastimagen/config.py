@@ -227,8 +227,10 @@ class StageConfig(Section):
     def _consistent(self) -> "StageConfig":
         for label, side in (("size", self.size), ("crop", self.crop or self.size)):
             if side % self.unet.stride:
-                raise ValueError(f'stage "{self.name}": {label} {side} is not a multiple of {self.unet.stride}, '
-                                 f"the total stride of its U-Net")
+                raise ValueError(
+                    f'stage "{self.name}": {label} {side} is not a multiple of {self.unet.stride}, '
+                    f"the total stride of its U-Net"
+                )
         if self.crop is not None and self.crop > self.size:
             raise ValueError(f'stage "{self.name}": crop {self.crop} is larger than size {self.size}')
         if self.unet.lowres and self.augmentation is None:

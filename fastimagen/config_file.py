@@ -64,8 +64,11 @@ def _explain(section: type[Section], error: ValidationError, where: str) -> str:
         hint = f'did you mean "{near[0]}"?' if near else f"valid keys: {', '.join(valid)}"
         return f"unknown key {key}; {hint}"
     message = problem["msg"].removeprefix("Value error, ")
-    given = "" if isinstance(problem["input"], (dict, list)) or problem["type"] == "missing" else \
-        f" (given: {problem['input']!r})"
+    given = (
+        ""
+        if isinstance(problem["input"], (dict, list)) or problem["type"] == "missing"
+        else f" (given: {problem['input']!r})"
+    )
     return f"{key}: {message}{given}{more}"
 
 

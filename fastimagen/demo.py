@@ -20,16 +20,19 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 from torch import Tensor
 
+from .diffusion.samplers import SAMPLERS
 from .images import to_uint8
-from .pipeline import ImagenPipeline, Output
-from .samplers import SAMPLERS
+from .sampling.output import Output
+from .sampling.pipeline import ImagenPipeline
 
 if TYPE_CHECKING:
     import gradio as gr
 
-EXAMPLES = ("a large blue star at the top of a black background",
-            "a large red triangle on the right of a white background",
-            "a pink circle to the left of a blue triangle on a black background")  # of the built-in shapes
+EXAMPLES = (
+    "a large blue star at the top of a black background",
+    "a large red triangle on the right of a white background",
+    "a pink circle to the left of a blue triangle on a black background",
+)  # of the built-in shapes
 MOST = 64  # pictures at once
 LARGEST_SEED = 2**53 - MOST  # a browser's numbers are exact up to 2^53, and seeds count up
 SHOW_EVERY = 0.3  # seconds between intermediate pictures
@@ -80,8 +83,18 @@ def serve(pipe: ImagenPipeline, *, host: str = "127.0.0.1", port: int = 7860) ->
         theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])  # no download
         studio = Studio()
         app = build(pipe, studio, Path(folder))
-        _, url, _ = app.launch(server_name=host, server_port=port, share=False, show_error=True, quiet=True,
-                               ssr_mode=False, footer_links=[], theme=theme, css=CSS, prevent_thread_lock=True)
+        _, url, _ = app.launch(
+            server_name=host,
+            server_port=port,
+            share=False,
+            show_error=True,
+            quiet=True,
+            ssr_mode=False,
+            footer_links=[],
+            theme=theme,
+            css=CSS,
+            prevent_thread_lock=True,
+        )
         print(f"{url}  (Ctrl-C ends it)", flush=True)
         try:
             threading.Event().wait()
@@ -105,19 +118,28 @@ def build(pipe: ImagenPipeline, studio: Studio, folder: Path) -> gr.Blocks:
 
     settings = pipe.cascade.settings()
     shapes = pipe.text_encoder.get("included")  # the built-in encoder knows nothing else
-    with gr.Blocks(title=f"fastimagen: {Path(pipe.source).name}", analytics_enabled=False, fill_width=True,
-                   delete_cache=(KEPT // 24, KEPT)) as app:
+    with gr.Blocks(
+        title=f"fastimagen: {Path(pipe.source).name}",
+        analytics_enabled=False,
+        fill_width=True,
+        delete_cache=(KEPT // 24, KEPT),
+    ) as app:
         gr.Markdown(f"# fastimagen\n`{pipe.source}` on {pipe.device}: {_sizes(pipe)} pixels")
         with gr.Row():
             with gr.Column(scale=2):
-                captions = gr.Textbox(label="Captions, one per line", lines=6, autofocus=True, elem_id="captions",
-                                      value="\n".join(EXAMPLES) if shapes else "",
-                                      info="This model knows captions like these." if shapes else None)
+                captions = gr.Textbox(
+                    label="Captions, one per line",
+                    lines=6,
+                    autofocus=True,
+                    elem_id="captions",
+                    value="\n".join(EXAMPLES) if shapes else "",
+                    info="This model knows captions like these." if shapes else None,
+                )
                 with gr.Row():
-                    count = gr.Slider(label="Pictures each", value=4, minimum=1, maximum=16, step=1, scale=3,
-                                      buttons=[])
-                    seed = gr.Number(label="First seed", value=0, precision=0, minimum=0, maximum=LARGEST_SEED,
-                                     scale=2)
+                    count = gr.Slider(
+                        label="Pictures each", value=4, minimum=1, maximum=16, step=1, scale=3, buttons=[]
+                    )
+                    seed = gr.Number(label="First seed", value=0, precision=0, minimum=0, maximum=LARGEST_SEED, scale=2)
                 with gr.Row():
                     start = gr.Button("Draw", variant="primary", elem_id="draw")
                     stop = gr.Button("Stop", elem_id="stop")
@@ -127,19 +149,38 @@ def build(pipe: ImagenPipeline, studio: Studio, folder: Path) -> gr.Blocks:
                     with gr.Accordion(f"Stage {stage}", open=False):
                         stages += [
                             gr.Dropdown(list(SAMPLERS), value=chosen.sampler, label="Sampler"),
-                            gr.Slider(label="Steps", value=chosen.steps, minimum=1, maximum=max(250, chosen.steps),
-                                      step=1),
-                            gr.Slider(label="Guidance", value=chosen.guidance, minimum=0,
-                                      maximum=max(20, chosen.guidance), step=0.1)]
+                            gr.Slider(
+                                label="Steps", value=chosen.steps, minimum=1, maximum=max(250, chosen.steps), step=1
+                            ),
+                            gr.Slider(
+                                label="Guidance",
+                                value=chosen.guidance,
+                                minimum=0,
+                                maximum=max(20, chosen.guidance),
+                                step=0.1,
+                            ),
+                        ]
             with gr.Column(scale=3):
-                gallery = gr.Gallery(show_label=False, columns=4, height=560, format="png", elem_id="gallery",
-                                     object_fit="contain", buttons=["download", "fullscreen"])
+                gallery = gr.Gallery(
+                    show_label=False,
+                    columns=4,
+                    height=560,
+                    format="png",
+                    elem_id="gallery",
+                    object_fit="contain",
+                    buttons=["download", "fullscreen"],
+                )
                 status = gr.Markdown("", elem_id="status")
                 with gr.Accordion("Settings that make these pictures again", open=False):
                     record = gr.JSON(show_label=False)
                 download = gr.DownloadButton("Download settings", interactive=False)
-        drawing = start.click(_draw(pipe, studio, list(settings), folder), [captions, negative, seed, count, *stages],
-                              [gallery, status, record, download], api_name="draw", concurrency_limit=1)
+        drawing = start.click(
+            _draw(pipe, studio, list(settings), folder),
+            [captions, negative, seed, count, *stages],
+            [gallery, status, record, download],
+            api_name="draw",
+            concurrency_limit=1,
+        )
         stop.click(None, cancels=[drawing])
     return app
 
@@ -148,8 +189,9 @@ def _sizes(pipe: ImagenPipeline) -> str:
     return " → ".join(f"{stage.name} {stage.config.size}x{stage.config.size}" for stage in pipe.cascade.stages)
 
 
-def _draw(pipe: ImagenPipeline, studio: Studio, names: list[str],
-          folder: Path) -> Callable[..., Iterator[tuple[Any, ...]]]:
+def _draw(
+    pipe: ImagenPipeline, studio: Studio, names: list[str], folder: Path
+) -> Callable[..., Iterator[tuple[Any, ...]]]:
     """What the button does: (gallery, status, record, download) now and again while the pictures come to be."""
     import gradio as gr
 
@@ -163,24 +205,38 @@ def _draw(pipe: ImagenPipeline, studio: Studio, names: list[str],
         if len(wanted) > MOST:
             raise gr.Error(f"{len(wanted)} pictures at once are too many: at most {MOST}", print_exception=False)
         sampler, steps, guidance = (dict(zip(names, values[offset::3])) for offset in range(3))
-        options = {"sampler": sampler, "steps": {name: int(step) for name, step in steps.items()}, "guidance": guidance,
-                   "negative": [negative.strip()] if negative and negative.strip() else None,
-                   "seeds": [int(seed) + index for index in range(len(wanted))]}
+        options = {
+            "sampler": sampler,
+            "steps": {name: int(step) for name, step in steps.items()},
+            "guidance": guidance,
+            "negative": [negative.strip()] if negative and negative.strip() else None,
+            "seeds": [int(seed) + index for index in range(len(wanted))],
+        }
         began = time.monotonic()
         try:
             for news in in_background(studio, pipe, wanted, **options):
                 if isinstance(news, Output):
                     path = folder / f"settings-{time.time_ns()}.json"
                     path.write_text(json.dumps(news.record(), indent=2) + "\n")
-                    yield (_gallery(to_uint8(news.images), wanted, int(count)),
-                           "\n\n".join([f"{len(wanted)} pictures in {time.monotonic() - began:.1f} s",
-                                        *(f"Mind: {escape(line)}" for line in news.unread)]), news.record(),
-                           gr.DownloadButton(value=str(path), interactive=True))
+                    yield (
+                        _gallery(to_uint8(news.images), wanted, int(count)),
+                        "\n\n".join(
+                            [
+                                f"{len(wanted)} pictures in {time.monotonic() - began:.1f} s",
+                                *(f"Mind: {escape(line)}" for line in news.unread),
+                            ]
+                        ),
+                        news.record(),
+                        gr.DownloadButton(value=str(path), interactive=True),
+                    )
                 else:
                     stage, step, pixels = news
-                    yield (_gallery(pixels, wanted, int(count), side=SHOWN_SIDE),
-                           f"Stage {stage}: step {step + 1} of {options['steps'][stage]}", None,
-                           gr.DownloadButton(interactive=False))
+                    yield (
+                        _gallery(pixels, wanted, int(count), side=SHOWN_SIDE),
+                        f"Stage {stage}: step {step + 1} of {options['steps'][stage]}",
+                        None,
+                        gr.DownloadButton(interactive=False),
+                    )
         except (ValueError, OSError, ImportError) as error:
             raise gr.Error(" ".join(str(error).split()), print_exception=False) from None
         except RuntimeError as error:
@@ -191,8 +247,9 @@ def _draw(pipe: ImagenPipeline, studio: Studio, names: list[str],
     return draw
 
 
-def in_background(studio: Studio, pipe: Callable[..., Output], captions: list[str],
-                  **options: Any) -> Iterator[tuple[str, int, Tensor] | Output]:
+def in_background(
+    studio: Studio, pipe: Callable[..., Output], captions: list[str], **options: Any
+) -> Iterator[tuple[str, int, Tensor] | Output]:
     """(stage, step, pixels (B, H, W, 3) uint8) at times while the studio draws, then the result. Raises as `pipe` does.
 
     When the iterator or the studio is closed the work stops at its next step.

@@ -25,13 +25,30 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 1 << 26
 """Larger pictures are refused: 8192 x 8192."""
 
-DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, struct.error,
-                 zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning)
+DECODE_ERRORS = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    IndexError,
+    KeyError,
+    TypeError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
 """What Pillow's decoders raise when they meet damaged files."""
 
-UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
-           4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270,
-           7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 """EXIF orientation (tag 0x0112) -> what turns the stored pixels upright."""
 
 
@@ -102,8 +119,7 @@ def to_uint8(images: Tensor) -> Tensor:
     Raises ValueError for other shapes, and for NaN or infinity rather than turning them into black.
     """
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-        raise ValueError("expected floating point pictures (B, 3, H, W), "
-                         f"got {images.dtype} {tuple(images.shape)}")
+        raise ValueError(f"expected floating point pictures (B, 3, H, W), got {images.dtype} {tuple(images.shape)}")
     finite = images.isfinite().flatten(1).all(dim=1)  # (B,)
     if not finite.all():
         broken = (~finite).nonzero().flatten().tolist()
@@ -127,8 +143,9 @@ def save_png(image: Tensor | Image.Image, path: str | Path) -> None:
 # ---------------------------------------------------------------- sizes
 
 
-def resize_and_crop(image: Image.Image, size: int, *,
-                    crop: Literal["center"] | tuple[int, int, int] = "center") -> Image.Image:
+def resize_and_crop(
+    image: Image.Image, size: int, *, crop: Literal["center"] | tuple[int, int, int] = "center"
+) -> Image.Image:
     """Scales the smallest side to `size`, keeping the aspect ratio, and cuts out a square; never mirrors.
 
     crop: "center" gives the (size, size) square in the middle; (top, left, side) a smaller window of that
@@ -157,8 +174,7 @@ def resize(images: Tensor, size: int) -> Tensor:
     if not square.
     """
     if images.ndim != 4 or images.shape[2] != images.shape[3] or size < 1:
-        raise ValueError("expected square pictures (B, C, H, H) and a size, "
-                         f"got {tuple(images.shape)} and {size}")
+        raise ValueError(f"expected square pictures (B, C, H, H) and a size, got {tuple(images.shape)} and {size}")
     side = images.shape[3]
     if side == size:
         return images
@@ -177,8 +193,9 @@ MAX_LINES = 6
 """Lines of a caption in grids; the rest becomes an ellipsis."""
 
 
-def grid(images: Tensor, captions: Sequence[str] | None = None, columns: int | None = None,
-         scale: int | None = None) -> Image.Image:
+def grid(
+    images: Tensor, captions: Sequence[str] | None = None, columns: int | None = None, scale: int | None = None
+) -> Image.Image:
     """Pictures (B, 3, H, W) in [-1, 1] side by side on white, row by row, each above its caption.
 
     columns: None is one row up to 4 pictures, else about square; scale: whole-number enlargement without
@@ -231,7 +248,7 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
             lines[-1] += f" {word}"
             continue
         lines.append("")
-        for letter in word[:width * MAX_LINES]:
+        for letter in word[: width * MAX_LINES]:
             if lines[-1] and font.getlength(lines[-1] + letter) > width:
                 lines.append("")
             lines[-1] += letter
@@ -239,5 +256,5 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
         last = lines[MAX_LINES - 1]
         while last and font.getlength(f"{last}…") > width:
             last = last[:-1]
-        lines[MAX_LINES - 1:] = [f"{last.rstrip()}…"]
+        lines[MAX_LINES - 1 :] = [f"{last.rstrip()}…"]
     return lines

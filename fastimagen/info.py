@@ -5,8 +5,20 @@ from __future__ import annotations
 import platform
 from importlib import metadata
 
-PACKAGES = ("torch", "triton", "deepspeed", "transformers", "sentencepiece", "webdataset", "xformers", "safetensors",
-            "numpy", "einops", "pydantic", "pillow")
+PACKAGES = (
+    "torch",
+    "triton",
+    "deepspeed",
+    "transformers",
+    "sentencepiece",
+    "webdataset",
+    "xformers",
+    "safetensors",
+    "numpy",
+    "einops",
+    "pydantic",
+    "pillow",
+)
 
 
 def report() -> str:
@@ -14,7 +26,7 @@ def report() -> str:
     import torch
 
     from . import __version__
-    from .ops.backend import no_triton
+    from .ops.dispatch import no_triton
 
     rows = [("fastimagen", __version__), ("python", platform.python_version()), ("system", platform.platform())]
     rows += [(name, _version(name)) for name in PACKAGES]
@@ -27,7 +39,9 @@ def report() -> str:
         rows.append(("gpu", "none"))
     rows.append(("threads", str(torch.get_num_threads())))
     reason = no_triton()
-    rows.append(("kernels", f"plain PyTorch: {reason}" if reason else "Triton on CUDA tensors, plain PyTorch elsewhere"))
+    rows.append(
+        ("kernels", f"plain PyTorch: {reason}" if reason else "Triton on CUDA tensors, plain PyTorch elsewhere")
+    )
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 

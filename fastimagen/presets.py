@@ -5,16 +5,39 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 
-from .config import (AugmentationConfig, CascadeConfig, ObjectiveConfig, SamplingConfig, ScheduleConfig, StageConfig,
-                     UNetConfig)
+from .config import (
+    AugmentationConfig,
+    CascadeConfig,
+    ObjectiveConfig,
+    SamplingConfig,
+    ScheduleConfig,
+    StageConfig,
+    UNetConfig,
+)
 from .config_file import validate
 
-MINIMAGEN = dict(cross_heads=8, head_dim=64, time_tokens=2, groups=8, stem_kernels=(3, 7, 15), text_padding="null",
-                 max_text_length=256, text_pooling="mean", zero_init=False)
+MINIMAGEN = dict(
+    cross_heads=8,
+    head_dim=64,
+    time_tokens=2,
+    groups=8,
+    stem_kernels=(3, 7, 15),
+    text_padding="null",
+    max_text_length=256,
+    text_pooling="mean",
+    zero_init=False,
+)
 """What is hard-wired in MinImagen's U-Nets."""
 
-PAPER_SUPER = dict(dim=128, dim_mults=(1, 2, 4, 8), cond_dim=512, lowres=True, downsample_first=True,
-                   full_resolution="refined", stem_kernels=(3,))
+PAPER_SUPER = dict(
+    dim=128,
+    dim_mults=(1, 2, 4, 8),
+    cond_dim=512,
+    lowres=True,
+    downsample_first=True,
+    full_resolution="refined",
+    stem_kernels=(3,),
+)
 """What the paper's Efficient U-Nets have in common. Differs from the paper: full resolution is "refined"."""
 
 
@@ -26,17 +49,34 @@ def shapes(text_dim: int = 64) -> CascadeConfig:
     """
     common = dict(text_dim=text_dim, heads=4, head_dim=32, stem_kernels=(3,), cond_dim=64, num_blocks=0, qk_norm=True)
     base = StageConfig(
-        name="base", size=32,
-        unet=UNetConfig(dim=64, dim_mults=(1, 1), stem_stride=4, coordinates=True, self_attention=(True, False),
-                        cross_attention=(True, False), **common),
+        name="base",
+        size=32,
+        unet=UNetConfig(
+            dim=64,
+            dim_mults=(1, 1),
+            stem_stride=4,
+            coordinates=True,
+            self_attention=(True, False),
+            cross_attention=(True, False),
+            **common,
+        ),
         schedule=ScheduleConfig(shift=4.0),
         objective=ObjectiveConfig(prediction="x0"),
         sampling=SamplingConfig(steps=20, guidance=2.5),
     )
     super_resolution = StageConfig(
-        name="sr", size=64, crop=32,
-        unet=UNetConfig(dim=32, dim_mults=(1, 2), lowres=True, stem_stride=2, self_attention=False,
-                        cross_attention=(False, True), **common),
+        name="sr",
+        size=64,
+        crop=32,
+        unet=UNetConfig(
+            dim=32,
+            dim_mults=(1, 2),
+            lowres=True,
+            stem_stride=2,
+            self_attention=False,
+            cross_attention=(False, True),
+            **common,
+        ),
         schedule=ScheduleConfig(shift=2.0),
         objective=ObjectiveConfig(prediction="x0"),
         augmentation=AugmentationConfig(train_range=(0.0, 0.5), sample_level=0.15),
@@ -48,54 +88,110 @@ def shapes(text_dim: int = 64) -> CascadeConfig:
 def minimagen_base(text_dim: int = 768) -> UNetConfig:
     """MinImagen's Base: 1.62 B parameters with T5-XXL (the paper's has 2 B)."""
     attention = (False, True, True, True)
-    return UNetConfig(dim=512, dim_mults=(1, 2, 3, 4), num_blocks=3, self_attention=attention,
-                      cross_attention=attention, text_dim=text_dim, **MINIMAGEN)
+    return UNetConfig(
+        dim=512,
+        dim_mults=(1, 2, 3, 4),
+        num_blocks=3,
+        self_attention=attention,
+        cross_attention=attention,
+        text_dim=text_dim,
+        **MINIMAGEN,
+    )
 
 
 def minimagen_super(text_dim: int = 768) -> UNetConfig:
     """MinImagen's Super: 716 M parameters with T5-XXL (the paper's has 600 M)."""
     attention = (False, False, False, True)
-    return UNetConfig(dim=128, dim_mults=(1, 2, 4, 8), num_blocks=(2, 4, 8, 8), self_attention=attention,
-                      cross_attention=attention, lowres=True, downsample_first=True, text_dim=text_dim, **MINIMAGEN)
+    return UNetConfig(
+        dim=128,
+        dim_mults=(1, 2, 4, 8),
+        num_blocks=(2, 4, 8, 8),
+        self_attention=attention,
+        cross_attention=attention,
+        lowres=True,
+        downsample_first=True,
+        text_dim=text_dim,
+        **MINIMAGEN,
+    )
 
 
 def minimagen_base_test(text_dim: int = 512) -> UNetConfig:
     """MinImagen's BaseTest as it is meant: 0.1 M parameters (its class of that name builds Base)."""
-    return UNetConfig(dim=8, dim_mults=(1, 2), num_blocks=1, self_attention=False, cross_attention=False,
-                      text_dim=text_dim, **MINIMAGEN)
+    return UNetConfig(
+        dim=8,
+        dim_mults=(1, 2),
+        num_blocks=1,
+        self_attention=False,
+        cross_attention=False,
+        text_dim=text_dim,
+        **MINIMAGEN,
+    )
 
 
 def minimagen_super_test(text_dim: int = 512) -> UNetConfig:
     """MinImagen's SuperTest as it is meant: 0.16 M parameters (its class of that name builds Super)."""
-    return UNetConfig(dim=8, dim_mults=(1, 2), num_blocks=(1, 2), self_attention=False, cross_attention=False,
-                      lowres=True, downsample_first=True, text_dim=text_dim, **MINIMAGEN)
+    return UNetConfig(
+        dim=8,
+        dim_mults=(1, 2),
+        num_blocks=(1, 2),
+        self_attention=False,
+        cross_attention=False,
+        lowres=True,
+        downsample_first=True,
+        text_dim=text_dim,
+        **MINIMAGEN,
+    )
 
 
-def minimagen_stage(name: str, size: int, unet: UNetConfig, *, timesteps: int = 1000, caption_dropout: float = 0.15,
-                    loss: str = "l2", percentile: float = 0.9, sample_level: float = 0.2) -> StageConfig:
+def minimagen_stage(
+    name: str,
+    size: int,
+    unet: UNetConfig,
+    *,
+    timesteps: int = 1000,
+    caption_dropout: float = 0.15,
+    loss: str = "l2",
+    percentile: float = 0.9,
+    sample_level: float = 0.2,
+) -> StageConfig:
     """A stage trained and sampled as MinImagen does: linear betas, epsilon, ancestral sampling over all timesteps.
 
     Raises ValueError with one line for values out of range.
     """
     linear = {"name": "linear", "timesteps": timesteps}
-    return validate(StageConfig, {
-        "name": name, "size": size, "unet": unet, "schedule": linear,
-        "objective": {"prediction": "epsilon", "loss": loss, "caption_dropout": caption_dropout},
-        "augmentation": {"schedule": linear, "sample_level": sample_level} if unet.lowres else None,
-        "sampling": {"sampler": "ddpm", "steps": timesteps, "guidance": 3.0, "percentile": percentile},
-    }, f"stage {name}")
+    return validate(
+        StageConfig,
+        {
+            "name": name,
+            "size": size,
+            "unet": unet,
+            "schedule": linear,
+            "objective": {"prediction": "epsilon", "loss": loss, "caption_dropout": caption_dropout},
+            "augmentation": {"schedule": linear, "sample_level": sample_level} if unet.lowres else None,
+            "sampling": {"sampler": "ddpm", "steps": timesteps, "guidance": 3.0, "percentile": percentile},
+        },
+        f"stage {name}",
+    )
 
 
 def minimagen(text_dim: int = 768) -> CascadeConfig:
     """MinImagen's Base and Super, 64x64 to 256x256; its command line encodes captions with t5_base."""
-    return CascadeConfig(stages=(minimagen_stage("base64", 64, minimagen_base(text_dim)),
-                                 minimagen_stage("sr256", 256, minimagen_super(text_dim))))
+    return CascadeConfig(
+        stages=(
+            minimagen_stage("base64", 64, minimagen_base(text_dim)),
+            minimagen_stage("sr256", 256, minimagen_super(text_dim)),
+        )
+    )
 
 
 def minimagen_test(text_dim: int = 512) -> CascadeConfig:
     """What MinImagen trains with --TESTING: its test networks, 64x64 to 128x128, 25 timesteps, t5_small."""
-    return CascadeConfig(stages=(minimagen_stage("base64", 64, minimagen_base_test(text_dim), timesteps=25),
-                                 minimagen_stage("sr128", 128, minimagen_super_test(text_dim), timesteps=25)))
+    return CascadeConfig(
+        stages=(
+            minimagen_stage("base64", 64, minimagen_base_test(text_dim), timesteps=25),
+            minimagen_stage("sr128", 128, minimagen_super_test(text_dim), timesteps=25),
+        )
+    )
 
 
 # The paper's networks. Imagen publishes channels, residual blocks and parameter counts (2 B, 600 M, 400 M). Networks of
@@ -106,21 +202,42 @@ def minimagen_test(text_dim: int = 512) -> CascadeConfig:
 
 def paper_base64(text_dim: int = 4096) -> UNetConfig:
     """Imagen's 64x64 network: 2.08 B parameters. Self-attention, with the text among its keys, at 32, 16 and 8."""
-    return UNetConfig(dim=512, dim_mults=(1, 2, 3, 4), num_blocks=(3, 3, 4, 5), heads=16, cond_dim=2048,
-                      self_attention=(False, True, True, True), cross_attention=False, text_in_self_attention=True,
-                      middle_attention=True, stem_kernels=(3,), text_dim=text_dim)
+    return UNetConfig(
+        dim=512,
+        dim_mults=(1, 2, 3, 4),
+        num_blocks=(3, 3, 4, 5),
+        heads=16,
+        cond_dim=2048,
+        self_attention=(False, True, True, True),
+        cross_attention=False,
+        text_in_self_attention=True,
+        middle_attention=True,
+        stem_kernels=(3,),
+        text_dim=text_dim,
+    )
 
 
 def paper_sr256(text_dim: int = 4096) -> UNetConfig:
     """Imagen's Efficient U-Net 64 -> 256: 646 M parameters. 2, 4, 8, 8 blocks; attention to pixels and text at 16."""
-    return UNetConfig(num_blocks=(1, 3, 7, 7), self_attention=(False, False, False, True), cross_attention=False,
-                      text_in_self_attention=True, text_dim=text_dim, **PAPER_SUPER)
+    return UNetConfig(
+        num_blocks=(1, 3, 7, 7),
+        self_attention=(False, False, False, True),
+        cross_attention=False,
+        text_in_self_attention=True,
+        text_dim=text_dim,
+        **PAPER_SUPER,
+    )
 
 
 def paper_sr1024(text_dim: int = 4096) -> UNetConfig:
     """Imagen's Efficient U-Net 256 -> 1024: 425 M parameters. Attention to the text alone, for any size."""
-    return UNetConfig(num_blocks=(1, 3, 7, 3), self_attention=False, cross_attention=(False, False, False, True),
-                      text_dim=text_dim, **PAPER_SUPER)
+    return UNetConfig(
+        num_blocks=(1, 3, 7, 3),
+        self_attention=False,
+        cross_attention=(False, False, False, True),
+        text_dim=text_dim,
+        **PAPER_SUPER,
+    )
 
 
 def paper_base64_light(text_dim: int = 4096) -> UNetConfig:
@@ -133,13 +250,26 @@ def paper_sr256_light(text_dim: int = 4096) -> UNetConfig:
     return paper_sr256(text_dim).model_copy(update={"num_blocks": (1, 3, 5, 3)})
 
 
-def paper_stage(name: str, size: int, unet: UNetConfig, *, guidance: float, schedule: ScheduleConfig = ScheduleConfig(),
-                crop: int | None = None) -> StageConfig:
+def paper_stage(
+    name: str,
+    size: int,
+    unet: UNetConfig,
+    *,
+    guidance: float,
+    schedule: ScheduleConfig = ScheduleConfig(),
+    crop: int | None = None,
+) -> StageConfig:
     """A stage trained as in the paper: epsilon, unweighted, uniform times, 10 % of the captions dropped."""
-    return StageConfig(name=name, size=size, crop=crop, unet=unet, schedule=schedule,
-                       objective=ObjectiveConfig(prediction="epsilon"),
-                       augmentation=AugmentationConfig() if unet.lowres else None,
-                       sampling=SamplingConfig(guidance=guidance))
+    return StageConfig(
+        name=name,
+        size=size,
+        crop=crop,
+        unet=unet,
+        schedule=schedule,
+        objective=ObjectiveConfig(prediction="epsilon"),
+        augmentation=AugmentationConfig() if unet.lowres else None,
+        sampling=SamplingConfig(guidance=guidance),
+    )
 
 
 def paper(text_dim: int = 4096) -> CascadeConfig:
@@ -148,21 +278,30 @@ def paper(text_dim: int = 4096) -> CascadeConfig:
     Guidance 8 for super-resolution is the paper's (table of FID); its sweeps for the base go from 1 to 10.
     """
     linear = ScheduleConfig(name="linear", timesteps=1000)
-    return CascadeConfig(stages=(
-        paper_stage("base64", 64, paper_base64(text_dim), guidance=5.0),
-        paper_stage("sr256", 256, paper_sr256(text_dim), guidance=8.0),
-        paper_stage("sr1024", 1024, paper_sr1024(text_dim), guidance=8.0, schedule=linear, crop=256)))
+    return CascadeConfig(
+        stages=(
+            paper_stage("base64", 64, paper_base64(text_dim), guidance=5.0),
+            paper_stage("sr256", 256, paper_sr256(text_dim), guidance=8.0),
+            paper_stage("sr1024", 1024, paper_sr1024(text_dim), guidance=8.0, schedule=linear, crop=256),
+        )
+    )
 
 
 def paper_light(text_dim: int = 4096) -> CascadeConfig:
     """The two lighter networks, 64 and 256."""
-    return CascadeConfig(stages=(
-        paper_stage("base64", 64, paper_base64_light(text_dim), guidance=5.0),
-        paper_stage("sr256", 256, paper_sr256_light(text_dim), guidance=8.0)))
+    return CascadeConfig(
+        stages=(
+            paper_stage("base64", 64, paper_base64_light(text_dim), guidance=5.0),
+            paper_stage("sr256", 256, paper_sr256_light(text_dim), guidance=8.0),
+        )
+    )
 
 
 PRESETS: dict[str, Callable[..., CascadeConfig]] = {
-    "shapes": shapes, "minimagen": minimagen, "minimagen-test": minimagen_test, "paper": paper,
+    "shapes": shapes,
+    "minimagen": minimagen,
+    "minimagen-test": minimagen_test,
+    "paper": paper,
     "paper-light": paper_light,
 }
 

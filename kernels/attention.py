@@ -52,8 +52,19 @@ def place(x, sample, head, start, count, G: tl.constexpr, D: tl.constexpr, DP: t
 
 
 @triton.jit
-def read(x, sample, head, start, count, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr,
-         WHOLE: tl.constexpr, UPCAST: tl.constexpr):
+def read(
+    x,
+    sample,
+    head,
+    start,
+    count,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    ROWS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
     """A tile (ROWS, DP) of x, zero where there is nothing; WHOLE promises that all its rows exist."""
     pointers, exists = place(x, sample, head, start, count, G, D, DP, ROWS)
     if WHOLE and D == DP:
@@ -101,8 +112,25 @@ def text_length(lengths, sample, context):
 
 
 @triton.jit
-def attend(q, k, v, sample, head, start, count, m, l, acc, c, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr,
-           KEYS: tl.constexpr, WHOLE: tl.constexpr, UPCAST: tl.constexpr):
+def attend(
+    q,
+    k,
+    v,
+    sample,
+    head,
+    start,
+    count,
+    m,
+    l,
+    acc,
+    c,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
     """One step of the online softmax, over KEYS keys."""
     s = product(q, read(k, sample, head, start, count, 1, D, DP, KEYS, WHOLE, UPCAST), ROWS, KEYS, DP)
     if not WHOLE:
@@ -116,8 +144,23 @@ def attend(q, k, v, sample, head, start, count, m, l, acc, c, D: tl.constexpr, D
 
 
 @triton.jit
-def attend_all(q, k, v, sample, head, count, m, l, acc, c, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr,
-               KEYS: tl.constexpr, UPCAST: tl.constexpr):
+def attend_all(
+    q,
+    k,
+    v,
+    sample,
+    head,
+    count,
+    m,
+    l,
+    acc,
+    c,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
     whole = count // KEYS * KEYS
     for start in range(0, whole, KEYS):
         m, l, acc = attend(q, k, v, sample, head, start, count, m, l, acc, c, D, DP, ROWS, KEYS, True, UPCAST)
@@ -127,9 +170,30 @@ def attend_all(q, k, v, sample, head, count, m, l, acc, c, D: tl.constexpr, DP: 
 
 
 @triton.jit(do_not_specialize=["rows", "keys", "context"])
-def forward(q, k, v, null_k, null_v, context_k, context_v, lengths, out, lse, null_stride, rows, keys, context, c,
-            K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr,
-            KEYS: tl.constexpr, UPCAST: tl.constexpr):
+def forward(
+    q,
+    k,
+    v,
+    null_k,
+    null_v,
+    context_k,
+    context_v,
+    lengths,
+    out,
+    lse,
+    null_stride,
+    rows,
+    keys,
+    context,
+    c,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
     """out and lse (B, K, N * G) of ROWS rows."""
     blocks = tl.cdiv(rows, ROWS)
     start = tl.program_id(0) % blocks * ROWS
@@ -147,8 +211,9 @@ def forward(q, k, v, null_k, null_v, context_k, context_v, lengths, out, lse, nu
         acc = tl.zeros([ROWS, DP], tl.float32)
     if context_k is not None:
         count = text_length(lengths, sample, context)
-        m, l, acc = attend_all(queries, context_k, context_v, sample, head, count, m, l, acc, c, D, DP, ROWS, KEYS,
-                               UPCAST)
+        m, l, acc = attend_all(
+            queries, context_k, context_v, sample, head, count, m, l, acc, c, D, DP, ROWS, KEYS, UPCAST
+        )
     if k is not None:
         m, l, acc = attend_all(queries, k, v, sample, head, keys, m, l, acc, c, D, DP, ROWS, KEYS, UPCAST)
     row = start + tl.arange(0, ROWS)
@@ -162,8 +227,26 @@ def forward(q, k, v, null_k, null_v, context_k, context_v, lengths, out, lse, nu
 
 
 @triton.jit
-def add_to_dq(q, dout, lse, delta, k, v, sample, head, start, count, dq, c, D: tl.constexpr, DP: tl.constexpr,
-              ROWS: tl.constexpr, KEYS: tl.constexpr, WHOLE: tl.constexpr, UPCAST: tl.constexpr):
+def add_to_dq(
+    q,
+    dout,
+    lse,
+    delta,
+    k,
+    v,
+    sample,
+    head,
+    start,
+    count,
+    dq,
+    c,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
     keys = read(k, sample, head, start, count, 1, D, DP, KEYS, WHOLE, UPCAST)
     values = read(v, sample, head, start, count, 1, D, DP, KEYS, WHOLE, UPCAST)
     p = tl.math.exp2(product(q, keys, ROWS, KEYS, DP) * c - lse[:, None])
@@ -174,21 +257,62 @@ def add_to_dq(q, dout, lse, delta, k, v, sample, head, start, count, dq, c, D: t
 
 
 @triton.jit
-def add_all_to_dq(q, dout, lse, delta, k, v, sample, head, count, dq, c, D: tl.constexpr, DP: tl.constexpr,
-                  ROWS: tl.constexpr, KEYS: tl.constexpr, UPCAST: tl.constexpr):
+def add_all_to_dq(
+    q,
+    dout,
+    lse,
+    delta,
+    k,
+    v,
+    sample,
+    head,
+    count,
+    dq,
+    c,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
     whole = count // KEYS * KEYS
     for start in range(0, whole, KEYS):
         dq = add_to_dq(q, dout, lse, delta, k, v, sample, head, start, count, dq, c, D, DP, ROWS, KEYS, True, UPCAST)
     if whole < count:
-        dq = add_to_dq(q, dout, lse, delta, k, v, sample, head, whole, count, dq, c, D, DP, ROWS, KEYS, False,
-                       UPCAST)
+        dq = add_to_dq(q, dout, lse, delta, k, v, sample, head, whole, count, dq, c, D, DP, ROWS, KEYS, False, UPCAST)
     return dq
 
 
 @triton.jit(do_not_specialize=["rows", "keys", "context"])
-def backward_rows(q, k, v, null_k, null_v, context_k, context_v, lengths, out, lse, dout, dq, delta, dnull,
-                  null_stride, rows, keys, context, c, scale, K: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
-                  DP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, UPCAST: tl.constexpr):
+def backward_rows(
+    q,
+    k,
+    v,
+    null_k,
+    null_v,
+    context_k,
+    context_v,
+    lengths,
+    out,
+    lse,
+    dout,
+    dq,
+    delta,
+    dnull,
+    null_stride,
+    rows,
+    keys,
+    context,
+    c,
+    scale,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
     """dq and delta (B, K, N * G) of ROWS rows, and their part of dnull (2, B, K, blocks, D)."""
     blocks = tl.cdiv(rows, ROWS)
     start = tl.program_id(0) % blocks * ROWS
@@ -216,8 +340,9 @@ def backward_rows(q, k, v, null_k, null_v, context_k, context_v, lengths, out, l
         tl.store(part, tl.sum(p[:, None] * grads.to(tl.float32), axis=0), channel < D)
     if context_k is not None:
         count = text_length(lengths, sample, context)
-        acc = add_all_to_dq(queries, grads, lses, deltas, context_k, context_v, sample, head, count, acc, c, D, DP,
-                            ROWS, KEYS, UPCAST)
+        acc = add_all_to_dq(
+            queries, grads, lses, deltas, context_k, context_v, sample, head, count, acc, c, D, DP, ROWS, KEYS, UPCAST
+        )
     if k is not None:
         acc = add_all_to_dq(queries, grads, lses, deltas, k, v, sample, head, keys, acc, c, D, DP, ROWS, KEYS, UPCAST)
     pointers, exists = place(dq, sample, head, start, rows, G, D, DP, ROWS)
@@ -225,8 +350,28 @@ def backward_rows(q, k, v, null_k, null_v, context_k, context_v, lengths, out, l
 
 
 @triton.jit
-def add_to_dk_dv(k, v, q, dout, lse, delta, sample, head, start, rows, dk, dv, c, G: tl.constexpr, D: tl.constexpr,
-                 DP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, WHOLE: tl.constexpr, UPCAST: tl.constexpr):
+def add_to_dk_dv(
+    k,
+    v,
+    q,
+    dout,
+    lse,
+    delta,
+    sample,
+    head,
+    start,
+    rows,
+    dk,
+    dv,
+    c,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
     """What ROWS rows add. Rows that do not exist have q = dout = 0 and add nothing."""
     row = start + tl.arange(0, ROWS)
     queries = read(q, sample, head, start, rows, G, D, DP, ROWS, WHOLE, UPCAST)
@@ -240,9 +385,32 @@ def add_to_dk_dv(k, v, q, dout, lse, delta, sample, head, start, rows, dk, dv, c
 
 
 @triton.jit
-def backward_block(q, k, v, dk, dv, lse, delta, dout, sample, head, start, count, size, first, last, rows, c, scale,
-                   G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-                   UPCAST: tl.constexpr):
+def backward_block(
+    q,
+    k,
+    v,
+    dk,
+    dv,
+    lse,
+    delta,
+    dout,
+    sample,
+    head,
+    start,
+    count,
+    size,
+    first,
+    last,
+    rows,
+    c,
+    scale,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
     """dk and dv of KEYS of `size` keys, from the rows first to last. Keys from `count` on do not count: zeros."""
     keys = read(k, sample, head, start, count, 1, D, DP, KEYS, False, UPCAST)
     values = read(v, sample, head, start, count, 1, D, DP, KEYS, False, UPCAST)
@@ -251,11 +419,51 @@ def backward_block(q, k, v, dk, dv, lse, delta, dout, sample, head, start, count
     last = tl.where(start < count, last, first)
     whole = first + (last - first) // ROWS * ROWS
     for at in range(first, whole, ROWS):
-        acc_k, acc_v = add_to_dk_dv(keys, values, q, dout, lse, delta, sample, head, at, rows, acc_k, acc_v, c, G, D,
-                                    DP, ROWS, KEYS, True, UPCAST)
+        acc_k, acc_v = add_to_dk_dv(
+            keys,
+            values,
+            q,
+            dout,
+            lse,
+            delta,
+            sample,
+            head,
+            at,
+            rows,
+            acc_k,
+            acc_v,
+            c,
+            G,
+            D,
+            DP,
+            ROWS,
+            KEYS,
+            True,
+            UPCAST,
+        )
     if whole < last:
-        acc_k, acc_v = add_to_dk_dv(keys, values, q, dout, lse, delta, sample, head, whole, rows, acc_k, acc_v, c, G, D,
-                                    DP, ROWS, KEYS, False, UPCAST)
+        acc_k, acc_v = add_to_dk_dv(
+            keys,
+            values,
+            q,
+            dout,
+            lse,
+            delta,
+            sample,
+            head,
+            whole,
+            rows,
+            acc_k,
+            acc_v,
+            c,
+            G,
+            D,
+            DP,
+            ROWS,
+            KEYS,
+            False,
+            UPCAST,
+        )
     counts = (start + tl.arange(0, KEYS) < count)[:, None]
     pointers, exists = place(dk, sample, head, start, size, 1, D, DP, KEYS)
     tl.store(pointers, tl.where(counts, acc_k * scale, 0.0), exists)
@@ -269,9 +477,36 @@ def shifted(x, offset):
 
 
 @triton.jit(do_not_specialize=["rows", "keys", "context", "chunk", "splits", "total"])
-def backward_keys(q, k, v, context_k, context_v, lengths, lse, dout, delta, dk, dv, dcontext_k, dcontext_v, rows, keys,
-                  context, chunk, splits, total, c, scale, K: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
-                  DP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, UPCAST: tl.constexpr):
+def backward_keys(
+    q,
+    k,
+    v,
+    context_k,
+    context_v,
+    lengths,
+    lse,
+    dout,
+    delta,
+    dk,
+    dv,
+    dcontext_k,
+    dcontext_v,
+    rows,
+    keys,
+    context,
+    chunk,
+    splits,
+    total,
+    c,
+    scale,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
     """Gradients of KEYS text or image keys from `chunk` rows; split i writes them i * total elements further on."""
     context_blocks = tl.cdiv(context, KEYS)
     blocks = context_blocks + tl.cdiv(keys, KEYS)
@@ -287,14 +522,60 @@ def backward_keys(q, k, v, context_k, context_v, lengths, lse, dout, delta, dk, 
     delta += index * rows
     if block < context_blocks:
         if context_k is not None:
-            backward_block(q, context_k, context_v, shifted(dcontext_k, shift), shifted(dcontext_v, shift), lse, delta,
-                           dout, sample, head, block * KEYS, text_length(lengths, sample, context), context, first,
-                           last, rows, c, scale, G, D, DP, ROWS, KEYS, UPCAST)
+            backward_block(
+                q,
+                context_k,
+                context_v,
+                shifted(dcontext_k, shift),
+                shifted(dcontext_v, shift),
+                lse,
+                delta,
+                dout,
+                sample,
+                head,
+                block * KEYS,
+                text_length(lengths, sample, context),
+                context,
+                first,
+                last,
+                rows,
+                c,
+                scale,
+                G,
+                D,
+                DP,
+                ROWS,
+                KEYS,
+                UPCAST,
+            )
     else:
         if k is not None:
-            backward_block(q, k, v, shifted(dk, shift), shifted(dv, shift), lse, delta, dout, sample, head,
-                           (block - context_blocks) * KEYS, keys, keys, first, last, rows, c, scale, G, D, DP, ROWS,
-                           KEYS, UPCAST)
+            backward_block(
+                q,
+                k,
+                v,
+                shifted(dk, shift),
+                shifted(dv, shift),
+                lse,
+                delta,
+                dout,
+                sample,
+                head,
+                (block - context_blocks) * KEYS,
+                keys,
+                keys,
+                first,
+                last,
+                rows,
+                c,
+                scale,
+                G,
+                D,
+                DP,
+                ROWS,
+                KEYS,
+                UPCAST,
+            )
 
 
 @triton.jit(do_not_specialize=["splits", "total", "image", "text"])
@@ -336,8 +617,13 @@ def geometry(q: Tensor, k: Tensor | None, context_k: Tensor | None, null_k: Tens
     if kv_heads is None:
         kv_heads = 1 if null_k.dim() == 1 else null_k.shape[0]
     width = q.shape[3]
-    return dict(K=kv_heads, G=q.shape[2] // kv_heads, D=width, DP=padded(width),
-                UPCAST=architecture() == "interpreter" and q.dtype == torch.bfloat16)
+    return dict(
+        K=kv_heads,
+        G=q.shape[2] // kv_heads,
+        D=width,
+        DP=padded(width),
+        UPCAST=architecture() == "interpreter" and q.dtype == torch.bfloat16,
+    )
 
 
 def length(x: Tensor | None) -> int:
@@ -348,9 +634,17 @@ def null_stride(null_k: Tensor | None) -> int:
     return 0 if null_k is None or null_k.dim() == 1 else null_k.shape[1]
 
 
-def attention_forward(q: Tensor, k: Tensor | None, v: Tensor | None, null_k: Tensor | None, null_v: Tensor | None,
-                      context_k: Tensor | None, context_v: Tensor | None, lengths: Tensor | None, scale: float,
-                      ) -> tuple[Tensor, Tensor]:
+def attention_forward(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    null_k: Tensor | None,
+    null_v: Tensor | None,
+    context_k: Tensor | None,
+    context_v: Tensor | None,
+    lengths: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
     """out (B, N, H, D) and lse (B, K, N * H / K), base 2, in fp32.
 
     q (B, N, H, D), k, v (B, S, K, D), context_k, context_v (B, L, K, D) in one dtype and of any strides; null_k, null_v
@@ -364,16 +658,44 @@ def attention_forward(q: Tensor, k: Tensor | None, v: Tensor | None, null_k: Ten
     lse = torch.empty(batch, shape["K"], rows, dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
         forward[(triton.cdiv(rows, tile.rows) * batch * shape["K"],)](
-            strided(q), strided(k), strided(v), null_k, null_v, strided(context_k), strided(context_v), lengths,
-            strided(out), lse, null_stride(null_k), rows, length(k), length(context_k), scale * math.log2(math.e),
-            **shape, ROWS=tile.rows, KEYS=tile.keys, num_warps=tile.warps, num_stages=tile.stages)
+            strided(q),
+            strided(k),
+            strided(v),
+            null_k,
+            null_v,
+            strided(context_k),
+            strided(context_v),
+            lengths,
+            strided(out),
+            lse,
+            null_stride(null_k),
+            rows,
+            length(k),
+            length(context_k),
+            scale * math.log2(math.e),
+            **shape,
+            ROWS=tile.rows,
+            KEYS=tile.keys,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
     return out, lse
 
 
-def attention_backward(dout: Tensor, q: Tensor, k: Tensor | None, v: Tensor | None, null_k: Tensor | None,
-                       null_v: Tensor | None, context_k: Tensor | None, context_v: Tensor | None,
-                       lengths: Tensor | None, out: Tensor, lse: Tensor, scale: float,
-                       ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+def attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    null_k: Tensor | None,
+    null_v: Tensor | None,
+    context_k: Tensor | None,
+    context_v: Tensor | None,
+    lengths: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """dq, dk, dv, dnull (2, *null_k.shape), dcontext_k, dcontext_v; None for what there is not. dout (B, N, H, D)."""
     shape = geometry(q, k, context_k, null_k)
     batch, queries = q.shape[:2]
@@ -390,18 +712,47 @@ def attention_backward(dout: Tensor, q: Tensor, k: Tensor | None, v: Tensor | No
         dnull = torch.empty(2, batch, shape["K"], blocks, q.shape[3], dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
         backward_rows[(blocks * programs,)](
-            *inputs, null_k, null_v, *context, lengths, strided(out), lse, dout, strided(dq), delta, dnull,
-            null_stride(null_k), rows, length(k), length(context_k), c, scale, **shape, ROWS=tile.rows, KEYS=tile.keys,
-            num_warps=tile.warps, num_stages=tile.stages)
+            *inputs,
+            null_k,
+            null_v,
+            *context,
+            lengths,
+            strided(out),
+            lse,
+            dout,
+            strided(dq),
+            delta,
+            dnull,
+            null_stride(null_k),
+            rows,
+            length(k),
+            length(context_k),
+            c,
+            scale,
+            **shape,
+            ROWS=tile.rows,
+            KEYS=tile.keys,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
         dkeys = launch_backward_keys(inputs, context, lengths, lse, dout, delta, rows, c, scale, shape)
     if dnull is not None:
         dnull = dnull.sum((1, 2, 3) if null_k.dim() == 1 else (1, 3)).to(null_k.dtype)  # (2, D) or (2, K, D)
     return dq, *dkeys[:2], dnull, *dkeys[2:]
 
 
-def launch_backward_keys(inputs: tuple, context: tuple, lengths: Tensor | None, lse: Tensor, dout: tuple,
-                         delta: Tensor, rows: int, c: float, scale: float, shape: dict[str, int],
-                         ) -> list[Tensor | None]:
+def launch_backward_keys(
+    inputs: tuple,
+    context: tuple,
+    lengths: Tensor | None,
+    lse: Tensor,
+    dout: tuple,
+    delta: Tensor,
+    rows: int,
+    c: float,
+    scale: float,
+    shape: dict[str, int],
+) -> list[Tensor | None]:
     """dk, dv, dcontext_k, dcontext_v."""
     q, *sources = inputs[0][0], *(None if x is None else x[0] for x in (*inputs[1:], *context))
     grads = [None if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in sources]
@@ -418,11 +769,32 @@ def launch_backward_keys(inputs: tuple, context: tuple, lengths: Tensor | None, 
     total = 2 * (image + text)
     if splits > 1:
         parts = torch.empty(splits, total, dtype=torch.float32, device=q.device)
-        targets = [None if x is None else part.view(x.shape)
-                   for x, part in zip(grads, parts[0].split([image, image, text, text]))]
+        targets = [
+            None if x is None else part.view(x.shape)
+            for x, part in zip(grads, parts[0].split([image, image, text, text]))
+        ]
     backward_keys[(programs * splits,)](
-        *inputs, *context, lengths, lse, dout, delta, *map(strided, targets), rows, keys, texts, tiles * tile.rows,
-        splits, total, c, scale, **shape, ROWS=tile.rows, KEYS=tile.keys, num_warps=tile.warps, num_stages=tile.stages)
+        *inputs,
+        *context,
+        lengths,
+        lse,
+        dout,
+        delta,
+        *map(strided, targets),
+        rows,
+        keys,
+        texts,
+        tiles * tile.rows,
+        splits,
+        total,
+        c,
+        scale,
+        **shape,
+        ROWS=tile.rows,
+        KEYS=tile.keys,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
     if splits > 1:
         add_splits[(triton.cdiv(total, 1024),)](parts, *grads, splits, total, image, text, BLOCK=1024)
     return grads

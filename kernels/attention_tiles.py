@@ -23,36 +23,64 @@ SHORT = 1024  # rows of a sample and key head, up to which the first tile of a p
 # Architecture and pass -> widest head, padded -> tile for few rows, tile for many. Chosen by registers, spills and
 # shared memory (benchmarks/results/aot.json), and by what is known to be fast for similar kernels; not yet by time.
 TILES: dict[tuple[str, str], dict[int, tuple[Tile, Tile]]] = {
-    ("sm_80", "forward"): {64: (Tile(64, 64, 4, 3), Tile(128, 64, 8, 3)),
-                           128: (Tile(128, 32, 8, 2), Tile(128, 32, 8, 2))},
-    ("sm_80", "backward_rows"): {64: (Tile(64, 64, 4, 2), Tile(128, 64, 8, 2)),
-                                 128: (Tile(32, 32, 4, 2), Tile(128, 32, 8, 2))},
-    ("sm_80", "backward_keys"): {64: (Tile(32, 64, 4, 2), Tile(32, 128, 8, 2)),
-                                 128: (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2))},
-    ("sm_90", "forward"): {64: (Tile(64, 64, 4, 3), Tile(128, 128, 8, 3)),
-                           128: (Tile(64, 64, 4, 3), Tile(128, 64, 8, 3))},
-    ("sm_90", "backward_rows"): {64: (Tile(64, 64, 4, 3), Tile(128, 64, 8, 3)),
-                                 128: (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2))},
-    ("sm_90", "backward_keys"): {64: (Tile(64, 64, 4, 3), Tile(64, 128, 8, 3)),
-                                 128: (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2))},
-    ("sm_100", "forward"): {64: (Tile(128, 64, 4, 3), Tile(128, 64, 4, 3)),
-                            128: (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2))},
+    ("sm_80", "forward"): {
+        64: (Tile(64, 64, 4, 3), Tile(128, 64, 8, 3)),
+        128: (Tile(128, 32, 8, 2), Tile(128, 32, 8, 2)),
+    },
+    ("sm_80", "backward_rows"): {
+        64: (Tile(64, 64, 4, 2), Tile(128, 64, 8, 2)),
+        128: (Tile(32, 32, 4, 2), Tile(128, 32, 8, 2)),
+    },
+    ("sm_80", "backward_keys"): {
+        64: (Tile(32, 64, 4, 2), Tile(32, 128, 8, 2)),
+        128: (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+    },
+    ("sm_90", "forward"): {
+        64: (Tile(64, 64, 4, 3), Tile(128, 128, 8, 3)),
+        128: (Tile(64, 64, 4, 3), Tile(128, 64, 8, 3)),
+    },
+    ("sm_90", "backward_rows"): {
+        64: (Tile(64, 64, 4, 3), Tile(128, 64, 8, 3)),
+        128: (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
+    },
+    ("sm_90", "backward_keys"): {
+        64: (Tile(64, 64, 4, 3), Tile(64, 128, 8, 3)),
+        128: (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
+    },
+    ("sm_100", "forward"): {
+        64: (Tile(128, 64, 4, 3), Tile(128, 64, 4, 3)),
+        128: (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
+    },
     ("sm_100", "backward_rows"): {128: (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2))},
-    ("sm_100", "backward_keys"): {64: (Tile(64, 128, 8, 2), Tile(64, 128, 8, 2)),
-                                  128: (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2))},
-    ("gfx942", "forward"): {64: (Tile(128, 64, 4, 2), Tile(128, 64, 4, 2)),
-                            128: (Tile(64, 32, 4, 1), Tile(128, 32, 4, 1))},
-    ("gfx942", "backward_rows"): {64: (Tile(128, 64, 4, 1), Tile(128, 64, 4, 1)),
-                                  128: (Tile(64, 32, 4, 1), Tile(64, 32, 4, 1))},
-    ("gfx942", "backward_keys"): {64: (Tile(32, 128, 4, 1), Tile(32, 128, 4, 1)),
-                                  128: (Tile(32, 64, 4, 1), Tile(32, 64, 4, 1))},
+    ("sm_100", "backward_keys"): {
+        64: (Tile(64, 128, 8, 2), Tile(64, 128, 8, 2)),
+        128: (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
+    },
+    ("gfx942", "forward"): {
+        64: (Tile(128, 64, 4, 2), Tile(128, 64, 4, 2)),
+        128: (Tile(64, 32, 4, 1), Tile(128, 32, 4, 1)),
+    },
+    ("gfx942", "backward_rows"): {
+        64: (Tile(128, 64, 4, 1), Tile(128, 64, 4, 1)),
+        128: (Tile(64, 32, 4, 1), Tile(64, 32, 4, 1)),
+    },
+    ("gfx942", "backward_keys"): {
+        64: (Tile(32, 128, 4, 1), Tile(32, 128, 4, 1)),
+        128: (Tile(32, 64, 4, 1), Tile(32, 64, 4, 1)),
+    },
     # All others: no more shared memory than any has.
-    ("other", "forward"): {64: (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
-                           128: (Tile(128, 32, 8, 2), Tile(128, 32, 8, 2))},
-    ("other", "backward_rows"): {64: (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
-                                 128: (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2))},
-    ("other", "backward_keys"): {64: (Tile(32, 64, 4, 2), Tile(32, 64, 4, 2)),
-                                 128: (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2))},
+    ("other", "forward"): {
+        64: (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
+        128: (Tile(128, 32, 8, 2), Tile(128, 32, 8, 2)),
+    },
+    ("other", "backward_rows"): {
+        64: (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
+        128: (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+    },
+    ("other", "backward_keys"): {
+        64: (Tile(32, 64, 4, 2), Tile(32, 64, 4, 2)),
+        128: (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+    },
     # Products of fp32 are made of single multiplications, and their operands held in registers.
     ("float32", "forward"): {128: (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1))},
     ("float32", "backward_rows"): {128: (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1))},

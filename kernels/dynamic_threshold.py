@@ -51,8 +51,18 @@ def tally(bits, chosen, counts_pointer, picture, SHIFT: tl.constexpr, DIGIT: tl.
 
 
 @triton.jit
-def count(x_pointer, counts_pointer, state_pointer, n, SHIFT: tl.constexpr, DIGIT: tl.constexpr, BINS: tl.constexpr,
-          FIRST: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr):
+def count(
+    x_pointer,
+    counts_pointer,
+    state_pointer,
+    n,
+    SHIFT: tl.constexpr,
+    DIGIT: tl.constexpr,
+    BINS: tl.constexpr,
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """counts (B, BINS) of one digit; the first pass keeps the largest bits, the last the least beyond the prefix."""
     picture = tl.program_id(1).to(tl.int64)
     offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -72,8 +82,16 @@ def count(x_pointer, counts_pointer, state_pointer, n, SHIFT: tl.constexpr, DIGI
 
 
 @triton.jit
-def walk(counts_pointer, state_pointer, s_pointer, fraction, floor, DIGIT: tl.constexpr, BINS: tl.constexpr,
-         LAST: tl.constexpr):
+def walk(
+    counts_pointer,
+    state_pointer,
+    s_pointer,
+    fraction,
+    floor,
+    DIGIT: tl.constexpr,
+    BINS: tl.constexpr,
+    LAST: tl.constexpr,
+):
     """From the counts of a digit to the prefix with it; in the end to the threshold s (B,)."""
     picture = tl.program_id(0).to(tl.int64)
     bins = tl.arange(0, BINS)
@@ -148,10 +166,30 @@ class Selection:
         for step, (shift, digit) in enumerate(zip(SHIFTS, DIGITS)):
             last = step == len(DIGITS) - 1
             if step >= counted:
-                count[self.grid](x, self.counts[step], self.state, self.n, SHIFT=shift, DIGIT=digit, BINS=BINS,
-                                 FIRST=step == 0, LAST=last, BLOCK=BLOCK, num_warps=8)
-            walk[(len(self.s),)](self.counts[step], self.state, self.s, self.fraction, self.floor, DIGIT=digit,
-                                 BINS=BINS, LAST=last, num_warps=8)
+                count[self.grid](
+                    x,
+                    self.counts[step],
+                    self.state,
+                    self.n,
+                    SHIFT=shift,
+                    DIGIT=digit,
+                    BINS=BINS,
+                    FIRST=step == 0,
+                    LAST=last,
+                    BLOCK=BLOCK,
+                    num_warps=8,
+                )
+            walk[(len(self.s),)](
+                self.counts[step],
+                self.state,
+                self.s,
+                self.fraction,
+                self.floor,
+                DIGIT=digit,
+                BINS=BINS,
+                LAST=last,
+                num_warps=8,
+            )
         return self.s
 
 

@@ -25,16 +25,46 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .group_norm_tiles import (activate, activation_gradient, affine, by_group, columns, merge, moments, parts_of,
-                               place, read, tile, to_columns, write_part)
+from .group_norm_device import (
+    activate,
+    activation_gradient,
+    affine,
+    by_group,
+    columns,
+    merge,
+    moments,
+    parts_of,
+    place,
+    read,
+    tile,
+    to_columns,
+    write_part,
+)
 
 # ---------------------------------------------------------------------------------------------- forward
 
 
 @triton.jit
-def one_pass_forward(x_ptr, y_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr, scale_stride,
-                     shift_stride, pixels, eps, C: tl.constexpr, CPG: tl.constexpr, WIDTH: tl.constexpr,
-                     ROWS: tl.constexpr, CHANNELS_LAST: tl.constexpr, SILU: tl.constexpr):
+def one_pass_forward(
+    x_ptr,
+    y_ptr,
+    weight_ptr,
+    bias_ptr,
+    scale_ptr,
+    shift_ptr,
+    mean_ptr,
+    rstd_ptr,
+    scale_stride,
+    shift_stride,
+    pixels,
+    eps,
+    C: tl.constexpr,
+    CPG: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    SILU: tl.constexpr,
+):
     """y, mean and rstd of one group of one sample."""
     index = tl.program_id(0)
     group, _, n = place(index, 1, C, CPG, 1, WIDTH)
@@ -55,8 +85,20 @@ def one_pass_forward(x_ptr, y_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, m
 
 
 @triton.jit(do_not_specialize=["chunks", "tiles"])
-def partial_statistics(x_ptr, part_mean_ptr, part_m2_ptr, pixels, chunks, tiles, C: tl.constexpr, CPG: tl.constexpr,
-                       GROUPS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+def partial_statistics(
+    x_ptr,
+    part_mean_ptr,
+    part_m2_ptr,
+    pixels,
+    chunks,
+    tiles,
+    C: tl.constexpr,
+    CPG: tl.constexpr,
+    GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+):
     """Mean and sum of squared deviations of every group in one block and chunk."""
     block, chunk, n = place(tl.program_id(0), chunks, C, CPG, GROUPS, WIDTH)
     channel, valid = columns(block, C, CPG, GROUPS, WIDTH)
@@ -75,17 +117,40 @@ def partial_statistics(x_ptr, part_mean_ptr, part_m2_ptr, pixels, chunks, tiles,
         mean += delta * share
         m2 += tile_m2 + delta * delta * (seen * share)
         seen += count
-    mean, m2 = merge(by_group(valid * seen, GROUPS, WIDTH), by_group(mean, GROUPS, WIDTH),
-                     by_group(m2, GROUPS, WIDTH))  # (GROUPS,)
+    mean, m2 = merge(
+        by_group(valid * seen, GROUPS, WIDTH), by_group(mean, GROUPS, WIDTH), by_group(m2, GROUPS, WIDTH)
+    )  # (GROUPS,)
     write_part(part_mean_ptr, mean, n, block, chunk, chunks, C, CPG, GROUPS, WIDTH)
     write_part(part_m2_ptr, m2, n, block, chunk, chunks, C, CPG, GROUPS, WIDTH)
 
 
 @triton.jit(do_not_specialize=["chunks", "tiles"])
-def apply_forward(x_ptr, y_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, part_mean_ptr, part_m2_ptr, mean_ptr,
-                  rstd_ptr, scale_stride, shift_stride, pixels, chunks, tiles, eps, C: tl.constexpr, CPG: tl.constexpr,
-                  GROUPS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
-                  CHANNELS_LAST: tl.constexpr, SILU: tl.constexpr):
+def apply_forward(
+    x_ptr,
+    y_ptr,
+    weight_ptr,
+    bias_ptr,
+    scale_ptr,
+    shift_ptr,
+    part_mean_ptr,
+    part_m2_ptr,
+    mean_ptr,
+    rstd_ptr,
+    scale_stride,
+    shift_stride,
+    pixels,
+    chunks,
+    tiles,
+    eps,
+    C: tl.constexpr,
+    CPG: tl.constexpr,
+    GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    SILU: tl.constexpr,
+):
     """y of one block and chunk; mean and rstd of its groups."""
     # In reverse: what partial_statistics read last is still in L2.
     block, chunk, n = place(tl.num_programs(0) - 1 - tl.program_id(0), chunks, C, CPG, GROUPS, WIDTH)
@@ -93,10 +158,12 @@ def apply_forward(x_ptr, y_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, part
 
     group, at, exists = parts_of(n, block, chunks, C, CPG, GROUPS, WIDTH, PARTS)
     part = tl.arange(0, PARTS)
-    count = (tl.minimum(CPG - part // chunks * WIDTH, WIDTH).to(tl.float32)
-             * tl.minimum(pixels - part % chunks * (tiles * ROWS), tiles * ROWS).to(tl.float32))
-    mean, m2 = merge(tl.where(exists, count[None, :], 0.0), read(part_mean_ptr, at, exists),
-                     read(part_m2_ptr, at, exists))  # (GROUPS,)
+    count = tl.minimum(CPG - part // chunks * WIDTH, WIDTH).to(tl.float32) * tl.minimum(
+        pixels - part % chunks * (tiles * ROWS), tiles * ROWS
+    ).to(tl.float32)
+    mean, m2 = merge(
+        tl.where(exists, count[None, :], 0.0), read(part_mean_ptr, at, exists), read(part_m2_ptr, at, exists)
+    )  # (GROUPS,)
     rstd = tl.rsqrt(m2 / (CPG * (pixels * 1.0)) + eps)
     first_of_group = (chunk == 0) & (block % tl.cdiv(CPG, WIDTH) == 0)
     tl.store(mean_ptr + n * (C // CPG) + group, mean, first_of_group & (group < C // CPG))
@@ -117,9 +184,28 @@ def apply_forward(x_ptr, y_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, part
 
 
 @triton.jit
-def one_pass_backward(dy_ptr, x_ptr, dx_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr, s1_ptr,
-                      s2_ptr, scale_stride, shift_stride, pixels, C: tl.constexpr, CPG: tl.constexpr,
-                      WIDTH: tl.constexpr, ROWS: tl.constexpr, CHANNELS_LAST: tl.constexpr, SILU: tl.constexpr):
+def one_pass_backward(
+    dy_ptr,
+    x_ptr,
+    dx_ptr,
+    weight_ptr,
+    bias_ptr,
+    scale_ptr,
+    shift_ptr,
+    mean_ptr,
+    rstd_ptr,
+    s1_ptr,
+    s2_ptr,
+    scale_stride,
+    shift_stride,
+    pixels,
+    C: tl.constexpr,
+    CPG: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    SILU: tl.constexpr,
+):
     """dx, S1 and S2 of one group of one sample."""
     index = tl.program_id(0)
     group, _, n = place(index, 1, C, CPG, 1, WIDTH)
@@ -140,10 +226,32 @@ def one_pass_backward(dy_ptr, x_ptr, dx_ptr, weight_ptr, bias_ptr, scale_ptr, sh
 
 
 @triton.jit(do_not_specialize=["chunks", "tiles"])
-def partial_sums(dy_ptr, x_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr, s1_ptr, s2_ptr,
-                 part_c1_ptr, part_c2_ptr, scale_stride, shift_stride, pixels, chunks, tiles, C: tl.constexpr,
-                 CPG: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
-                 CHANNELS_LAST: tl.constexpr, SILU: tl.constexpr):
+def partial_sums(
+    dy_ptr,
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    scale_ptr,
+    shift_ptr,
+    mean_ptr,
+    rstd_ptr,
+    s1_ptr,
+    s2_ptr,
+    part_c1_ptr,
+    part_c2_ptr,
+    scale_stride,
+    shift_stride,
+    pixels,
+    chunks,
+    tiles,
+    C: tl.constexpr,
+    CPG: tl.constexpr,
+    GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    SILU: tl.constexpr,
+):
     """S1 and S2 of one block and chunk, and their weighted sums over each group's channels."""
     block, chunk, n = place(tl.program_id(0), chunks, C, CPG, GROUPS, WIDTH)
     channel, valid = columns(block, C, CPG, GROUPS, WIDTH)
@@ -171,10 +279,32 @@ def partial_sums(dy_ptr, x_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean
 
 
 @triton.jit(do_not_specialize=["chunks", "tiles"])
-def apply_backward(dy_ptr, x_ptr, dx_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr, part_c1_ptr,
-                   part_c2_ptr, scale_stride, shift_stride, pixels, chunks, tiles, C: tl.constexpr, CPG: tl.constexpr,
-                   GROUPS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
-                   CHANNELS_LAST: tl.constexpr, SILU: tl.constexpr):
+def apply_backward(
+    dy_ptr,
+    x_ptr,
+    dx_ptr,
+    weight_ptr,
+    bias_ptr,
+    scale_ptr,
+    shift_ptr,
+    mean_ptr,
+    rstd_ptr,
+    part_c1_ptr,
+    part_c2_ptr,
+    scale_stride,
+    shift_stride,
+    pixels,
+    chunks,
+    tiles,
+    C: tl.constexpr,
+    CPG: tl.constexpr,
+    GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    SILU: tl.constexpr,
+):
     """dx of one block and chunk."""
     # In reverse: what partial_sums read last is still in L2.
     block, chunk, n = place(tl.num_programs(0) - 1 - tl.program_id(0), chunks, C, CPG, GROUPS, WIDTH)
@@ -199,9 +329,24 @@ def apply_backward(dy_ptr, x_ptr, dx_ptr, weight_ptr, bias_ptr, scale_ptr, shift
 
 
 @triton.jit(do_not_specialize=["batch", "chunks"])
-def vector_gradients(s1_ptr, s2_ptr, weight_ptr, bias_ptr, scale_ptr, dweight_ptr, dbias_ptr, dscale_ptr, dshift_ptr,
-                     scale_stride, batch, chunks, C: tl.constexpr, SAMPLES: tl.constexpr, CHUNKS: tl.constexpr,
-                     WIDTH: tl.constexpr):
+def vector_gradients(
+    s1_ptr,
+    s2_ptr,
+    weight_ptr,
+    bias_ptr,
+    scale_ptr,
+    dweight_ptr,
+    dbias_ptr,
+    dscale_ptr,
+    dshift_ptr,
+    scale_stride,
+    batch,
+    chunks,
+    C: tl.constexpr,
+    SAMPLES: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     """dweight, dbias, dscale and dshift of WIDTH channels from S1 and S2 (B, chunks, C)."""
     channel = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     valid = channel < C
@@ -272,8 +417,14 @@ def cut(x: Tensor, num_groups: int, elements: int) -> Cut:
     tiles = triton.cdiv(row_tiles, min(most, triton.cdiv(PROGRAMS, batch * blocks)))
     chunks = triton.cdiv(row_tiles, tiles)
     num_warps = max(1, 8 * rows * groups * columns_of_group // elements)
-    return Cut(dict(GROUPS=groups, WIDTH=columns_of_group, ROWS=rows), chunks, tiles, pieces * chunks,
-               batch * blocks * chunks, min(8, num_warps))
+    return Cut(
+        dict(GROUPS=groups, WIDTH=columns_of_group, ROWS=rows),
+        chunks,
+        tiles,
+        pieces * chunks,
+        batch * blocks * chunks,
+        min(8, num_warps),
+    )
 
 
 def one_pass_tile(x: Tensor, num_groups: int) -> dict[str, int] | None:
@@ -295,8 +446,16 @@ def row_stride(vectors: Tensor | None) -> int:
     return 0 if vectors is None else vectors.stride(0)
 
 
-def group_norm_forward(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None,
-                       num_groups: int, eps: float, silu: bool) -> tuple[Tensor, Tensor, Tensor]:
+def group_norm_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    num_groups: int,
+    eps: float,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """y like x, mean and rstd (B, G) in fp32.
 
     x (B, C, H, W) is contiguous or channels_last; so are weight, bias (C,) and the rows of scale, shift (B, C).
@@ -308,23 +467,48 @@ def group_norm_forward(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | 
     constants = dict(C=channels, CPG=channels // num_groups, CHANNELS_LAST=is_channels_last(x))
     with torch.cuda.device_of(x):
         if whole := one_pass_tile(x, num_groups):
-            one_pass_forward[(batch * num_groups,)](x, y, *vectors, mean, rstd, *strides, height * width, eps,
-                                                    **constants, **whole, SILU=silu)
+            one_pass_forward[(batch * num_groups,)](
+                x, y, *vectors, mean, rstd, *strides, height * width, eps, **constants, **whole, SILU=silu
+            )
             return y, mean, rstd
         c = cut(x, num_groups, TILE["forward"])
         constants |= c.constants
         parts = torch.empty(2, batch, num_groups, c.parts, dtype=torch.float32, device=x.device).unbind()
-        partial_statistics[(c.programs,)](x, *parts, height * width, c.chunks, c.tiles, **constants,
-                                          num_warps=c.num_warps)
-        apply_forward[(c.programs,)](x, y, *vectors, *parts, mean, rstd, *strides, height * width, c.chunks, c.tiles,
-                                     eps, **constants, PARTS=triton.next_power_of_2(c.parts), SILU=silu,
-                                     num_warps=c.num_warps)
+        partial_statistics[(c.programs,)](
+            x, *parts, height * width, c.chunks, c.tiles, **constants, num_warps=c.num_warps
+        )
+        apply_forward[(c.programs,)](
+            x,
+            y,
+            *vectors,
+            *parts,
+            mean,
+            rstd,
+            *strides,
+            height * width,
+            c.chunks,
+            c.tiles,
+            eps,
+            **constants,
+            PARTS=triton.next_power_of_2(c.parts),
+            SILU=silu,
+            num_warps=c.num_warps,
+        )
     return y, mean, rstd
 
 
-def group_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None,
-                        shift: Tensor | None, mean: Tensor, rstd: Tensor, num_groups: int, silu: bool,
-                        ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+def group_norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    num_groups: int,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """dx, dweight, dbias, dscale, dshift, the last two None without FiLM. dy has the layout of x."""
     batch, channels, height, width = x.shape
     dx = torch.empty_like(x)
@@ -334,22 +518,47 @@ def group_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, sca
     with torch.cuda.device_of(x):
         if whole := one_pass_tile(x, num_groups):
             sums = torch.empty(2, batch, 1, channels, dtype=torch.float32, device=x.device).unbind()
-            one_pass_backward[(batch * num_groups,)](dy, x, dx, *saved, *sums, *strides, height * width, **constants,
-                                                     **whole)
+            one_pass_backward[(batch * num_groups,)](
+                dy, x, dx, *saved, *sums, *strides, height * width, **constants, **whole
+            )
             return dx, *launch_vector_gradients(*sums, weight, bias, scale, shift)
         c = cut(x, num_groups, TILE["backward"])
         constants |= c.constants
         sums = torch.empty(2, batch, c.chunks, channels, dtype=torch.float32, device=x.device).unbind()
         parts = torch.empty(2, batch, num_groups, c.parts, dtype=torch.float32, device=x.device).unbind()
-        partial_sums[(c.programs,)](dy, x, *saved, *sums, *parts, *strides, height * width, c.chunks, c.tiles,
-                                    **constants, num_warps=c.num_warps)
-        apply_backward[(c.programs,)](dy, x, dx, *saved, *parts, *strides, height * width, c.chunks, c.tiles,
-                                      **constants, PARTS=triton.next_power_of_2(c.parts), num_warps=c.num_warps)
+        partial_sums[(c.programs,)](
+            dy,
+            x,
+            *saved,
+            *sums,
+            *parts,
+            *strides,
+            height * width,
+            c.chunks,
+            c.tiles,
+            **constants,
+            num_warps=c.num_warps,
+        )
+        apply_backward[(c.programs,)](
+            dy,
+            x,
+            dx,
+            *saved,
+            *parts,
+            *strides,
+            height * width,
+            c.chunks,
+            c.tiles,
+            **constants,
+            PARTS=triton.next_power_of_2(c.parts),
+            num_warps=c.num_warps,
+        )
         return dx, *launch_vector_gradients(*sums, weight, bias, scale, shift)
 
 
-def launch_vector_gradients(s1: Tensor, s2: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None,
-                            shift: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+def launch_vector_gradients(
+    s1: Tensor, s2: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """dweight, dbias (C,), dscale, dshift (B, C) from S1, S2 (B, chunks, C)."""
     batch, chunks, channels = s1.shape
     dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
@@ -359,8 +568,24 @@ def launch_vector_gradients(s1: Tensor, s2: Tensor, weight: Tensor, bias: Tensor
         dshift = torch.empty(batch, channels, dtype=shift.dtype, device=shift.device)
     at_once = min(64, triton.next_power_of_2(chunks))
     vector_gradients[(triton.cdiv(channels, 32),)](
-        s1, s2, weight, bias, scale, dweight, dbias, dscale, dshift, row_stride(scale), batch, chunks, C=channels,
-        SAMPLES=64 // at_once, CHUNKS=at_once, WIDTH=32, num_warps=8)
+        s1,
+        s2,
+        weight,
+        bias,
+        scale,
+        dweight,
+        dbias,
+        dscale,
+        dshift,
+        row_stride(scale),
+        batch,
+        chunks,
+        C=channels,
+        SAMPLES=64 // at_once,
+        CHUNKS=at_once,
+        WIDTH=32,
+        num_warps=8,
+    )
     return dweight, dbias, dscale, dshift
 
 
@@ -368,9 +593,13 @@ def shipped() -> Iterator[tuple[str, Callable[[], object]]]:
     """What is compiled ahead of time: a label, and a call of a launcher on meta tensors."""
     last, contiguous = torch.channels_last, torch.contiguous_format
     for dtype, layout, channels, side, film in (
-            (torch.bfloat16, last, 512, 64, True), (torch.bfloat16, last, 128, 256, False),
-            (torch.bfloat16, last, 512, 16, True), (torch.bfloat16, contiguous, 512, 64, True),
-            (torch.float32, last, 512, 64, True), (torch.float32, contiguous, 512, 16, True)):
+        (torch.bfloat16, last, 512, 64, True),
+        (torch.bfloat16, last, 128, 256, False),
+        (torch.bfloat16, last, 512, 16, True),
+        (torch.bfloat16, contiguous, 512, 64, True),
+        (torch.float32, last, 512, 64, True),
+        (torch.float32, contiguous, 512, 16, True),
+    ):
         x = torch.empty(8, channels, side, side, dtype=dtype, device="meta", memory_format=layout)
         vectors = [torch.empty(channels, device="meta") for _ in range(2)]
         vectors += torch.empty(8, 2 * channels, dtype=dtype, device="meta").chunk(2, dim=1) if film else [None, None]

@@ -55,8 +55,26 @@ def advanced(x, x0, previous_pointer, noise_pointer, offset, mask, keep, gain, m
 
 
 @triton.jit
-def step(output_pointer, x_pointer, previous_pointer, noise_pointer, x0_pointer, following_pointer, n, samples, skip,
-         out, weight, keep, gain, memory, spread, GUIDED: tl.constexpr, STATIC: tl.constexpr, BLOCK: tl.constexpr):
+def step(
+    output_pointer,
+    x_pointer,
+    previous_pointer,
+    noise_pointer,
+    x0_pointer,
+    following_pointer,
+    n,
+    samples,
+    skip,
+    out,
+    weight,
+    keep,
+    gain,
+    memory,
+    spread,
+    GUIDED: tl.constexpr,
+    STATIC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Everything, where no quantile is asked for."""
     _, offset, mask = numbers(n, BLOCK)
     x = tl.load(x_pointer + offset, mask=mask, other=0.0)
@@ -69,8 +87,23 @@ def step(output_pointer, x_pointer, previous_pointer, noise_pointer, x0_pointer,
 
 
 @triton.jit
-def recover(output_pointer, x_pointer, x0_pointer, counts_pointer, state_pointer, n, samples, skip, out, weight,
-            GUIDED: tl.constexpr, SHIFT: tl.constexpr, DIGIT: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr):
+def recover(
+    output_pointer,
+    x_pointer,
+    x0_pointer,
+    counts_pointer,
+    state_pointer,
+    n,
+    samples,
+    skip,
+    out,
+    weight,
+    GUIDED: tl.constexpr,
+    SHIFT: tl.constexpr,
+    DIGIT: tl.constexpr,
+    BINS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """x0 before thresholding, and the first pass of the selection over it."""
     picture, offset, mask = numbers(n, BLOCK)
     x = tl.load(x_pointer + offset, mask=mask, other=0.0)
@@ -82,8 +115,20 @@ def recover(output_pointer, x_pointer, x0_pointer, counts_pointer, state_pointer
 
 
 @triton.jit
-def finish(x_pointer, s_pointer, previous_pointer, noise_pointer, x0_pointer, following_pointer, n, keep, gain, memory,
-           spread, BLOCK: tl.constexpr):
+def finish(
+    x_pointer,
+    s_pointer,
+    previous_pointer,
+    noise_pointer,
+    x0_pointer,
+    following_pointer,
+    n,
+    keep,
+    gain,
+    memory,
+    spread,
+    BLOCK: tl.constexpr,
+):
     """x0 thresholded, where it lies, and x'."""
     picture, offset, mask = numbers(n, BLOCK)
     s = tl.load(s_pointer + picture)
@@ -94,9 +139,17 @@ def finish(x_pointer, s_pointer, previous_pointer, noise_pointer, x0_pointer, fo
     tl.store(following_pointer + offset, following, mask=mask)
 
 
-def sampler_step(output: Tensor, x: Tensor, previous: Tensor | None, noise: Tensor | None,
-                 recovery: tuple[float, float], update: tuple[float, float, float, float], guidance: float | None,
-                 threshold: str, percentile: float) -> tuple[Tensor, Tensor]:
+def sampler_step(
+    output: Tensor,
+    x: Tensor,
+    previous: Tensor | None,
+    noise: Tensor | None,
+    recovery: tuple[float, float],
+    update: tuple[float, float, float, float],
+    guidance: float | None,
+    threshold: str,
+    percentile: float,
+) -> tuple[Tensor, Tensor]:
     """(x', x0), both (B, ...) like x. All tensors are dense and lie in memory as x does; output is (2B, ...) with
     guidance."""
     n = x[0].numel()
@@ -105,12 +158,41 @@ def sampler_step(output: Tensor, x: Tensor, previous: Tensor | None, noise: Tens
     with torch.cuda.device_of(x):
         if threshold != "dynamic":
             step[(triton.cdiv(n, BLOCK), len(x))](
-                output, x, previous, noise, x0, following, n, x.numel(), *recovery, weight, *update, GUIDED=guided,
-                STATIC=threshold == "static", BLOCK=BLOCK, num_warps=8)
+                output,
+                x,
+                previous,
+                noise,
+                x0,
+                following,
+                n,
+                x.numel(),
+                *recovery,
+                weight,
+                *update,
+                GUIDED=guided,
+                STATIC=threshold == "static",
+                BLOCK=BLOCK,
+                num_warps=8,
+            )
             return following, x0
         selection = Selection(len(x), n, percentile, 1.0, x.device)
-        recover[selection.grid](output, x, x0, selection.counts[0], selection.state, n, x.numel(), *recovery, weight,
-                                GUIDED=guided, SHIFT=SHIFTS[0], DIGIT=DIGITS[0], BINS=BINS, BLOCK=BLOCK, num_warps=8)
+        recover[selection.grid](
+            output,
+            x,
+            x0,
+            selection.counts[0],
+            selection.state,
+            n,
+            x.numel(),
+            *recovery,
+            weight,
+            GUIDED=guided,
+            SHIFT=SHIFTS[0],
+            DIGIT=DIGITS[0],
+            BINS=BINS,
+            BLOCK=BLOCK,
+            num_warps=8,
+        )
         s = selection.run(x0, counted=1)
         finish[selection.grid](x, s, previous, noise, x0, following, n, *update, BLOCK=BLOCK, num_warps=8)
     return following, x0

@@ -33,17 +33,43 @@ def phases() -> list[tuple[str, list[str]]]:
     shapes = json.loads(Path("ds.json").read_text())["fastimagen"]["data"]["shapes"]
     python = [sys.executable, "-u"]
     fastimagen = [*python, "-m", "fastimagen.cli"]
-    train = [*python, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(processes()), "launch/train.py",
-             "--config", "ds.json", "--run", str(RUN)]
+    train = [
+        *python,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--num_accelerators",
+        str(processes()),
+        "launch/train.py",
+        "--config",
+        "ds.json",
+        "--run",
+        str(RUN),
+    ]
     return [
-        ("shards", [*fastimagen, "shards", "shapes", "--out", "data/shapes", "--count", str(shapes["count"]),
-                    "--size", str(shapes["size"]), "--seed", str(shapes["seed"])]),
+        (
+            "shards",
+            [
+                *fastimagen,
+                "shards",
+                "shapes",
+                "--out",
+                "data/shapes",
+                "--count",
+                str(shapes["count"]),
+                "--size",
+                str(shapes["size"]),
+                "--seed",
+                str(shapes["seed"]),
+            ],
+        ),
         ("embed", [*fastimagen, "embed", "--config", "ds.json"]),
         ("train base", [*train, "--stage", "base"]),
         ("train sr", [*train, "--stage", "sr"]),
         ("export", [*fastimagen, "export", "--run", str(RUN), "--out", str(MODEL)]),
-        ("sample", [*fastimagen, "sample", "--model", str(MODEL), "--captions", "launch/captions.txt",
-                    "--out", str(PICTURES)]),
+        (
+            "sample",
+            [*fastimagen, "sample", "--model", str(MODEL), "--captions", "launch/captions.txt", "--out", str(PICTURES)],
+        ),
         ("evaluate", [*fastimagen, "evaluate", "--model", str(MODEL), "--data", "shapes", "--out", str(EVALUATION)]),
     ]
 
@@ -60,7 +86,9 @@ def main() -> int:
         began = time.perf_counter()
         status = subprocess.run(command).returncode
         if status:
-            print(f"quickstart: {name} ended with status {status}; the same command goes on from there", file=sys.stderr)
+            print(
+                f"quickstart: {name} ended with status {status}; the same command goes on from there", file=sys.stderr
+            )
             return status
         seconds[name] = round(time.perf_counter() - began, 1)
     evaluation = json.loads((EVALUATION / "report.json").read_text())

@@ -21,8 +21,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train the stages of a cascade. The same command again resumes.")
     parser.add_argument("--config", "--deepspeed_config", required=True, help="ds.json: DeepSpeed's keys and ours")
     parser.add_argument("--stage", default="all", help='name of a stage, or "all", one after the other')
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
-                        help="override a key of the file, e.g. fastimagen.train.steps=100")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
+        help="override a key of the file, e.g. fastimagen.train.steps=100",
+    )
     parser.add_argument("--run", help="run directory; by default fastimagen.train.run")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it

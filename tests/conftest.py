@@ -18,12 +18,28 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 ROOT = Path(__file__).resolve().parent.parent
 
-TOY_UNET = dict(dim=8, dim_mults=[1, 2], groups=4, heads=1, head_dim=16, stem_kernels=[3], text_dim=64, cond_dim=16,
-                self_attention=[False, True], cross_attention=[False, True])
+TOY_UNET = dict(
+    dim=8,
+    dim_mults=[1, 2],
+    groups=4,
+    heads=1,
+    head_dim=16,
+    stem_kernels=[3],
+    text_dim=64,
+    cond_dim=16,
+    self_attention=[False, True],
+    cross_attention=[False, True],
+)
 TOY_STAGES = [
     {"name": "base", "size": 8, "unet": TOY_UNET, "sampling": {"steps": 2, "guidance": 2.0}},
-    {"name": "sr", "size": 16, "crop": 8, "unet": {**TOY_UNET, "lowres": True, "downsample_first": True},
-     "augmentation": {"train_range": [0.0, 0.5]}, "sampling": {"steps": 2, "guidance": 1.0}},
+    {
+        "name": "sr",
+        "size": 16,
+        "crop": 8,
+        "unet": {**TOY_UNET, "lowres": True, "downsample_first": True},
+        "augmentation": {"train_range": [0.0, 0.5]},
+        "sampling": {"steps": 2, "guidance": 1.0},
+    },
 ]
 
 
@@ -42,21 +58,33 @@ def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def toy_tree(data: Path) -> dict[str, Any]:
     """The content of a ds.json for seconds on a CPU."""
-    return copy.deepcopy({
-        "train_batch_size": 4,
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
-        "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 3, "warmup_max_lr": 1e-3}},
-        "gradient_clipping": 1.0,
-        "fastimagen": {
-            "cascade": {"stages": TOY_STAGES},
-            "data": {"shards": str(data / "train"), "validation": str(data / "val"),
-                     "shapes": {"count": 64, "size": 16}},
-            "text": {"encoder": str(data / "text_encoder")},
-            "train": {"steps": 6, "log_every": 1, "checkpoint_every": 2, "validate_every": 3, "validation_samples": 16,
-                      "sample_every": 6, "sample_count": 2,
-                      "stages": {"base": {"deepspeed": {"optimizer": {"type": "Muon"}, "gradient_clipping": 0.0}}}},
-        },
-    })
+    return copy.deepcopy(
+        {
+            "train_batch_size": 4,
+            "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
+            "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 3, "warmup_max_lr": 1e-3}},
+            "gradient_clipping": 1.0,
+            "fastimagen": {
+                "cascade": {"stages": TOY_STAGES},
+                "data": {
+                    "shards": str(data / "train"),
+                    "validation": str(data / "val"),
+                    "shapes": {"count": 64, "size": 16},
+                },
+                "text": {"encoder": str(data / "text_encoder")},
+                "train": {
+                    "steps": 6,
+                    "log_every": 1,
+                    "checkpoint_every": 2,
+                    "validate_every": 3,
+                    "validation_samples": 16,
+                    "sample_every": 6,
+                    "sample_count": 2,
+                    "stages": {"base": {"deepspeed": {"optimizer": {"type": "Muon"}, "gradient_clipping": 0.0}}},
+                },
+            },
+        }
+    )
 
 
 @pytest.fixture
@@ -67,10 +95,12 @@ def toy_config(toy_data: Path) -> dict[str, Any]:
 @pytest.fixture
 def write_config(tmp_path: Path):
     """Write a ds.json and return its path."""
+
     def write(tree: dict[str, Any]) -> Path:
         path = tmp_path / "ds.json"
         path.write_text(json.dumps(tree))
         return path
+
     return write
 
 
@@ -90,19 +120,24 @@ def write_toy_model(path: Path, encoder: Path | None = None, config: CascadeConf
     import torch
 
     from fastimagen.cascade import Cascade
-    from fastimagen.pipeline import write_model
+    from fastimagen.sampling.model_directory import write_model
 
     config = config or toy_cascade()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         unets = Cascade(config).unets
     reference = encoder and {"name": "text_encoder", "revision": None, "max_length": 32, "included": True}
-    return write_model(path, config, {name: unet.state_dict() for name, unet in unets.items()},
-                       text_encoder=reference,
-                       encoder_folder=encoder, card="# toy\n")
+    return write_model(
+        path,
+        config,
+        {name: unet.state_dict() for name, unet in unets.items()},
+        text_encoder=reference,
+        encoder_folder=encoder,
+        card="# toy\n",
+    )
 
 
 def write_toy_encoder(path: Path) -> Path:
-    from fastimagen.text import build_tiny_t5
+    from fastimagen.text.tiny_t5 import build_tiny_t5
 
     return build_tiny_t5(path, (ROOT / "launch/captions.txt").read_text().splitlines())

@@ -12,8 +12,15 @@ from typing import Any
 import pytest
 
 from fastimagen import config as config_module
-from fastimagen.config import (AugmentationConfig, CascadeConfig, FastimagenConfig, ScheduleConfig, Section,
-                               StageConfig, UNetConfig)
+from fastimagen.config import (
+    AugmentationConfig,
+    CascadeConfig,
+    FastimagenConfig,
+    ScheduleConfig,
+    Section,
+    StageConfig,
+    UNetConfig,
+)
 from fastimagen.config_file import config_from_dict, load_config
 from tests.conftest import ROOT, TOY_STAGES, TOY_UNET
 
@@ -43,94 +50,119 @@ def mistake(content: dict[str, Any]) -> str:
 # ---- mistakes
 
 
-@pytest.mark.parametrize("path, nearest", [
-    ("fastimagen.trian", "train"),
-    ("fastimagen.train.step", "steps"),
-    ("fastimagen.train.ema.decy", "decay"),
-    ("fastimagen.data.shard", "shards"),
-    ("fastimagen.data.shapes.sizes", "size"),
-    ("fastimagen.text.encodr", "encoder"),
-    ("fastimagen.cascade.stage", "stages"),
-    ("fastimagen.cascade.stages.0.crops", "crop"),
-    ("fastimagen.cascade.stages.1.unet.dim_mult", "dim_mults"),
-    ("fastimagen.cascade.stages.1.augmentation.sample_levels", "sample_level"),
-    ("fastimagen.cascade.stages.1.augmentation.schedule.timestep", "timesteps"),
-    ("fastimagen.train.stages.sr.init_form", "init_from"),
-    ("fastimagen.train.stages.sr.ema.warm_up", "warmup"),
-])
+@pytest.mark.parametrize(
+    "path, nearest",
+    [
+        ("fastimagen.trian", "train"),
+        ("fastimagen.train.step", "steps"),
+        ("fastimagen.train.ema.decy", "decay"),
+        ("fastimagen.data.shard", "shards"),
+        ("fastimagen.data.shapes.sizes", "size"),
+        ("fastimagen.text.encodr", "encoder"),
+        ("fastimagen.cascade.stage", "stages"),
+        ("fastimagen.cascade.stages.0.crops", "crop"),
+        ("fastimagen.cascade.stages.1.unet.dim_mult", "dim_mults"),
+        ("fastimagen.cascade.stages.1.augmentation.sample_levels", "sample_level"),
+        ("fastimagen.cascade.stages.1.augmentation.schedule.timestep", "timesteps"),
+        ("fastimagen.train.stages.sr.init_form", "init_from"),
+        ("fastimagen.train.stages.sr.ema.warm_up", "warmup"),
+    ],
+)
 def test_unknown_key_names_the_nearest_valid_one(path: str, nearest: str) -> None:
     assert mistake(put(tree(), path, 1)) == f'unknown key {path}; did you mean "{nearest}"?'
 
 
 def test_unknown_key_without_a_near_one_lists_the_valid_ones() -> None:
-    assert mistake(put(tree(), "fastimagen.train.ema.qqq", 1)) == \
-        "unknown key fastimagen.train.ema.qqq; valid keys: decay, warmup"
+    assert (
+        mistake(put(tree(), "fastimagen.train.ema.qqq", 1))
+        == "unknown key fastimagen.train.ema.qqq; valid keys: decay, warmup"
+    )
 
 
 def test_misspelt_section_is_not_taken_for_one_of_deepspeeds() -> None:
     assert mistake({"fast_imagen": {}}) == 'unknown key "fast_imagen"; did you mean "fastimagen"?'
 
 
-@pytest.mark.parametrize("path, value, message", [
-    ("fastimagen.train.steps", 0, "fastimagen.train.steps: Input should be greater than or equal to 1 (given: 0)"),
-    ("fastimagen.train.steps", "many", "(given: 'many')"),
-    ("fastimagen.cascade.stages.0.size", None, "fastimagen.cascade.stages.0.size: "),
-    ("fastimagen.cascade", 3, "fastimagen.cascade: "),
-    ("fastimagen.cascade.stages.0.name", "a b", "fastimagen.cascade.stages.0.name: "),
-    ("fastimagen.cascade.stages.0.sampling.sampler", "euler", "'ddpm', 'ddim', 'dpmpp_2m' or 'heun' (given: 'euler')"),
-    ("fastimagen.cascade.stages.0.unet.cond_dim", 0, "cond_dim: Input should be greater than or equal to 1"),
-    ("fastimagen.cascade.stages.0.unet.num_blocks", "x", "stages.0.unet.num_blocks: Input should be a valid integer"),
-    ("fastimagen.data.shards", 5, "fastimagen.data.shards: Input should be a valid string (given: 5)"),
-    ("fastimagen.train.stages.sr.deepspeed", {"fastimagen": {}}, "train.stages.sr.deepspeed takes DeepSpeed keys"),
-])
+@pytest.mark.parametrize(
+    "path, value, message",
+    [
+        ("fastimagen.train.steps", 0, "fastimagen.train.steps: Input should be greater than or equal to 1 (given: 0)"),
+        ("fastimagen.train.steps", "many", "(given: 'many')"),
+        ("fastimagen.cascade.stages.0.size", None, "fastimagen.cascade.stages.0.size: "),
+        ("fastimagen.cascade", 3, "fastimagen.cascade: "),
+        ("fastimagen.cascade.stages.0.name", "a b", "fastimagen.cascade.stages.0.name: "),
+        (
+            "fastimagen.cascade.stages.0.sampling.sampler",
+            "euler",
+            "'ddpm', 'ddim', 'dpmpp_2m' or 'heun' (given: 'euler')",
+        ),
+        ("fastimagen.cascade.stages.0.unet.cond_dim", 0, "cond_dim: Input should be greater than or equal to 1"),
+        (
+            "fastimagen.cascade.stages.0.unet.num_blocks",
+            "x",
+            "stages.0.unet.num_blocks: Input should be a valid integer",
+        ),
+        ("fastimagen.data.shards", 5, "fastimagen.data.shards: Input should be a valid string (given: 5)"),
+        ("fastimagen.train.stages.sr.deepspeed", {"fastimagen": {}}, "train.stages.sr.deepspeed takes DeepSpeed keys"),
+    ],
+)
 def test_wrong_value_names_key_and_value(path: str, value: Any, message: str) -> None:
     assert message in mistake(put(tree(), path, value))
 
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(dim_mults=()), "dim_mults must hold at least one positive number"),
-    (dict(dim_mults=(1, 0)), "dim_mults must hold at least one positive number"),
-    (dict(num_blocks=(1, 2, 3)), "num_blocks has 3 entries but dim_mults has 2 levels"),
-    (dict(num_blocks=-1), "num_blocks must not be negative"),
-    (dict(num_blocks=(1, -1)), "num_blocks must not be negative"),
-    (dict(dim=12, groups=8), "a level of 12 channels cannot be split into groups = 8"),
-    (dict(stem_kernels=(3, 4)), "stem_kernels must be odd"),
-    (dict(stem_kernels=(-1,)), "stem_kernels must be odd"),
-    (dict(stem_kernels=()), "stem_kernels must be odd"),
-    (dict(text_dim=None, text_in_self_attention=True), "need text_dim"),
-    (dict(text_dim=None, text_padding="null"), "need text_dim"),
-    (dict(checkpoint_levels=(0, 2)), "outside the 2 levels 0..1"),
-    (dict(full_resolution="refined"), "is for U-Nets with downsample_first"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(dim_mults=()), "dim_mults must hold at least one positive number"),
+        (dict(dim_mults=(1, 0)), "dim_mults must hold at least one positive number"),
+        (dict(num_blocks=(1, 2, 3)), "num_blocks has 3 entries but dim_mults has 2 levels"),
+        (dict(num_blocks=-1), "num_blocks must not be negative"),
+        (dict(num_blocks=(1, -1)), "num_blocks must not be negative"),
+        (dict(dim=12, groups=8), "a level of 12 channels cannot be split into groups = 8"),
+        (dict(stem_kernels=(3, 4)), "stem_kernels must be odd"),
+        (dict(stem_kernels=(-1,)), "stem_kernels must be odd"),
+        (dict(stem_kernels=()), "stem_kernels must be odd"),
+        (dict(text_dim=None, text_in_self_attention=True), "need text_dim"),
+        (dict(text_dim=None, text_padding="null"), "need text_dim"),
+        (dict(checkpoint_levels=(0, 2)), "outside the 2 levels 0..1"),
+        (dict(full_resolution="refined"), "is for U-Nets with downsample_first"),
+    ],
+)
 def test_contradictions_of_a_unet(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         UNetConfig(**{**TOY_UNET, **changes})
 
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(name="linear"), "the linear schedule is discrete"),
-    (dict(name="cosine", timesteps=1000), "the cosine schedule is continuous"),
-    (dict(name="linear", timesteps=100, shift=2.0), '"shift" belongs to the cosine schedule'),
-    (dict(logsnr_range=(5.0, -5.0)), "logsnr_range must ascend"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(name="linear"), "the linear schedule is discrete"),
+        (dict(name="cosine", timesteps=1000), "the cosine schedule is continuous"),
+        (dict(name="linear", timesteps=100, shift=2.0), '"shift" belongs to the cosine schedule'),
+        (dict(logsnr_range=(5.0, -5.0)), "logsnr_range must ascend"),
+    ],
+)
 def test_contradictions_of_a_schedule(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ScheduleConfig(**changes)
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"0.size": 9}, 'stage "base": size 9 is not a multiple of 2, the total stride'),  # defect 10
-    ({"1.crop": 6}, 'stage "sr": crop 6 is not a multiple of 4, the total stride'),
-    ({"1.crop": 32}, 'stage "sr": crop 32 is larger than size 16'),
-    ({"1.augmentation": None}, 'stage "sr" has a low-resolution input, so it needs "augmentation"'),
-    ({"0.augmentation": {}}, 'stage "base" has no low-resolution input, so it takes no "augmentation"'),
-    ({"1.unet.coordinates": True}, 'stage "sr" trains on crops, where coordinates would lie'),
-    ({"1.augmentation": {"train_range": [0.5, 0.1]}}, "train_range must ascend within"),
-    ({"1.name": "base"}, "stage names must differ"),
-    ({"0.size": 16}, "stage sizes must ascend"),
-    ({"1.unet.lowres": False, "1.augmentation": None}, 'stage "sr" follows another, so its U-Net needs "lowres"'),
-    ({"1.unet.text_dim": 32}, r"text_dim differs: \[32, 64\]"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"0.size": 9}, 'stage "base": size 9 is not a multiple of 2, the total stride'),  # defect 10
+        ({"1.crop": 6}, 'stage "sr": crop 6 is not a multiple of 4, the total stride'),
+        ({"1.crop": 32}, 'stage "sr": crop 32 is larger than size 16'),
+        ({"1.augmentation": None}, 'stage "sr" has a low-resolution input, so it needs "augmentation"'),
+        ({"0.augmentation": {}}, 'stage "base" has no low-resolution input, so it takes no "augmentation"'),
+        ({"1.unet.coordinates": True}, 'stage "sr" trains on crops, where coordinates would lie'),
+        ({"1.augmentation": {"train_range": [0.5, 0.1]}}, "train_range must ascend within"),
+        ({"1.name": "base"}, "stage names must differ"),
+        ({"0.size": 16}, "stage sizes must ascend"),
+        ({"1.unet.lowres": False, "1.augmentation": None}, 'stage "sr" follows another, so its U-Net needs "lowres"'),
+        ({"1.unet.text_dim": 32}, r"text_dim differs: \[32, 64\]"),
+    ],
+)
 def test_contradictions_of_a_cascade(changes: dict[str, Any], message: str) -> None:
     content = tree()
     for path, value in changes.items():
@@ -140,8 +172,16 @@ def test_contradictions_of_a_cascade(changes: dict[str, Any], message: str) -> N
 
 
 def test_five_strided_levels_need_multiples_of_32() -> None:
-    unet = UNetConfig(**{**TOY_UNET, "dim_mults": (1, 1, 1, 1, 1), "self_attention": False, "cross_attention": False,
-                         "lowres": True, "downsample_first": True})
+    unet = UNetConfig(
+        **{
+            **TOY_UNET,
+            "dim_mults": (1, 1, 1, 1, 1),
+            "self_attention": False,
+            "cross_attention": False,
+            "lowres": True,
+            "downsample_first": True,
+        }
+    )
     assert StageConfig(name="sr", size=1024, crop=256, unet=unet, augmentation=AugmentationConfig()).unet.stride == 32
     with pytest.raises(ValueError, match="crop 240 is not a multiple of 32"):
         StageConfig(name="sr", size=1024, crop=240, unet=unet, augmentation=AugmentationConfig())
@@ -171,9 +211,18 @@ def test_resolved_file_reads_back_as_itself(tmp_path: Path) -> None:
 
 def test_overrides(write_config) -> None:
     path = write_config(tree())
-    config = load_config(path, ["fastimagen.train.steps=10", "train_batch_size=64", "bf16.enabled=true",
-                                "fastimagen.train.run=runs/x=y", "fastimagen.train.stages.sr.steps=7",
-                                "fastimagen.data.validation=null", 'fastimagen.data.shards=["a.tar", "b.tar"]'])
+    config = load_config(
+        path,
+        [
+            "fastimagen.train.steps=10",
+            "train_batch_size=64",
+            "bf16.enabled=true",
+            "fastimagen.train.run=runs/x=y",
+            "fastimagen.train.stages.sr.steps=7",
+            "fastimagen.data.validation=null",
+            'fastimagen.data.shards=["a.tar", "b.tar"]',
+        ],
+    )
     assert config.deepspeed == {"train_batch_size": 64, "bf16": {"enabled": True}}
     train, data = config.fastimagen.train, config.fastimagen.data
     assert (train.steps, train.run, train.stages["sr"].steps) == (10, "runs/x=y", 7)
@@ -181,13 +230,16 @@ def test_overrides(write_config) -> None:
     assert json.loads(path.read_text()) == tree()  # the file itself stays
 
 
-@pytest.mark.parametrize("override, message", [
-    ("fastimagen.train.steps", "--set takes KEY=VALUE, got 'fastimagen.train.steps'"),
-    ("=3", "--set takes KEY=VALUE"),
-    ("train_batch_size.a=3", "train_batch_size is not a section"),
-    ("fastimagen.cascade.stages.0=3", "stages is not a section"),
-    ("fastimagen.train.step=3", 'unknown key fastimagen.train.step; did you mean "steps"?'),
-])
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("fastimagen.train.steps", "--set takes KEY=VALUE, got 'fastimagen.train.steps'"),
+        ("=3", "--set takes KEY=VALUE"),
+        ("train_batch_size.a=3", "train_batch_size is not a section"),
+        ("fastimagen.cascade.stages.0=3", "stages is not a section"),
+        ("fastimagen.train.step=3", 'unknown key fastimagen.train.step; did you mean "steps"?'),
+    ],
+)
 def test_wrong_overrides(write_config, override: str, message: str) -> None:
     with pytest.raises(ValueError) as caught:
         load_config(write_config(tree()), [override])
@@ -219,14 +271,18 @@ def fields() -> Iterator[tuple[str, bool]]:
         if isinstance(node, ast.ClassDef) and issubclass(getattr(config_module, node.name), Section):
             for statement, after in zip(node.body, [*node.body[1:], None]):
                 if isinstance(statement, ast.AnnAssign):
-                    described = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) \
+                    described = (
+                        isinstance(after, ast.Expr)
+                        and isinstance(after.value, ast.Constant)
                         and isinstance(after.value.value, str)
+                    )
                     yield f"{node.name}.{statement.target.id}", described
 
 
 def test_every_field_is_described() -> None:
     found = dict(fields())
-    sections = [value for value in vars(config_module).values()
-                if isinstance(value, type) and issubclass(value, Section)]
+    sections = [
+        value for value in vars(config_module).values() if isinstance(value, type) and issubclass(value, Section)
+    ]
     assert found.keys() == {f"{section.__name__}.{name}" for section in sections for name in section.model_fields}
     assert [name for name, described in found.items() if not described] == []

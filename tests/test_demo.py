@@ -24,7 +24,7 @@ from PIL import Image
 from fastimagen import demo
 from fastimagen.cli import main
 from fastimagen.images import to_uint8
-from fastimagen.pipeline import ImagenPipeline
+from fastimagen.sampling.pipeline import ImagenPipeline
 from tests.conftest import ROOT, write_toy_encoder, write_toy_model
 
 gradio_client = pytest.importorskip("gradio_client")
@@ -73,8 +73,14 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
     temporary, hosts = tmp_path_factory.mktemp("temporary"), tmp_path_factory.mktemp("hosts") / "hosts"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GRADIO")}
     command = [sys.executable, "-c", WATCHED, hosts, "demo", "--model", model, "--port", port]
-    process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               text=True, env={**environment, "PYTHONUNBUFFERED": "1", "TMPDIR": str(temporary)})
+    process = subprocess.Popen(
+        list(map(str, command)),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**environment, "PYTHONUNBUFFERED": "1", "TMPDIR": str(temporary)},
+    )
     try:
         line = process.stdout.readline()
         assert line.startswith(f"http://127.0.0.1:{port}/"), line + process.stdout.read()
@@ -94,8 +100,9 @@ def client(url: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return gradio_client.Client(url, verbose=False, download_files=str(tmp_path_factory.mktemp("downloads")))
 
 
-def draw(client: Any, captions: str, *, negative: str = "", seed: int | None = 5, count: int = 1,
-         stages: tuple = STAGES) -> tuple[list[np.ndarray], dict, Path]:
+def draw(
+    client: Any, captions: str, *, negative: str = "", seed: int | None = 5, count: int = 1, stages: tuple = STAGES
+) -> tuple[list[np.ndarray], dict, Path]:
     job = client.submit(captions, negative, seed, count, *stages, api_name="/draw")
     gallery, _, record, download = job.result(timeout=60)
     return [np.asarray(Image.open(entry["image"])) for entry in gallery["value"]], record, Path(download["value"])
@@ -121,9 +128,13 @@ def test_pictures_are_those_of_the_pipeline_and_settings_make_them_again(model: 
     assert wanted == [CAPTION, CAPTION, "a red circle", "a red circle"]
     seeds = [sample["seed"] for sample in settings["samples"]]
     assert seeds == [5, 6, 7, 8]
-    again = expected(model, wanted, seeds=seeds, negative=settings["negative"],
-                     **{key: {name: stage[key] for name, stage in stages.items()}
-                        for key in ("sampler", "steps", "guidance")})
+    again = expected(
+        model,
+        wanted,
+        seeds=seeds,
+        negative=settings["negative"],
+        **{key: {name: stage[key] for name, stage in stages.items()} for key in ("sampler", "steps", "guidance")},
+    )
     assert np.array_equal(pictures, again)
 
 
@@ -134,15 +145,18 @@ def test_what_the_text_encoder_cannot_read_is_said(client: Any) -> None:
     assert status.count("Mind: ") == 1 and "does not know all of &quot;a &lt;b&gt;象" in status
 
 
-@pytest.mark.parametrize(("given", "complaint"), [
-    (dict(captions="  \n "), "Write a caption first"),
-    (dict(captions="a red circle\n" * 5, count=16), "80 pictures at once are too many: at most 64"),
-    (dict(captions="a red circle", seed=None), "Give a seed: any whole number from 0 on"),
-    (dict(captions="a red circle", seed=2**60), "greater than maximum"),
-    (dict(captions="a red circle", stages=("ddim", 999, *STAGES[2:])), "999 is greater than maximum value 250"),
-    (dict(captions="a red circle", stages=("euler", *STAGES[1:])), "Value: euler is not in the list of choices"),
-    (dict(captions="a red circle", negative="blue", stages=("ddim", 2, 1.0) * 2), "raise it"),
-])
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        (dict(captions="  \n "), "Write a caption first"),
+        (dict(captions="a red circle\n" * 5, count=16), "80 pictures at once are too many: at most 64"),
+        (dict(captions="a red circle", seed=None), "Give a seed: any whole number from 0 on"),
+        (dict(captions="a red circle", seed=2**60), "greater than maximum"),
+        (dict(captions="a red circle", stages=("ddim", 999, *STAGES[2:])), "999 is greater than maximum value 250"),
+        (dict(captions="a red circle", stages=("euler", *STAGES[1:])), "Value: euler is not in the list of choices"),
+        (dict(captions="a red circle", negative="blue", stages=("ddim", 2, 1.0) * 2), "raise it"),
+    ],
+)
 def test_a_mistake_is_one_line_and_the_server_goes_on(given: dict[str, Any], complaint: str, client: Any) -> None:
     with pytest.raises(gradio_client.exceptions.AppError) as error:
         draw(client, **given)
@@ -162,13 +176,20 @@ def test_visitors_wait_for_each_other(model: Path, client: Any) -> None:
     with ThreadPoolExecutor(3) as pool:
         drawn = list(pool.map(lambda seed: draw(client, CAPTION, seed=seed)[0], (1, 2, 3)))
     steps, guidance = {"base": 2, "sr": 3}, {"base": 2.0, "sr": 1.0}
-    again = expected(model, [CAPTION] * 3, seeds=[1, 2, 3], steps=steps, guidance=guidance,
-                     sampler={"base": "dpmpp_2m", "sr": "ddim"})
+    again = expected(
+        model,
+        [CAPTION] * 3,
+        seeds=[1, 2, 3],
+        steps=steps,
+        guidance=guidance,
+        sampler={"base": "dpmpp_2m", "sr": "ddim"},
+    )
     assert np.array_equal(np.concatenate(drawn), again)
 
 
-def test_without_gradio_it_says_what_to_install(model: Path, monkeypatch: pytest.MonkeyPatch,
-                                                capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_gradio_it_says_what_to_install(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     import importlib.util
 
     find = importlib.util.find_spec
@@ -180,13 +201,13 @@ def test_without_gradio_it_says_what_to_install(model: Path, monkeypatch: pytest
 def test_a_model_without_text_encoder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = write_toy_model(tmp_path / "model")
     assert main(["demo", "--model", str(model)]) == 1
-    assert capsys.readouterr().err == (f"error: {model} names no text encoder: "
-                                       f"the page draws pictures for captions\n")
+    assert capsys.readouterr().err == (f"error: {model} names no text encoder: the page draws pictures for captions\n")
 
 
 @pytest.mark.parametrize(("port", "reason"), [(None, "Address already in use"), ("99999", "port must be 0-65535")])
-def test_a_port_that_cannot_be_had_is_one_line(port: str | None, reason: str, model: Path, url: str,
-                                               capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_port_that_cannot_be_had_is_one_line(
+    port: str | None, reason: str, model: Path, url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     port = port or url.rstrip("/").rpartition(":")[2]
     assert main(["demo", "--model", str(model), "--port", port]) == 1
     said = capsys.readouterr().err
@@ -195,6 +216,7 @@ def test_a_port_that_cannot_be_had_is_one_line(port: str | None, reason: str, mo
 
 
 # ---- drawing beside the page
+
 
 def endless(captions: list[str], *, callback: Any, batch_size: int) -> None:
     for step in count():
@@ -230,8 +252,15 @@ def test_a_slow_reader_keeps_no_heap_of_pictures(monkeypatch: pytest.MonkeyPatch
 
 # ---- in a browser
 
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 
 
 def is_foreign(address: str, url: str) -> bool:
@@ -275,6 +304,7 @@ def test_in_a_browser(page: Any, url: str) -> None:
 
 
 # ---- at last
+
 
 def test_the_server_asks_no_other_host(client: Any, server: Server) -> None:
     draw(client, CAPTION)

@@ -38,8 +38,9 @@ def png(width: int, height: int, depth: int, color: int, rows: bytes, *chunks: t
     """A PNG written by hand, for what Pillow does not write."""
     header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
     parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
-    checked = [struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-               for name, data in parts]
+    checked = [
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in parts
+    ]
     return b"\x89PNG\r\n\x1a\n" + b"".join(checked)
 
 
@@ -97,9 +98,16 @@ def test_sixteen_bits_are_scaled_not_clipped():
     assert np.abs(color[0, 0] - [255, 50, 0]).max() <= 1
 
 
-UPRIGHT = {1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1],
-           5: lambda a: a.swapaxes(0, 1), 6: lambda a: np.rot90(a, -1),
-           7: lambda a: a[::-1, ::-1].swapaxes(0, 1), 8: lambda a: np.rot90(a, 1)}
+UPRIGHT = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+    8: lambda a: np.rot90(a, 1),
+}
 
 
 @pytest.mark.parametrize("orientation", UPRIGHT)
@@ -117,7 +125,7 @@ def test_exif_orientation_is_applied(orientation, format):
 def test_truncated_files_are_one_line_errors(format, part):
     data = encode(smooth(64, 64), format)
     with pytest.raises(ValueError, match="^unreadable picture: .") as error:
-        open_rgb(data[:int(len(data) * part)])
+        open_rgb(data[: int(len(data) * part)])
     assert "\n" not in str(error.value)
 
 
@@ -233,8 +241,7 @@ def test_fitting_pictures_are_not_resampled():
     assert (values(resize_and_crop(picture, 32)) == values(picture)[:, 7:39]).all()
 
 
-@pytest.mark.parametrize("size, crop", [
-    (0, "center"), (8, (0, 0, 9)), (8, (5, 0, 4)), (8, (-1, 0, 4)), (8, (0, 0, 0))])
+@pytest.mark.parametrize("size, crop", [(0, "center"), (8, (0, 0, 9)), (8, (5, 0, 4)), (8, (-1, 0, 4)), (8, (0, 0, 0))])
 def test_senseless_windows_are_refused(size, crop):
     with pytest.raises(ValueError, match="window"):
         resize_and_crop(smooth(16, 16), size, crop=crop)

@@ -54,9 +54,15 @@ ONLY_IN_FUNCTIONS = {"cli"}  # --help must not wait for torch
 CORE = {"torch", "safetensors", "numpy", "einops", "pydantic", "PIL"}
 # At import; for modules that are not named, CORE.
 THIRD_PARTY = {"config": {"pydantic"}, "config_file": {"pydantic"}, "presets": set(), "info": set(), "cli": set()}
-IN_FUNCTIONS = {"text": {"transformers"}, "ops": {"fastimagen_kernels", "xformers"}, "info": {"torch"},
-                "cli": {"torch"}, "demo": {"gradio"},
-                "data": {"webdataset", "braceexpand"}, "train": {"deepspeed", "psutil", "tqdm"}}
+IN_FUNCTIONS = {
+    "text": {"transformers"},
+    "ops": {"fastimagen_kernels", "xformers"},
+    "info": {"torch"},
+    "cli": {"torch"},
+    "demo": {"gradio"},
+    "data": {"webdataset", "braceexpand"},
+    "train": {"deepspeed", "psutil", "tqdm"},
+}
 KERNELS = {"torch", "triton", "fastimagen_kernels"}
 NOBODYS = {"tests": {"tests"}, "benchmarks": {"benchmarks", "tests"}}  # and the folders that may import them
 
@@ -79,10 +85,9 @@ def imports(path: Path, module: str) -> Iterator[Import]:
             if isinstance(child, ast.Import):
                 yield from (Import(alias.name, child.lineno, in_function) for alias in child.names)
             elif isinstance(child, ast.ImportFrom):
-                base = package[:len(package) - child.level + 1] if child.level else []
+                base = package[: len(package) - child.level + 1] if child.level else []
                 source = ".".join([*base, *([child.module] if child.module else [])])
-                yield from (Import(f"{source}.{alias.name}", child.lineno, in_function)
-                            for alias in child.names)
+                yield from (Import(f"{source}.{alias.name}", child.lineno, in_function) for alias in child.names)
             inside = in_function or isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
             yield from visit(child, inside or _is_type_checking(child))
 
@@ -126,8 +131,13 @@ def problems(root: Path) -> list[str]:
                     found += _first_party(name, target, item, where)
             else:
                 found += _third_party(name, item, where)
-    found += [f"{name}, above the sampler line, reaches {target}" for name in edges if entry(name, ABOVE)
-              for target in sorted(_reached(name, edges)) if entry(target, ABOVE) is None]
+    found += [
+        f"{name}, above the sampler line, reaches {target}"
+        for name in edges
+        if entry(name, ABOVE)
+        for target in sorted(_reached(name, edges))
+        if entry(target, ABOVE) is None
+    ]
     found += [f"{name} imports itself in a circle" for name in edges if name in _reached(name, edges)]
     return found + _kernels(root) + _outside(root)
 
@@ -179,8 +189,11 @@ def _kernels(root: Path) -> list[str]:
     # Another package is called kernels too: as a package, ours would hide it from a clone's root.
     found = ["kernels/ has an __init__.py"] if (root / "kernels/__init__.py").exists() else []
     for module, path in modules(root / "kernels", "fastimagen_kernels").items():
-        found += [f"{module}:{item.line} imports {item.name}" for item in imports(path, module)
-                  if (top := item.name.split(".")[0]) not in KERNELS and top not in sys.stdlib_module_names]
+        found += [
+            f"{module}:{item.line} imports {item.name}"
+            for item in imports(path, module)
+            if (top := item.name.split(".")[0]) not in KERNELS and top not in sys.stdlib_module_names
+        ]
     return found
 
 
@@ -202,38 +215,47 @@ def test_the_house_keeps_its_rules() -> None:
     assert problems(ROOT) == []
 
 
-@pytest.mark.parametrize(("path", "source", "complaint"), [
-    ("fastimagen/samplers.py", "def f():\n    from .data import order",
-     "fastimagen.samplers:2 imports data.order; samplers"),
-    ("fastimagen/layers.py", "from fastimagen.text import TextEmbeddings",
-     "fastimagen.layers:1 imports text"),
-    ("fastimagen/layers.py", "import fastimagen.unet", "fastimagen.layers:1 imports unet"),
-    ("fastimagen/data/order.py", "from ..config import Config", "fastimagen.data.order:1 imports config"),
-    ("fastimagen/data/loader.py", "from ..train import ema", "fastimagen.data.loader:1 imports train"),
-    ("fastimagen/export.py", "from .train.trainer import Trainer",
-     "fastimagen.export:1 imports train.trainer"),
-    ("fastimagen/cli.py", "from .config import Config",
-     "fastimagen.cli:1 imports config outside of functions"),
-    ("fastimagen/__init__.py", "from .unet import UNet",
-     "fastimagen:1 imports unet; the package may import nothing"),
-    ("fastimagen/config.py", "import torch", "fastimagen.config:1 imports torch outside of functions"),
-    ("fastimagen/ops/attention.py", "import fastimagen_kernels.attention",
-     "fastimagen.ops.attention:1 imports fastimagen_kernels outside"),
-    ("fastimagen/unet.py", "def f():\n    import fastimagen_kernels",
-     "fastimagen.unet:2 imports fastimagen_kernels"),
-    ("fastimagen/text.py", "import transformers",
-     "fastimagen.text:1 imports transformers outside of functions"),
-    ("fastimagen/data/shards.py", "class C:\n    import webdataset",
-     "fastimagen.data.shards:2 imports webdataset"),
-    ("fastimagen/newcomer.py", "", "fastimagen.newcomer stands in no line of the table"),
-    ("fastimagen/info.py", "import benchmarks", "fastimagen.info:1 imports benchmarks"),
-    ("fastimagen/train/ema.py", "from . import ema2\n", "train.ema imports itself in a circle"),
-    ("kernels/attention.py", "from fastimagen import ops",
-     "fastimagen_kernels.attention:1 imports fastimagen.ops"),
-    ("kernels/__init__.py", "", "kernels/ has an __init__.py"),
-    ("launch/train.py", "import torch", "launch.train:1 imports torch outside of functions"),
-    ("benchmarks/bench.py", "from tests.conftest import ROOT", "benchmarks.bench:1 imports tests"),
-])
+@pytest.mark.parametrize(
+    ("path", "source", "complaint"),
+    [
+        (
+            "fastimagen/samplers.py",
+            "def f():\n    from .data import order",
+            "fastimagen.samplers:2 imports data.order; samplers",
+        ),
+        ("fastimagen/layers.py", "from fastimagen.text import TextEmbeddings", "fastimagen.layers:1 imports text"),
+        ("fastimagen/layers.py", "import fastimagen.unet", "fastimagen.layers:1 imports unet"),
+        ("fastimagen/data/order.py", "from ..config import Config", "fastimagen.data.order:1 imports config"),
+        ("fastimagen/data/loader.py", "from ..train import ema", "fastimagen.data.loader:1 imports train"),
+        ("fastimagen/export.py", "from .train.trainer import Trainer", "fastimagen.export:1 imports train.trainer"),
+        ("fastimagen/cli.py", "from .config import Config", "fastimagen.cli:1 imports config outside of functions"),
+        (
+            "fastimagen/__init__.py",
+            "from .unet import UNet",
+            "fastimagen:1 imports unet; the package may import nothing",
+        ),
+        ("fastimagen/config.py", "import torch", "fastimagen.config:1 imports torch outside of functions"),
+        (
+            "fastimagen/ops/attention.py",
+            "import fastimagen_kernels.attention",
+            "fastimagen.ops.attention:1 imports fastimagen_kernels outside",
+        ),
+        (
+            "fastimagen/unet.py",
+            "def f():\n    import fastimagen_kernels",
+            "fastimagen.unet:2 imports fastimagen_kernels",
+        ),
+        ("fastimagen/text.py", "import transformers", "fastimagen.text:1 imports transformers outside of functions"),
+        ("fastimagen/data/shards.py", "class C:\n    import webdataset", "fastimagen.data.shards:2 imports webdataset"),
+        ("fastimagen/newcomer.py", "", "fastimagen.newcomer stands in no line of the table"),
+        ("fastimagen/info.py", "import benchmarks", "fastimagen.info:1 imports benchmarks"),
+        ("fastimagen/train/ema.py", "from . import ema2\n", "train.ema imports itself in a circle"),
+        ("kernels/attention.py", "from fastimagen import ops", "fastimagen_kernels.attention:1 imports fastimagen.ops"),
+        ("kernels/__init__.py", "", "kernels/ has an __init__.py"),
+        ("launch/train.py", "import torch", "launch.train:1 imports torch outside of functions"),
+        ("benchmarks/bench.py", "from tests.conftest import ROOT", "benchmarks.bench:1 imports tests"),
+    ],
+)
 def test_every_breach_is_seen(path: str, source: str, complaint: str, tmp_path: Path) -> None:
     for module in ("unet", "text", "config", "data/order", "train/ema", "train/trainer"):
         _write(tmp_path / f"fastimagen/{module}.py", "")
@@ -246,11 +268,15 @@ def test_every_breach_is_seen(path: str, source: str, complaint: str, tmp_path: 
 def test_a_way_around_a_neighbour_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The table itself may be wrong: what stands above the line reaches nothing below, through whomever."""
     monkeypatch.setitem(ALLOWED, "text", ["data"])
-    for path, source in (("pipeline", "from .text import T"), ("text", "from .data.order import O"),
-                         ("data/order", "")):
+    for path, source in (
+        ("pipeline", "from .text import T"),
+        ("text", "from .data.order import O"),
+        ("data/order", ""),
+    ):
         _write(tmp_path / f"fastimagen/{path}.py", source)
-    assert problems(tmp_path) == [f"{name}, above the sampler line, reaches data.order"
-                                  for name in ("pipeline", "text")]
+    assert problems(tmp_path) == [
+        f"{name}, above the sampler line, reaches data.order" for name in ("pipeline", "text")
+    ]
 
 
 def _write(path: Path, source: str) -> None:
@@ -299,6 +325,5 @@ assert not heavy, f"importing brings {heavy}"
 def test_importing_does_nothing_but_import() -> None:
     names = list(modules(ROOT / "fastimagen", "fastimagen"))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
-    child = subprocess.run([sys.executable, "-c", IMPORT_ALL, *names], env=environment, capture_output=True,
-                           text=True)
+    child = subprocess.run([sys.executable, "-c", IMPORT_ALL, *names], env=environment, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr

@@ -18,10 +18,9 @@ from PIL import Image
 
 from fastimagen import __version__
 from fastimagen.cli import main
-from fastimagen.pipeline import ImagenPipeline
-from fastimagen.text import TextEmbeddings
-from tests.conftest import ROOT
-from tests.conftest import write_toy_encoder, write_toy_model
+from fastimagen.sampling.pipeline import ImagenPipeline
+from fastimagen.text.embeddings import TextEmbeddings
+from tests.conftest import ROOT, write_toy_encoder, write_toy_model
 
 CORE = ["torch", "safetensors", "numpy", "einops", "pydantic", "pillow"]
 
@@ -45,7 +44,9 @@ started = set(sys.modules)
 sys.meta_path[:] = [Minimal(finder) for finder in sys.meta_path]
 """
 
-SAMPLE = HIDE + """
+SAMPLE = (
+    HIDE
+    + """
 from pathlib import Path
 from fastimagen import ImagenPipeline, TextEmbeddings
 from fastimagen.cli import main
@@ -66,6 +67,7 @@ assert main(["info"]) == 0
 found = hidden & (set(sys.modules) - started)
 assert not found, found
 """
+)
 
 
 def minimal() -> list[list[str]]:
@@ -78,10 +80,12 @@ def minimal() -> list[list[str]]:
         if name not in distributions:
             distributions.add(name)
             needs = map(Requirement, requires(name) or [])
-            waiting += [need.name for need in needs if need.marker is None
-                        or need.marker.evaluate({"extra": ""})]
-    hidden = {module for module, owners in packages_distributions().items()
-              if not {*distributions, "fastimagen"} & {canonicalize_name(owner) for owner in owners}}
+            waiting += [need.name for need in needs if need.marker is None or need.marker.evaluate({"extra": ""})]
+    hidden = {
+        module
+        for module, owners in packages_distributions().items()
+        if not {*distributions, "fastimagen"} & {canonicalize_name(owner) for owner in owners}
+    }
     return [sorted(hidden), sorted(distributions)]
 
 
@@ -97,9 +101,20 @@ def test_the_core_dependencies_are_enough_to_sample(tmp_path: Path) -> None:
     pipe = ImagenPipeline.from_pretrained(model)
     pipe.encode(captions).save(tmp_path / "text.safetensors", captions)
     child = subprocess.run(
-        [sys.executable, "-c", SAMPLE, json.dumps(minimal()), str(model), str(tmp_path / "text.safetensors"),
-         str(tmp_path)],
-        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=tmp_path)
+        [
+            sys.executable,
+            "-c",
+            SAMPLE,
+            json.dumps(minimal()),
+            str(model),
+            str(tmp_path / "text.safetensors"),
+            str(tmp_path),
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+    )
     assert child.returncode == 0, child.stderr
 
     needs_text = "the T5 text encoder needs transformers: pip install fastimagen[text]"
@@ -120,8 +135,9 @@ def test_the_core_dependencies_are_enough_to_sample(tmp_path: Path) -> None:
 
 def facts(printed: str) -> dict[str, str]:
     """`fastimagen info` as a mapping."""
-    return {line.split("  ", 1)[0].strip(): line.split("  ", 1)[1].strip() for line in printed.splitlines()
-            if "  " in line}
+    return {
+        line.split("  ", 1)[0].strip(): line.split("  ", 1)[1].strip() for line in printed.splitlines() if "  " in line
+    }
 
 
 def test_info_says_what_a_bug_report_needs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -138,9 +154,18 @@ def test_info_says_what_a_bug_report_needs(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_every_command_has_help_and_none_of_it_imports_torch() -> None:
-    commands = [[], ["sample"], ["shards"], ["shards", "folder"], ["shards", "shapes"], ["embed"], ["export"],
-                ["evaluate"],
-                ["import-minimagen"], ["info"]]
+    commands = [
+        [],
+        ["sample"],
+        ["shards"],
+        ["shards", "folder"],
+        ["shards", "shapes"],
+        ["embed"],
+        ["export"],
+        ["evaluate"],
+        ["import-minimagen"],
+        ["info"],
+    ]
     script = """
 import contextlib, io, json, sys
 from fastimagen.cli import main
@@ -156,7 +181,10 @@ for command in json.loads(sys.argv[1]):
 heavy = {"torch", "numpy", "PIL", "pydantic", "transformers"} & set(sys.modules)
 assert not heavy, heavy
 """
-    child = subprocess.run([sys.executable, "-c", script, json.dumps(commands)], capture_output=True,
-                           text=True,
-                           env={**os.environ, "PYTHONPATH": str(ROOT)})
+    child = subprocess.run(
+        [sys.executable, "-c", script, json.dumps(commands)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert child.returncode == 0, child.stderr

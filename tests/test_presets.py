@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from fastimagen import presets
-from fastimagen.attention import CrossAttention, SelfAttention
 from fastimagen.config import CascadeConfig, UNetConfig
-from fastimagen.interop import minimagen_config
+from fastimagen.interop.minimagen import minimagen_config
+from fastimagen.networks.attention import CrossAttention, SelfAttention
+from fastimagen.networks.unet import UNet
 from fastimagen.presets import PRESETS, resolve
-from fastimagen.text import TextEmbeddings
-from fastimagen.unet import UNet
+from fastimagen.text.embeddings import TextEmbeddings
 
 
 def on_meta(config: UNetConfig) -> UNet:
@@ -28,32 +28,60 @@ def parameters(config: UNetConfig) -> int:
 # ---- MinImagen; the numbers were counted in MinImagen itself
 
 
-@pytest.mark.parametrize("preset, text_dim, count", [
-    (presets.minimagen_base, 512, 1_618_334_979),
-    (presets.minimagen_base, 4096, 1_620_169_987),
-    (presets.minimagen_super, 768, 715_760_003),
-    (presets.minimagen_super, 4096, 716_185_987),
-])
+@pytest.mark.parametrize(
+    "preset, text_dim, count",
+    [
+        (presets.minimagen_base, 512, 1_618_334_979),
+        (presets.minimagen_base, 4096, 1_620_169_987),
+        (presets.minimagen_super, 768, 715_760_003),
+        (presets.minimagen_super, 4096, 716_185_987),
+    ],
+)
 def test_minimagens_networks_have_its_sizes(preset: Callable[[int], UNetConfig], text_dim: int, count: int) -> None:
     assert parameters(preset(text_dim)) == count
 
 
-@pytest.mark.parametrize("preset, count_512, count_768", [
-    (presets.minimagen_base_test, 104_115, 106_163),
-    (presets.minimagen_super_test, 156_099, 158_147),
-])
+@pytest.mark.parametrize(
+    "preset, count_512, count_768",
+    [
+        (presets.minimagen_base_test, 104_115, 106_163),
+        (presets.minimagen_super_test, 156_099, 158_147),
+    ],
+)
 def test_defect_3_test_networks_are_small(preset: Callable[[int], UNetConfig], count_512: int, count_768: int) -> None:
     """MinImagen's classes BaseTest and SuperTest take the defaults of Base and Super: 1.6 B parameters for a test."""
     assert (parameters(preset(512)), parameters(preset(768))) == (count_512, count_768)
 
 
-@pytest.mark.parametrize("preset, kwargs", [
-    (presets.minimagen_base, dict(dim=512, dim_mults=[1, 2, 3, 4], num_resnet_blocks=3, text_embed_dim=768,
-                                  layer_attns=[False, True, True, True], layer_cross_attns=[False, True, True, True])),
-    (presets.minimagen_super, dict(dim=128, dim_mults=[1, 2, 4, 8], num_resnet_blocks=[2, 4, 8, 8], text_embed_dim=768,
-                                   layer_attns=[False, False, False, True], memory_efficient=True, lowres_cond=True,
-                                   layer_cross_attns=[False, False, False, True])),
-])
+@pytest.mark.parametrize(
+    "preset, kwargs",
+    [
+        (
+            presets.minimagen_base,
+            dict(
+                dim=512,
+                dim_mults=[1, 2, 3, 4],
+                num_resnet_blocks=3,
+                text_embed_dim=768,
+                layer_attns=[False, True, True, True],
+                layer_cross_attns=[False, True, True, True],
+            ),
+        ),
+        (
+            presets.minimagen_super,
+            dict(
+                dim=128,
+                dim_mults=[1, 2, 4, 8],
+                num_resnet_blocks=[2, 4, 8, 8],
+                text_embed_dim=768,
+                layer_attns=[False, False, False, True],
+                memory_efficient=True,
+                lowres_cond=True,
+                layer_cross_attns=[False, False, False, True],
+            ),
+        ),
+    ],
+)
 def test_presets_are_what_imported_weights_get(preset: Callable[[], UNetConfig], kwargs: dict) -> None:
     assert preset() == minimagen_config(kwargs)
 
@@ -73,13 +101,16 @@ def test_minimagen_cascades_train_and_sample_as_it_does() -> None:
 # ---- the paper
 
 
-@pytest.mark.parametrize("preset, low, high", [
-    (presets.paper_base64, 2.0e9, 2.2e9),
-    (presets.paper_sr256, 580e6, 680e6),
-    (presets.paper_sr1024, 380e6, 450e6),
-    (presets.paper_base64_light, 475e6, 525e6),
-    (presets.paper_sr256_light, 380e6, 420e6),
-])
+@pytest.mark.parametrize(
+    "preset, low, high",
+    [
+        (presets.paper_base64, 2.0e9, 2.2e9),
+        (presets.paper_sr256, 580e6, 680e6),
+        (presets.paper_sr1024, 380e6, 450e6),
+        (presets.paper_base64_light, 475e6, 525e6),
+        (presets.paper_sr256_light, 380e6, 420e6),
+    ],
+)
 def test_paper_networks_have_the_published_sizes(preset: Callable[[], UNetConfig], low: float, high: float) -> None:
     assert low < parameters(preset()) < high
 
@@ -116,8 +147,9 @@ def test_paper_networks_run_when_made_narrow(name: str) -> None:
         x, time = torch.randn(2, 3, 32, 32), torch.tensor([3.0, 700.0])
         lowres = dict(lowres=x, lowres_time=time) if stage.unet.lowres else {}
         with torch.inference_mode():
-            kept, dropped = (unet(x, time, text=text, keep_text=torch.full((2,), keep), **lowres)
-                             for keep in (True, False))
+            kept, dropped = (
+                unet(x, time, text=text, keep_text=torch.full((2,), keep), **lowres) for keep in (True, False)
+            )
         assert kept.shape == x.shape and not torch.equal(kept, dropped)
 
 
@@ -132,11 +164,14 @@ def test_every_preset_takes_the_encoders_width_and_survives_json(name: str) -> N
     assert resolve(cascade) is cascade
 
 
-@pytest.mark.parametrize("name, message", [
-    ("papr", 'no cascade "papr"; did you mean "paper"?'),
-    ("minimagen_test", 'no cascade "minimagen_test"; did you mean "minimagen-test"?'),
-    ("xyz", 'no cascade "xyz"; there are shapes, minimagen'),
-])
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("papr", 'no cascade "papr"; did you mean "paper"?'),
+        ("minimagen_test", 'no cascade "minimagen_test"; did you mean "minimagen-test"?'),
+        ("xyz", 'no cascade "xyz"; there are shapes, minimagen'),
+    ],
+)
 def test_unknown_preset_names_the_nearest(name: str, message: str) -> None:
     with pytest.raises(ValueError) as caught:
         resolve(name)

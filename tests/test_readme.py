@@ -26,13 +26,13 @@ from packaging.utils import canonicalize_name
 
 from fastimagen import cli
 from fastimagen.config_file import load_config
-from fastimagen.train.start import plan
-from tests.conftest import ROOT
-from tests.conftest import write_toy_encoder, write_toy_model
+from fastimagen.train.stage_setup import plan
+from tests.conftest import ROOT, write_toy_encoder, write_toy_model
 
 PAGES = [Path("README.md"), *sorted(path.relative_to(ROOT) for path in (ROOT / "docs").glob("*.md"))]
-FENCE = re.compile(r"^(?:<!-- (?P<note>[^\n]*) -->\n)?```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^```$",
-                   re.DOTALL | re.MULTILINE)
+FENCE = re.compile(
+    r"^(?:<!-- (?P<note>[^\n]*) -->\n)?```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE
+)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)[^)]*\)|<(?:img|a)\s[^>]*(?:src|href)=\"([^\"]+)\"")
 NOT_PINNED = {"xformers"}  # built for CUDA alone, for one release of torch each; the Makefile leaves it out
 
@@ -46,13 +46,13 @@ def blocks(text: str, *languages: str) -> Iterator[tuple[str, str]]:
 
 # ---- Python
 
+
 def run_python(text: str, folder: Path, toy_model: Path) -> list[str]:
     """Run the blocks of a page inside `folder`; one line for what does not work."""
     namespace: dict[str, Any] = {"__name__": "readme"}
     for code, note in blocks(text, "python", "py"):
         try:
-            compiled = compile(code if torch.cuda.is_available() else code.replace('"cuda"', '"cpu"'),
-                               "block", "exec")
+            compiled = compile(code if torch.cuda.is_available() else code.replace('"cuda"', '"cpu"'), "block", "exec")
             if note.startswith("not run: "):
                 continue
             for path in re.findall(r'from_pretrained\("([^"]+)"', code):
@@ -67,6 +67,7 @@ def run_python(text: str, folder: Path, toy_model: Path) -> list[str]:
 
 
 # ---- commands
+
 
 def commands(text: str) -> Iterator[list[str]]:
     """Every command of the shell blocks as words, without its prompt and the variables set before it."""
@@ -89,8 +90,7 @@ def command_problems(text: str) -> list[str]:
     found = []
     for words in commands(text):
         name, arguments = words[0], words[1:]
-        script = next((i for i, word in enumerate(arguments) if re.fullmatch(r"(\./)?[\w/]+\.py", word)),
-                      None)
+        script = next((i for i, word in enumerate(arguments) if re.fullmatch(r"(\./)?[\w/]+\.py", word)), None)
         if name == "make":
             found += _make(arguments)
         elif name == "fastimagen":
@@ -101,7 +101,7 @@ def command_problems(text: str) -> list[str]:
             if not (ROOT / arguments[script]).is_file():
                 found.append(f"{shlex.join(words)}: there is no {arguments[script]}")
             elif Path(arguments[script]).as_posix() == "launch/train.py":
-                found += _parsed(_launch_train().parse, arguments[script + 1:], words)
+                found += _parsed(_launch_train().parse, arguments[script + 1 :], words)
     return found
 
 
@@ -141,18 +141,25 @@ def _make(arguments: list[str]) -> list[str]:
     makefile = (ROOT / "Makefile").read_text()
     targets = set(re.findall(r"^([\w-]+):(?!=)", makefile, re.MULTILINE))
     variables = set(re.findall(r"^(\w+) *[?:]?=", makefile, re.MULTILINE))
-    return [f"make {word}: no such {'variable' if '=' in word else 'target'}" for word in arguments
-            if (word.partition("=")[0] not in variables if "=" in word else word not in targets)]
+    return [
+        f"make {word}: no such {'variable' if '=' in word else 'target'}"
+        for word in arguments
+        if (word.partition("=")[0] not in variables if "=" in word else word not in targets)
+    ]
 
 
 def _extras_installed(arguments: list[str]) -> list[str]:
-    named = [extra.strip() for word in arguments for group in re.findall(r"\[([\w, -]+)\]", word)
-             for extra in group.split(",")]
-    return [f"pip install: there is no extra {extra}" for extra in named
-            if extra not in setup_py()["extras_require"]]
+    named = [
+        extra.strip()
+        for word in arguments
+        for group in re.findall(r"\[([\w, -]+)\]", word)
+        for extra in group.split(",")
+    ]
+    return [f"pip install: there is no extra {extra}" for extra in named if extra not in setup_py()["extras_require"]]
 
 
 # ---- links and tables
+
 
 def link_problems(text: str, page: Path) -> list[str]:
     """One line for every link or picture that leads nowhere in the repository; the web is not tried."""
@@ -178,8 +185,7 @@ def _anchors(text: str) -> set[str]:
 
 def extras_table(text: str) -> set[str]:
     """The words in code type in the table below the heading that speaks of extras."""
-    section = re.search(r"^#+ [^\n]*\bextras?\b[^\n]*\n(.*?)(?=^#|\Z)", text,
-                        re.DOTALL | re.MULTILINE | re.IGNORECASE)
+    section = re.search(r"^#+ [^\n]*\bextras?\b[^\n]*\n(.*?)(?=^#|\Z)", text, re.DOTALL | re.MULTILINE | re.IGNORECASE)
     rows = [line for line in section[1].splitlines() if line.startswith("|")] if section else []
     return {word for row in rows for word in re.findall(r"`([\w-]+)`", row)}
 
@@ -196,6 +202,7 @@ def setup_py() -> dict[str, Any]:
 
 
 # ---- the pages as they are
+
 
 @pytest.fixture(scope="module")
 def toy_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -229,12 +236,12 @@ def test_ci_runs_what_the_readme_says() -> None:
 
 
 def test_everything_that_the_makefile_installs_is_pinned() -> None:
-    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines()
-                if not line.startswith("#"))
+    pins = dict(
+        line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")
+    )
     pins = {canonicalize_name(name): version for name, version in pins.items()}
     given = setup_py()
-    for text in [*given["install_requires"],
-                 *(text for extra in given["extras_require"].values() for text in extra)]:
+    for text in [*given["install_requires"], *(text for extra in given["extras_require"].values() for text in extra)]:
         need = Requirement(text)
         if need.name in NOT_PINNED:
             continue
@@ -290,18 +297,26 @@ ImagenPipeline.from_pretrained("toy", device="cuda")(["a"], steps=1, seeds=[0]).
 
 def test_every_fault_of_a_page_is_seen(toy_model: Path, tmp_path: Path) -> None:
     assert run_python(BROKEN, tmp_path, toy_model) == [
-        "Python: AttributeError: 'Output' object has no attribute 'nothing'"]
+        "Python: AttributeError: 'Output' object has no attribute 'nothing'"
+    ]
     assert run_python("```python\nif\n```\n", tmp_path, toy_model)[0].startswith("Python: SyntaxError")
-    complaints = ["unrecognized arguments: --stepz 3", "there is no nowhere.txt",
-                  "make nonsense: no such target",
-                  "make PYTHN=python3: no such variable", "there is no extra dmeo",
-                  'unknown key fastimagen.train.stepz; did you mean "steps"?',
-                  'no stage "bsae"; the cascade has base, sr',
-                  "there is no launch/trian.py", "cannot read lost.json: No such file or directory"]
+    complaints = [
+        "unrecognized arguments: --stepz 3",
+        "there is no nowhere.txt",
+        "make nonsense: no such target",
+        "make PYTHN=python3: no such variable",
+        "there is no extra dmeo",
+        'unknown key fastimagen.train.stepz; did you mean "steps"?',
+        'no stage "bsae"; the cascade has base, sr',
+        "there is no launch/trian.py",
+        "cannot read lost.json: No such file or directory",
+    ]
     found = command_problems(BROKEN)
     assert len(found) == len(complaints)
     assert all(problem.endswith(complaint) for problem, complaint in zip(found, complaints)), found
     assert [line.split(" links to ")[1] for line in link_problems(BROKEN, Path("README.md"))] == [
-        "docs/nowhere.md, which is not there", "#no-such-heading, but there is no such heading",
-        "lost.png, which is not there"]
+        "docs/nowhere.md, which is not there",
+        "#no-such-heading, but there is no such heading",
+        "lost.png, which is not there",
+    ]
     assert extras_table(BROKEN) == {"train", "demo"}

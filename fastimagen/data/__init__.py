@@ -1,1 +1,1 @@
-"""Captioned pictures: shards, transforms, text embeddings, built-in shapes."""
+"""Captioned images: shards, transforms, text embeddings, built-in shapes."""

@@ -153,8 +153,9 @@ def _pack(items: Iterable[Item], report: PackReport, shard_size: int) -> PackRep
         temporary.mkdir(parents=True)
         # Bytes and fixed times: the same input gives the same tars. ShardWriter fills its pattern in with %.
         pattern = str(temporary).replace("%", "%%") + "/%05d.tar"
-        with ShardWriter(pattern, maxcount=shard_size, maxsize=float("inf"), verbose=0, encoder=False,
-                         mtime=0) as writer:
+        with ShardWriter(
+            pattern, maxcount=shard_size, maxsize=float("inf"), verbose=0, encoder=False, mtime=0
+        ) as writer:
             for name, path, caption in items:
                 caption, data = caption.strip(), path.read_bytes()
                 if not caption:
@@ -166,8 +167,14 @@ def _pack(items: Iterable[Item], report: PackReport, shard_size: int) -> PackRep
                     report.skip("unreadable picture", f"{name}: {error}")
                     continue
                 shard, index = divmod(report.packed, shard_size)
-                writer.write({"__key__": f"{shard:05d}{index:0{digits}d}", path.suffix[1:].lower(): data,
-                              "txt": caption.encode(), "json": json.dumps({"path": name}).encode()})
+                writer.write(
+                    {
+                        "__key__": f"{shard:05d}{index:0{digits}d}",
+                        path.suffix[1:].lower(): data,
+                        "txt": caption.encode(),
+                        "json": json.dumps({"path": name}).encode(),
+                    }
+                )
                 report.packed += 1
         if not report.packed:
             what = ", ".join(f"{count} {reason}" for reason, count in report.skipped.items())

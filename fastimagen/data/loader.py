@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..images import open_rgb, resize_and_crop, to_tensor
-from ..text import TextEmbeddings
+from ..text.embeddings import TextEmbeddings
 from .order import CROPS, Order, random_bits
 from .shards import Shard
 
@@ -84,15 +84,30 @@ class Loader:
     Raises ValueError for sizes that do not fit together, and when it stops.
     """
 
-    def __init__(self, shards: Sequence[Shard], caches: Sequence[Embeddings] | None, order: Order, *,
-                 size: int, crop_size: int | None = None, global_batch: int, micro_batch: int, rank: int = 0,
-                 world_size: int = 1, threads: int = 2, prefetch: int = 2, max_bad_share: float = 0.01,
-                 seed: int) -> None:
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        caches: Sequence[Embeddings] | None,
+        order: Order,
+        *,
+        size: int,
+        crop_size: int | None = None,
+        global_batch: int,
+        micro_batch: int,
+        rank: int = 0,
+        world_size: int = 1,
+        threads: int = 2,
+        prefetch: int = 2,
+        max_bad_share: float = 0.01,
+        seed: int,
+    ) -> None:
         assert [len(shard) for shard in shards] == order.sizes.tolist(), "the order is of other shards"
         assert 0 <= rank < world_size and threads > 0 and prefetch > 0
         if global_batch < 1 or micro_batch < 1 or global_batch % (world_size * micro_batch):
-            raise ValueError(f"a global batch of {global_batch} cannot be split into micro-batches of "
-                             f"{micro_batch} on {world_size} ranks")
+            raise ValueError(
+                f"a global batch of {global_batch} cannot be split into micro-batches of "
+                f"{micro_batch} on {world_size} ranks"
+            )
         if crop_size is not None and not 1 <= crop_size <= size:
             raise ValueError(f"crops of {crop_size} from pictures of {size}")
         if caches is not None and [len(cache) for cache in caches] != order.sizes.tolist():
@@ -112,8 +127,10 @@ class Loader:
         self._excluded_share = reasons.total() / known if known >= ENOUGH_READ else 0.0
         if self._excluded_share > max_bad_share:
             what = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-            raise ValueError(f"{reasons.total()} of {known} samples cannot be used ({what}), more than "
-                             f"data.max_bad_share = {max_bad_share} allows")
+            raise ValueError(
+                f"{reasons.total()} of {known} samples cannot be used ({what}), more than "
+                f"data.max_bad_share = {max_bad_share} allows"
+            )
 
     def batches(self, start_step: int) -> Iterator[Batch]:
         """This rank's micro-batches from optimizer step `start_step` on, without end.
@@ -154,8 +171,9 @@ class Loader:
         shard = int(np.searchsorted(self._ends, place, side="right"))
         return shard, place - int(self._ends[shard] - self.order.sizes[shard])
 
-    def _submit(self, pool: ThreadPoolExecutor, positions: Sequence[int],
-                locate: Locate) -> Future[tuple[Batch, list[_Sample]]]:
+    def _submit(
+        self, pool: ThreadPoolExecutor, positions: Sequence[int], locate: Locate
+    ) -> Future[tuple[Batch, list[_Sample]]]:
         side = self.crop_size or self.size
         images = torch.empty(len(positions), 3, side, side)
         rows = images.numpy()
@@ -186,8 +204,9 @@ class Loader:
         top, left = random_bits(self.seed, CROPS, (position, 0), 2).tolist()
         return top % places, left % places, self.crop_size
 
-    def _assemble(self, images: Tensor, positions: Sequence[int],
-                  futures: list[Future[_Sample]]) -> tuple[Batch, list[_Sample]]:
+    def _assemble(
+        self, images: Tensor, positions: Sequence[int], futures: list[Future[_Sample]]
+    ) -> tuple[Batch, list[_Sample]]:
         samples = [future.result() for future in futures]
         tokens = [sample.tokens for sample in samples]
         text = None if self.caches is None else TextEmbeddings.from_list(tokens)
@@ -208,8 +227,10 @@ class Loader:
         expected = (self.max_bad_share - self._excluded_share) * read
         if read >= ENOUGH_READ and bad > expected + 3 * math.sqrt(expected):
             first = "; ".join(list(self._bad.values())[:3])
-            raise ValueError(f"{bad} of {read} pictures read are unreadable, more than data.max_bad_share = "
-                             f"{self.max_bad_share} allows: {first}{' ...' if len(self._bad) > 3 else ''}")
+            raise ValueError(
+                f"{bad} of {read} pictures read are unreadable, more than data.max_bad_share = "
+                f"{self.max_bad_share} allows: {first}{' ...' if len(self._bad) > 3 else ''}"
+            )
         return batch
 
     def _describe(self, shard: int, index: int, reason: str) -> str:

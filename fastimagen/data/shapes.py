@@ -24,25 +24,49 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 COLORS: dict[str, tuple[int, int, int]] = {
-    "red": (220, 25, 25), "orange": (240, 125, 15), "yellow": (250, 230, 40), "green": (35, 155, 50),
-    "cyan": (40, 205, 215), "blue": (35, 70, 225), "purple": (120, 25, 160), "pink": (245, 130, 190),
+    "red": (220, 25, 25),
+    "orange": (240, 125, 15),
+    "yellow": (250, 230, 40),
+    "green": (35, 155, 50),
+    "cyan": (40, 205, 215),
+    "blue": (35, 70, 225),
+    "purple": (120, 25, 160),
+    "pink": (245, 130, 190),
 }
 # No word is both a shape's colour and a background: a small network learns such captions three times as fast.
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
-    "white": (250, 250, 250), "black": (12, 12, 12), "gray": (128, 128, 128),
+    "white": (250, 250, 250),
+    "black": (12, 12, 12),
+    "gray": (128, 128, 128),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross")
 RADIUS = {"small": 10.0, "large": 16.0}
 POSITIONS: dict[str, tuple[float, float]] = {  # offset of the object from the middle
-    "center": (0, 0), "left": (-15, 0), "right": (15, 0), "top": (0, -15), "bottom": (0, 15),
+    "center": (0, 0),
+    "left": (-15, 0),
+    "right": (15, 0),
+    "top": (0, -15),
+    "bottom": (0, 15),
 }
-PLACES = {"center": "in the center", "left": "on the left", "right": "on the right", "top": "at the top",
-          "bottom": "at the bottom"}
+PLACES = {
+    "center": "in the center",
+    "left": "on the left",
+    "right": "on the right",
+    "top": "at the top",
+    "bottom": "at the bottom",
+}
 RELATIONS: dict[str, tuple[float, float]] = {  # offset of the first object; the second is opposite
-    "to the left of": (-15, 0), "to the right of": (15, 0), "above": (0, -15), "below": (0, 15),
+    "to the left of": (-15, 0),
+    "to the right of": (15, 0),
+    "above": (0, -15),
+    "below": (0, 15),
 }
 UNSEEN_PAIRS = (
-    ("red", "star"), ("blue", "cross"), ("green", "circle"), ("yellow", "triangle"), ("purple", "square"),
+    ("red", "star"),
+    ("blue", "cross"),
+    ("green", "circle"),
+    ("yellow", "triangle"),
+    ("purple", "square"),
 )
 SEEN_PAIRS = tuple(pair for pair in product(COLORS, SHAPES) if pair not in UNSEEN_PAIRS)
 SPLITS = ("train", "val", "seen", "unseen")
@@ -57,8 +81,7 @@ UNMENTIONED = 0.1  # share of training captions that leave out the size, and the
 TWO_OBJECTS = 4  # every fourth picture shows two objects
 VERSION = 2  # of scenes and pictures: raise it when anything above or below changes them
 
-_STREAMS = ("picture", "mention", "object", "place", "ground",
-            "first", "second", "two grounds", "relation", "order")
+_STREAMS = ("picture", "mention", "object", "place", "ground", "first", "second", "two grounds", "relation", "order")
 
 
 @dataclass(frozen=True)
@@ -89,7 +112,7 @@ def caption(scene: Scene) -> str:
     if scene.relation:
         first, second = (_a(f"{thing.color} {thing.shape}") for thing in scene.objects)
         return f"{first} {scene.relation} {second} on {ground}"
-    thing, = scene.objects
+    (thing,) = scene.objects
     what = _a(" ".join(word for word in (thing.size, thing.color, thing.shape) if word))
     return f"{what} {PLACES[thing.position]} of {ground}" if thing.position else f"{what} on {ground}"
 
@@ -105,8 +128,9 @@ def _one_of(words) -> str:
 _THING = f"an? (?:{_one_of(RADIUS)} )?{_one_of(COLORS)} {_one_of(SHAPES)}"
 _GROUND = f"an? {_one_of(BACKGROUNDS)} background"
 _SINGLE = re.compile(f"{_THING} (?:{_one_of(PLACES.values())} of|on) {_GROUND}")
-_PAIR = re.compile(f"an? {_one_of(COLORS)} {_one_of(SHAPES)} {_one_of(RELATIONS)} "
-                   f"an? {_one_of(COLORS)} {_one_of(SHAPES)} on {_GROUND}")
+_PAIR = re.compile(
+    f"an? {_one_of(COLORS)} {_one_of(SHAPES)} {_one_of(RELATIONS)} an? {_one_of(COLORS)} {_one_of(SHAPES)} on {_GROUND}"
+)
 
 
 def parse(text: str) -> Scene:
@@ -123,8 +147,9 @@ def parse(text: str) -> Scene:
         color, shape, relation, color2, shape2, background = match.groups()
         scene = Scene((Object(color, shape), Object(color2, shape2)), background, relation)
     if scene is None or caption(scene) != text:  # a/an
-        raise ValueError(f'not a caption of the shapes: {text!r}; one is "a large red circle on the left of '
-                         'a white background"')
+        raise ValueError(
+            f'not a caption of the shapes: {text!r}; one is "a large red circle on the left of a white background"'
+        )
     if len(set(scene.objects)) < len(scene.objects):
         raise ValueError(f"two objects of the shapes are never alike: {text!r}")
     return scene
@@ -140,6 +165,7 @@ def scene(split: str, index: int, seed: int = 0) -> Scene:
     it ends. Test captions ("seen", "unseen") of one object mention everything. Raises ValueError for an
     unknown split and for a negative index or seed.
     """
+
     def draw(choices: Sequence, stream: str):
         run, place = divmod(number, len(choices))
         return choices[_generator(seed, split, stream, run).permutation(len(choices))[place]]
@@ -230,8 +256,15 @@ def render(scene: Scene, size: int, rng: np.random.Generator) -> np.ndarray:
 # ---------------------------------------------------------------- shards
 
 
-def write_shards(out: str | Path, count: int, size: int = CANVAS, seed: int = 0, *, shard_size: int = 2000,
-                 progress: Callable[[int, int], None] | None = None) -> None:
+def write_shards(
+    out: str | Path,
+    count: int,
+    size: int = CANVAS,
+    seed: int = 0,
+    *,
+    shard_size: int = 2000,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
     """Write WebDataset shards out/train (count samples), out/val, out/seen, out/unseen: KEY.png, .txt, .json.
 
     Complete or not at all. Shards of the same pictures are left as they are; raises ValueError if `out` holds
@@ -239,14 +272,17 @@ def write_shards(out: str | Path, count: int, size: int = CANVAS, seed: int = 0,
     samples.
     """
     if count < 1 or size < 16 or seed < 0 or not 1 <= shard_size <= 10000:
-        raise ValueError(f"shapes need count >= 1, size >= 16, seed >= 0 and shard_size from 1 to 10000, got "
-                         f"{count}, {size}, {seed}, {shard_size}")
+        raise ValueError(
+            f"shapes need count >= 1, size >= 16, seed >= 0 and shard_size from 1 to 10000, got "
+            f"{count}, {size}, {seed}, {shard_size}"
+        )
     out = Path(out).resolve()
     if has_shards(out, count, size, seed):
         return
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} is not empty and does not hold these shapes: "
-                         "choose another folder, or remove it first")
+        raise ValueError(
+            f"{out} is not empty and does not hold these shapes: choose another folder, or remove it first"
+        )
     aside = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.partial"
     counts = {split: HELD_OUT.get(split, count) for split in SPLITS}
     before, total = 0, sum(counts.values())
@@ -269,14 +305,19 @@ def _write_split(folder: Path, split: str, count: int, size: int, seed: int, sha
     folder.mkdir(parents=True)
     # Bytes in, fixed time stamps: the same pictures give the same tars. % is ShardWriter's own sign.
     pattern = str(folder).replace("%", "%%") + "/%05d.tar"
-    with ShardWriter(pattern, maxcount=shard_size, maxsize=float("inf"), verbose=0, encoder=False,
-                     mtime=0) as writer:
+    with ShardWriter(pattern, maxcount=shard_size, maxsize=float("inf"), verbose=0, encoder=False, mtime=0) as writer:
         for index in range(count):
             image, text = sample(split, index, seed, size)
             shard, within = divmod(index, shard_size)
             about = {"caption": text, **asdict(parse(text))}
-            writer.write({"__key__": f"{shard:05d}{within:04d}", "png": _png(image), "txt": text.encode(),
-                          "json": json.dumps(about).encode()})
+            writer.write(
+                {
+                    "__key__": f"{shard:05d}{within:04d}",
+                    "png": _png(image),
+                    "txt": text.encode(),
+                    "json": json.dumps(about).encode(),
+                }
+            )
             yield index + 1
 
 

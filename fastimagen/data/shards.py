@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..text import write_safetensors
+from ..files import write_safetensors
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ class Shard:
         return json.loads(self._read(index, 4) or "{}")
 
     def _read(self, index: int, column: int) -> bytes:
-        offset, size = self.places[index, column:column + 2].tolist()
+        offset, size = self.places[index, column : column + 2].tolist()
         file = _open(self.path, self.stamp)  # keeps the descriptor open even if the cache drops it now
         data = os.pread(file.fd, size, offset)
         if len(data) != size:
@@ -162,8 +162,13 @@ def index_shard(path: str | Path) -> Shard:
         else:
             places.append((*files["image"], *files["txt"], *files.get("json", (0, 0))))
             names.append(key.encode("utf-8", "surrogateescape"))
-    return Shard(str(path), file.stamp, np.array(places, dtype=np.int64).reshape(-1, 6),
-                 np.array(names, dtype=np.bytes_), {reason: n for reason, n in excluded.items() if n})
+    return Shard(
+        str(path),
+        file.stamp,
+        np.array(places, dtype=np.int64).reshape(-1, 6),
+        np.array(names, dtype=np.bytes_),
+        {reason: n for reason, n in excluded.items() if n},
+    )
 
 
 def _fault(fd: int, files: dict[str, tuple[int, int]]) -> str | None:
@@ -244,9 +249,9 @@ def _pax(content: bytes, path: str | Path) -> dict[str, str]:
         length = content.partition(b" ")[0]
         if not length.isdigit() or not 0 < int(length) <= len(content):
             raise ValueError(f"shard {path} is damaged: a pax header makes no sense")
-        key, _, value = content[len(length) + 1:int(length) - 1].partition(b"=")
+        key, _, value = content[len(length) + 1 : int(length) - 1].partition(b"=")
         records[_text(key)] = _text(value)
-        content = content[int(length):]
+        content = content[int(length) :]
     if any(key.startswith("GNU.sparse.") for key in records):
         raise ValueError(f"shard {path} holds sparse files: write it without --sparse")
     return records
@@ -289,8 +294,9 @@ def list_shards(source: str | Path | Sequence[str | Path]) -> list[str]:
     return shards
 
 
-def open_shards(source: str | Path | Sequence[str | Path], *, cache: str | Path | None = None, rank: int = 0,
-                world_size: int = 1) -> list[Shard]:
+def open_shards(
+    source: str | Path | Sequence[str | Path], *, cache: str | Path | None = None, rank: int = 0, world_size: int = 1
+) -> list[Shard]:
     """All shards of `source` (see `list_shards`), those of URLs fetched into the folder `cache`.
 
     Indices are read, or made and kept, beside the tars. Each rank starts at another shard, so that ranks that
@@ -309,8 +315,13 @@ def open_shards(source: str | Path | Sequence[str | Path], *, cache: str | Path 
     reasons = ", ".join(f"{count} {reason}" for reason, count in excluded.items()) or "nothing"
     if not samples:
         raise ValueError(f"no sample in {len(shards)} shards ({paths[0]} ...): left out {reasons}")
-    log.log(logging.WARNING if excluded else logging.INFO, "%d samples in %d shards; left out: %s",
-            samples, len(shards), reasons)
+    log.log(
+        logging.WARNING if excluded else logging.INFO,
+        "%d samples in %d shards; left out: %s",
+        samples,
+        len(shards),
+        reasons,
+    )
     return [shards[i] for i in range(len(paths))]
 
 
@@ -357,8 +368,13 @@ def _indexed(path: str) -> Shard:
             header = kept.metadata() or {}
             if (header.get("format"), header.get("tar")) == (FORMAT, stamp):
                 names = kept.get_tensor("names")  # (n, longest) uint8
-                return Shard(path, stamp, kept.get_tensor("places"),
-                             names.view(f"S{names.shape[1]}").reshape(-1), json.loads(header["excluded"]))
+                return Shard(
+                    path,
+                    stamp,
+                    kept.get_tensor("places"),
+                    names.view(f"S{names.shape[1]}").reshape(-1),
+                    json.loads(header["excluded"]),
+                )
     except FileNotFoundError:
         pass  # the first time, or the tar itself is missing: index_shard will say so
     except (OSError, SafetensorError) as error:
@@ -372,8 +388,11 @@ def _keep_index(shard: Shard) -> None:
     names = shard.names.view(np.uint8).reshape(len(shard), shard.names.itemsize)  # (n, longest)
     tensors = {"places": torch.from_numpy(shard.places), "names": torch.from_numpy(names)}
     try:
-        write_safetensors(f"{shard.path}.index", tensors,
-                          {"format": FORMAT, "tar": shard.stamp, "excluded": json.dumps(shard.excluded)})
+        write_safetensors(
+            f"{shard.path}.index",
+            tensors,
+            {"format": FORMAT, "tar": shard.stamp, "excluded": json.dumps(shard.excluded)},
+        )
     except OSError as error:
         _warn_unkept(os.path.dirname(shard.path), error.strerror)
 

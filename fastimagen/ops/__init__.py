@@ -4,9 +4,9 @@ Each op is a plain PyTorch reference and, where they can run, Triton kernels; `s
 """
 
 from .attention import attention
-from .backend import backend, set_backend
+from .dispatch import backend, set_backend
+from .dynamic_threshold import dynamic_threshold
 from .group_norm import group_norm_silu
-from .sampling import sampler_step
-from .thresholding import dynamic_threshold
+from .sampler_step import sampler_step
 
 __all__ = ["attention", "backend", "dynamic_threshold", "group_norm_silu", "sampler_step", "set_backend"]

@@ -12,9 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .attention_op import fused
-from .backend import backend, no_xformers, use_triton
-
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from .dispatch import KERNEL_DTYPES, backend, no_xformers, use_triton
 
 
 class Keys(NamedTuple):
@@ -33,10 +31,19 @@ class Keys(NamedTuple):
     lengths: Tensor | None
 
 
-def attention(q: Tensor, k: Tensor | None = None, v: Tensor | None = None, *, null_k: Tensor | None = None,
-              null_v: Tensor | None = None, context_k: Tensor | None = None, context_v: Tensor | None = None,
-              context_lengths: Tensor | None = None, qk_scales: tuple[Tensor, Tensor] | None = None,
-              scale: float | None = None) -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    *,
+    null_k: Tensor | None = None,
+    null_v: Tensor | None = None,
+    context_k: Tensor | None = None,
+    context_v: Tensor | None = None,
+    context_lengths: Tensor | None = None,
+    qk_scales: tuple[Tensor, Tensor] | None = None,
+    scale: float | None = None,
+) -> Tensor:
     """Attention over up to three sources of keys at once: a learned null key, context (text), and k.
 
     q (B, N, H, D); k, v (B, S, K, D) with K in {1, H}, absent in pure cross-attention; null_k, null_v (D,), shared
@@ -59,10 +66,10 @@ def attention(q: Tensor, k: Tensor | None = None, v: Tensor | None = None, *, nu
     slower = "float32 is faster there" if q.dtype == torch.float32 else None
     if use_triton("attention", q, _unsupported(q, scale), slower):
         return fused(q, *keys, scale)
-    return reference(q, keys, scale)
+    return attention_reference(q, keys, scale)
 
 
-def reference(q: Tensor, keys: Keys, scale: float) -> Tensor:
+def attention_reference(q: Tensor, keys: Keys, scale: float) -> Tensor:
     """`attention` in plain PyTorch, after `_prepare`. Heads fold into rows where they share keys: multi-query attention
     is single-head attention with N * H queries, and SDPA needs no expanded keys for it."""
     batch, queries, heads, width = q.shape
@@ -72,8 +79,13 @@ def reference(q: Tensor, keys: Keys, scale: float) -> Tensor:
     if k.shape[2] == 1:
         q = q.reshape(batch, queries * heads, 1, width)
     seen = None if mask is None else mask | ~mask.any(dim=1, keepdim=True)  # SDPA of a row without a key may be NaN
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
-                                         attn_mask=None if seen is None else seen[:, None, None, :], scale=scale)
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=None if seen is None else seen[:, None, None, :],
+        scale=scale,
+    )
     out = out.transpose(1, 2)  # (B, N * H, 1, D) or (B, N, H, D)
     if mask is not None and keys.null_k is None and keys.k is None:
         out = torch.where(mask.any(dim=1)[:, None, None, None], out, 0)
@@ -118,12 +130,14 @@ def _prepare(q: Tensor, keys: Keys, qk_scales: tuple[Tensor, Tensor] | None) -> 
     heads = max(_heads(key) for key in (keys.k, keys.context_k, keys.null_k) if key is not None)
     k, v, context_k, context_v = (
         None if x is None else x.to(q.dtype).expand(-1, -1, heads, -1)
-        for x in (keys.k, keys.v, keys.context_k, keys.context_v))
+        for x in (keys.k, keys.v, keys.context_k, keys.context_v)
+    )
     null_k, null_v = (x if x is None or x.dim() == 1 else x.expand(heads, -1) for x in (keys.null_k, keys.null_v))
     if qk_scales is not None:
         q, k, context_k, null_k = (
             None if x is None else (F.normalize(x, dim=-1) * scale).to(q.dtype)
-            for x, scale in ((q, qk_scales[0]), *((key, qk_scales[1]) for key in (k, context_k, null_k))))
+            for x, scale in ((q, qk_scales[0]), *((key, qk_scales[1]) for key in (k, context_k, null_k)))
+        )
     return q, Keys(k, v, null_k, null_v, context_k, context_v, keys.lengths)
 
 
@@ -134,8 +148,10 @@ def _concatenated(q: Tensor, keys: Keys) -> tuple[Tensor, Tensor, Tensor | None]
     if keys.null_k is not None and keys.null_k.dim() == 2:
         heads = keys.null_k.shape[0]
     null = (None if x is None else x.to(q.dtype).expand(batch, 1, heads, width) for x in (keys.null_k, keys.null_v))
-    k, v = (torch.cat([x for x in source if x is not None], dim=1)
-            for source in zip(null, (keys.context_k, keys.context_v), (keys.k, keys.v)))
+    k, v = (
+        torch.cat([x for x in source if x is not None], dim=1)
+        for source in zip(null, (keys.context_k, keys.context_v), (keys.k, keys.v))
+    )
     if keys.lengths is None:
         return k, v, None
     first = 0 if keys.null_k is None else 1
@@ -154,8 +170,11 @@ def _check(q: Tensor, keys: Keys) -> None:
     batch, _, heads, width = q.shape
     if keys.k is None and keys.null_k is None and keys.context_k is None:
         raise ValueError("attention needs at least one of k, null_k and context_k")
-    for names, key, value in (("k and v", keys.k, keys.v), ("null_k and null_v", keys.null_k, keys.null_v),
-                              ("context_k and context_v", keys.context_k, keys.context_v)):
+    for names, key, value in (
+        ("k and v", keys.k, keys.v),
+        ("null_k and null_v", keys.null_k, keys.null_v),
+        ("context_k and context_v", keys.context_k, keys.context_v),
+    ):
         if (key is None) != (value is None):
             raise ValueError(f"{names} go together")
         if key is None:
@@ -173,8 +192,10 @@ def _check(q: Tensor, keys: Keys) -> None:
         if keys.context_k is None:
             raise ValueError("context_lengths without context_k")
         if keys.lengths.shape != (batch,) or keys.lengths.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"context_lengths must be ({batch},) int32 or int64, got {tuple(keys.lengths.shape)} "
-                             f"{_name(keys.lengths.dtype)}")
+            raise ValueError(
+                f"context_lengths must be ({batch},) int32 or int64, got {tuple(keys.lengths.shape)} "
+                f"{_name(keys.lengths.dtype)}"
+            )
 
 
 def _unsupported(q: Tensor, scale: float) -> str | None:

@@ -10,19 +10,36 @@ import math
 import torch
 from torch import Tensor
 
-from .backend import in_kernels
+from .dispatch import in_kernels
 
 
-def fused(q: Tensor, k: Tensor | None, v: Tensor | None, null_k: Tensor | None, null_v: Tensor | None,
-          context_k: Tensor | None, context_v: Tensor | None, lengths: Tensor | None, scale: float) -> Tensor:
+def fused(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    null_k: Tensor | None,
+    null_v: Tensor | None,
+    context_k: Tensor | None,
+    context_v: Tensor | None,
+    lengths: Tensor | None,
+    scale: float,
+) -> Tensor:
     """Attention (B, N, H, D), of `ops.attention.Keys` as `_prepare` leaves them."""
     return _forward(q, k, v, null_k, null_v, context_k, context_v, lengths, scale)[0]
 
 
 @torch.library.custom_op("fastimagen::attention", mutates_args=())
-def _forward(q: Tensor, k: Tensor | None, v: Tensor | None, null_k: Tensor | None, null_v: Tensor | None,
-             context_k: Tensor | None, context_v: Tensor | None, lengths: Tensor | None, scale: float,
-             ) -> tuple[Tensor, Tensor]:
+def _forward(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    null_k: Tensor | None,
+    null_v: Tensor | None,
+    context_k: Tensor | None,
+    context_v: Tensor | None,
+    lengths: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
     """out (B, N, H, D) and lse (B, K, N * G), base 2, in fp32, of float64 in float64."""
     inputs = (q, k, v, _contiguous(null_k), _contiguous(null_v), context_k, context_v, _contiguous(lengths))
     if in_kernels(q):
@@ -33,9 +50,20 @@ def _forward(q: Tensor, k: Tensor | None, v: Tensor | None, null_k: Tensor | Non
 
 
 @torch.library.custom_op("fastimagen::attention_backward", mutates_args=())
-def _backward(dout: Tensor, q: Tensor, k: Tensor | None, v: Tensor | None, null_k: Tensor | None,
-              null_v: Tensor | None, context_k: Tensor | None, context_v: Tensor | None, lengths: Tensor | None,
-              out: Tensor, lse: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    null_k: Tensor | None,
+    null_v: Tensor | None,
+    context_k: Tensor | None,
+    context_v: Tensor | None,
+    lengths: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, dnull (2, *null_k.shape), dcontext_k, dcontext_v; what there is not is empty."""
     inputs = (q, k, v, _contiguous(null_k), _contiguous(null_v), context_k, context_v, _contiguous(lengths))
     if in_kernels(q):
@@ -54,8 +82,9 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
 # ------------------------------------------------------------------------------------- without kernels
 
 
-def _scores(q: Tensor, k: Tensor | None, null_k: Tensor | None, context_k: Tensor | None, lengths: Tensor | None,
-            c: float) -> tuple[Tensor, Tensor, Tensor]:
+def _scores(
+    q: Tensor, k: Tensor | None, null_k: Tensor | None, context_k: Tensor | None, lengths: Tensor | None, c: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Scores (B, K, N * G, S'), -inf where a key does not count; rows (B, K, N * G, D); keys (B, K, S', D)."""
     keys = _all_keys(q, k, null_k, context_k)
     rows = _rows(q, keys.shape[1])
@@ -90,9 +119,17 @@ def _all_keys(q: Tensor, k: Tensor | None, null_k: Tensor | None, context_k: Ten
     return torch.cat([_precise(x) for x in sources], dim=1).transpose(1, 2)
 
 
-def _dense_forward(q: Tensor, k: Tensor | None, v: Tensor | None, null_k: Tensor | None, null_v: Tensor | None,
-                   context_k: Tensor | None, context_v: Tensor | None, lengths: Tensor | None, scale: float,
-                   ) -> tuple[Tensor, Tensor]:
+def _dense_forward(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    null_k: Tensor | None,
+    null_v: Tensor | None,
+    context_k: Tensor | None,
+    context_v: Tensor | None,
+    lengths: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
     with torch.autocast(q.device.type, enabled=False):
         scores = _scores(q, k, null_k, context_k, lengths, scale * math.log2(math.e))[0]
         lse = torch.logsumexp(scores * math.log(2), dim=-1) / math.log(2)  # (B, K, N * G)
@@ -100,9 +137,20 @@ def _dense_forward(q: Tensor, k: Tensor | None, v: Tensor | None, null_k: Tensor
         return _unrows(torch.exp2(scores - lse[..., None]) @ _all_keys(q, v, null_v, context_v), q), lse
 
 
-def _dense_backward(dout: Tensor, q: Tensor, k: Tensor | None, v: Tensor | None, null_k: Tensor | None,
-                    null_v: Tensor | None, context_k: Tensor | None, context_v: Tensor | None,
-                    lengths: Tensor | None, out: Tensor, lse: Tensor, scale: float) -> tuple[Tensor | None, ...]:
+def _dense_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    null_k: Tensor | None,
+    null_v: Tensor | None,
+    context_k: Tensor | None,
+    context_v: Tensor | None,
+    lengths: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+) -> tuple[Tensor | None, ...]:
     with torch.autocast(q.device.type, enabled=False):
         scores, rows, keys = _scores(q, k, null_k, context_k, lengths, scale * math.log2(math.e))
         values = _all_keys(q, v, null_v, context_v)
@@ -116,8 +164,12 @@ def _dense_backward(dout: Tensor, q: Tensor, k: Tensor | None, v: Tensor | None,
         if null_k is not None:
             both = torch.stack([dnull_k, dnull_v]).sum(dim=(1, 2))  # (2, K, D)
             dnull = (both.sum(dim=1) if null_k.dim() == 1 else both).to(null_k.dtype)
-        return (_unrows(ds @ keys, q), *(_like(x, y) for x, y in ((dk, k), (dv, v))), dnull,
-                *(_like(x, y) for x, y in ((dcontext_k, context_k), (dcontext_v, context_v))))
+        return (
+            _unrows(ds @ keys, q),
+            *(_like(x, y) for x, y in ((dk, k), (dv, v))),
+            dnull,
+            *(_like(x, y) for x, y in ((dcontext_k, context_k), (dcontext_v, context_v))),
+        )
 
 
 def _like(grad: Tensor, x: Tensor | None) -> Tensor | None:
@@ -128,9 +180,17 @@ def _like(grad: Tensor, x: Tensor | None) -> Tensor | None:
 
 
 @_forward.register_fake
-def _(q: Tensor, k: Tensor | None, v: Tensor | None, null_k: Tensor | None, null_v: Tensor | None,
-      context_k: Tensor | None, context_v: Tensor | None, lengths: Tensor | None, scale: float,
-      ) -> tuple[Tensor, Tensor]:
+def _(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    null_k: Tensor | None,
+    null_v: Tensor | None,
+    context_k: Tensor | None,
+    context_v: Tensor | None,
+    lengths: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
     batch, queries, heads, _ = q.shape
     key_heads = next((x.shape[2] for x in (k, context_k) if x is not None), None)
     if key_heads is None:
@@ -140,11 +200,23 @@ def _(q: Tensor, k: Tensor | None, v: Tensor | None, null_k: Tensor | None, null
 
 
 @_backward.register_fake
-def _(dout: Tensor, q: Tensor, k: Tensor | None, v: Tensor | None, null_k: Tensor | None, null_v: Tensor | None,
-      context_k: Tensor | None, context_v: Tensor | None, lengths: Tensor | None, out: Tensor, lse: Tensor,
-      scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dq, dk, dv, dcontext_k, dcontext_v = (q.new_empty(0 if x is None else x.shape)
-                                          for x in (q, k, v, context_k, context_v))
+def _(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    null_k: Tensor | None,
+    null_v: Tensor | None,
+    context_k: Tensor | None,
+    context_v: Tensor | None,
+    lengths: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dq, dk, dv, dcontext_k, dcontext_v = (
+        q.new_empty(0 if x is None else x.shape) for x in (q, k, v, context_k, context_v)
+    )
     dnull = q.new_empty(0) if null_k is None else null_k.new_empty(2, *null_k.shape)
     return dq, dk, dv, dnull, dcontext_k, dcontext_v
 

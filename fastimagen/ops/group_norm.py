@@ -6,15 +6,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .backend import in_kernels, use_triton
+from .dispatch import KERNEL_DTYPES, in_kernels, use_triton
 from .layout import dense, laid_as
 
 ACTIVATIONS = ("silu", "none")
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, *, scale: Tensor | None = None,
-                    shift: Tensor | None = None, eps: float = 1e-5, activation: str = "silu") -> Tensor:
+def group_norm_silu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: str = "silu",
+) -> Tensor:
     """y = act(GroupNorm(x) * (1 + scale) + shift); act is "silu" or "none" (Imagen's residual blocks, appendix B).
 
     x (B, C, H, W), contiguous or channels_last; y has its layout and dtype, under autocast too. weight, bias (C,);
@@ -24,11 +32,22 @@ def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, *,
     _check(x, weight, bias, num_groups, scale, shift, activation)
     if use_triton("group_norm_silu", x, _unsupported(x, weight, bias, scale, shift)):
         return _forward(x, weight, bias, scale, shift, num_groups, eps, activation)[0]
-    return reference(x, weight, bias, num_groups, scale=scale, shift=shift, eps=eps, activation=activation)
+    return group_norm_silu_reference(
+        x, weight, bias, num_groups, scale=scale, shift=shift, eps=eps, activation=activation
+    )
 
 
-def reference(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, *, scale: Tensor | None = None,
-              shift: Tensor | None = None, eps: float = 1e-5, activation: str = "silu") -> Tensor:
+def group_norm_silu_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: str = "silu",
+) -> Tensor:
     """`group_norm_silu` in plain PyTorch, differentiable by PyTorch."""
     y = torch.group_norm(x, num_groups, weight.to(x.dtype), bias.to(x.dtype), eps)
     if scale is not None:
@@ -37,8 +56,15 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, *, scale
     return (F.silu(y) if activation == "silu" else y).to(x.dtype)
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, scale: Tensor | None, shift: Tensor | None,
-           activation: str) -> None:
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    activation: str,
+) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(f'no activation "{activation}"; there are {", ".join(ACTIVATIONS)}')
     if x.dim() != 4:
@@ -48,8 +74,12 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, scale: Tens
         raise ValueError(f"{channels} channels cannot be split into {num_groups} groups")
     if (scale is None) != (shift is None):
         raise ValueError("scale and shift go together")
-    for name, vector, shape in (("weight", weight, (channels,)), ("bias", bias, (channels,)),
-                                ("scale", scale, (batch, channels)), ("shift", shift, (batch, channels))):
+    for name, vector, shape in (
+        ("weight", weight, (channels,)),
+        ("bias", bias, (channels,)),
+        ("scale", scale, (batch, channels)),
+        ("shift", shift, (batch, channels)),
+    ):
         if vector is not None and vector.shape != shape:
             raise ValueError(f"{name} must be {tuple(shape)} for x {tuple(x.shape)}, got {tuple(vector.shape)}")
 
@@ -66,24 +96,42 @@ def _unsupported(*tensors: Tensor | None) -> str | None:
 
 
 @torch.library.custom_op("fastimagen::group_norm_silu", mutates_args=())
-def _forward(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, num_groups: int,
-             eps: float, activation: str) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    num_groups: int,
+    eps: float,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
     """y, and mean and rstd (B, G) in fp32."""
     x = dense(x)
     if in_kernels(x):
         from fastimagen_kernels.group_norm import group_norm_forward
 
-        return group_norm_forward(x, weight.contiguous(), bias.contiguous(), _rows(scale), _rows(shift), num_groups,
-                                  eps, activation == "silu")
+        return group_norm_forward(
+            x, weight.contiguous(), bias.contiguous(), _rows(scale), _rows(shift), num_groups, eps, activation == "silu"
+        )
     var, mean = torch.var_mean(x.float().unflatten(1, (num_groups, -1)), dim=(2, 3, 4), correction=0)  # (B, G)
-    y = reference(x, weight, bias, num_groups, scale=scale, shift=shift, eps=eps, activation=activation)
+    y = group_norm_silu_reference(x, weight, bias, num_groups, scale=scale, shift=shift, eps=eps, activation=activation)
     return laid_as(x, y), mean, (var + eps).rsqrt()
 
 
 @torch.library.custom_op("fastimagen::group_norm_silu_backward", mutates_args=())
-def _backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None,
-              mean: Tensor, rstd: Tensor, num_groups: int, activation: str,
-              ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    num_groups: int,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dx, dweight, dbias, dscale, dshift; the last two empty without FiLM."""
     x = dense(x)
     dy = laid_as(x, dy)
@@ -91,19 +139,39 @@ def _backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor
         from fastimagen_kernels.group_norm import group_norm_backward
 
         dx, dweight, dbias, dscale, dshift = group_norm_backward(
-            dy, x, weight.contiguous(), bias.contiguous(), _rows(scale), _rows(shift), mean, rstd, num_groups,
-            activation == "silu")
+            dy,
+            x,
+            weight.contiguous(),
+            bias.contiguous(),
+            _rows(scale),
+            _rows(shift),
+            mean,
+            rstd,
+            num_groups,
+            activation == "silu",
+        )
     else:
-        dx, dweight, dbias, dscale, dshift = _gradients(dy, x, weight, bias, scale, shift, mean, rstd, num_groups,
-                                                        activation)
+        dx, dweight, dbias, dscale, dshift = _gradients(
+            dy, x, weight, bias, scale, shift, mean, rstd, num_groups, activation
+        )
     dscale, dshift = (x.new_empty(0) if gradient is None else gradient for gradient in (dscale, dshift))
     return dx, dweight, dbias, dscale, dshift
 
 
-def _gradients(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None,
-               mean: Tensor, rstd: Tensor, num_groups: int, activation: str,
-               ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+def _gradients(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    num_groups: int,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """The backward pass as the kernels compute it (kernels/group_norm.py has the formulas), in PyTorch."""
+
     def spread(statistic: Tensor) -> Tensor:  # (B, G) -> (B, C, 1, 1)
         return statistic.repeat_interleave(x.shape[1] // num_groups, dim=1)[:, :, None, None]
 
@@ -130,15 +198,33 @@ def _rows(vector: Tensor | None) -> Tensor | None:
 
 
 @_forward.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, num_groups: int, eps: float,
-      activation: str) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    num_groups: int,
+    eps: float,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
     mean, rstd = (x.new_empty(x.shape[0], num_groups, dtype=torch.float32) for _ in range(2))
     return torch.empty_like(dense(x)), mean, rstd
 
 
 @_backward.register_fake
-def _(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, mean: Tensor,
-      rstd: Tensor, num_groups: int, activation: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    num_groups: int,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dscale, dshift = (x.new_empty(0) if vector is None else vector.new_empty(vector.shape) for vector in (scale, shift))
     return torch.empty_like(dense(x)), torch.empty_like(weight), torch.empty_like(bias), dscale, dshift
 

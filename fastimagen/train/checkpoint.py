@@ -82,8 +82,10 @@ def load(checkpoint: Path, engine: Any, ema: EMA) -> dict[str, Any]:
 
     state = read_state(checkpoint)
     if state["world_size"] != dist.get_world_size():
-        raise ValueError(f"{checkpoint} was written by {state['world_size']} processes, this run has "
-                         f"{dist.get_world_size()}: start as many, or start a new run from exported weights")
+        raise ValueError(
+            f"{checkpoint} was written by {state['world_size']} processes, this run has "
+            f"{dist.get_world_size()}: start as many, or start a new run from exported weights"
+        )
     with ema.swapped():  # the shards stand for the average while its values come in by name
         scatter_fp32(engine, load_file(checkpoint / "ema.safetensors"))
     path, _ = engine.load_checkpoint(str(checkpoint), tag="deepspeed")

@@ -22,8 +22,13 @@ def init_distributed() -> torch.device:
 
     Returns this process's device: its GPU with NCCL, or the CPU with gloo.
     """
-    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"),
-                        ("MASTER_PORT", "0")):
+    for name, value in (
+        ("RANK", "0"),
+        ("LOCAL_RANK", "0"),
+        ("WORLD_SIZE", "1"),
+        ("MASTER_ADDR", "127.0.0.1"),
+        ("MASTER_PORT", "0"),
+    ):
         os.environ.setdefault(name, value)
     if os.environ["WORLD_SIZE"] != "1" and os.environ["MASTER_PORT"] == "0":
         raise ValueError("MASTER_PORT 0 means any free port, which several processes cannot guess alike: name one")
@@ -45,8 +50,16 @@ def init_distributed() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
 
 
-def resolve_deepspeed(base: dict[str, Any], override: dict[str, Any], *, steps: int, world_size: int, cuda: bool,
-                      tensorboard: str, job_name: str) -> tuple[dict[str, Any], list[str]]:
+def resolve_deepspeed(
+    base: dict[str, Any],
+    override: dict[str, Any],
+    *,
+    steps: int,
+    world_size: int,
+    cuda: bool,
+    tensorboard: str,
+    job_name: str,
+) -> tuple[dict[str, Any], list[str]]:
     """The configuration that DeepSpeed gets, and one line for everything that was decided here.
 
     `override` (the stage's keys) is merged over `base`; every "auto" is resolved or refused; without CUDA the run is
@@ -100,8 +113,9 @@ def _resolve_clipping(resolved: dict[str, Any], notices: list[str]) -> None:
     """DeepSpeed clips to a norm of 1 where nothing is said, and clips what Muon has already made orthogonal."""
     muon = resolved["optimizer"]["type"].lower() == "muon"
     if muon and resolved.get("gradient_clipping"):
-        raise ValueError("gradient_clipping with Muon would shrink its orthogonal updates, whatever the gradients: "
-                         "leave it out")
+        raise ValueError(
+            "gradient_clipping with Muon would shrink its orthogonal updates, whatever the gradients: leave it out"
+        )
     if "gradient_clipping" not in resolved:
         resolved["gradient_clipping"] = 0.0 if muon else 1.0
         notices.append(f"gradient_clipping: {resolved['gradient_clipping']} ({'Muon' if muon else 'not given'})")
@@ -145,10 +159,15 @@ def _resolve_batch(resolved: dict[str, Any], world_size: int, notices: list[str]
     elif accumulation not in known:
         known[accumulation] = known[total] // (known[micro] * world_size)
     if known[micro] < 1 or known[micro] * known[accumulation] * world_size != known[total]:
-        raise ValueError(f"{total} {known[total]} is not {micro} {known[micro]} x {accumulation} "
-                         f"{known[accumulation]} x {world_size} processes")
-    notices += [f"{key}: {known[key]}" + (" (was auto)" if given[key] == "auto" else " (not given)")
-                for key in known if known[key] != given[key]]
+        raise ValueError(
+            f"{total} {known[total]} is not {micro} {known[micro]} x {accumulation} "
+            f"{known[accumulation]} x {world_size} processes"
+        )
+    notices += [
+        f"{key}: {known[key]}" + (" (was auto)" if given[key] == "auto" else " (not given)")
+        for key in known
+        if known[key] != given[key]
+    ]
     resolved.update(known)
 
 
@@ -170,8 +189,9 @@ def make_engine(model: nn.Module, deepspeed_config: dict[str, Any]) -> Any:
     from pydantic import ValidationError
 
     try:
-        engine, *_ = deepspeed.initialize(model=model, model_parameters=list(model.parameters()),
-                                          config=copy.deepcopy(deepspeed_config))
+        engine, *_ = deepspeed.initialize(
+            model=model, model_parameters=list(model.parameters()), config=copy.deepcopy(deepspeed_config)
+        )
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"DeepSpeed key {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
@@ -190,8 +210,10 @@ def gather_fp32(engine: Any) -> dict[str, Tensor]:
     """All fp32 master weights by parameter name, full shapes, on the CPU. Every process must call it."""
     from deepspeed.utils import safe_get_full_fp32_param
 
-    return {name: safe_get_full_fp32_param(param).detach().to("cpu", copy=True)
-            for name, param in engine.module.named_parameters()}
+    return {
+        name: safe_get_full_fp32_param(param).detach().to("cpu", copy=True)
+        for name, param in engine.module.named_parameters()
+    }
 
 
 def scatter_fp32(engine: Any, weights: dict[str, Tensor]) -> None:

@@ -18,15 +18,15 @@ import torch.distributed as dist
 from ..cascade import Stage
 from ..config import Config, StageConfig, StageTrainConfig
 from ..data.source import Split, embed_all, is_embedded, open_split, prepare_shapes
-from ..samplers import mix_seed
-from ..unet import UNet
+from ..networks.unet import UNet
+from ..seeds import mix_seed
 from . import checkpoint
-from .control import StopRequest, lock_run
 from .ema import EMA
 from .engine import fp32_shards, init_distributed, make_engine, resolve_deepspeed
-from .evaluation import sample_grid, validation_loss
 from .metrics import Metrics, Window
-from .start import check_same_stage, initial_unet, plan
+from .preemption import StopRequest, lock_run
+from .stage_setup import check_same_stage, initial_unet, plan
+from .validation import sample_grid, validation_loss
 
 
 class Stopped(Exception):
@@ -98,11 +98,19 @@ class Trainer:
             start, window = state["step"], Window.resume(self.device, state["window"], self.rank)
             self._say(f"{config.name}: resuming from step {start}")
         accumulation = deepspeed["gradient_accumulation_steps"]
-        loader = train.loader(self.config.fastimagen, size=config.size, crop=config.crop, rank=self.rank,
-                              world_size=self.world, global_batch=deepspeed["train_batch_size"],
-                              micro_batch=deepspeed["train_micro_batch_size_per_gpu"], seed=settings.seed)
-        metrics = Metrics(self.run_dir, stage=config.name, steps=steps, start=start, rank=self.rank,
-                          monitor=engine.monitor)
+        loader = train.loader(
+            self.config.fastimagen,
+            size=config.size,
+            crop=config.crop,
+            rank=self.rank,
+            world_size=self.world,
+            global_batch=deepspeed["train_batch_size"],
+            micro_batch=deepspeed["train_micro_batch_size_per_gpu"],
+            seed=settings.seed,
+        )
+        metrics = Metrics(
+            self.run_dir, stage=config.name, steps=steps, start=start, rank=self.rank, monitor=engine.monitor
+        )
         batches = loader.batches(start)
         try:
             for step in range(start + 1, steps + 1):
@@ -131,12 +139,20 @@ class Trainer:
                     loss = validation_loss(stage, engine, ema, validation, self.config, self.device)
                     metrics.write(step, val_loss=loss)
                 if validation and (step % settings.sample_every == 0 or step == steps):
-                    sample_grid(stage, engine, ema, validation, self.config, self.device,
-                                self.run_dir / "samples" / config.name / f"step-{step:08d}.png")
+                    sample_grid(
+                        stage,
+                        engine,
+                        ema,
+                        validation,
+                        self.config,
+                        self.device,
+                        self.run_dir / "samples" / config.name / f"step-{step:08d}.png",
+                    )
                 reason = stop.agreed()
                 if reason or step == steps or step % settings.checkpoint_every == 0:
-                    checkpoint.save(self._folder(config), engine, ema, self._state(config, step, window),
-                                    settings.keep_checkpoints)
+                    checkpoint.save(
+                        self._folder(config), engine, ema, self._state(config, step, window), settings.keep_checkpoints
+                    )
                 if reason:
                     raise Stopped(f"{reason}: saved {config.name} at step {step}; the same command resumes")
         finally:
@@ -177,30 +193,44 @@ class Trainer:
     def _train_config(self, config: StageConfig) -> StageTrainConfig:
         """train.stages of this stage, with what it leaves open filled in."""
         here = self.settings.stages.get(config.name, StageTrainConfig())
-        return here.model_copy(update={"steps": here.steps or self.settings.steps,
-                                       "ema": here.ema or self.settings.ema})
+        return here.model_copy(
+            update={"steps": here.steps or self.settings.steps, "ema": here.ema or self.settings.ema}
+        )
 
     def _resolve(self, config: StageConfig, world: int, device: str) -> tuple[dict[str, Any], list[str]]:
         here = self._train_config(config)
         deepspeed, notices = resolve_deepspeed(
-            self.config.deepspeed, here.deepspeed, steps=here.steps, world_size=world, cuda=device == "cuda",
-            tensorboard=str(self.run_dir / "tensorboard"), job_name=config.name)
+            self.config.deepspeed,
+            here.deepspeed,
+            steps=here.steps,
+            world_size=world,
+            cuda=device == "cuda",
+            tensorboard=str(self.run_dir / "tensorboard"),
+            job_name=config.name,
+        )
         if self.settings.compile and device != "cuda":
             notices.append("train.compile: null (no CUDA)")
         return deepspeed, notices
 
     def _headline(self, config: StageConfig, unet: UNet, deepspeed: dict[str, Any], world: int, device: str) -> str:
         millions = sum(p.numel() for p in unet.parameters()) / 1e6
-        return (f"{config.name}: {config.size}x{config.size}, {millions:.2f} M parameters, "
-                f"{self._train_config(config).steps} steps of {deepspeed['train_batch_size']} images "
-                f"on {world} x {device}")
+        return (
+            f"{config.name}: {config.size}x{config.size}, {millions:.2f} M parameters, "
+            f"{self._train_config(config).steps} steps of {deepspeed['train_batch_size']} images "
+            f"on {world} x {device}"
+        )
 
     def _make_engine(self, config: StageConfig) -> tuple[Any, dict[str, Any]]:
         deepspeed, notices = self._resolve(config, self.world, self.device.type)
-        unet = initial_unet(config, seed=mix_seed(self.settings.seed, config.name, "weights"),
-                            init_from=self._train_config(config).init_from)
-        for line in [self._headline(config, unet, deepspeed, self.world, self.device.type),
-                     *(f"{config.name}: {notice}" for notice in notices)]:
+        unet = initial_unet(
+            config,
+            seed=mix_seed(self.settings.seed, config.name, "weights"),
+            init_from=self._train_config(config).init_from,
+        )
+        for line in [
+            self._headline(config, unet, deepspeed, self.world, self.device.type),
+            *(f"{config.name}: {notice}" for notice in notices),
+        ]:
             self._say(line)
         if self.settings.compile and self.device.type == "cuda":
             unet.compile(mode=self.settings.compile)
@@ -216,21 +246,34 @@ class Trainer:
             dist.all_reduce(window.loss)
             seconds = time.perf_counter() - window.since
             memory = torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else _peak_rss_gib()
-            metrics.write(step, loss=window.loss.item() / self.world / window.steps, lr=engine.get_lr()[0],
-                          grad_norm=float(engine.get_global_grad_norm()), images_per_s=window.images / seconds,
-                          data_wait=window.data_wait / seconds, memory_gib=memory, nonfinite_steps=engine.skipped_steps,
-                          **loader.counters)
+            metrics.write(
+                step,
+                loss=window.loss.item() / self.world / window.steps,
+                lr=engine.get_lr()[0],
+                grad_norm=float(engine.get_global_grad_norm()),
+                images_per_s=window.images / seconds,
+                data_wait=window.data_wait / seconds,
+                memory_gib=memory,
+                nonfinite_steps=engine.skipped_steps,
+                **loader.counters,
+            )
         return Window(self.device)
 
     def _refuse_nonfinite(self, in_a_row: int, config: StageConfig, step: int) -> None:
         self._say(f"{config.name} {step}: non-finite gradient, step skipped ({in_a_row} in a row)")
         if in_a_row >= self.settings.max_nonfinite:
-            raise Diverged(f"{config.name}: the gradient was not finite in {in_a_row} steps in a row up to step "
-                               f"{step}; lower the learning rate, or look at the data. Checkpoints before are intact")
+            raise Diverged(
+                f"{config.name}: the gradient was not finite in {in_a_row} steps in a row up to step "
+                f"{step}; lower the learning rate, or look at the data. Checkpoints before are intact"
+            )
 
     def _state(self, config: StageConfig, step: int, window: Window) -> dict[str, Any]:
-        return {"step": step, "stage": config.model_dump(mode="json"), "world_size": self.world,
-                "window": window.state()}
+        return {
+            "step": step,
+            "stage": config.model_dump(mode="json"),
+            "world_size": self.world,
+            "window": window.state(),
+        }
 
     def _say(self, line: str) -> None:
         if self.rank == 0:

@@ -65,23 +65,41 @@ def test_shards_are_mixed_and_the_same_every_time(pictures, tmp_path):
         pack_folder(pictures, tmp_path / name, shard_size=9)
     for path in (tmp_path / "one").iterdir():
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
-    folders = [json.loads(sample["json"])["path"][0]
-               for sample in webdataset.WebDataset(str(tmp_path / "one" / "00000.tar"), shardshuffle=False)]
+    folders = [
+        json.loads(sample["json"])["path"][0]
+        for sample in webdataset.WebDataset(str(tmp_path / "one" / "00000.tar"), shardshuffle=False)
+    ]
     assert set(folders) == {"a", "b", "c"}
 
 
 def test_what_cannot_be_packed_is_listed(tmp_path, caplog):
     good = picture("red")
-    source = write(tmp_path / "in", {
-        "a.png": good, "a.txt": "ok", "lonely.png": good, "d/orphan.txt": "x",
-        "empty.png": good, "empty.txt": " \n",
-        "broken.jpg": picture("red", "JPEG")[:100], "broken.txt": "x",
-        "latin.png": good, "latin.txt": "é".encode("latin-1"), "notes.md": "ignored",
-        **{f"more{i}.png": good for i in range(9)}})
+    source = write(
+        tmp_path / "in",
+        {
+            "a.png": good,
+            "a.txt": "ok",
+            "lonely.png": good,
+            "d/orphan.txt": "x",
+            "empty.png": good,
+            "empty.txt": " \n",
+            "broken.jpg": picture("red", "JPEG")[:100],
+            "broken.txt": "x",
+            "latin.png": good,
+            "latin.txt": "é".encode("latin-1"),
+            "notes.md": "ignored",
+            **{f"more{i}.png": good for i in range(9)},
+        },
+    )
     report = pack_folder(source, tmp_path / "out")
     assert report.packed == 1 and list(stored(tmp_path / "out")) == ["a.png"]
-    assert report.skipped == {"caption without picture": 1, "picture without caption": 10, "empty caption": 1,
-                              "unreadable picture": 1, "caption not in UTF-8": 1}
+    assert report.skipped == {
+        "caption without picture": 1,
+        "picture without caption": 10,
+        "empty caption": 1,
+        "unreadable picture": 1,
+        "caption not in UTF-8": 1,
+    }
     assert len(report.examples["picture without caption"]) == 5
     assert report.examples["empty caption"] == ["empty.png"]
     for part in ("1 samples in 1 shards", "unreadable picture: 1 (broken.jpg: ", "orphan.txt"):
@@ -126,8 +144,13 @@ def test_only_empty_folders_are_written_to(pictures, tmp_path):
 def test_manifest_keeps_its_order(pictures, tmp_path):
     names = sorted(str(path.relative_to(tmp_path)) for path in pictures.rglob("*.png"))[::-1]
     lines = [json.dumps({"image": name, "caption": f"nr {i}", "more": 1}) for i, name in enumerate(names)]
-    lines[2:2] = ["", *(json.dumps({"image": image, "caption": caption})
-                        for image, caption in (("a.gif", "x"), ("gone.png", "x"), (names[0], " ")))]
+    lines[2:2] = [
+        "",
+        *(
+            json.dumps({"image": image, "caption": caption})
+            for image, caption in (("a.gif", "x"), ("gone.png", "x"), (names[0], " "))
+        ),
+    ]
     (tmp_path / "list.jsonl").write_text("\n".join(lines))
     report = pack_manifest(tmp_path / "list.jsonl", tmp_path / "out", shard_size=4)
     assert report.skipped == {"none of jpg, jpeg, png, webp": 1, "picture not found": 1, "empty caption": 1}
@@ -137,10 +160,15 @@ def test_manifest_keeps_its_order(pictures, tmp_path):
     assert [sample["txt"].decode() for sample in samples.values()] == [f"nr {i}" for i in range(len(names))]
 
 
-@pytest.mark.parametrize("line, message", [
-    ("{'image'}", "list.jsonl:2: no JSON"), ('["a"]', "list.jsonl:2: expected"),
-    ('{"image": "a.png"}', "expected"),
-    ('{"image": "a.png", "caption": 5}', "expected")])
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("{'image'}", "list.jsonl:2: no JSON"),
+        ('["a"]', "list.jsonl:2: expected"),
+        ('{"image": "a.png"}', "expected"),
+        ('{"image": "a.png", "caption": 5}', "expected"),
+    ],
+)
 def test_broken_manifests_are_refused(tmp_path, line, message):
     write(tmp_path, {"a.png": picture("red"), "list.jsonl": '{"image": "a.png", "caption": "x"}\n' + line})
     with pytest.raises(ValueError, match=message) as error:

@@ -50,8 +50,10 @@ def make_shards(folder, sizes, bad=(), side=8):
 
 def embeddings(shards):
     """One to three tokens for each sample, all of them its number."""
-    return [[torch.full((1 + int(key) % 3, WIDTH), float(key), dtype=torch.bfloat16) for key in shard.keys]
-            for shard in shards]
+    return [
+        [torch.full((1 + int(key) % 3, WIDTH), float(key), dtype=torch.bfloat16) for key in shard.keys]
+        for shard in shards
+    ]
 
 
 def make_loader(shards, *, seed=5, **options):
@@ -83,19 +85,20 @@ def shards(tmp_path_factory):
 # ---------------------------------------------------------------- order
 
 
-@pytest.mark.parametrize("world, micro, threads, prefetch", [
-    (1, 12, 1, 1), (2, 6, 2, 2), (2, 3, 3, 1), (4, 3, 2, 2), (3, 2, 1, 3), (12, 1, 2, 1)])
+@pytest.mark.parametrize(
+    "world, micro, threads, prefetch",
+    [(1, 12, 1, 1), (2, 6, 2, 2), (2, 3, 3, 1), (4, 3, 2, 2), (3, 2, 1, 3), (12, 1, 2, 1)],
+)
 @pytest.mark.parametrize("start", [0, 17])
 def test_global_batches_do_not_depend_on_how_they_are_split(shards, world, micro, threads, prefetch, start):
     order = Order([len(shard) for shard in shards], 5, block=2)
     steps, per_step = 16, 12 // world // micro  # 178 samples: the 14th step crosses the end of an epoch
     parts = []
     for rank in range(world):
-        loader = make_loader(shards, world_size=world, rank=rank, micro_batch=micro, threads=threads,
-                             prefetch=prefetch)
+        loader = make_loader(shards, world_size=world, rank=rank, micro_batch=micro, threads=threads, prefetch=prefetch)
         parts.append(take(loader, start, steps * per_step))
     for step in range(steps):
-        batches = [batch for part in parts for batch in part[step * per_step:(step + 1) * per_step]]
+        batches = [batch for part in parts for batch in part[step * per_step : (step + 1) * per_step]]
         found = {int(p): key for batch in batches for p, key in zip(batch.positions, batch.keys)}
         expected = {}
         for position in range((start + step) * 12, (start + step + 1) * 12):
@@ -115,16 +118,22 @@ def test_picture_text_and_key_belong_together(shards):
 
 
 @settings(max_examples=15, deadline=None)
-@given(sizes=st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(any), world=st.integers(1, 3),
-       micro=st.integers(1, 4), steps=st.integers(1, 2), seed=st.integers(0, 2**32))
+@given(
+    sizes=st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(any),
+    world=st.integers(1, 3),
+    micro=st.integers(1, 4),
+    steps=st.integers(1, 2),
+    seed=st.integers(0, 2**32),
+)
 def test_no_sample_is_lost_or_repeated_in_an_epoch(tmp_path_factory, sizes, world, micro, steps, seed):
     shards = make_shards(tmp_path_factory.mktemp("any"), sizes)
     total, share = sum(sizes), micro * steps
     needed = -(-2 * total // (world * share)) * steps  # micro-batches of two epochs
     seen: dict[int, str] = {}
     for rank in range(world):
-        loader = make_loader(shards, seed=seed, world_size=world, rank=rank, micro_batch=micro,
-                             global_batch=world * share)
+        loader = make_loader(
+            shards, seed=seed, world_size=world, rank=rank, micro_batch=micro, global_batch=world * share
+        )
         for batch in take(loader, 0, needed):
             for position, key in zip(batch.positions.tolist(), batch.keys):
                 assert seen.setdefault(position, key) is key
@@ -144,7 +153,7 @@ def test_fixed_batch_is_in_the_order_of_the_shards(shards):
 
 def test_models_without_text_need_no_embeddings(shards):
     order = Order([len(shard) for shard in shards], 0)
-    batch, = take(Loader(shards, None, order, size=8, global_batch=4, micro_batch=4, seed=0), 0, 1)
+    (batch,) = take(Loader(shards, None, order, size=8, global_batch=4, micro_batch=4, seed=0), 0, 1)
     assert batch.text is None and numbers(batch) == [int(key) for key in batch.keys]
 
 
@@ -171,8 +180,9 @@ def test_random_windows_depend_on_the_position_alone(tmp_path):
         assert batch.images.shape == (6, 3, 16, 16)
         for window, key in zip(batch.images, batch.keys):
             square = to_tensor(resize_and_crop(Image.fromarray(noise[int(key)]), 40))
-            hits = [(y, x) for y in range(25) for x in range(25)
-                    if torch.equal(square[:, y:y + 16, x:x + 16], window)]
+            hits = [
+                (y, x) for y in range(25) for x in range(25) if torch.equal(square[:, y : y + 16, x : x + 16], window)
+            ]
             assert len(hits) == 1
             offsets.add(hits[0])
     rows, columns = zip(*offsets)
@@ -181,7 +191,7 @@ def test_random_windows_depend_on_the_position_alone(tmp_path):
 
 def test_enlarged_pictures_are_counted(shards):
     loader = make_loader(shards, size=16)
-    batch, = take(loader, 0, 1)
+    (batch,) = take(loader, 0, 1)
     assert batch.images.shape == (12, 3, 16, 16) and loader.counters["upscaled"] == 12
     assert loader.counters == {"read": 12, "bad": 0, "upscaled": 12, "excluded": 0}
 
@@ -289,9 +299,15 @@ def test_a_vanished_shard_is_an_error_not_a_bad_picture(tmp_path):
         take(make_loader(shards, max_bad_share=1.0), 0, 1)
 
 
-@pytest.mark.parametrize("options, message", [
-    (dict(global_batch=10, micro_batch=4), "global batch of 10"), (dict(world_size=5), "on 5 ranks"),
-    (dict(crop_size=9), "crops of 9"), (dict(micro_batch=0), "micro-batches of 0")])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(global_batch=10, micro_batch=4), "global batch of 10"),
+        (dict(world_size=5), "on 5 ranks"),
+        (dict(crop_size=9), "crops of 9"),
+        (dict(micro_batch=0), "micro-batches of 0"),
+    ],
+)
 def test_sizes_that_do_not_fit_are_refused(shards, options, message):
     with pytest.raises(ValueError, match=message):
         make_loader(shards, **options)

@@ -14,14 +14,34 @@ import webdataset
 from PIL import Image
 
 from fastimagen.data import shapes
-from fastimagen.data.shapes import (BACKGROUNDS, COLORS, HELD_OUT, POSITIONS, RADIUS, RELATIONS, SHAPES,
-                                    SPLITS, UNSEEN_PAIRS, Object, Scene, caption, has_shards, parse, render,
-                                    sample, scene, write_shards)
+from fastimagen.data.shapes import (
+    BACKGROUNDS,
+    COLORS,
+    HELD_OUT,
+    POSITIONS,
+    RADIUS,
+    RELATIONS,
+    SHAPES,
+    SPLITS,
+    UNSEEN_PAIRS,
+    Object,
+    Scene,
+    caption,
+    has_shards,
+    parse,
+    render,
+    sample,
+    scene,
+    write_shards,
+)
 from fastimagen.data.shards import open_shards
 
 AREAS = {  # of a shape of radius 1, from the formulas of geometry
-    "circle": math.pi * 0.92 ** 2, "square": 1.6 ** 2, "triangle": 3 * math.sqrt(3) / 4 * 1.2 ** 2,
-    "star": 5 * 1.14 * 0.55 * math.sin(math.pi / 5), "cross": 4 * (2 * 0.38) - (2 * 0.38) ** 2,
+    "circle": math.pi * 0.92**2,
+    "square": 1.6**2,
+    "triangle": 3 * math.sqrt(3) / 4 * 1.2**2,
+    "star": 5 * 1.14 * 0.55 * math.sin(math.pi / 5),
+    "cross": 4 * (2 * 0.38) - (2 * 0.38) ** 2,
 }
 
 
@@ -51,29 +71,42 @@ class Placed:
 # ---------------------------------------------------------------- captions
 
 
-@pytest.mark.parametrize("text, expected", [
-    ("a large red circle on the left of a white background",
-     Scene((Object("red", "circle", "large", "left"),), "white")),
-    ("a small orange star in the center of a black background",
-     Scene((Object("orange", "star", "small", "center"),), "black")),
-    ("an orange cross at the top of a black background",
-     Scene((Object("orange", "cross", None, "top"),), "black")),
-    ("a large pink triangle on a gray background", Scene((Object("pink", "triangle", "large"),), "gray")),
-    ("a red circle on a white background", Scene((Object("red", "circle"),), "white")),
-    ("a red circle to the left of a green square on a white background",
-     Scene((Object("red", "circle"), Object("green", "square")), "white", "to the left of")),
-    ("a red circle below an orange circle on a gray background",
-     Scene((Object("red", "circle"), Object("orange", "circle")), "gray", "below")),
-])
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        (
+            "a large red circle on the left of a white background",
+            Scene((Object("red", "circle", "large", "left"),), "white"),
+        ),
+        (
+            "a small orange star in the center of a black background",
+            Scene((Object("orange", "star", "small", "center"),), "black"),
+        ),
+        ("an orange cross at the top of a black background", Scene((Object("orange", "cross", None, "top"),), "black")),
+        ("a large pink triangle on a gray background", Scene((Object("pink", "triangle", "large"),), "gray")),
+        ("a red circle on a white background", Scene((Object("red", "circle"),), "white")),
+        (
+            "a red circle to the left of a green square on a white background",
+            Scene((Object("red", "circle"), Object("green", "square")), "white", "to the left of"),
+        ),
+        (
+            "a red circle below an orange circle on a gray background",
+            Scene((Object("red", "circle"), Object("orange", "circle")), "gray", "below"),
+        ),
+    ],
+)
 def test_captions_are_plain_english_and_parse_back(text, expected):
     assert parse(text) == expected
     assert caption(expected) == text
 
 
 def test_every_scene_has_its_own_caption_and_parses_back(scenes):
-    every = [Scene((Object(color, shape, size, position),), ground)
-             for color, shape, size, position, ground in itertools.product(
-                 COLORS, SHAPES, [*RADIUS, None], [*POSITIONS, None], BACKGROUNDS)]
+    every = [
+        Scene((Object(color, shape, size, position),), ground)
+        for color, shape, size, position, ground in itertools.product(
+            COLORS, SHAPES, [*RADIUS, None], [*POSITIONS, None], BACKGROUNDS
+        )
+    ]
     captions = [caption(item) for item in every]
     assert len(set(captions)) == len(every) == 8 * 5 * 3 * 6 * 3
     assert [parse(text) for text in captions] == every
@@ -81,16 +114,27 @@ def test_every_scene_has_its_own_caption_and_parses_back(scenes):
         assert [parse(caption(item)) for item in items] == items
 
 
-@pytest.mark.parametrize("text", [
-    "", "a red circle", "A red circle on a black background", "a red circle on a black background.",
-    " a red circle on a black background", "a red circle on a black background\n",
-    "a huge red circle on a black background", "an red circle on a black background",
-    "a orange circle on a black background", "a red circle on an black background",
-    "a brown circle on a black background", "a red circle on the middle of a black background",
-    "a red circle on a blue background", "a red circle above a red circle on a gray background",
-    "a large red circle above a blue star on a white background",
-    "a red circle near a blue star on a white background",
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "a red circle",
+        "A red circle on a black background",
+        "a red circle on a black background.",
+        " a red circle on a black background",
+        "a red circle on a black background\n",
+        "a huge red circle on a black background",
+        "an red circle on a black background",
+        "a orange circle on a black background",
+        "a red circle on an black background",
+        "a brown circle on a black background",
+        "a red circle on the middle of a black background",
+        "a red circle on a blue background",
+        "a red circle above a red circle on a gray background",
+        "a large red circle above a blue star on a white background",
+        "a red circle near a blue star on a white background",
+    ],
+)
 def test_other_sentences_are_refused_in_one_line(text):
     with pytest.raises(ValueError) as error:
         parse(text)
@@ -163,13 +207,19 @@ def test_captions_of_tests_mention_everything_and_those_of_training_most(scenes)
         assert abs(share - 0.1) < 4 * math.sqrt(0.09 / len(things))
     assert any(thing.size is thing.position is None for thing in things)
     # Knowing one attribute says nothing about another: every combination of shape and place occurs.
-    assert len({(thing.shape, thing.size, thing.position) for thing in things
-                if thing.size and thing.position}) == len(SHAPES) * len(RADIUS) * len(POSITIONS)
+    assert len({(thing.shape, thing.size, thing.position) for thing in things if thing.size and thing.position}) == len(
+        SHAPES
+    ) * len(RADIUS) * len(POSITIONS)
 
 
-@pytest.mark.parametrize("split, index, seed, word", [
-    ("test", 0, 0, "train, val, seen, unseen"), ("train", -1, 0, "-1"), ("train", 3, -2, "-2"),
-])
+@pytest.mark.parametrize(
+    "split, index, seed, word",
+    [
+        ("test", 0, 0, "train, val, seen, unseen"),
+        ("train", -1, 0, "-1"),
+        ("train", 3, -2, "-2"),
+    ],
+)
 def test_unknown_splits_and_negative_numbers_are_refused(split, index, seed, word):
     with pytest.raises(ValueError, match=word):
         sample(split, index, seed)
@@ -180,9 +230,11 @@ def test_changed_pictures_need_a_new_version():
     texts = [sample("train", i)[1] for i in (0, 1, 3)]
     means = [[round(float(value)) for value in sample("train", i)[0].mean((0, 1))] for i in (0, 1, 3)]
     assert shapes.VERSION == 2
-    assert texts == ["a small orange star on the left of a white background",
-                     "a large purple cross on the right of a black background",
-                     "a blue square above a red triangle on a white background"]
+    assert texts == [
+        "a small orange star on the left of a white background",
+        "a large purple cross on the right of a black background",
+        "a blue square above a red triangle on a white background",
+    ]
     assert np.abs(np.subtract(means, [[250, 244, 239], [30, 14, 37], [236, 229, 238]])).max() <= 1
 
 
@@ -209,7 +261,7 @@ def test_pixels_are_what_the_caption_says(split):
             assert tuple(image[32 + y, 32 + x]) == COLORS[first.color], text
             assert tuple(image[32 - y, 32 - x]) == COLORS[second.color], text
             continue
-        thing, = item.objects
+        (thing,) = item.objects
         mask = cover(image, thing.color, item.background)
         if thing.position:
             x, y = POSITIONS[thing.position]
@@ -223,8 +275,10 @@ def test_every_large_shape_is_larger_than_every_small_one():
         item = Scene((Object("red", shape, size, "left"),), "white")
         return [cover(render(item, 64, np.random.default_rng(i)), "red", "white").sum() for i in range(30)]
 
-    least, most = (min(min(area(shape, "large")) for shape in SHAPES),
-                   max(max(area(shape, "small")) for shape in SHAPES))
+    least, most = (
+        min(min(area(shape, "large")) for shape in SHAPES),
+        max(max(area(shape, "small")) for shape in SHAPES),
+    )
     assert least > 1.2 * most
 
 
@@ -269,8 +323,15 @@ def test_shards_are_read_by_webdataset_and_by_us(few, tmp_path):
     ticks = []
     write_shards(out, 1003, 16, seed=3, shard_size=500, progress=lambda *figures: ticks.append(figures))
     assert ticks == [(1000, 1021)]
-    assert sorted(contents(out)) == ["seen/00000.tar", "shapes.json", "train/00000.tar", "train/00001.tar",
-                                     "train/00002.tar", "unseen/00000.tar", "val/00000.tar"]
+    assert sorted(contents(out)) == [
+        "seen/00000.tar",
+        "shapes.json",
+        "train/00000.tar",
+        "train/00001.tar",
+        "train/00002.tar",
+        "unseen/00000.tar",
+        "val/00000.tar",
+    ]
     for split, count in {"val": 5, "seen": 6, "unseen": 7, "train": 1003}.items():
         tars = sorted(map(str, (out / split).glob("*.tar")))
         found = list(webdataset.WebDataset(tars, shardshuffle=False))
@@ -280,8 +341,11 @@ def test_shards_are_read_by_webdataset_and_by_us(few, tmp_path):
             about = json.loads(found[i]["json"])
             assert np.array_equal(np.asarray(Image.open(io.BytesIO(found[i]["png"]))), image)
             assert found[i]["txt"].decode() == about["caption"] == text
-            assert (tuple(Object(**thing) for thing in about["objects"]), about["background"],
-                    about["relation"]) == (parse(text).objects, parse(text).background, parse(text).relation)
+            assert (tuple(Object(**thing) for thing in about["objects"]), about["background"], about["relation"]) == (
+                parse(text).objects,
+                parse(text).background,
+                parse(text).relation,
+            )
     captions = [text for shard in open_shards(out / "train") for text in shard.captions()]
     assert captions[::500] == [caption(scene("train", i, 3)) for i in range(0, 1003, 500)]
     assert [path.name for path in out.parent.iterdir()] == ["shapes"]
@@ -348,8 +412,9 @@ def test_a_failing_progress_leaves_nothing_behind(few, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("numbers", [dict(count=0), dict(size=8), dict(seed=-1), dict(shard_size=0),
-                                     dict(shard_size=20000)])
+@pytest.mark.parametrize(
+    "numbers", [dict(count=0), dict(size=8), dict(seed=-1), dict(shard_size=0), dict(shard_size=20000)]
+)
 def test_senseless_numbers_are_refused(tmp_path, numbers):
     with pytest.raises(ValueError, match="shapes need count >= 1"):
         write_shards(tmp_path / "out", **{"count": 4, "size": 16, **numbers})

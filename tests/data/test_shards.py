@@ -68,14 +68,29 @@ def test_every_extension_and_case(tmp_path):
 
 def test_what_is_no_sample_is_counted_by_reason(tmp_path):
     files = sample_files(3) | {
-        "lonely.jpg": b"x", "orphan.txt": b"x", "note.json": b"{}", "blank.png": b"x", "blank.txt": b" \n\t",
-        "void.png": b"x", "void.txt": b"", "latin.png": b"x", "latin.txt": "é".encode("latin-1"),
-        "00001.png": b"second", "00002.seg.png": b"a mask beside a picture is fine", "__notes__": b"",
-        "README": b""}
+        "lonely.jpg": b"x",
+        "orphan.txt": b"x",
+        "note.json": b"{}",
+        "blank.png": b"x",
+        "blank.txt": b" \n\t",
+        "void.png": b"x",
+        "void.txt": b"",
+        "latin.png": b"x",
+        "latin.txt": "é".encode("latin-1"),
+        "00001.png": b"second",
+        "00002.seg.png": b"a mask beside a picture is fine",
+        "__notes__": b"",
+        "README": b"",
+    }
     shard = index_shard(make_tar(tmp_path / "a.tar", files))
     assert len(shard) == 3 and shard.image(1).startswith(b"picture 1")
-    assert shard.excluded == {"no caption": 1, "no image": 2, "empty caption": 2, "caption not in UTF-8": 1,
-                              "duplicate": 1}
+    assert shard.excluded == {
+        "no caption": 1,
+        "no image": 2,
+        "empty caption": 2,
+        "caption not in UTF-8": 1,
+        "duplicate": 1,
+    }
 
 
 def test_keys_with_dots_are_merged_by_webdataset_and_counted(tmp_path):
@@ -111,21 +126,36 @@ def broken(tmp_path, what: str):
     path = tmp_path / "bad.tar"
     whole = make_tar(tmp_path / "whole.tar", sample_files(20)).read_bytes()
     end = len(whole.rstrip(b"\0")) // 512 * 512 + 512
-    path.write_bytes({
-        "0 bytes": b"", "no files": bytes(10240), "cut in a header": whole[:5 * 512 + 100],
-        "cut in a file": whole[:whole.index(b"picture 9") + 5], "cut between files": whole[:end],
-        "no tar": b"<html>" * 1000, "gzip": b"\x1f\x8b" + bytes(2000),
-        "flipped": whole[:2048] + b"\xff" + whole[2049:], "two tars": whole + whole,
-    }[what])
+    path.write_bytes(
+        {
+            "0 bytes": b"",
+            "no files": bytes(10240),
+            "cut in a header": whole[: 5 * 512 + 100],
+            "cut in a file": whole[: whole.index(b"picture 9") + 5],
+            "cut between files": whole[:end],
+            "no tar": b"<html>" * 1000,
+            "gzip": b"\x1f\x8b" + bytes(2000),
+            "flipped": whole[:2048] + b"\xff" + whole[2049:],
+            "two tars": whole + whole,
+        }[what]
+    )
     return path
 
 
-@pytest.mark.parametrize("what, message", [
-    ("0 bytes", "is empty: 0 bytes"), ("no files", "is empty: a tar without files"),
-    ("cut in a header", "is truncated"), ("cut in a file", "is truncated"),
-    ("cut between files", "is truncated: .* without a tar's end"), ("no tar", "is no tar"),
-    ("gzip", "is no tar: it is compressed"), ("flipped", "is damaged at byte 2048"),
-    ("two tars", "several tars in one")])
+@pytest.mark.parametrize(
+    "what, message",
+    [
+        ("0 bytes", "is empty: 0 bytes"),
+        ("no files", "is empty: a tar without files"),
+        ("cut in a header", "is truncated"),
+        ("cut in a file", "is truncated"),
+        ("cut between files", "is truncated: .* without a tar's end"),
+        ("no tar", "is no tar"),
+        ("gzip", "is no tar: it is compressed"),
+        ("flipped", "is damaged at byte 2048"),
+        ("two tars", "several tars in one"),
+    ],
+)
 def test_broken_tars_are_one_line_errors_that_name_the_file(tmp_path, what, message):
     path = broken(tmp_path, what)
     with pytest.raises(ValueError, match=message) as error:
@@ -218,8 +248,12 @@ def test_sources_of_every_kind(tmp_path):
 def test_nothing_found_says_what_was_looked_for(tmp_path):
     make_tar(tmp_path / "000.tar", sample_files(1))
     (tmp_path / "none").mkdir()
-    for source, missing in (("none", "none"), ("*.tarr", "tarr"), ("{000..001}.tar", "001.tar"),
-                            ("gone.tar", "gone.tar")):
+    for source, missing in (
+        ("none", "none"),
+        ("*.tarr", "tarr"),
+        ("{000..001}.tar", "001.tar"),
+        ("gone.tar", "gone.tar"),
+    ):
         with pytest.raises(ValueError, match=f"no .*{tmp_path}/.*{missing}"):
             list_shards(f"{tmp_path}/{source}")
     with pytest.raises(ValueError, match="listed twice"):
@@ -234,7 +268,7 @@ def test_nothing_found_says_what_was_looked_for(tmp_path):
 def test_remote_shards_are_fetched_once_and_whole(tmp_path, scheme):
     path = make_tar(tmp_path / "00007.tar", sample_files(4))
     url, cache = scheme.format(path), tmp_path / "cache"
-    shard, = open_shards(url, cache=cache)
+    (shard,) = open_shards(url, cache=cache)
     assert os.path.dirname(shard.path) == str(cache) and shard.path.endswith("00007.tar")
     assert shard.captions() == index_shard(path).captions()
     path.unlink()
@@ -251,9 +285,15 @@ def test_urls_of_one_name_do_not_share_a_file(tmp_path):
     assert [shard.keys for shard in shards] == [["00000"], ["00001"]]
 
 
-@pytest.mark.parametrize("command, message", [
-    ("pipe:cat {}/gone.tar", "exit 1"), ("pipe:head -c 3000 {}/00000.tar", "it is truncated"),
-    ("file:{}/gone.tar", "No such file"), ("nonsense://{}/0.tar", "no gopen handler")])
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        ("pipe:cat {}/gone.tar", "exit 1"),
+        ("pipe:head -c 3000 {}/00000.tar", "it is truncated"),
+        ("file:{}/gone.tar", "No such file"),
+        ("nonsense://{}/0.tar", "no gopen handler"),
+    ],
+)
 def test_failed_downloads_leave_nothing(tmp_path, command, message, capfd):
     make_tar(tmp_path / "00000.tar", sample_files(20))
     url, cache = command.format(tmp_path), tmp_path / "cache"
@@ -331,7 +371,14 @@ def test_the_order_is_the_same_in_every_version():
     """A run resumes with the order it began with: these numbers must never change."""
     order = Order([5, 3, 4, 6, 2], seed=1234)
     assert [order[position] for position in (0, 1, 2, 19, 20, 21, 1_000_000)] == [
-        (3, 0), (0, 3), (1, 2), (2, 2), (2, 2), (2, 1), (0, 0)]
+        (3, 0),
+        (0, 3),
+        (1, 2),
+        (2, 2),
+        (2, 2),
+        (2, 1),
+        (0, 0),
+    ]
     assert random_bits(7, 2, (5, 6), 2).tolist() == [16765835545809318431, 11618318071710758287]
 
 

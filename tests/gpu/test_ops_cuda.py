@@ -45,8 +45,9 @@ def run(function: Callable[..., Tensor], inputs: Inputs, dtype: torch.dtype) -> 
     leaves = {name: x for name, x in given.items() if _is_real(x)}
     weights = normal(*out.shape, seed=7).to(dtype)
     grads = torch.autograd.grad(out, list(leaves.values()), weights, allow_unused=True)
-    found = {f"d{name}": torch.zeros_like(x) if grad is None else grad
-             for (name, x), grad in zip(leaves.items(), grads)}
+    found = {
+        f"d{name}": torch.zeros_like(x) if grad is None else grad for (name, x), grad in zip(leaves.items(), grads)
+    }
     return {"out": out.detach(), **found}
 
 
@@ -68,9 +69,16 @@ def assert_right(op: Callable[..., Tensor], formula: Callable[..., Tensor], inpu
 # ---------------------------------------------------------------------------------------------- attention
 
 
-def attention_formula(q: Tensor, k: Tensor | None = None, v: Tensor | None = None, null_k: Tensor | None = None,
-                      null_v: Tensor | None = None, context_k: Tensor | None = None, context_v: Tensor | None = None,
-                      context_lengths: Tensor | None = None) -> Tensor:
+def attention_formula(
+    q: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    null_k: Tensor | None = None,
+    null_v: Tensor | None = None,
+    context_k: Tensor | None = None,
+    context_v: Tensor | None = None,
+    context_lengths: Tensor | None = None,
+) -> Tensor:
     """softmax(q k / sqrt(D)) v over all keys that count, written out."""
     batch, _, heads, width = q.shape
     scores, values = [], []
@@ -91,16 +99,28 @@ def attention_formula(q: Tensor, k: Tensor | None = None, v: Tensor | None = Non
     return torch.einsum("bhns,bshd->bnhd", weights, torch.cat(values, dim=1))
 
 
-def attention_inputs(batch: int, queries: int, heads: int, key_heads: int, width: int, *, image: int = 0, text: int = 0,
-                     lengths: list[int] | None = None, null: bool = True) -> Inputs:
+def attention_inputs(
+    batch: int,
+    queries: int,
+    heads: int,
+    key_heads: int,
+    width: int,
+    *,
+    image: int = 0,
+    text: int = 0,
+    lengths: list[int] | None = None,
+    null: bool = True,
+) -> Inputs:
     inputs: Inputs = {"q": normal(batch, queries, heads, width)}
     if image:
         inputs |= {name: normal(batch, image, key_heads, width, seed=i) for i, name in enumerate("kv", 1)}
     if null:
         inputs |= {"null_k": normal(width, seed=3), "null_v": normal(width, seed=4)}
     if text:
-        inputs |= {"context_k": normal(batch, text, key_heads, width, seed=5),
-                   "context_v": normal(batch, text, key_heads, width, seed=6)}
+        inputs |= {
+            "context_k": normal(batch, text, key_heads, width, seed=5),
+            "context_v": normal(batch, text, key_heads, width, seed=6),
+        }
     if lengths:
         inputs["context_lengths"] = torch.tensor(lengths, device="cuda")
     return inputs
@@ -111,13 +131,15 @@ ATTENTION = {
     "one query": dict(batch=2, queries=1, heads=1, key_heads=1, width=16, image=1, null=False),
     "odd everything": dict(batch=3, queries=77, heads=5, key_heads=1, width=72, image=131, text=13, lengths=[0, 13, 7]),
     "16x16 with text": dict(batch=2, queries=256, heads=8, key_heads=1, width=64, image=256, text=258),
-    "32x32 with ragged text": dict(batch=4, queries=1024, heads=8, key_heads=1, width=64, image=1024, text=256,
-                                   lengths=[1, 256, 64, 0]),
+    "32x32 with ragged text": dict(
+        batch=4, queries=1024, heads=8, key_heads=1, width=64, image=1024, text=256, lengths=[1, 256, 64, 0]
+    ),
     "64x64": dict(batch=1, queries=4096, heads=2, key_heads=1, width=64, image=4096),
     "cross": dict(batch=3, queries=256, heads=8, key_heads=8, width=64, image=2, text=256, lengths=[256, 9, 0]),
     "cross, narrow": dict(batch=2, queries=100, heads=3, key_heads=3, width=40, image=4, text=20, lengths=[20, 1]),
-    "pooling": dict(batch=5, queries=1, heads=8, key_heads=8, width=64, text=77, lengths=[77, 1, 5, 64, 33],
-                    null=False),
+    "pooling": dict(
+        batch=5, queries=1, heads=8, key_heads=8, width=64, text=77, lengths=[77, 1, 5, 64, 33], null=False
+    ),
     "no key at all": dict(batch=2, queries=33, heads=4, key_heads=1, width=32, text=9, lengths=[0, 9], null=False),
     "wide heads": dict(batch=2, queries=130, heads=2, key_heads=2, width=128, image=130),
     "null key alone": dict(batch=1, queries=50, heads=2, key_heads=1, width=24),
@@ -158,8 +180,15 @@ def test_normalised_queries_and_keys(backend: str) -> None:
 # ---------------------------------------------------------------------------------------------- GroupNorm
 
 
-def group_norm_formula(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, scale: Tensor | None = None,
-                       shift: Tensor | None = None, activation: str = "silu") -> Tensor:
+def group_norm_formula(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    activation: str = "silu",
+) -> Tensor:
     groups = x.reshape(x.shape[0], num_groups, -1)
     mean = groups.mean(dim=2, keepdim=True)
     variance = ((groups - mean) ** 2).mean(dim=2, keepdim=True)
@@ -171,10 +200,18 @@ def group_norm_formula(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int,
 
 
 GROUP_NORM = {  # B, C, H, W, G, FiLM
-    "one pixel": (2, 32, 1, 1, 8, True), "8x8": (3, 1536, 8, 8, 8, True), "16x16": (2, 256, 16, 16, 8, False),
-    "odd": (3, 24, 7, 13, 3, True), "a channel each": (2, 10, 5, 6, 10, True), "one group": (2, 30, 9, 9, 1, True),
-    "64x64": (2, 128, 64, 64, 8, True), "256x256": (1, 64, 256, 256, 8, False), "37 channels": (1, 37, 33, 17, 1, True),
-    "32 groups": (4, 320, 32, 32, 32, True), "wide": (2, 3584, 8, 8, 8, True), "long": (1, 8, 3, 1000, 4, True),
+    "one pixel": (2, 32, 1, 1, 8, True),
+    "8x8": (3, 1536, 8, 8, 8, True),
+    "16x16": (2, 256, 16, 16, 8, False),
+    "odd": (3, 24, 7, 13, 3, True),
+    "a channel each": (2, 10, 5, 6, 10, True),
+    "one group": (2, 30, 9, 9, 1, True),
+    "64x64": (2, 128, 64, 64, 8, True),
+    "256x256": (1, 64, 256, 256, 8, False),
+    "37 channels": (1, 37, 33, 17, 1, True),
+    "32 groups": (4, 320, 32, 32, 32, True),
+    "wide": (2, 3584, 8, 8, 8, True),
+    "long": (1, 8, 3, 1000, 4, True),
 }
 
 
@@ -183,8 +220,12 @@ GROUP_NORM = {  # B, C, H, W, G, FiLM
 @pytest.mark.parametrize("case", GROUP_NORM)
 def test_group_norm(case: str, layout: torch.memory_format, dtype: torch.dtype, backend: str) -> None:
     batch, channels, height, width, groups, film = GROUP_NORM[case]
-    inputs: Inputs = {"x": (3 * normal(batch, channels, height, width) + 2).contiguous(memory_format=layout),
-                      "weight": normal(channels, seed=1), "bias": normal(channels, seed=2), "num_groups": groups}
+    inputs: Inputs = {
+        "x": (3 * normal(batch, channels, height, width) + 2).contiguous(memory_format=layout),
+        "weight": normal(channels, seed=1),
+        "bias": normal(channels, seed=2),
+        "num_groups": groups,
+    }
     if film:
         inputs |= {"scale": normal(batch, channels, seed=3), "shift": normal(batch, channels, seed=4)}
     assert_right(ops.group_norm_silu, group_norm_formula, inputs, dtype)
@@ -205,11 +246,15 @@ def threshold_formula(x0: Tensor, percentile: float) -> Tensor:
 
 
 THRESHOLD = {
-    "64x64": lambda: 2 * normal(5, 3, 64, 64), "one value": lambda: 3 * normal(2, 1, 1, 1),
-    "ties": lambda: (2 * normal(4, 3, 33, 17)).round(), "constant": lambda: torch.full((2, 3, 16, 16), -4.0).cuda(),
-    "zeros": lambda: torch.zeros(2, 3, 8, 8).cuda(), "small": lambda: 0.1 * normal(3, 3, 32, 32),
+    "64x64": lambda: 2 * normal(5, 3, 64, 64),
+    "one value": lambda: 3 * normal(2, 1, 1, 1),
+    "ties": lambda: (2 * normal(4, 3, 33, 17)).round(),
+    "constant": lambda: torch.full((2, 3, 16, 16), -4.0).cuda(),
+    "zeros": lambda: torch.zeros(2, 3, 8, 8).cuda(),
+    "small": lambda: 0.1 * normal(3, 3, 32, 32),
     "two values": lambda: torch.where(normal(2, 3, 64, 64) > 1.5, 9.0, 0.5),
-    "huge range": lambda: normal(2, 3, 40, 40).exp() ** 8, "1024x1024": lambda: 2 * normal(1, 3, 1024, 1024),
+    "huge range": lambda: normal(2, 3, 40, 40).exp() ** 8,
+    "1024x1024": lambda: 2 * normal(1, 3, 1024, 1024),
     "beyond 2^24 values": lambda: 2 * normal(1, 3, 2400, 2400),
     "channels_last": lambda: (2 * normal(3, 3, 48, 40)).contiguous(memory_format=torch.channels_last),
 }
@@ -221,8 +266,9 @@ def test_threshold(case: str, percentile: float, backend: str) -> None:
     if backend == "xformers":
         pytest.skip("xformers has no thresholding")
     x0 = THRESHOLD[case]()
-    torch.testing.assert_close(ops.dynamic_threshold(x0, percentile).double(), threshold_formula(x0, percentile),
-                               rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        ops.dynamic_threshold(x0, percentile).double(), threshold_formula(x0, percentile), rtol=1e-6, atol=1e-6
+    )
 
 
 # ---------------------------------------------------------------------------------------------- sampler's step
@@ -236,8 +282,17 @@ def test_sampler_step(threshold: str, guidance: float | None, dtype: torch.dtype
         pytest.skip("xformers has no samplers")
     output = normal(3 if guidance is None else 6, 3, 65, 64, seed=1).to(dtype)
     x, previous, noise = (normal(3, 3, 65, 64, seed=seed) for seed in (2, 3, 4))
-    following, x0 = ops.sampler_step(output, x, (1.7, -1.3), (0.6, 0.5, -0.2, 0.3), guidance=guidance,
-                                     threshold=threshold, percentile=0.9, previous=previous, noise=noise)
+    following, x0 = ops.sampler_step(
+        output,
+        x,
+        (1.7, -1.3),
+        (0.6, 0.5, -0.2, 0.3),
+        guidance=guidance,
+        threshold=threshold,
+        percentile=0.9,
+        previous=previous,
+        noise=noise,
+    )
     exact = output.double()
     if guidance is not None:
         exact = guidance * exact[:3] + (1 - guidance) * exact[3:]
@@ -274,9 +329,14 @@ def test_gradients_are_the_same_every_time(backend: str) -> None:
     if backend != "triton":
         pytest.skip("only our kernels promise this")
     attention = attention_inputs(4, 300, 8, 1, 64, image=300, text=100, lengths=[100, 50, 0, 1])
-    norm = {"x": normal(4, 256, 40, 40).contiguous(memory_format=torch.channels_last), "weight": normal(256),
-            "bias": normal(256, seed=2), "num_groups": 8, "scale": normal(4, 256, seed=3),
-            "shift": normal(4, 256, seed=4)}
+    norm = {
+        "x": normal(4, 256, 40, 40).contiguous(memory_format=torch.channels_last),
+        "weight": normal(256),
+        "bias": normal(256, seed=2),
+        "num_groups": 8,
+        "scale": normal(4, 256, seed=3),
+        "shift": normal(4, 256, seed=4),
+    }
     for op, inputs in ((ops.attention, attention), (ops.group_norm_silu, norm)):
         first = run(op, inputs, torch.bfloat16)
         for _ in range(10):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.networks import TOY, captions
+from benchmarks.harness.networks import TOY, captions
 from fastimagen import ops
 from fastimagen.cascade import Cascade
 

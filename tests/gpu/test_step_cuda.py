@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import networks, step
-from benchmarks.networks import captions, images, make_unet
+from benchmarks.cases import step
+from benchmarks.harness import networks
+from benchmarks.harness.networks import captions, images, make_unet
 from fastimagen import ops
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")

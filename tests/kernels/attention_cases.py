@@ -37,16 +37,26 @@ def make(case: Case, dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[
         shape = (case.width,) if case.null == "shared" else (case.key_heads, case.width)
         tensors |= {name: normal(*shape) for name in ("null_k", "null_v")}
     if case.context:
-        tensors |= {name: normal(case.batch, case.context, case.key_heads, case.width)
-                    for name in ("context_k", "context_v")}
+        tensors |= {
+            name: normal(case.batch, case.context, case.key_heads, case.width) for name in ("context_k", "context_v")
+        }
     if case.lengths is not None:
         tensors["context_lengths"] = torch.tensor(case.lengths)
     return tensors
 
 
-def by_definition(q: Tensor, k: Tensor | None = None, v: Tensor | None = None, *, null_k: Tensor | None = None,
-                  null_v: Tensor | None = None, context_k: Tensor | None = None, context_v: Tensor | None = None,
-                  context_lengths: Tensor | None = None, scale: float | None = None) -> Tensor:
+def by_definition(
+    q: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    *,
+    null_k: Tensor | None = None,
+    null_v: Tensor | None = None,
+    context_k: Tensor | None = None,
+    context_v: Tensor | None = None,
+    context_lengths: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
     """The contract of ops.attention, sample by sample and head by head."""
     samples = []
     for b in range(len(q)):
@@ -82,15 +92,17 @@ def results(function: Callable[..., Tensor], tensors: dict[str, Tensor], **optio
 
 def exact(tensors: dict[str, Tensor], **options: object) -> dict[str, Tensor]:
     """The results of the definition in float64."""
-    return results(by_definition, {name: x.double() if x.is_floating_point() else x for name, x in tensors.items()},
-                   **options)
+    return results(
+        by_definition, {name: x.double() if x.is_floating_point() else x for name, x in tensors.items()}, **options
+    )
 
 
 def errors(got: dict[str, Tensor], true: dict[str, Tensor]) -> dict[str, float]:
     """Largest error of each result, relative to its largest magnitude; where all should be 0, to 1."""
     assert got.keys() == true.keys()
-    return {name: ((got[name].double() - true[name]).abs().max() / (true[name].abs().max() or 1)).item()
-            for name in true}
+    return {
+        name: ((got[name].double() - true[name]).abs().max() / (true[name].abs().max() or 1)).item() for name in true
+    }
 
 
 def assert_close(got: dict[str, Tensor], true: dict[str, Tensor], limit: float = 5e-6) -> None:

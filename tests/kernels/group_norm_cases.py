@@ -10,8 +10,16 @@ from torch import Tensor
 NAMES = ("y", "dx", "dweight", "dbias", "dscale", "dshift")
 
 
-def inputs(shape: tuple[int, ...], *, film: bool = True, last: bool = False, mean: float = 0.0,
-           dtype: torch.dtype = torch.float32, vectors: torch.dtype | None = None, seed: int = 0) -> list[Tensor]:
+def inputs(
+    shape: tuple[int, ...],
+    *,
+    film: bool = True,
+    last: bool = False,
+    mean: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+    vectors: torch.dtype | None = None,
+    seed: int = 0,
+) -> list[Tensor]:
     """dy, x, weight, bias and, with film, scale and shift: halves of one tensor, as a chunked linear layer's."""
     generator = torch.Generator().manual_seed(seed)
     batch, channels = shape[:2]
@@ -24,8 +32,12 @@ def inputs(shape: tuple[int, ...], *, film: bool = True, last: bool = False, mea
     return [dy, x, weight, bias, *(both.chunk(2, dim=1) if film else ())]
 
 
-def results(function: Callable[..., Tensor], tensors: list[Tensor], groups: int, activation: str = "silu",
-            ) -> dict[str, Tensor]:
+def results(
+    function: Callable[..., Tensor],
+    tensors: list[Tensor],
+    groups: int,
+    activation: str = "silu",
+) -> dict[str, Tensor]:
     """y and every gradient."""
     dy, *leaves = tensors
     leaves = [leaf.detach().requires_grad_() for leaf in leaves]
@@ -34,8 +46,16 @@ def results(function: Callable[..., Tensor], tensors: list[Tensor], groups: int,
     return dict(zip(NAMES, [y.detach(), *torch.autograd.grad(y, leaves, dy)]))
 
 
-def by_definition(x: Tensor, weight: Tensor, bias: Tensor, groups: int, *, scale: Tensor | None = None,
-                  shift: Tensor | None = None, activation: str = "silu") -> Tensor:
+def by_definition(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    activation: str = "silu",
+) -> Tensor:
     """The contract, written down without any operator of PyTorch's for it."""
     grouped = x.unflatten(1, (groups, -1))  # (B, G, C / G, H, W)
     centred = grouped - grouped.mean(dim=(2, 3, 4), keepdim=True)

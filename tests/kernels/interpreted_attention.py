@@ -7,16 +7,18 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from fastimagen_kernels import attention as kernels
-from fastimagen_kernels import attention_tiles
 from torch import Tensor
 
 from fastimagen import ops
+from fastimagen_kernels import attention as kernels
+from fastimagen_kernels import attention_tiles
 from tests.kernels.attention_cases import Case, assert_close, errors, exact, make, results
 from tests.kernels.interpreting import guarded
 
-pytestmark = [pytest.mark.usefixtures("interpreter"),
-              pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")]
+pytestmark = [
+    pytest.mark.usefixtures("interpreter"),
+    pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered"),
+]
 
 TEXT = Case(queries=9, heads=4, width=24, keys=9, context=20, lengths=(20, 3))
 CASES = [
@@ -156,8 +158,9 @@ def test_inputs_and_gradients_of_any_strides() -> None:
         return torch.cat([x, x[..., :3]], dim=-1)[..., :24]  # strides of 27, no multiple of 8
 
     assert_close(results(ops.attention, {name: as_stored(name, x) for name, x in tensors.items()}), true)
-    channels_outside = {name: x.transpose(1, -1).contiguous().transpose(1, -1) if x.dim() == 4 else x
-                        for name, x in tensors.items()}
+    channels_outside = {
+        name: x.transpose(1, -1).contiguous().transpose(1, -1) if x.dim() == 4 else x for name, x in tensors.items()
+    }
     assert_close(results(ops.attention, channels_outside), true)
     expanded = tensors | {"q": tensors["q"][:1].expand(2, -1, -1, -1), "dout": torch.ones(()).expand_as(tensors["q"])}
     assert_close(results(ops.attention, expanded), exact(expanded))
@@ -221,8 +224,8 @@ def test_autocast() -> None:
 @pytest.mark.usefixtures("unguarded")
 def test_unet_computes_the_same() -> None:
     from fastimagen.config import UNetConfig
-    from fastimagen.text import TextEmbeddings
-    from fastimagen.unet import UNet
+    from fastimagen.networks.unet import UNet
+    from fastimagen.text.embeddings import TextEmbeddings
     from tests.conftest import TOY_UNET
 
     torch.manual_seed(0)
@@ -236,5 +239,6 @@ def test_unet_computes_the_same() -> None:
         out = unet(x, time, text=text)
         out.square().mean().backward()
         outcomes[backend] = {"out": out.detach()} | {
-            name: p.grad for name, p in unet.named_parameters() if p.grad is not None}
+            name: p.grad for name, p in unet.named_parameters() if p.grad is not None
+        }
     assert_close(outcomes["triton"], {name: t.double() for name, t in outcomes["torch"].items()}, 1e-5)

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from fastimagen import ops
-
-from .threshold_cases import CASES, PERCENTILES, assert_thresholded
+from tests.kernels.threshold_cases import CASES, PERCENTILES, assert_thresholded
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs in a process of its own, with TRITON_INTERPRET=1", allow_module_level=True)

@@ -9,16 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fastimagen_kernels import group_norm as kernels
 from torch import Tensor
 from triton.runtime import interpreter
 
 from fastimagen import ops
+from fastimagen_kernels import group_norm as kernels
 from tests.kernels.group_norm_cases import NAMES, assert_close, errors, exact, inputs, results
 from tests.kernels.interpreting import guarded
 
-pytestmark = [pytest.mark.usefixtures("interpreter"),
-              pytest.mark.filterwarnings("ignore:overflow encountered in exp")]  # sigmoid(-100): 1 / inf is right
+pytestmark = [
+    pytest.mark.usefixtures("interpreter"),
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp"),
+]  # sigmoid(-100): 1 / inf is right
 
 
 @pytest.fixture(autouse=True)
@@ -38,16 +40,27 @@ def cut_small(monkeypatch: pytest.MonkeyPatch, one_pass: bool) -> None:
 
 @pytest.mark.parametrize("path", ["one pass", "split"])
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize(("shape", "groups", "film", "activation"), [
-    ((2, 24, 7, 5), 3, True, "silu"),
-    ((1, 20, 7, 5), 5, False, "silu"),  # 4 channels a group
-    ((2, 36, 3, 3), 3, True, "none"),  # 12 channels a group
-    ((3, 6, 1, 1), 2, True, "silu"),  # one pixel
-    ((2, 5, 6, 4), 5, False, "none"),  # a channel a group
-    ((1, 40, 4, 9), 1, True, "silu"),  # one group: several pieces
-], ids=str)
-def test_equals_float64(shape: tuple[int, ...], groups: int, film: bool, activation: str, last: bool, path: str,
-                        monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("shape", "groups", "film", "activation"),
+    [
+        ((2, 24, 7, 5), 3, True, "silu"),
+        ((1, 20, 7, 5), 5, False, "silu"),  # 4 channels a group
+        ((2, 36, 3, 3), 3, True, "none"),  # 12 channels a group
+        ((3, 6, 1, 1), 2, True, "silu"),  # one pixel
+        ((2, 5, 6, 4), 5, False, "none"),  # a channel a group
+        ((1, 40, 4, 9), 1, True, "silu"),  # one group: several pieces
+    ],
+    ids=str,
+)
+def test_equals_float64(
+    shape: tuple[int, ...],
+    groups: int,
+    film: bool,
+    activation: str,
+    last: bool,
+    path: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     cut_small(monkeypatch, path == "one pass")
     tensors = inputs(shape, film=film, last=last)
     got = results(ops.group_norm_silu, tensors, groups, activation)
@@ -65,8 +78,9 @@ def test_statistics_survive_a_mean_of_100_deviations(path: str, monkeypatch: pyt
 
 @pytest.mark.parametrize("vectors", [None, torch.float32], ids=["same", "fp32 weights"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_errs_at_most_twice_as_much_as_pytorch(dtype: torch.dtype, vectors: torch.dtype | None,
-                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_precision_errs_at_most_twice_as_much_as_pytorch(
+    dtype: torch.dtype, vectors: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cut_small(monkeypatch, False)
     tensors = inputs((2, 24, 7, 5), last=True, dtype=dtype, vectors=vectors)
     true = exact(tensors, 3)
@@ -94,17 +108,20 @@ def test_gradients_and_inputs_of_any_layout(path: str, monkeypatch: pytest.Monke
         assert_close(results(ops.group_norm_silu, [gradient, x, *vectors], 3), true)
     expanded = torch.ones(()).expand_as(x)  # the gradient of y.sum()
     assert_close(results(ops.group_norm_silu, [expanded, x, *vectors], 3), exact([expanded, x, *vectors], 3))
-    for other in (x.transpose(2, 3).contiguous().transpose(2, 3), torch.cat([x, x], dim=1)[:, :12],
-                  torch.stack([x, x], dim=-1)[..., 0]):
+    for other in (
+        x.transpose(2, 3).contiguous().transpose(2, 3),
+        torch.cat([x, x], dim=1)[:, :12],
+        torch.stack([x, x], dim=-1)[..., 0],
+    ):
         assert_close(results(ops.group_norm_silu, [dy, other, *vectors], 3), true)
 
 
 # Bytes of an element of 2 bytes: a tensor that is read twice takes 6 and 10 (docs/kernels.md), one that fits 4 and 6.
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize(("shape", "per_element"), [((1, 16, 64, 40), (6, 10)), ((1, 32, 16, 16), (4, 6))],
-                         ids=str)
-def test_bytes_moved(shape: tuple[int, ...], per_element: tuple[int, int], last: bool,
-                     monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("shape", "per_element"), [((1, 16, 64, 40), (6, 10)), ((1, 32, 16, 16), (4, 6))], ids=str)
+def test_bytes_moved(
+    shape: tuple[int, ...], per_element: tuple[int, int], last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With tiles as they are shipped: x, y and their gradients are touched as often as planned, little else is."""
     dy, x, *vectors = inputs(shape, last=last, dtype=torch.bfloat16, vectors=torch.float32)
     touched: list[tuple[np.ndarray, int]] = []
@@ -112,8 +129,9 @@ def test_bytes_moved(shape: tuple[int, ...], per_element: tuple[int, int], last:
 
     def note(pointers: interpreter.TensorHandle, mask: interpreter.TensorHandle) -> None:
         # An address that several threads of a program ask for at once is read once.
-        touched.append((np.unique(pointers.data[mask.data.astype(bool)]),
-                        pointers.get_element_ty().primitive_bitwidth // 8))
+        touched.append(
+            (np.unique(pointers.data[mask.data.astype(bool)]), pointers.get_element_ty().primitive_bitwidth // 8)
+        )
 
     def noted_load(self: object, pointers: object, mask: object, *rest: object) -> object:
         note(pointers, mask)
@@ -138,7 +156,7 @@ def test_bytes_moved(shape: tuple[int, ...], per_element: tuple[int, int], last:
     planned, rest = moved(x, y)
     assert planned == per_element[0] and rest < 0.15 * planned, (planned, rest)
     touched.clear()
-    dx, = torch.autograd.grad(y, x, dy)
+    (dx,) = torch.autograd.grad(y, x, dy)
     planned, rest = moved(dy, x, dx)
     assert planned == per_element[1] and rest < 0.15 * planned, (planned, rest)
 
@@ -178,8 +196,9 @@ def test_offsets_beyond_32_bits(last: bool, tmp_path: Path, monkeypatch: pytest.
     def launch(kernel: object, first: bool, *arguments: object, **constants: object) -> None:
         """Run the program with the first or the last index alone."""
         program = [0] if first else [cut.programs - 1]
-        monkeypatch.setattr(interpreter, "range", lambda *ends: program if ends == (cut.programs,) else range(*ends),
-                            raising=False)
+        monkeypatch.setattr(
+            interpreter, "range", lambda *ends: program if ends == (cut.programs,) else range(*ends), raising=False
+        )
         kernel[(cut.programs,)](*arguments, **constants)
         monkeypatch.delattr(interpreter, "range")
 
@@ -190,24 +209,59 @@ def test_offsets_beyond_32_bits(last: bool, tmp_path: Path, monkeypatch: pytest.
     parts = torch.full((2, batch, 1, cut.parts), math.nan)
     launch(kernels.partial_statistics, False, x, *parts, pixels, chunks, tiles, **constants)
     count = true.numel()
-    assert_close({"mean": parts[0, -1, 0, -1], "m2": parts[1, -1, 0, -1]},
-                 {"mean": true.mean(), "m2": true.var(correction=0) * count})
+    assert_close(
+        {"mean": parts[0, -1, 0, -1], "m2": parts[1, -1, 0, -1]},
+        {"mean": true.mean(), "m2": true.var(correction=0) * count},
+    )
 
     vectors, one, zero = (torch.ones(channels), torch.zeros(channels), None, None), torch.ones(2), torch.zeros(2)
     parts[0], parts[1] = 0, count  # mean 0 and deviation 1
-    launch(kernels.apply_forward, True, x, y, *vectors, *parts, zero, one, 0, 0, pixels, chunks, tiles, 0.0, **constants,
-           PARTS=cut.parts, SILU=False)
+    launch(
+        kernels.apply_forward,
+        True,
+        x,
+        y,
+        *vectors,
+        *parts,
+        zero,
+        one,
+        0,
+        0,
+        pixels,
+        chunks,
+        tiles,
+        0.0,
+        **constants,
+        PARTS=cut.parts,
+        SILU=False,
+    )
     assert torch.equal(y[here], x[here])
 
     sums = torch.full((2, batch, chunks, channels), math.nan)
     saved = (*vectors, zero, one)
-    launch(kernels.partial_sums, False, x, x, *saved, *sums, *parts, 0, 0, pixels, chunks, tiles, **constants,
-           SILU=False)
+    launch(
+        kernels.partial_sums, False, x, x, *saved, *sums, *parts, 0, 0, pixels, chunks, tiles, **constants, SILU=False
+    )
     assert_close({"s2": sums[1, -1, -1, block]}, {"s2": true.square().sum(dim=1)})
 
     parts[:] = 0
-    launch(kernels.apply_backward, True, x, x, dx, *saved, *parts, 0, 0, pixels, chunks, tiles, **constants,
-           PARTS=cut.parts, SILU=False)
+    launch(
+        kernels.apply_backward,
+        True,
+        x,
+        x,
+        dx,
+        *saved,
+        *parts,
+        0,
+        0,
+        pixels,
+        chunks,
+        tiles,
+        **constants,
+        PARTS=cut.parts,
+        SILU=False,
+    )
     assert torch.equal(dx[here], x[here])
 
 

@@ -7,10 +7,8 @@ import os
 import pytest
 import torch
 
-from fastimagen import ops
 from tests.kernels.interpreting import guarded
-
-from .sampler_step_cases import CASES, Case
+from tests.kernels.sampler_step_cases import CASES, Case
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs in a process of its own, with TRITON_INTERPRET=1", allow_module_level=True)

@@ -22,9 +22,13 @@ MARGIN = 256  # elements around every guarded tensor
 
 def run_interpreted(file: str) -> None:
     """Run the tests of tests/kernels/`file` with TRITON_INTERPRET=1, which must be set before kernels are imported."""
-    child = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
-                            f"tests/kernels/{file}"], cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"},
-                           capture_output=True, text=True)
+    child = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/kernels/{file}"],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
     assert child.returncode == 0, child.stdout + child.stderr
 
 

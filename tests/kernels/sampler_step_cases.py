@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from fastimagen import ops
-
-from .threshold_cases import by_definition
+from tests.kernels.threshold_cases import by_definition
 
 RECOVERY, UPDATE = (1.7, -1.3), (0.6, 0.5, -0.2, 0.3)
 
@@ -38,13 +37,14 @@ class Case:
         return output.to(self.dtype), x, chosen | ({"noise": noise} if self.noise else {})
 
     def run(self, output: Tensor, x: Tensor, extra: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        return ops.sampler_step(output, x, RECOVERY, UPDATE, guidance=self.guidance, threshold=self.threshold,
-                                percentile=0.9, **extra)
+        return ops.sampler_step(
+            output, x, RECOVERY, UPDATE, guidance=self.guidance, threshold=self.threshold, percentile=0.9, **extra
+        )
 
     def expected(self, output: Tensor, x: Tensor, extra: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         output, x = output.double(), x.double()
         if self.guidance is not None:
-            with_caption, without = output[:len(x)], output[len(x):]
+            with_caption, without = output[: len(x)], output[len(x) :]
             output = self.guidance * with_caption + (1 - self.guidance) * without
         x0 = RECOVERY[0] * x + RECOVERY[1] * output
         if self.threshold == "dynamic":
@@ -52,8 +52,13 @@ class Case:
         elif self.threshold == "static":
             x0 = x0.clamp(-1, 1)
         nothing = torch.zeros(())
-        return (UPDATE[0] * x + UPDATE[1] * x0 + UPDATE[2] * extra.get("previous", nothing).double()
-                + UPDATE[3] * extra.get("noise", nothing).double(), x0)
+        return (
+            UPDATE[0] * x
+            + UPDATE[1] * x0
+            + UPDATE[2] * extra.get("previous", nothing).double()
+            + UPDATE[3] * extra.get("noise", nothing).double(),
+            x0,
+        )
 
     def check(self) -> None:
         inputs = self.inputs()

@@ -44,16 +44,32 @@ def test_heads_of_64_compile_for_other_gpus() -> None:
 
 
 def test_the_table_of_registers_is_of_the_tiles_as_they_stand() -> None:
-    """benchmarks/results/aot.json has every tile; python -m benchmarks.aot makes it again."""
+    """benchmarks/results/aot.json has every tile; python -m benchmarks.studies.aot makes it again."""
     from fastimagen_kernels.attention_tiles import TILES
 
-    rows = [row for row in json.loads((ROOT / "benchmarks/results/aot.json").read_text())["rows"]
-            if row["file"] == "attention"]
+    rows = [
+        row
+        for row in json.loads((ROOT / "benchmarks/results/aot.json").read_text())["rows"]
+        if row["file"] == "attention"
+    ]
     for row in rows:
         check(row)
-    measured = {("float32" if row["label"].startswith("float32") else row["target"], row["kernel"],
-                 row["constants"].get("ROWS"), row["constants"].get("KEYS"), row["num_warps"], row["num_stages"])
-                for row in rows}
-    shipped = {(target, kernel, *tile) for (target, kernel), table in TILES.items()
-               if target not in ("other", "interpreter") for pair in table.values() for tile in pair}
+    measured = {
+        (
+            "float32" if row["label"].startswith("float32") else row["target"],
+            row["kernel"],
+            row["constants"].get("ROWS"),
+            row["constants"].get("KEYS"),
+            row["num_warps"],
+            row["num_stages"],
+        )
+        for row in rows
+    }
+    shipped = {
+        (target, kernel, *tile)
+        for (target, kernel), table in TILES.items()
+        if target not in ("other", "interpreter")
+        for pair in table.values()
+        for tile in pair
+    }
     assert shipped <= measured, shipped - measured

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
 from fastimagen import ops
-from fastimagen.ops import thresholding
 from tests.kernels.interpreting import run_interpreted
-
-from .threshold_cases import CASES, PERCENTILES, assert_thresholded, by_definition
+from tests.kernels.threshold_cases import CASES, PERCENTILES, assert_thresholded, by_definition
 
 
 def test_kernels() -> None:
@@ -26,7 +26,7 @@ def test_reference(name: str, percentile: float) -> None:
 
 def test_reference_has_no_limit_on_the_size_of_a_sample() -> None:
     x = torch.zeros(1, 2**24 + 5)  # torch.quantile refuses more than 2^24
-    x[0, -(2**23):] = 3.0
+    x[0, -(2**23) :] = 3.0
     assert ops.dynamic_threshold(x, 0.9).max() == 1.0
     assert ops.dynamic_threshold(x, 0.4).max() == 1.0 and ops.dynamic_threshold(x * 0.1, 0.4).max() == 0.3 * 1.0
 
@@ -54,7 +54,7 @@ def test_neither_inf_nor_nan_passes_unseen() -> None:
 def test_operator_registration(monkeypatch: pytest.MonkeyPatch) -> None:
     x = CASES["normal"]().contiguous(memory_format=torch.channels_last)
     torch.library.opcheck(torch.ops.fastimagen.dynamic_threshold, (x, 0.9, 1.0))
-    monkeypatch.setattr(thresholding, "use_triton", lambda *unused: True)
+    monkeypatch.setattr(sys.modules["fastimagen.ops.dynamic_threshold"], "use_triton", lambda *unused: True)
     assert ops.dynamic_threshold(x, 0.9).is_contiguous(memory_format=torch.channels_last)
     assert_thresholded(x, 0.9)
     torch._dynamo.reset()
@@ -62,14 +62,17 @@ def test_operator_registration(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(compiled_op(x), ops.dynamic_threshold(x, 0.9) * 2, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("x", "percentile", "floor", "complaint"), [
-    (torch.zeros(1, 4), 1.5, 1.0, r"percentile must lie in \[0, 1\], got 1.5"),
-    (torch.zeros(1, 4), float("nan"), 1.0, r"percentile must lie in \[0, 1\]"),
-    (torch.zeros(1, 4), 0.5, 0.0, "floor must be positive, got 0.0"),
-    (torch.zeros(4), 0.5, 1.0, r"takes samples \(B, ...\)"),
-    (torch.zeros(2, 0), 0.5, 1.0, "that are not empty"),
-    (torch.zeros(1, 4, dtype=torch.int32), 0.5, 1.0, "takes floating point samples"),
-])
+@pytest.mark.parametrize(
+    ("x", "percentile", "floor", "complaint"),
+    [
+        (torch.zeros(1, 4), 1.5, 1.0, r"percentile must lie in \[0, 1\], got 1.5"),
+        (torch.zeros(1, 4), float("nan"), 1.0, r"percentile must lie in \[0, 1\]"),
+        (torch.zeros(1, 4), 0.5, 0.0, "floor must be positive, got 0.0"),
+        (torch.zeros(4), 0.5, 1.0, r"takes samples \(B, ...\)"),
+        (torch.zeros(2, 0), 0.5, 1.0, "that are not empty"),
+        (torch.zeros(1, 4, dtype=torch.int32), 0.5, 1.0, "takes floating point samples"),
+    ],
+)
 def test_refuses(x: torch.Tensor, percentile: float, floor: float, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         ops.dynamic_threshold(x, percentile, floor=floor)

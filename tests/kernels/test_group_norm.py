@@ -7,14 +7,20 @@ import torch
 
 from fastimagen import ops
 from fastimagen.ops import group_norm
+from tests.kernels.group_norm_cases import assert_close, by_definition, exact, inputs, results
 from tests.kernels.interpreting import run_interpreted
 
-from .group_norm_cases import assert_close, by_definition, exact, inputs, results
-
 LAYOUTS = pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
-CASES = pytest.mark.parametrize(("shape", "groups", "film", "activation"), [
-    ((2, 24, 7, 5), 3, True, "silu"), ((1, 20, 3, 4), 5, False, "silu"), ((3, 6, 1, 1), 2, True, "none"),
-    ((1, 8, 1, 1), 2, True, "silu")], ids=str)
+CASES = pytest.mark.parametrize(
+    ("shape", "groups", "film", "activation"),
+    [
+        ((2, 24, 7, 5), 3, True, "silu"),
+        ((1, 20, 3, 4), 5, False, "silu"),
+        ((3, 6, 1, 1), 2, True, "none"),
+        ((1, 8, 1, 1), 2, True, "silu"),
+    ],
+    ids=str,
+)
 
 
 def assert_layout(last: bool, *tensors: torch.Tensor) -> None:
@@ -43,8 +49,9 @@ def test_reference(shape: tuple[int, ...], groups: int, film: bool, activation: 
 
 @LAYOUTS
 @CASES
-def test_operator_without_kernels(shape: tuple[int, ...], groups: int, film: bool, activation: str, last: bool,
-                                  operator: None) -> None:
+def test_operator_without_kernels(
+    shape: tuple[int, ...], groups: int, film: bool, activation: str, last: bool, operator: None
+) -> None:
     tensors = inputs(shape, film=film, last=last)
     got = results(ops.group_norm_silu, tensors, groups, activation)
     assert_close(got, exact(tensors, groups, activation))
@@ -78,8 +85,13 @@ def test_keeps_its_dtype_under_autocast(through: str, dtype: torch.dtype, reques
     with torch.autocast("cpu", torch.bfloat16):
         got = results(ops.group_norm_silu, tensors, 2)
     assert {name: tensor.dtype for name, tensor in got.items()} == {
-        "y": dtype, "dx": dtype, "dweight": torch.float32, "dbias": torch.float32, "dscale": torch.bfloat16,
-        "dshift": torch.bfloat16}
+        "y": dtype,
+        "dx": dtype,
+        "dweight": torch.float32,
+        "dbias": torch.float32,
+        "dscale": torch.bfloat16,
+        "dshift": torch.bfloat16,
+    }
 
 
 @pytest.mark.parametrize("through", ["reference", "operator"])
@@ -96,17 +108,27 @@ def test_an_empty_batch_gives_an_empty_tensor() -> None:
     assert ops.group_norm_silu(x[:0], *vectors, 2).shape == (0, 6, 2, 3)
 
 
-@pytest.mark.parametrize(("change", "complaint"), [
-    (dict(activation="gelu"), 'no activation "gelu"; there are silu, none'),
-    (dict(num_groups=4), "6 channels cannot be split into 4 groups"),
-    (dict(num_groups=0), "6 channels cannot be split into 0 groups"),
-    (dict(x=torch.zeros(2, 6, 3)), r"takes x \(B, C, H, W\), got \(2, 6, 3\)"),
-    (dict(weight=torch.ones(5)), r"weight must be \(6,\) for x \(2, 6, 3, 3\), got \(5,\)"),
-    (dict(scale=None), "scale and shift go together"),
-    (dict(scale=torch.zeros(6)), r"scale must be \(2, 6\) for x \(2, 6, 3, 3\), got \(6,\)"),
-], ids=str)
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (dict(activation="gelu"), 'no activation "gelu"; there are silu, none'),
+        (dict(num_groups=4), "6 channels cannot be split into 4 groups"),
+        (dict(num_groups=0), "6 channels cannot be split into 0 groups"),
+        (dict(x=torch.zeros(2, 6, 3)), r"takes x \(B, C, H, W\), got \(2, 6, 3\)"),
+        (dict(weight=torch.ones(5)), r"weight must be \(6,\) for x \(2, 6, 3, 3\), got \(5,\)"),
+        (dict(scale=None), "scale and shift go together"),
+        (dict(scale=torch.zeros(6)), r"scale must be \(2, 6\) for x \(2, 6, 3, 3\), got \(6,\)"),
+    ],
+    ids=str,
+)
 def test_refuses(change: dict[str, object], complaint: str) -> None:
-    arguments = dict(x=torch.zeros(2, 6, 3, 3), weight=torch.ones(6), bias=torch.ones(6), num_groups=2,
-                     scale=torch.zeros(2, 6), shift=torch.zeros(2, 6))
+    arguments = dict(
+        x=torch.zeros(2, 6, 3, 3),
+        weight=torch.ones(6),
+        bias=torch.ones(6),
+        num_groups=2,
+        scale=torch.zeros(2, 6),
+        shift=torch.zeros(2, 6),
+    )
     with pytest.raises(ValueError, match=complaint):
         ops.group_norm_silu(**arguments | change)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
 from fastimagen import ops
-from fastimagen.ops import sampling
 from tests.kernels.interpreting import run_interpreted
-
-from .sampler_step_cases import CASES, RECOVERY, UPDATE, Case
+from tests.kernels.sampler_step_cases import CASES, RECOVERY, UPDATE, Case
 
 
 def test_kernels() -> None:
@@ -25,9 +25,10 @@ def test_operator_registration(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(3.0, "dynamic", previous=True, noise=True)
     output, x, extra = case.inputs()
     x = x.contiguous(memory_format=torch.channels_last)
-    torch.library.opcheck(torch.ops.fastimagen.sampler_step,
-                          (output, x, extra["previous"], None, *RECOVERY, *UPDATE, 3.0, "dynamic", 0.9))
-    monkeypatch.setattr(sampling, "use_triton", lambda *unused: True)
+    torch.library.opcheck(
+        torch.ops.fastimagen.sampler_step, (output, x, extra["previous"], None, *RECOVERY, *UPDATE, 3.0, "dynamic", 0.9)
+    )
+    monkeypatch.setattr(sys.modules["fastimagen.ops.sampler_step"], "use_triton", lambda *unused: True)
     case.check()
     assert case.run(output, x, extra)[0].is_contiguous(memory_format=torch.channels_last)
     torch._dynamo.reset()
@@ -36,13 +37,16 @@ def test_operator_registration(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("change", "complaint"), [
-    ({"guidance": 3.0}, r"output must be \(4, 3\) for x \(2, 3\), got \(2, 3\)"),
-    ({"threshold": "soft"}, 'threshold must be one of dynamic, static, none, got "soft"'),
-    ({"percentile": 1.5}, r"percentile must lie in \[0, 1\], got 1.5"),
-    ({"noise": torch.zeros(2, 4)}, r"noise must be \(2, 3\) as x, got \(2, 4\)"),
-    ({"x": torch.zeros(2, 3, dtype=torch.int32)}, "x must be floating point"),
-])
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"guidance": 3.0}, r"output must be \(4, 3\) for x \(2, 3\), got \(2, 3\)"),
+        ({"threshold": "soft"}, 'threshold must be one of dynamic, static, none, got "soft"'),
+        ({"percentile": 1.5}, r"percentile must lie in \[0, 1\], got 1.5"),
+        ({"noise": torch.zeros(2, 4)}, r"noise must be \(2, 3\) as x, got \(2, 4\)"),
+        ({"x": torch.zeros(2, 3, dtype=torch.int32)}, "x must be floating point"),
+    ],
+)
 def test_refuses(change: dict[str, object], complaint: str) -> None:
     arguments = {"output": torch.zeros(2, 3), "x": torch.zeros(2, 3)} | change
     with pytest.raises(ValueError, match=complaint):

@@ -28,7 +28,9 @@ CASES: dict[str, Callable[[], Tensor]] = {
     "huge range": lambda: torch.pow(10.0, _random(1, 1, 6, 6) * 15),
     "one element": lambda: torch.tensor([[2.5], [-0.5]]),
     "two elements": lambda: torch.tensor([[2.5, -4.0]]),
-    "neighbouring digits": lambda: torch.tensor([[1.0, 2.0, 4.0, 8.0, 1.0 + 2**-23, 2.0 - 2**-22, 1.5, 3.0, 2**10, 6.0]]),
+    "neighbouring digits": lambda: torch.tensor(
+        [[1.0, 2.0, 4.0, 8.0, 1.0 + 2**-23, 2.0 - 2**-22, 1.5, 3.0, 2**10, 6.0]]
+    ),
     "close together": lambda: torch.cat([1.5 + torch.arange(58) * 2.0**-20, torch.full((4,), 100.0)])[None],
     "bf16 grid": lambda: (_random(2, 3, 6, 6) * 3).bfloat16().float(),
 }

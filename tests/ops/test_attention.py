@@ -18,7 +18,7 @@ from fastimagen.ops.attention_op import fused
 from tests.conftest import ROOT
 from tests.kernels.attention_cases import Case, assert_close, exact, make, results
 
-backends = importlib.import_module("fastimagen.ops.backend")  # `ops.backend` is its function of that name
+backends = importlib.import_module("fastimagen.ops.dispatch")  # `ops.backend` is its function of that name
 CASES = [
     Case(queries=9, heads=4, width=24, keys=9, context=20, lengths=(20, 0)),
     Case(queries=6, heads=3, width=16, keys=5, key_heads=3, null="heads", context=4, lengths=(4, 1)),
@@ -56,8 +56,10 @@ def test_gradients_of_reference_and_operator(case: Case) -> None:
 @pytest.mark.parametrize("case", CASES[:2], ids=str)
 def test_operator_registration(case: Case) -> None:
     tensors = make(case)
-    leaves = [x.requires_grad_() if (x := tensors.get(name)) is not None and x.is_floating_point() else x
-              for name in OPERATOR_ARGUMENTS]
+    leaves = [
+        x.requires_grad_() if (x := tensors.get(name)) is not None and x.is_floating_point() else x
+        for name in OPERATOR_ARGUMENTS
+    ]
     torch.library.opcheck(torch.ops.fastimagen.attention, (*leaves, 0.25))
 
 
@@ -65,8 +67,10 @@ def test_normalised_queries_and_keys() -> None:
     tensors = make(CASES[0])
     scales = torch.rand(2, 24) + 0.5
     del tensors["dout"]
-    by_hand = tensors | {name: F.normalize(tensors[name], dim=-1) * scales[0 if name == "q" else 1]
-                         for name in ("q", "k", "null_k", "context_k")}
+    by_hand = tensors | {
+        name: F.normalize(tensors[name], dim=-1) * scales[0 if name == "q" else 1]
+        for name in ("q", "k", "null_k", "context_k")
+    }
     out = ops.attention(**tensors, qk_scales=tuple(scales), scale=8.0)
     torch.testing.assert_close(out, ops.attention(**by_hand, scale=8.0))
 
@@ -115,8 +119,15 @@ def test_memory_of_self_attention() -> None:
 @pytest.mark.parametrize("case", CASES[:4], ids=str)
 def test_how_xformers_is_called(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stand-in with xFormers' contract: one shape of heads, a bias with aligned rows, NaN where all is masked."""
-    def memory_efficient_attention(query: Tensor, key: Tensor, value: Tensor, attn_bias: Tensor | None = None,
-                                   p: float = 0.0, scale: float | None = None) -> Tensor:
+
+    def memory_efficient_attention(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_bias: Tensor | None = None,
+        p: float = 0.0,
+        scale: float | None = None,
+    ) -> Tensor:
         assert query.dim() == 4 and key.shape == value.shape and key.shape[2] == query.shape[2]
         if attn_bias is not None:
             assert attn_bias.shape == (len(query), query.shape[2], query.shape[1], key.shape[1])
@@ -138,18 +149,28 @@ def test_how_xformers_is_called(case: Case, monkeypatch: pytest.MonkeyPatch) -> 
     assert_close(results(ops.attention, tensors), exact(tensors))
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"q": torch.ones(2, 4, 16)}, r"attention takes q \(B, N, H, D\), got \(2, 4, 16\)"),
-    ({"k": None, "v": None}, "attention needs at least one of k, null_k and context_k"),
-    ({"v": None}, "k and v go together"),
-    ({"v": torch.ones(2, 3, 1, 16)}, r"k and v must have one shape, got \(2, 5, 1, 16\) and \(2, 3, 1, 16\)"),
-    (dict.fromkeys("kv", torch.ones(2, 5, 3, 16)),
-     r"k and v must be \(2, keys, 1 or 2, 16\) for q .*, got \(2, 5, 3, 16\)"),
-    (dict.fromkeys(("null_k", "null_v"), torch.ones(8)), r"null_k and null_v must be \(16,\) or \(1 or 2, 16\) for q"),
-    ({"context_lengths": torch.ones(2)}, "context_lengths without context_k"),
-    (dict.fromkeys(("context_k", "context_v"), torch.ones(2, 5, 1, 16)) | {"context_lengths": torch.ones(2)},
-     r"context_lengths must be \(2,\) int32 or int64, got \(2,\) float32"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": torch.ones(2, 4, 16)}, r"attention takes q \(B, N, H, D\), got \(2, 4, 16\)"),
+        ({"k": None, "v": None}, "attention needs at least one of k, null_k and context_k"),
+        ({"v": None}, "k and v go together"),
+        ({"v": torch.ones(2, 3, 1, 16)}, r"k and v must have one shape, got \(2, 5, 1, 16\) and \(2, 3, 1, 16\)"),
+        (
+            dict.fromkeys("kv", torch.ones(2, 5, 3, 16)),
+            r"k and v must be \(2, keys, 1 or 2, 16\) for q .*, got \(2, 5, 3, 16\)",
+        ),
+        (
+            dict.fromkeys(("null_k", "null_v"), torch.ones(8)),
+            r"null_k and null_v must be \(16,\) or \(1 or 2, 16\) for q",
+        ),
+        ({"context_lengths": torch.ones(2)}, "context_lengths without context_k"),
+        (
+            dict.fromkeys(("context_k", "context_v"), torch.ones(2, 5, 1, 16)) | {"context_lengths": torch.ones(2)},
+            r"context_lengths must be \(2,\) int32 or int64, got \(2,\) float32",
+        ),
+    ],
+)
 def test_arguments_that_do_not_fit(change: dict[str, Tensor | None], message: str) -> None:
     arguments = {"q": torch.ones(2, 4, 2, 16), "k": torch.ones(2, 5, 1, 16), "v": torch.ones(2, 5, 1, 16)}
     with pytest.raises(ValueError, match=message):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastimagen.convolution import Conv2d
+from fastimagen.networks.convolution import Conv2d
 from fastimagen.train.engine import init_distributed, make_engine, resolve_deepspeed
 from tests.conftest import ROOT
 
@@ -32,16 +32,24 @@ class Net(nn.Module):
 
 def batches() -> list[tuple[Tensor, Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(1)
-    return [tuple(torch.randn(4, *shape, generator=generator) for shape in ((3, 6, 6), (4,), (2,)))
-            for _ in range(STEPS)]
+    return [
+        tuple(torch.randn(4, *shape, generator=generator) for shape in ((3, 6, 6), (4,), (2,))) for _ in range(STEPS)
+    ]
 
 
 CONFIGS = {
-    "muon": {"optimizer": {"type": "Muon", "params": {"muon_lr": MUON, "adam_lr": ADAM, "momentum": MOMENTUM,
-                                                      "betas": BETAS, "weight_decay": 0.0}}},
+    "muon": {
+        "optimizer": {
+            "type": "Muon",
+            "params": {"muon_lr": MUON, "adam_lr": ADAM, "momentum": MOMENTUM, "betas": BETAS, "weight_decay": 0.0},
+        }
+    },
     "whole": {"optimizer": {"type": "SGD", "params": {"lr": 0.1}}, "zero_allow_untested_optimizer": True},
-    "accumulated": {"optimizer": {"type": "SGD", "params": {"lr": 0.1}}, "zero_allow_untested_optimizer": True,
-                    "gradient_accumulation_steps": 4},
+    "accumulated": {
+        "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
+        "zero_allow_untested_optimizer": True,
+        "gradient_accumulation_steps": 4,
+    },
 }
 
 
@@ -53,8 +61,9 @@ def with_deepspeed() -> dict[str, dict[str, list]]:
 
 def trained(tree: dict) -> dict[str, list]:
     torch.manual_seed(0)
-    config, _ = resolve_deepspeed({"train_batch_size": 4, **tree}, {}, steps=STEPS, world_size=1, cuda=False,
-                                  tensorboard="", job_name="")
+    config, _ = resolve_deepspeed(
+        {"train_batch_size": 4, **tree}, {}, steps=STEPS, world_size=1, cuda=False, tensorboard="", job_name=""
+    )
     engine = make_engine(Net(), config)
     for batch in batches():
         for x, vector, target in zip(*(part.split(config["train_micro_batch_size_per_gpu"]) for part in batch)):
@@ -65,8 +74,9 @@ def trained(tree: dict) -> dict[str, list]:
 
 @pytest.fixture(scope="module")
 def weights() -> dict[str, dict[str, list]]:
-    script = ("import json; from tests.train.test_deepspeed_steps import with_deepspeed; "
-              "print(json.dumps(with_deepspeed()))")
+    script = (
+        "import json; from tests.train.test_deepspeed_steps import with_deepspeed; print(json.dumps(with_deepspeed()))"
+    )
     run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     return json.loads(run.stdout.splitlines()[-1])
@@ -86,8 +96,9 @@ def by_hand() -> dict[str, Tensor]:
     torch.manual_seed(0)
     net = Net().double()
     muon = [net.conv.weight, net.out.weight]
-    adam = torch.optim.AdamW([p for p in net.parameters() if all(p is not q for q in muon)], lr=ADAM, betas=BETAS,
-                             weight_decay=0.0)
+    adam = torch.optim.AdamW(
+        [p for p in net.parameters() if all(p is not q for q in muon)], lr=ADAM, betas=BETAS, weight_decay=0.0
+    )
     momenta = [torch.zeros_like(p) for p in muon]
     for x, vector, target in batches():
         net.zero_grad()
@@ -109,4 +120,6 @@ def test_muon_steps_are_those_of_its_formula(weights: dict) -> None:
 
 def test_defect_6_accumulated_micro_batches_are_one_averaged_batch(weights: dict) -> None:
     for name, expected in weights["whole"].items():
-        torch.testing.assert_close(torch.tensor(weights["accumulated"][name]), torch.tensor(expected), rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            torch.tensor(weights["accumulated"][name]), torch.tensor(expected), rtol=0, atol=1e-6
+        )

@@ -19,11 +19,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fastimagen.config import EMAConfig, StageConfig
-from fastimagen.samplers import mix_seed
-from fastimagen.train.control import StopRequest, lock_run
+from fastimagen.seeds import mix_seed
 from fastimagen.train.ema import EMA
 from fastimagen.train.metrics import Metrics, Window
-from fastimagen.train.start import initial_unet
+from fastimagen.train.preemption import StopRequest, lock_run
+from fastimagen.train.stage_setup import initial_unet
 from tests.conftest import ROOT, TOY_STAGES, toy_tree
 
 # ---- real runs, one after the other in one process: DeepSpeed takes seconds to start
@@ -42,19 +42,34 @@ for name, tree in json.loads(Path(sys.argv[1]).read_text()):
 @pytest.fixture(scope="module")
 def runs(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of runs of the base stage: clipped, live, averaged (in two goes), still and still8."""
+
     def tree(*, steps: int, decay: float = 0.0, **deepspeed: Any) -> dict[str, Any]:
         content = toy_tree(toy_data)
         del content["scheduler"], content["fastimagen"]["train"]["stages"]
-        content["fastimagen"]["train"] |= {"steps": steps, "checkpoint_every": 1, "keep_checkpoints": 10,
-                                           "validate_every": 1, "validation_samples": 40, "sample_every": 100,
-                                           "sample_count": 1, "ema": {"decay": decay, "warmup": 4.0}}
+        content["fastimagen"]["train"] |= {
+            "steps": steps,
+            "checkpoint_every": 1,
+            "keep_checkpoints": 10,
+            "validate_every": 1,
+            "validation_samples": 40,
+            "sample_every": 100,
+            "sample_count": 1,
+            "ema": {"decay": decay, "warmup": 4.0},
+        }
         return {**content, **deepspeed}
 
     # With a decay of 0 the average is the weights themselves, so their checkpoints show every step.
     still = {"optimizer": {"type": "AdamW", "params": {"lr": 0.0}}}
     trees = [
-        ("clipped", tree(steps=2, optimizer={"type": "SGD", "params": {"lr": 1.0}}, gradient_clipping=0.01,
-                         zero_allow_untested_optimizer=True)),
+        (
+            "clipped",
+            tree(
+                steps=2,
+                optimizer={"type": "SGD", "params": {"lr": 1.0}},
+                gradient_clipping=0.01,
+                zero_allow_untested_optimizer=True,
+            ),
+        ),
         ("live", tree(steps=4)),
         ("averaged", tree(steps=2, decay=0.9)),
         ("averaged", tree(steps=4, decay=0.9)),
@@ -63,9 +78,12 @@ def runs(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     folder = tmp_path_factory.mktemp("parts")
     (folder / "trees.json").write_text(json.dumps(trees))
-    child = subprocess.run([sys.executable, "-c", RUNS, str(folder / "trees.json")], capture_output=True,
-                           text=True,
-                           env={**os.environ, "PYTHONPATH": str(ROOT)})
+    child = subprocess.run(
+        [sys.executable, "-c", RUNS, str(folder / "trees.json")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert child.returncode == 0, child.stdout + child.stderr
     return folder
 
@@ -112,10 +130,10 @@ def test_no_line_stands_twice_when_a_run_goes_on(runs: Path) -> None:
     assert lines == [(step, kind) for step in (1, 2, 3, 4) for kind in (False, True)]
 
 
-def test_defect_7_the_validation_loss_is_the_same_number_whenever_and_at_whatever_batch_size(
-        runs: Path) -> None:
-    losses = [record["val_loss"] for name in ("still", "still8") for record in records(runs / name)
-              if "val_loss" in record]
+def test_defect_7_the_validation_loss_is_the_same_number_whenever_and_at_whatever_batch_size(runs: Path) -> None:
+    losses = [
+        record["val_loss"] for name in ("still", "still8") for record in records(runs / name) if "val_loss" in record
+    ]
     assert len(losses) == 3 and losses[0] > 0 and losses == [losses[0]] * 3
     moving = [record["val_loss"] for record in records(runs / "live") if "val_loss" in record]
     averaged = [record["val_loss"] for record in records(runs / "averaged") if "val_loss" in record]
@@ -129,6 +147,7 @@ def test_the_batch_is_gathered_from_micro_batches(runs: Path) -> None:
 
 
 # ---- EMA by itself
+
 
 def test_ema_is_a_weighted_sum_of_all_weights_so_far() -> None:
     """The closed form, in float64: weight n has (1 - d_n) d_(n+1) ... d_N, the start has d_1 ... d_N."""
@@ -165,9 +184,9 @@ def test_swapped_shows_the_average_and_brings_the_weights_back_even_after_an_err
 
 # ---- metrics by themselves
 
+
 def open_metrics(folder: Path, start: int, stage: str = "base", rank: int = 0) -> Metrics:
-    return Metrics(folder, stage=stage, steps=10, start=start, rank=rank,
-                   monitor=SimpleNamespace(enabled=False))
+    return Metrics(folder, stage=stage, steps=10, start=start, rank=rank, monitor=SimpleNamespace(enabled=False))
 
 
 def test_lines_beyond_the_checkpoint_and_cut_ones_go_and_no_others(tmp_path: Path) -> None:
@@ -183,10 +202,10 @@ def test_lines_beyond_the_checkpoint_and_cut_ones_go_and_no_others(tmp_path: Pat
     for step in range(4, 8):
         metrics.write(step, loss=9.0)
     metrics.close()
-    found = [(record["stage"], record["step"], record.get("loss")) for record in records(tmp_path)
-             if "loss" in record]
-    assert found == [("base", step, step / 10) for step in range(1, 6)] + \
-        [("sr", step, step / 10) for step in (1, 2, 3)] + [("sr", step, 9.0) for step in (4, 5, 6, 7)]
+    found = [(record["stage"], record["step"], record.get("loss")) for record in records(tmp_path) if "loss" in record]
+    assert found == [("base", step, step / 10) for step in range(1, 6)] + [
+        ("sr", step, step / 10) for step in (1, 2, 3)
+    ] + [("sr", step, 9.0) for step in (4, 5, 6, 7)]
     assert len([record for record in records(tmp_path) if "val_loss" in record]) == 5 + 3
 
 
@@ -199,8 +218,7 @@ def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture
     assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""
 
 
-def test_the_monitor_and_the_console_show_the_record(tmp_path: Path,
-                                                     capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_monitor_and_the_console_show_the_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     events: list[tuple] = []
     monitor = SimpleNamespace(enabled=True, write_events=events.extend)
     metrics = Metrics(tmp_path, stage="sr", steps=10, start=0, rank=0, monitor=monitor)
@@ -208,11 +226,12 @@ def test_the_monitor_and_the_console_show_the_record(tmp_path: Path,
     metrics.close()
     assert events == [("sr/loss", 0.25, 4), ("sr/bad", 2, 4)]
     assert capsys.readouterr().out == "sr 4/10  loss 0.25  bad 2\n"
-    record, = records(tmp_path)
+    (record,) = records(tmp_path)
     assert record == {"stage": "sr", "step": 4, "time": record["time"], "loss": 0.25, "bad": 2}
 
 
 # ---- stopping
+
 
 @pytest.fixture(scope="module")
 def one_process() -> Iterator[None]:
@@ -223,8 +242,7 @@ def one_process() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_is_a_reason_to_stop_and_the_old_handlers_come_back(number: signal.Signals,
-                                                                     one_process: None) -> None:
+def test_a_signal_is_a_reason_to_stop_and_the_old_handlers_come_back(number: signal.Signals, one_process: None) -> None:
     mine = [0]
     before = {known: signal.signal(known, lambda *_: mine.append(1)) for known in StopRequest.SIGNALS}
     ours = {known: signal.getsignal(known) for known in StopRequest.SIGNALS}

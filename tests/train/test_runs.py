@@ -90,8 +90,9 @@ def saving(run: Path) -> bool:
 
 
 @pytest.mark.parametrize("moment", ["between checkpoints", "while a checkpoint is written", "in the second stage"])
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(moment: str, toy_config: dict, write_config: Callable,
-                                                         tmp_path: Path, uninterrupted: Path) -> None:
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(
+    moment: str, toy_config: dict, write_config: Callable, tmp_path: Path, uninterrupted: Path
+) -> None:
     config, run = write_config(toy_config), tmp_path / "run"
     process = start(config, run)
     if moment == "while a checkpoint is written":
@@ -109,14 +110,16 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(moment: str, toy_config
     from safetensors.torch import load_file
 
     for stage in ("base", "sr"):
-        ours, theirs = (load_file(path / f"checkpoints/{stage}/step-00000006/ema.safetensors")
-                        for path in (run, uninterrupted))
+        ours, theirs = (
+            load_file(path / f"checkpoints/{stage}/step-00000006/ema.safetensors") for path in (run, uninterrupted)
+        )
         assert all(ours[name].equal(theirs[name]) for name in theirs)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_the_same_command_goes_on(number: int, toy_config: dict, write_config: Callable,
-                                                     tmp_path: Path, uninterrupted: Path) -> None:
+def test_a_signal_saves_and_the_same_command_goes_on(
+    number: int, toy_config: dict, write_config: Callable, tmp_path: Path, uninterrupted: Path
+) -> None:
     toy_config["fastimagen"]["train"]["checkpoint_every"] = 1000
     config, run = write_config(toy_config), tmp_path / "run"
     process = start(config, run)
@@ -129,12 +132,22 @@ def test_a_signal_saves_and_the_same_command_goes_on(number: int, toy_config: di
 
 
 def test_two_ranks_train_through_the_deepspeed_launcher_and_stop_when_it_is_gone(
-        toy_config: dict, write_config: Callable, tmp_path: Path) -> None:
-    toy_config["fastimagen"]["train"] |= {"steps": 400, "checkpoint_every": 1000, "validate_every": 1000,
-                                          "sample_every": 1000}
+    toy_config: dict, write_config: Callable, tmp_path: Path
+) -> None:
+    toy_config["fastimagen"]["train"] |= {
+        "steps": 400,
+        "checkpoint_every": 1000,
+        "validate_every": 1000,
+        "sample_every": 1000,
+    }
     config, run = write_config(toy_config), tmp_path / "run"
-    deepspeed = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2",
-                 "--master_port", str(free_port())]
+    deepspeed = [
+        str(Path(sys.executable).with_name("deepspeed")),
+        "--num_accelerators",
+        "2",
+        "--master_port",
+        str(free_port()),
+    ]
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     process = start(config, run, "--stage", "base", launcher=[*deepspeed, TRAIN[1]], env=environment)
     wait_for(lambda: lines(run) >= 3, process, pause=0.05)
@@ -161,8 +174,9 @@ def test_a_second_writer_is_refused(toy_config: dict, write_config: Callable, tm
     first.communicate()
 
 
-def test_another_architecture_is_refused_and_nothing_is_lost(toy_config: dict, write_config: Callable, tmp_path: Path,
-                                                             uninterrupted: Path) -> None:
+def test_another_architecture_is_refused_and_nothing_is_lost(
+    toy_config: dict, write_config: Callable, tmp_path: Path, uninterrupted: Path
+) -> None:
     toy_config["fastimagen"]["cascade"]["stages"][0]["unet"]["dim"] = 16
     before = {path: path.read_bytes() for path in uninterrupted.rglob("*") if path.is_file() and path.name != ".lock"}
     output = finish(start(write_config(toy_config), uninterrupted), 1)
@@ -188,17 +202,25 @@ def test_a_full_disk_keeps_the_older_checkpoint(toy_config: dict, write_config: 
     assert (run / "checkpoints/base/step-00000004/ema.safetensors").exists()
 
 
-def test_a_gradient_that_stays_non_finite_ends_the_run(toy_config: dict, write_config: Callable, tmp_path: Path) -> None:
+def test_a_gradient_that_stays_non_finite_ends_the_run(
+    toy_config: dict, write_config: Callable, tmp_path: Path
+) -> None:
     toy_config["optimizer"]["params"]["lr"] = 1e30
     del toy_config["scheduler"]
-    toy_config["fastimagen"]["train"] |= {"steps": 100, "max_nonfinite": 3, "validate_every": 1000, "sample_every": 1000}
+    toy_config["fastimagen"]["train"] |= {
+        "steps": 100,
+        "max_nonfinite": 3,
+        "validate_every": 1000,
+        "sample_every": 1000,
+    }
     output = finish(start(write_config(toy_config), tmp_path / "run", "--stage", "base"), 1)
     assert "not finite in 3 steps in a row" in output.splitlines()[-1]
 
 
-def test_a_run_starts_from_exported_weights(toy_config: dict, write_config: Callable, tmp_path: Path,
-                                            uninterrupted: Path) -> None:
-    from fastimagen.export import export
+def test_a_run_starts_from_exported_weights(
+    toy_config: dict, write_config: Callable, tmp_path: Path, uninterrupted: Path
+) -> None:
+    from fastimagen.train.export import export
 
     model = export(uninterrupted, tmp_path / "model")
     toy_config["fastimagen"]["train"] |= {"steps": 1, "stages": {"base": {"init_from": str(model)}}}

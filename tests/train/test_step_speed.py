@@ -14,10 +14,10 @@ import torch
 from fastimagen.cascade import Stage
 from fastimagen.config import EMAConfig
 from fastimagen.config_file import config_from_dict
-from fastimagen.text import TextEmbeddings
+from fastimagen.networks.unet import UNet
+from fastimagen.text.embeddings import TextEmbeddings
 from fastimagen.train.ema import EMA
 from fastimagen.train.trainer import Trainer
-from fastimagen.unet import UNet
 from tests.conftest import toy_cascade
 
 READS = {"aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero", "aten::equal"}
@@ -54,10 +54,11 @@ def test_the_profile_sees_reads() -> None:
 
 # ---- compiled networks
 
+
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
-def test_networks_are_compiled_on_gpus_and_a_cpu_is_told(device: str, toy_config: dict, tmp_path: Path,
-                                                         monkeypatch: pytest.MonkeyPatch,
-                                                         capsys: pytest.CaptureFixture[str]) -> None:
+def test_networks_are_compiled_on_gpus_and_a_cpu_is_told(
+    device: str, toy_config: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     toy_config["fastimagen"]["train"]["compile"] = "max-autotune"
     trainer = Trainer(config_from_dict(toy_config), tmp_path)
     trainer.device, trainer.world, trainer.rank = torch.device(device), 1, 0
@@ -78,8 +79,10 @@ def test_the_compiler_sees_one_graph_whatever_the_length_of_captions(name: str) 
     images = torch.rand(2, 3, stage.config.size, stage.config.size) * 2 - 1
 
     def losses() -> list[torch.Tensor]:
-        texts = [TextEmbeddings(torch.ones(2, length, 64), torch.arange(length) < torch.tensor([[length], [2]]))
-                 for length in (4, 7, 11)]
+        texts = [
+            TextEmbeddings(torch.ones(2, length, 64), torch.arange(length) < torch.tensor([[length], [2]]))
+            for length in (4, 7, 11)
+        ]
         return [stage.training_loss(unet, images, text, torch.Generator().manual_seed(1)).mean() for text in texts]
 
     expected = losses()

@@ -1,0 +1,299 @@
+"""The cache of text embeddings: one safetensors file per shard and encoder, beside the tar, never inside it.
+
+tokens (T, D) bfloat16: the tokens of all distinct captions of the shard, one after another, without padding
+offsets (N + 1,) int64: distinct caption n is tokens[offsets[n]:offsets[n + 1]]
+rows (S,) int64: the distinct caption of each of the shard's S samples;  keys: their names, JSON as uint8
+Header: the encoder's identity, hash of keys and captions, schema. Whatever differs on reading is an error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..files import write_safetensors
+from ..text.embeddings import TextEmbeddings
+
+log = logging.getLogger(__name__)
+
+SCHEMA = "fastimagen.embeddings.1"
+REBUILD = "fastimagen embed --config CONFIG"
+
+
+class Encoder(Protocol):
+    """What the cache needs of a text encoder; `fastimagen.text.T5Encoder` is one."""
+
+    dim: int
+    truncated: int
+
+    def encode(self, captions: Sequence[str], batch_size: int) -> TextEmbeddings: ...
+
+    def identity(self) -> dict[str, str]: ...
+
+
+class Shard(Protocol):
+    """A tar of captioned pictures: path (or instead `url`), sample keys, and captions in their order."""
+
+    path: str | Path
+    keys: list[str]
+
+    def captions(self) -> list[str]: ...
+
+
+def captions_hash(keys: Sequence[str], captions: Sequence[str]) -> str:
+    """sha256 of a shard's sample keys and captions, in order."""
+    return hashlib.sha256(json.dumps([list(keys), list(captions)]).encode()).hexdigest()
+
+
+def cache_path(tar_path: str | Path, identity: Mapping[str, str] | str, cache_dir: str | Path | None = None) -> Path:
+    """FOLDER/STEM.ENCODER.safetensors, where FOLDER is `cache_dir` or the folder of the tar.
+
+    identity: of the encoder, or its "encoder" entry alone. Raises ValueError for a URL without cache_dir.
+    """
+    encoder = identity if isinstance(identity, str) else identity["encoder"]
+    slug = re.sub(r"[^\w.-]", "-", encoder.replace("/", "--"))
+    tar = str(tar_path)
+    if "://" in tar:
+        if cache_dir is None:
+            raise ValueError(f"{tar} is remote: set text.cache to the folder that takes its embedding cache")
+        tar = urlsplit(tar).path
+    folder = Path(tar).parent if cache_dir is None else Path(cache_dir)
+    return folder / f"{Path(tar).stem}.{slug}.safetensors"
+
+
+# ---------------------------------------------------------------- writing
+
+
+def write_cache(
+    path: str | Path, keys: Sequence[str], captions: Sequence[str], encoder: Encoder, batch_size: int
+) -> None:
+    """Encodes the captions of a shard, each distinct one once, and writes them to `path` whole or not at all.
+
+    keys, captions: S each. Raises ValueError if their numbers differ or an embedding is not finite.
+    """
+    if len(keys) != len(captions):
+        raise ValueError(f"{len(keys)} sample keys but {len(captions)} captions for {path}")
+    distinct = {caption: row for row, caption in enumerate(dict.fromkeys(captions))}
+    texts = list(distinct)
+    tokens: list[Tensor] = [torch.empty(0, encoder.dim)] * len(texts)
+    already_truncated = encoder.truncated
+    order = sorted(range(len(texts)), key=lambda row: len(texts[row]))  # like lengths: little padding
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        encoded = encoder.encode([texts[row] for row in batch], batch_size)
+        for row, caption_tokens in zip(batch, encoded.to(device="cpu", dtype=torch.bfloat16).unpadded()):
+            if not caption_tokens.isfinite().all():
+                raise ValueError(f"the text encoder gave infinite or NaN embeddings for {texts[row]!r:.80}")
+            tokens[row] = caption_tokens.clone()  # (L, D); a copy, or it would keep the padded batch alive
+    lengths = torch.tensor([len(caption_tokens) for caption_tokens in tokens], dtype=torch.int64)
+    tensors = {
+        "tokens": torch.cat([torch.empty(0, encoder.dim, dtype=torch.bfloat16), *tokens]),  # (T, D)
+        "offsets": torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]),  # (N + 1,)
+        "rows": torch.tensor([distinct[caption] for caption in captions], dtype=torch.int64),  # (S,)
+        "keys": torch.from_numpy(np.frombuffer(json.dumps(list(keys)).encode(), dtype=np.uint8).copy()),
+    }
+    write_safetensors(
+        path,
+        tensors,
+        encoder.identity()
+        | {
+            "schema": SCHEMA,
+            "samples": captions_hash(keys, captions),
+            "dim": str(encoder.dim),
+            "truncated": str(encoder.truncated - already_truncated),
+        },
+    )
+
+
+@dataclass(frozen=True)
+class EmbedReport:
+    """What `embed_shards` did: shards written and kept; in both together samples (captions), distinct
+    captions cut to max_length (truncated), samples without caption (empty) and tokens stored."""
+
+    written: int = 0
+    kept: int = 0
+    captions: int = 0
+    truncated: int = 0
+    empty: int = 0
+    tokens: int = 0
+
+
+def embed_shards(
+    shards: Sequence[Shard],
+    encoder: Encoder,
+    *,
+    cache_dir: str | Path | None,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> EmbedReport:
+    """Makes the caches of shards rank, rank + world_size, ... of `shards`; those that fit already are kept.
+
+    A cache of the same encoder name that does not fit is replaced; the log says why. To resume, call again.
+    progress(done, total) counts this rank's shards. Raises ValueError if two shards share a cache file, or as
+    `write_cache` does.
+    """
+    identity = encoder.identity()
+    paths = [cache_path(_place(shard), identity, cache_dir) for shard in shards]
+    _refuse_collisions(shards, paths)
+    counts = dict.fromkeys(EmbedReport.__dataclass_fields__, 0)
+    mine = range(rank, len(shards), world_size)
+    for done, index in enumerate(mine, start=1):
+        keys, captions = list(shards[index].keys), list(shards[index].captions())
+        expected = dict(identity=identity, keys=keys, captions_hash=captions_hash(keys, captions))
+        cache = _open_fitting(paths[index], **expected)
+        counts["written" if cache is None else "kept"] += 1
+        if cache is None:
+            write_cache(paths[index], keys, captions, encoder, batch_size)
+            cache = open_cache(paths[index], **expected)
+        empty = sum(not caption.strip() for caption in captions)
+        if empty:
+            log.warning("%s: %d of %d captions are empty", _place(shards[index]), empty, len(captions))
+        for name, more in (
+            ("captions", len(keys)),
+            ("truncated", cache.truncated),
+            ("empty", empty),
+            ("tokens", int(cache.offsets[-1])),
+        ):
+            counts[name] += more
+        if progress:
+            progress(done, len(mine))
+    return EmbedReport(**counts)
+
+
+def _place(shard: Shard) -> str | Path:
+    return getattr(shard, "path", None) or shard.url
+
+
+def _refuse_collisions(shards: Sequence[Shard], paths: Iterable[Path]) -> None:
+    owner: dict[Path, Shard] = {}
+    for shard, path in zip(shards, paths):
+        other = owner.setdefault(path, shard)
+        if other is not shard:
+            raise ValueError(
+                f"shards {_place(other)} and {_place(shard)} would share the embedding cache "
+                f"{path}: give them different names, or leave text.cache unset"
+            )
+
+
+def _open_fitting(path: Path, **expected: Any) -> EmbeddingCache | None:
+    if not path.exists():
+        return None
+    try:
+        return open_cache(path, **expected)
+    except ValueError as error:
+        log.info("writing %s anew: %s", path, error)
+        return None
+
+
+# ---------------------------------------------------------------- reading
+
+
+class EmbeddingCache:
+    """Embeddings of a shard's samples, memory-mapped: cache[i] reads the tokens of sample i and nothing else.
+
+    Threads may share it; unpickling opens the file again. Made by `open_cache`, which checks the file.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        from safetensors import safe_open
+
+        self.path = Path(path)
+        file = safe_open(os.fspath(path), framework="pt")
+        self.metadata: dict[str, str] = file.metadata() or {}
+        if self.metadata.get("schema") != SCHEMA:
+            raise ValueError(f"{self.path} is no embedding cache of schema {SCHEMA}")
+        self.tokens = file.get_slice("tokens")
+        self.offsets: np.ndarray = file.get_tensor("offsets").numpy()
+        self.rows: np.ndarray = file.get_tensor("rows").numpy()
+        self._file = file
+
+    def __reduce__(self) -> tuple[type[EmbeddingCache], tuple[Path]]:
+        return EmbeddingCache, (self.path,)
+
+    @property
+    def dim(self) -> int:
+        """Width D of the embeddings."""
+        return int(self.metadata["dim"])
+
+    @property
+    def truncated(self) -> int:
+        """Distinct captions that were cut to the encoder's max_length."""
+        return int(self.metadata["truncated"])
+
+    def keys(self) -> list[str]:
+        """The names of the samples."""
+        return json.loads(self._file.get_tensor("keys").numpy().tobytes())
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Embeddings of sample `index`, (L, D) bfloat16, no padding. Raises IndexError beyond the last."""
+        row = self.rows[index]
+        # a copy: a view would drag the whole mapped file along when a batch goes to another process
+        return self.tokens[int(self.offsets[row]) : int(self.offsets[row + 1])].clone()  # (L, D)
+
+
+def open_cache(
+    path: str | Path, *, identity: Mapping[str, str], keys: Sequence[str], captions_hash: str, rebuild: str = REBUILD
+) -> EmbeddingCache:
+    """Opens a shard's cache after checking that it is whole and was made by this encoder from these captions.
+
+    identity: `T5Encoder.identity()` or `encoder_identity(...)`; keys, captions_hash: of the shard as it is.
+    Raises ValueError that says in one line what differs and that the command `rebuild` makes the cache anew.
+    """
+    from safetensors import SafetensorError
+
+    advice = f"; make it anew: {rebuild}"
+    try:
+        cache = EmbeddingCache(path)
+    except FileNotFoundError as error:
+        raise ValueError(f"there is no embedding cache {path}{advice}") from error
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"embedding cache {path} is damaged ({error}){advice}") from error
+    except ValueError as error:
+        raise ValueError(f"{error}{advice}") from error
+    for name, wanted in identity.items():
+        found = cache.metadata.get(name, "none")
+        if found != wanted:
+            raise ValueError(f"embedding cache {path} was made with {name} {found}, this run has {wanted}{advice}")
+    if cache.metadata.get("samples") != captions_hash:
+        difference = _difference(cache.keys(), keys)
+        raise ValueError(f"embedding cache {path} is of other samples: {difference}{advice}")
+    if not _is_consistent(cache):
+        raise ValueError(f"embedding cache {path} is damaged: its tables contradict each other{advice}")
+    return cache
+
+
+def _difference(found: Sequence[str], wanted: Sequence[str]) -> str:
+    if len(found) != len(wanted):
+        return f"it holds {len(found)}, the shard {len(wanted)}"
+    for old, new in zip(found, wanted):
+        if old != new:
+            return f'sample "{new}" of the shard was "{old}"'
+    return "captions of the shard have changed"
+
+
+def _is_consistent(cache: EmbeddingCache) -> bool:
+    offsets, rows = cache.offsets, cache.rows
+    return (
+        cache.tokens.get_shape() == [int(offsets[-1]), cache.dim]
+        and offsets[0] == 0
+        and bool((np.diff(offsets) >= 0).all())
+        and cache.tokens.get_dtype() == "BF16"
+        and (rows.size == 0 or (rows.min() >= 0 and rows.max() < len(offsets) - 1))
+    )

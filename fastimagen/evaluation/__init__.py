@@ -1,0 +1,1 @@
+"""How well images match their captions."""

@@ -1,0 +1,266 @@
+"""Reads the attributes of captioned shapes back out of the pixels: plain image processing, no network.
+
+The background is the median of the picture's rim, objects are connected regions that differ from it, an
+object's shape is the ideal outline that overlaps most with it, and everything else follows from its area and
+centre. Square pictures of any size are read; lengths are in pixels of the 64-pixel canvas of `shapes`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from ..data.shapes import BACKGROUNDS, CANVAS, COLORS, POSITIONS, RADIUS, SHAPES, Scene, outline
+
+CONTRAST = 45.0  # least RGB distance of an object from the background; the palette's are 100 or more apart
+LEAST_AREA = 0.01  # share of the picture; the smallest object covers 0.04, and what is below is noise
+FRAME = 32  # cells along the side of the frame in which outlines are compared
+REACH = 1.05  # half the side of that frame, for objects of area 1
+
+
+@dataclass(frozen=True)
+class Found:
+    """An object as seen: names from `shapes`, middle (x, y) and radius in pixels of the canvas."""
+
+    color: str
+    shape: str
+    size: str
+    position: str
+    middle: tuple[float, float]
+    radius: float
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is seen in a picture: its background and its objects, the largest first."""
+
+    objects: tuple[Found, ...]
+    background: str
+
+
+def read(image: np.ndarray) -> Reading:
+    """Read a picture (size, size, 3) uint8. Raises ValueError for other arrays and for sizes below 16."""
+    if image.dtype != np.uint8 or image.shape != (len(image), len(image), 3) or len(image) < 16:
+        raise ValueError(f"expected pixels (size, size, 3) uint8 from 16 on, got {image.dtype} {image.shape}")
+    pixels = image.astype(np.float32)
+    rim = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])  # (4 size, 3)
+    ground = np.median(rim, axis=0)
+    contrast = np.linalg.norm(pixels - ground, axis=2)  # (size, size)
+    labels = components(contrast > CONTRAST)
+    strong = np.zeros(labels.shape, dtype=bool)
+    for label in _large(labels):  # at half its contrast a region falls apart where only haze joins objects
+        inside = labels == label
+        strong |= inside & (contrast > 0.5 * np.quantile(contrast[inside], 0.9))
+    labels = components(strong)
+    found = tuple(read_json_object(pixels, ground, contrast, labels, label) for label in _large(labels))
+    return Reading(found, _nearest(ground, BACKGROUNDS))
+
+
+def _large(labels: np.ndarray) -> list[int]:
+    """The regions that may be objects, the largest first."""
+    names, areas = np.unique(labels[labels >= 0], return_counts=True)
+    return [int(name) for area, name in sorted(zip(-areas, names)) if -area >= LEAST_AREA * labels.size]
+
+
+def read_json_object(
+    pixels: np.ndarray, ground: np.ndarray, contrast: np.ndarray, labels: np.ndarray, label: int
+) -> Found:
+    inside = labels == label  # (size, size)
+    core = pixels[inside & (contrast >= np.quantile(contrast[inside], 0.7))]  # (n, 3), not the mixed ones
+    # The pixel nearest to the median, since the median of several colours may be that of the background.
+    color = core[np.argmin(np.linalg.norm(core - np.median(core, axis=0), axis=1))]
+    # Share of the object in each pixel, if pixels are mixtures of background and object; steeper around one
+    # half, which leaves a blurred outline where it is and takes the haze away.
+    mixture = (pixels - ground) @ (color - ground) / np.sum((color - ground) ** 2)  # (size, size)
+    share = np.clip(2 * (mixture - 0.5) + 0.5, 0, 1)
+    share[~_grown(_grown(_grown(inside))) | (~inside & (labels >= 0))] = 0
+    area = float(share.sum())
+    centers = np.arange(len(share)) + 0.5
+    x, y = float(share.sum(0) @ centers) / area, float(share.sum(1) @ centers) / area
+
+    spots = _spots()  # (FRAME,)
+    window = _at(share, y + math.sqrt(area) * spots, x + math.sqrt(area) * spots)  # (FRAME, FRAME)
+    ideals = _ideals()
+    shape = min(SHAPES, key=lambda name: np.abs(window - ideals[name].mask).sum())
+
+    scale = CANVAS / len(share)
+    radius = scale * math.sqrt(area / ideals[shape].area)
+    dx, dy = radius * ideals[shape].centroid
+    middle = (scale * x - dx, scale * y - dy)
+    position = _nearest(np.array(middle) - CANVAS / 2, POSITIONS)
+    size = min(RADIUS, key=lambda name: abs(math.log(radius / RADIUS[name])))
+    return Found(_nearest(color, COLORS), shape, size, position, middle, radius)
+
+
+def _nearest(value: np.ndarray, named: dict[str, tuple[float, ...]]) -> str:
+    return min(named, key=lambda name: float(np.sum((value - named[name]) ** 2)))
+
+
+# ---------------------------------------------------------------- regions and outlines
+
+
+def components(mask: np.ndarray) -> np.ndarray:
+    """Connected regions (4 neighbours) of a mask (H, W): labels (H, W) int64, -1 outside.
+
+    A region's label is the flat index of its first pixel. Each round takes the least label around and then
+    jumps to the label of that label, so that rounds grow with the bends of a region and hardly with its
+    length.
+    """
+    height, width = mask.shape
+    nowhere = height * width
+    labels = np.full((height + 2, width + 2), nowhere)
+    inner = labels[1:-1, 1:-1]
+    inner[mask] = np.flatnonzero(mask)
+    while True:
+        before = inner[mask]
+        least = np.minimum(
+            np.minimum(labels[:-2, 1:-1], labels[2:, 1:-1]), np.minimum(labels[1:-1, :-2], labels[1:-1, 2:])
+        )
+        inner[mask] = np.minimum(before, least[mask])
+        inner[mask] = inner.reshape(-1)[inner[mask]]
+        if np.array_equal(before, inner[mask]):
+            return np.where(mask, inner, -1)
+
+
+def _grown(mask: np.ndarray) -> np.ndarray:
+    """The mask and its 4 neighbours."""
+    grown = mask.copy()
+    grown[1:] |= mask[:-1]
+    grown[:-1] |= mask[1:]
+    grown[:, 1:] |= mask[:, :-1]
+    grown[:, :-1] |= mask[:, 1:]
+    return grown
+
+
+def _at(image: np.ndarray, ys: np.ndarray, xs: np.ndarray) -> np.ndarray:
+    """Bilinear values (n, m) of an image (H, W) at rows ys (n,) and columns xs (m,); 0 outside."""
+
+    def weights(points: np.ndarray, count: int) -> np.ndarray:
+        return np.clip(1 - np.abs(points[:, None] - np.arange(count) - 0.5), 0, None)  # (n, count)
+
+    return weights(ys, image.shape[0]) @ image @ weights(xs, image.shape[1]).T
+
+
+@dataclass(frozen=True)
+class _Ideal:
+    mask: np.ndarray  # (FRAME, FRAME) in [0, 1], of area 1 around its centroid
+    area: float  # at radius 1
+    centroid: np.ndarray  # (2,) at radius 1
+
+
+@lru_cache(maxsize=1)
+def _ideals() -> dict[str, _Ideal]:
+    ideals = {}
+    for shape in SHAPES:
+        corners = outline(shape)
+        x, y = corners.T
+        x2, y2 = np.roll(corners, -1, axis=0).T
+        cross = x * y2 - x2 * y  # the shoelace formula
+        area = float(cross.sum()) / 2
+        centroid = np.array([((x + x2) * cross).sum(), ((y + y2) * cross).sum()]) / (6 * area)
+        fine = (np.arange(4 * FRAME) + 0.5) / (2 * FRAME) * REACH - REACH
+        inside = _inside((corners - centroid) / math.sqrt(area), *np.meshgrid(fine, fine))
+        mask = inside.reshape(FRAME, 4, FRAME, 4).mean(axis=(1, 3))
+        ideals[shape] = _Ideal(mask, area, centroid)
+    return ideals
+
+
+def _spots() -> np.ndarray:
+    """Where the frame samples an object of area 1 around its centroid: the middles of its cells, (FRAME,)."""
+    return (np.arange(FRAME) + 0.5) / FRAME * 2 * REACH - REACH
+
+
+def _inside(corners: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Whether points lie inside a polygon: a ray to the right crosses its outline an odd number of times."""
+    odd = np.zeros(x.shape, dtype=bool)
+    for (x1, y1), (x2, y2) in zip(corners, np.roll(corners, -1, axis=0)):
+        if y1 != y2:
+            odd ^= ((y1 > y) != (y2 > y)) & (x < x1 + (y - y1) / (y2 - y1) * (x2 - x1))
+    return odd
+
+
+# ---------------------------------------------------------------- judging
+
+
+def judge(image: np.ndarray, scene: Scene) -> dict[str, bool]:
+    """Which parts of a scene a picture shows, by key of `compare`. Raises ValueError like `read`."""
+    return compare(read(image), scene)
+
+
+def compare(reading: Reading, scene: Scene) -> dict[str, bool]:
+    """Which parts of a scene a reading agrees with.
+
+    Always "number" (as many objects as named) and "background". One object: "color", "shape" and, if
+    mentioned, "size" and "position", each of the largest object seen. Two objects, judged on the two largest
+    seen (all wrong if there are fewer): "colors" and "shapes", the two colours and the two shapes in any
+    order; "binding", each colour on its shape; "relation", the objects lie along the right axis and their
+    colours and shapes fit the named sides better than the opposite ones. "caption": all of these.
+    """
+    seen = reading.objects[: len(scene.objects)]
+    verdict = {
+        "number": len(reading.objects) == len(scene.objects),
+        "background": reading.background == scene.background,
+    }
+    if len(scene.objects) == 1:
+        (named,) = scene.objects
+        for key in ("color", "shape", "size", "position"):
+            if getattr(named, key) is not None:
+                verdict[key] = bool(seen) and getattr(seen[0], key) == getattr(named, key)
+    else:
+        complete = len(seen) == 2
+        verdict["colors"] = complete and _same(seen, scene.objects, lambda thing: thing.color)
+        verdict["shapes"] = complete and _same(seen, scene.objects, lambda thing: thing.shape)
+        verdict["binding"] = complete and _same(seen, scene.objects, lambda thing: (thing.color, thing.shape))
+        verdict["relation"] = complete and _related(seen, scene)
+    verdict["caption"] = all(verdict.values())
+    return verdict
+
+
+def _same(seen, named, attribute) -> bool:
+    return sorted(map(attribute, seen)) == sorted(map(attribute, named))
+
+
+def _related(seen: Sequence[Found], scene: Scene) -> bool:
+    (x1, y1), (x2, y2) = (thing.middle for thing in seen)
+    sideways = scene.relation in ("to the left of", "to the right of")
+    if sideways != (abs(x1 - x2) > abs(y1 - y2)):
+        return False
+    seen_order = sorted(seen, key=lambda thing: thing.middle[0 if sideways else 1])  # rightwards or downwards
+    named_order = scene.objects if scene.relation in ("to the left of", "above") else scene.objects[::-1]
+    return _agreement(seen_order, named_order) > _agreement(seen_order[::-1], named_order)
+
+
+def _agreement(seen, named) -> int:
+    return sum((a.color == b.color) + (a.shape == b.shape) for a, b in zip(seen, named))
+
+
+def accuracy(images: Sequence[np.ndarray] | np.ndarray, scenes: Sequence[Scene]) -> dict[str, dict]:
+    """How often pictures (N, H, W, 3) uint8 agree with their captions' scenes.
+
+    Returns {"single": ..., "pair": ...} for captions of one and of two objects (a kind without captions is
+    absent), each {"count": captions, KEY: {"mean", "error", "count"}} with the keys of `compare`: the share
+    that agrees, its binomial standard error and the number of captions that mention it. Raises ValueError if
+    the numbers differ.
+    """
+    if len(images) != len(scenes):
+        raise ValueError(f"{len(images)} pictures cannot be judged by {len(scenes)} scenes")
+    verdicts = defaultdict(lambda: defaultdict(list))
+    for image, scene in zip(images, scenes):
+        for key, right in judge(image, scene).items():
+            verdicts["single" if len(scene.objects) == 1 else "pair"][key].append(right)
+    return {
+        kind: {"count": len(verdicts[kind]["caption"])}
+        | {key: _share(values) for key, values in verdicts[kind].items()}
+        for kind in ("single", "pair")
+        if kind in verdicts
+    }
+
+
+def _share(values: Sequence[bool]) -> dict[str, float]:
+    mean = sum(values) / len(values)
+    return {"mean": mean, "error": math.sqrt(mean * (1 - mean) / len(values)), "count": len(values)}

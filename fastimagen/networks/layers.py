@@ -1,0 +1,89 @@
+"""Convolutional parts of the U-Net. Letters: B batch, C channels, H height, W width, T time width, D model width."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import ops
+from .convolution import Conv2d
+
+
+class GroupNormSiLU(nn.Module):
+    """silu(GroupNorm(x) * (1 + scale) + shift), the modulation (FiLM) optional."""
+
+    def __init__(self, dim: int, groups: int) -> None:
+        super().__init__()
+        self.groups = groups
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        return ops.group_norm_silu(x, self.weight, self.bias, self.groups, scale=scale, shift=shift)
+
+
+class CrossEmbed(nn.Module):
+    """Stem: parallel convolutions of several kernel sizes, channels dim/2, dim/4, ..., rest, concatenated."""
+
+    def __init__(self, dim_in: int, dim: int, kernels: tuple[int, ...]) -> None:
+        super().__init__()
+        kernels = tuple(sorted(kernels))
+        widths = [dim // 2**i for i in range(1, len(kernels))]
+        widths.append(dim - sum(widths))
+        self.convs = nn.ModuleList(Conv2d(dim_in, width, k, padding=k // 2) for k, width in zip(kernels, widths))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(self.convs) == 1:
+            return self.convs[0](x)
+        return torch.cat([conv(x) for conv in self.convs], dim=1)  # (B, dim, H, W)
+
+
+class Downsample(Conv2d):
+    """(B, C, H, W) -> (B, C', H/2, W/2) by a 4x4 convolution of stride 2."""
+
+    def __init__(self, dim_in: int, dim_out: int) -> None:
+        super().__init__(dim_in, dim_out, 4, stride=2, padding=1)
+
+
+class Upsample(nn.Module):
+    """(B, C, H, W) -> (B, C', 2H, 2W): nearest neighbour, then a 3x3 convolution."""
+
+    def __init__(self, dim_in: int, dim_out: int) -> None:
+        super().__init__()
+        self.conv = Conv2d(dim_in, dim_out, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class Widen(nn.Module):
+    """(B, C, H, W) -> (B, C', H, W): sum of a 3x3 and a 1x1 convolution, where the last level keeps its resolution."""
+
+    def __init__(self, dim_in: int, dim_out: int) -> None:
+        super().__init__()
+        self.conv3 = Conv2d(dim_in, dim_out, 3, padding=1)
+        self.conv1 = Conv2d(dim_in, dim_out, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv3(x) + self.conv1(x)
+
+
+class Sinusoidal(nn.Module):
+    """Sinusoidal embedding of a number per sample: (B,) -> (B, dim), computed in fp32 (Vaswani et al. 2017, 3.5)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        if dim < 4 or dim % 2:
+            raise ValueError(f"the sinusoidal time embedding needs an even dim of at least 4, got {dim}")
+        self.dim = dim
+
+    def forward(self, time: Tensor) -> Tensor:
+        half = self.dim // 2
+        frequency = torch.exp(
+            torch.arange(half, device=time.device, dtype=torch.float32) * (-math.log(10000) / (half - 1))
+        )
+        angle = time.float()[:, None] * frequency  # (B, dim / 2)
+        return torch.cat([angle.sin(), angle.cos()], dim=-1)  # (B, dim)

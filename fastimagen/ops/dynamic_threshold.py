@@ -1,0 +1,83 @@
+"""Dynamic thresholding (Imagen, section 2.3). Letters: B batch, C channels, H height, W width."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .dispatch import KERNEL_DTYPES, in_kernels, use_triton
+from .layout import dense, laid_as
+
+MOST = 2**31 - 1  # numbers of a picture, for the kernel
+
+
+def dynamic_threshold(x0: Tensor, percentile: float, *, floor: float = 1.0) -> Tensor:
+    """s = max(quantile(|x0|, p), floor) per sample; clamp(x0, -s, s) / s.
+
+    x0 (B, ...) float32, bfloat16, float16 or float64, in its layout and dtype again; not differentiable. The quantile
+    interpolates linearly and is exact whatever a sample's size: order statistics are selected, and ranks are float64.
+    A NaN makes its sample NaN. Infinite values above the quantile are clamped like any other; where the quantile
+    itself is infinite, finite values become 0 and infinite ones NaN, as the division says.
+    Raises ValueError for a percentile outside [0, 1], a floor that is not positive, empty samples and other dtypes.
+    """
+    if not 0 <= percentile <= 1:
+        raise ValueError(f"percentile must lie in [0, 1], got {percentile}")
+    if not floor > 0:
+        raise ValueError(f"floor must be positive, got {floor}")
+    if x0.dim() < 2 or not x0[:1].numel() and len(x0):
+        raise ValueError(f"dynamic_threshold takes samples (B, ...) that are not empty, got {tuple(x0.shape)}")
+    if x0.dtype not in (*KERNEL_DTYPES, torch.float64):
+        raise ValueError(f"dynamic_threshold takes floating point samples, got {x0.dtype}")
+    if use_triton("dynamic_threshold", x0, dynamic_threshold_unsupported(x0)):
+        return _operator(x0, percentile, floor)
+    return dynamic_threshold_reference(x0, percentile, floor=floor)
+
+
+@torch.no_grad()
+def dynamic_threshold_reference(x0: Tensor, percentile: float, *, floor: float = 1.0) -> Tensor:
+    """`dynamic_threshold` in plain PyTorch: one selection and one pass in place of a sort."""
+    magnitude = x0.abs().flatten(1)
+    if magnitude.dtype != torch.float64:
+        magnitude = magnitude.float()  # (B, N)
+    count = magnitude.shape[1]
+    position = percentile * (count - 1)
+    rank = min(int(position), count - 1)
+    low = magnitude.kthvalue(rank + 1, dim=1, keepdim=True).values  # (B, 1); a NaN counts as the largest
+    larger = magnitude > low
+    tied = count - larger.sum(dim=1, keepdim=True) > rank + 1
+    high = torch.where(larger, magnitude, torch.inf).amin(dim=1, keepdim=True)
+    high = torch.where(tied | (rank + 1 >= count), low, high)
+    fraction = position - rank
+    # Equal ends stay what they are, infinite ones too; between them in float64, so that 1e37 and 1e-37 both count.
+    between = torch.where(low == high, low.double(), low.double() + fraction * (high.double() - low.double()))
+    s = (between if fraction else low.double()).clamp(min=floor)
+    s = torch.where(magnitude.sum(dim=1, keepdim=True).isnan(), torch.nan, s)  # of what is not negative: no inf - inf
+    wide = magnitude.dtype
+    s = s.to(wide).reshape(-1, *(1,) * (x0.dim() - 1))
+    return x0.to(wide).clamp(-s, s).div_(s).to(x0.dtype)
+
+
+def dynamic_threshold_unsupported(x0: Tensor) -> str | None:
+    if x0.dtype not in KERNEL_DTYPES:
+        return f"the kernel takes float32, bfloat16 and float16, not {str(x0.dtype).removeprefix('torch.')}"
+    if not x0.numel():
+        return "there are no samples"
+    return None if x0[0].numel() <= MOST else f"a sample of {x0[0].numel()} numbers is larger than {MOST}"
+
+
+# ------------------------------------------------------------------------------------- the operator
+
+
+@torch.library.custom_op("fastimagen::dynamic_threshold", mutates_args=())
+def _operator(x0: Tensor, percentile: float, floor: float) -> Tensor:
+    x0 = dense(x0)
+    if not in_kernels(x0):
+        return laid_as(x0, dynamic_threshold_reference(x0, percentile, floor=floor))
+    from fastimagen_kernels import dynamic_threshold as kernels
+
+    return kernels.dynamic_threshold(x0, percentile, floor)
+
+
+@_operator.register_fake
+def _(x0: Tensor, percentile: float, floor: float) -> Tensor:
+    return torch.empty_like(dense(x0))

@@ -1,0 +1,161 @@
+"""A sampler's step behind the U-Net. Letters: B batch, C channels, H height, W width."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .dispatch import KERNEL_DTYPES, in_kernels, use_triton
+from .dynamic_threshold import dynamic_threshold_reference, dynamic_threshold_unsupported
+from .layout import dense, laid_as
+
+THRESHOLDS = ("dynamic", "static", "none")
+
+
+def sampler_step(
+    output: Tensor,
+    x: Tensor,
+    recovery: tuple[float, float],
+    update: tuple[float, float, float, float],
+    *,
+    guidance: float | None = None,
+    threshold: str = "none",
+    percentile: float = 0.995,
+    previous: Tensor | None = None,
+    noise: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(x', x0), both (B, C, H, W) in x's dtype and layout: from a network's output to the sampler's next state.
+
+        F  = u + w (c - u)                                      classifier-free guidance (Imagen, section 2.2)
+        x0 = threshold(skip x + out F)                          skip, out = recovery; any prediction type
+        x' = keep x + gain x0 + memory previous + spread noise  keep, gain, memory, spread = update; any sampler
+
+    output (B, C, H, W), or with a guidance weight w (2B, C, H, W): c with captions, then u without. threshold is
+    "dynamic" (ops.dynamic_threshold), "static" (clamp to [-1, 1]) or "none". previous and noise (B, C, H, W).
+    Not differentiable. Raises ValueError for shapes that do not fit together and an unknown threshold.
+    """
+    if threshold not in THRESHOLDS:
+        raise ValueError(f'threshold must be one of {", ".join(THRESHOLDS)}, got "{threshold}"')
+    if not 0 <= percentile <= 1:
+        raise ValueError(f"percentile must lie in [0, 1], got {percentile}")
+    if x.dim() < 2 or not x.is_floating_point():
+        raise ValueError(f"x must be floating point (B, ...), got {x.dtype} {tuple(x.shape)}")
+    wanted = (len(x) * (1 if guidance is None else 2), *x.shape[1:])
+    if tuple(output.shape) != wanted:
+        raise ValueError(f"output must be {wanted} for x {tuple(x.shape)}, got {tuple(output.shape)}")
+    for name, tensor in (("previous", previous), ("noise", noise)):
+        if tensor is not None and tensor.shape != x.shape:
+            raise ValueError(f"{name} must be {tuple(x.shape)} as x, got {tuple(tensor.shape)}")
+    if use_triton("sampler_step", x, _unsupported(output, x)):
+        return _operator(output, x, previous, noise, *recovery, *update, guidance, threshold, percentile)
+    return sampler_step_reference(
+        output,
+        x,
+        recovery,
+        update,
+        guidance=guidance,
+        threshold=threshold,
+        percentile=percentile,
+        previous=previous,
+        noise=noise,
+    )
+
+
+@torch.no_grad()
+def sampler_step_reference(
+    output: Tensor,
+    x: Tensor,
+    recovery: tuple[float, float],
+    update: tuple[float, float, float, float],
+    *,
+    guidance: float | None,
+    threshold: str,
+    percentile: float,
+    previous: Tensor | None,
+    noise: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`sampler_step` in plain PyTorch."""
+    output = output.to(x.dtype)
+    if guidance is not None:
+        conditional, unconditional = output.chunk(2)
+        output = unconditional.lerp(conditional, guidance)  # exact for weights 0 and 1
+    skip, out = recovery
+    x0 = skip * x + out * output
+    if threshold == "dynamic":
+        x0 = dynamic_threshold_reference(x0, percentile)
+    elif threshold == "static":
+        x0 = x0.clamp(-1, 1)
+    keep, gain, memory, spread = update
+    following = keep * x + gain * x0
+    if previous is not None:
+        following += memory * previous
+    if noise is not None:
+        following += spread * noise
+    return following, x0
+
+
+def _unsupported(output: Tensor, x: Tensor) -> str | None:
+    """Why the kernels cannot take these, or None."""
+    if x.dtype != torch.float32 or output.dtype not in KERNEL_DTYPES:
+        return f"the kernel takes float32 x and float32, bfloat16 or float16 output, not {x.dtype} and {output.dtype}"
+    return dynamic_threshold_unsupported(x)
+
+
+# ------------------------------------------------------------------------------------- the operator
+
+
+@torch.library.custom_op("fastimagen::sampler_step", mutates_args=())
+def _operator(
+    output: Tensor,
+    x: Tensor,
+    previous: Tensor | None,
+    noise: Tensor | None,
+    skip: float,
+    out: float,
+    keep: float,
+    gain: float,
+    memory: float,
+    spread: float,
+    guidance: float | None,
+    threshold: str,
+    percentile: float,
+) -> tuple[Tensor, Tensor]:
+    x = dense(x)
+    recovery, update = (skip, out), (keep, gain, memory, spread)
+    if not in_kernels(x):
+        results = sampler_step_reference(
+            output,
+            x,
+            recovery,
+            update,
+            guidance=guidance,
+            threshold=threshold,
+            percentile=percentile,
+            previous=previous,
+            noise=noise,
+        )
+        return tuple(laid_as(x, result) for result in results)
+    from fastimagen_kernels import sampler_step as kernels
+
+    output, previous, noise = (None if tensor is None else laid_as(x, tensor) for tensor in (output, previous, noise))
+    return kernels.sampler_step(output, x, previous, noise, recovery, update, guidance, threshold, percentile)
+
+
+@_operator.register_fake
+def _(
+    output: Tensor,
+    x: Tensor,
+    previous: Tensor | None,
+    noise: Tensor | None,
+    skip: float,
+    out: float,
+    keep: float,
+    gain: float,
+    memory: float,
+    spread: float,
+    guidance: float | None,
+    threshold: str,
+    percentile: float,
+) -> tuple[Tensor, Tensor]:
+    x = dense(x)
+    return torch.empty_like(x), torch.empty_like(x)

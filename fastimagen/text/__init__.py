@@ -1,0 +1,1 @@
+"""Text embeddings and the encoders that compute them."""

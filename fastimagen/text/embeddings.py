@@ -1,0 +1,131 @@
+"""Embedded captions: what text-conditioned networks read.
+
+Letters: B captions, L tokens (padded), D text width.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..files import first_line, write_safetensors
+
+
+@dataclass(frozen=True, eq=False)
+class TextEmbeddings:
+    """Embedded captions: embeds (B, L, D) floating point, mask (B, L) bool, real tokens first in every row.
+
+    Raises ValueError on other shapes or dtypes and on a mask with a gap. Padded embeds may hold anything.
+    """
+
+    embeds: Tensor
+    mask: Tensor
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.embeds.shape)
+        if len(shape) != 3 or not self.embeds.is_floating_point():
+            raise ValueError(f"text embeddings are floating point (B, L, D), not {self.embeds.dtype} {shape}")
+        if self.mask.dtype != torch.bool or tuple(self.mask.shape) != shape[:2]:
+            raise ValueError(
+                f"the mask of text embeddings {shape} must be bool {shape[:2]}, "
+                f"got {self.mask.dtype} {tuple(self.mask.shape)}"
+            )
+        if self.mask.device != self.embeds.device:
+            raise ValueError(f"text embeddings on {self.embeds.device}, their mask on {self.mask.device}")
+        if bool((self.mask[:, 1:] & ~self.mask[:, :-1]).any()):
+            raise ValueError("the mask of text embeddings must begin with the real tokens: found a gap")
+
+    @staticmethod
+    def _derive(embeds: Tensor, mask: Tensor) -> TextEmbeddings:
+        """From checked parts: no second look at the mask, which would wait for the GPU."""
+        derived = object.__new__(TextEmbeddings)
+        object.__setattr__(derived, "embeds", embeds)
+        object.__setattr__(derived, "mask", mask)
+        return derived
+
+    @property
+    def lengths(self) -> Tensor:
+        """Real tokens of each caption, (B,) int64."""
+        return self.mask.sum(dim=1)  # (B,)
+
+    def __len__(self) -> int:
+        return self.embeds.shape[0]
+
+    def __getitem__(self, index: slice | Tensor | list[int]) -> TextEmbeddings:
+        """Some of the captions, by slice, index tensor, bool tensor or list; L stays as it is."""
+        if not isinstance(index, (slice, Tensor, list)) or (isinstance(index, Tensor) and index.ndim != 1):
+            raise TypeError(f"index with a slice, list or 1-d tensor (one caption: [i:i+1]), not {index!r}")
+        return self._derive(self.embeds[index], self.mask[index])
+
+    def to(self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TextEmbeddings:
+        """The same captions on another device, in another floating point dtype."""
+        return self._derive(self.embeds.to(device=device, dtype=dtype), self.mask.to(device=device))
+
+    @classmethod
+    def from_list(cls, captions: Sequence[Tensor]) -> TextEmbeddings:
+        """Pads one (L_i, D) per caption with zeros to the longest. Raises ValueError if D or dtype differ."""
+        if not captions:
+            raise ValueError("no captions to make text embeddings of")
+        first = captions[0]
+        for tokens in captions:
+            if tokens.ndim != 2 or tokens.shape[1] != first.shape[-1] or tokens.dtype != first.dtype:
+                raise ValueError(
+                    f"captions must be (L, D) with one D and dtype, got {tokens.dtype} "
+                    f"{tuple(tokens.shape)} beside {first.dtype} {tuple(first.shape)}"
+                )
+        embeds = torch.nn.utils.rnn.pad_sequence(list(captions), batch_first=True)  # (B, L, D)
+        lengths = torch.tensor([len(tokens) for tokens in captions], device=embeds.device)
+        mask = torch.arange(embeds.shape[1], device=embeds.device) < lengths[:, None]  # (B, L)
+        return cls(embeds, mask)
+
+    @classmethod
+    def cat(cls, parts: Sequence[TextEmbeddings]) -> TextEmbeddings:
+        """All captions of `parts` in order; L is the largest, D and dtype must agree (ValueError)."""
+        return cls.from_list([tokens for part in parts for tokens in part.unpadded()])
+
+    def unpadded(self) -> list[Tensor]:
+        """One (L_i, D) tensor per caption."""
+        return [row[:length] for row, length in zip(self.embeds, self.lengths.tolist())]
+
+    def save(self, path: str | Path, captions: Sequence[str] | None = None) -> None:
+        """Writes safetensors without padding: tokens (sum of L_i, D), offsets (B + 1,), captions."""
+        if captions is not None and len(captions) != len(self):
+            raise ValueError(f"{len(captions)} captions for {len(self)} text embeddings")
+        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), self.lengths.cpu().cumsum(0)])  # (B + 1,)
+        metadata = {"format": "fastimagen.text"}
+        if captions is not None:
+            metadata["captions"] = json.dumps(list(captions))
+        write_safetensors(path, {"tokens": self.embeds[self.mask], "offsets": offsets}, metadata)
+
+    @classmethod
+    def load(cls, path: str | Path) -> TextEmbeddings:
+        """Reads what `save` wrote, onto the CPU. Raises ValueError for a missing, damaged or foreign file."""
+        with _open_saved(path) as file:
+            tokens, offsets = file.get_tensor("tokens"), file.get_tensor("offsets")
+        return cls.from_list(tokens.split(offsets.diff().tolist()))
+
+    @staticmethod
+    def load_captions(path: str | Path) -> list[str] | None:
+        """The captions stored by `save`, None if it was given none. Raises ValueError as `load` does."""
+        with _open_saved(path) as file:
+            captions = file.metadata().get("captions")
+        return None if captions is None else json.loads(captions)
+
+
+def _open_saved(path: str | Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        file = safe_open(os.fspath(path), framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"cannot read text embeddings {path}: {first_line(error)}") from error
+    if (file.metadata() or {}).get("format") != "fastimagen.text":
+        raise ValueError(f"{path} holds no text embeddings of TextEmbeddings.save")
+    return file

@@ -1,0 +1,277 @@
+"""Captions -> T5 embeddings (Imagen, section 2.1: a frozen text encoder), with or without precomputation.
+
+Letters: B captions, L tokens (padded), D text width. A caption of n tokens includes T5's closing </s>.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import unicodedata
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..files import first_line
+from .embeddings import TextEmbeddings
+
+if TYPE_CHECKING:
+    from transformers import T5EncoderModel
+
+log = logging.getLogger(__name__)
+
+PREPROCESSING = "nfc-strip-1"
+"""Name of what `preprocess` does and of how special tokens are refused; part of every encoder's identity."""
+
+T5_NAMES: dict[str, tuple[str, int]] = {
+    "t5_small": ("google-t5/t5-small", 512),
+    "t5_base": ("google-t5/t5-base", 768),
+    "t5_large": ("google-t5/t5-large", 1024),
+    "t5_3b": ("google-t5/t5-3b", 1024),
+    "t5_11b": ("google-t5/t5-11b", 1024),
+    "small1.1": ("google/t5-v1_1-small", 512),
+    "base1.1": ("google/t5-v1_1-base", 768),
+    "large1.1": ("google/t5-v1_1-large", 1024),
+    "xl1.1": ("google/t5-v1_1-xl", 2048),
+    "xxl1.1": ("google/t5-v1_1-xxl", 4096),
+}
+"""MinImagen's short names -> (name on the Hugging Face hub, width of the embeddings)."""
+
+
+def preprocess(caption: str) -> str:
+    """What the tokenizer sees of a caption: Unicode NFC, without white space at its ends."""
+    return unicodedata.normalize("NFC", caption).strip()
+
+
+def text_width(name_or_path: str | Path) -> int:
+    """Width D of an encoder's embeddings; no network for folders and for the encoders of T5_NAMES.
+
+    Raises ValueError if the encoder is not found, ImportError if asking the hub needs transformers.
+    """
+    if not Path(name_or_path).is_dir():
+        for short, (hub, width) in T5_NAMES.items():
+            if str(name_or_path) in (short, hub, hub.removeprefix("google-t5/")):
+                return width
+    return _width(_locate(name_or_path, None)[1])
+
+
+def encoder_identity(name_or_path: str | Path, *, revision: str | None = None, max_length: int = 256) -> dict[str, str]:
+    """Everything that decides what an encoder makes of a caption, as strings, without loading its weights.
+
+    encoder: name on the hub, or the last part of the folder's path (the folder may move); revision: commit on
+    the hub, or sha256 of the folder's weights (read in full); tokenizer: sha256 of its file; preprocessing.
+    Raises ValueError if the encoder is not found, ImportError if transformers is missing for a hub name.
+    """
+    name, config, commit = _locate(name_or_path, revision)
+    if commit is None:
+        folder = config.parent
+        weights = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+        if not weights:
+            raise ValueError(f"text encoder folder {name} has no model*.safetensors or pytorch_model*.bin")
+        commit = f"sha256:{_sha256(weights)}"
+    tokenizer = _tokenizer_file(name, config, revision=commit)
+    encoder = config.parent.resolve().name if Path(name).is_dir() else name
+    return {
+        "encoder": encoder,
+        "revision": commit,
+        "max_length": str(max_length),
+        "tokenizer": f"sha256:{_sha256([tokenizer])}",
+        "preprocessing": PREPROCESSING,
+    }
+
+
+class T5Encoder:
+    """Any T5 encoder of the Hugging Face hub, of a folder, or one of the short names of T5_NAMES; frozen.
+
+    dtype: float32, bfloat16 or float64; float16 is refused since T5 overflows in it.
+    truncated: captions cut to max_length tokens so far; unknown: captions so far with a part that became
+    <unk>. The first of each is logged.
+    Raises ValueError for an encoder that is not found or not a T5, ImportError without transformers.
+    """
+
+    def __init__(
+        self,
+        name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        max_length: int = 256,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if dtype not in (torch.float32, torch.bfloat16, torch.float64):
+            raise ValueError(f"T5 overflows in {dtype}: use torch.bfloat16 or torch.float32")
+        if max_length < 2:
+            raise ValueError(f"max_length {max_length} leaves no room for words beside </s>: give at least 2")
+        transformers = need("transformers")
+        name, config, commit = _locate(name_or_path, revision)
+        if _tokenizer_file(name, config, revision=commit).suffix == ".model":
+            for module in ("sentencepiece", "google.protobuf"):  # transformers converts the file with them
+                need(module)
+        dim = _width(config)
+        self._source = (name_or_path, commit)
+        self._identity: dict[str, str] | None = None
+        try:
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(name, revision=commit)
+            model, info = transformers.T5EncoderModel.from_pretrained(
+                name, revision=commit, dtype=dtype, output_loading_info=True
+            )
+        except (OSError, ValueError) as error:
+            raise ValueError(f"text encoder {name} cannot be loaded: {first_line(error)}") from error
+        if info["missing_keys"]:
+            missing = ", ".join(sorted(info["missing_keys"]))
+            raise ValueError(f"text encoder {name} lacks weights: {missing:.200}")
+        self.model: T5EncoderModel = model.eval().requires_grad_(False).to(device)
+        self.dim = dim
+        self.max_length = max_length
+        self.truncated = 0
+        self.unknown = 0
+        added = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        self._special = (added | set(self.tokenizer.all_special_ids)) - {self.tokenizer.unk_token_id}
+
+    def identity(self) -> dict[str, str]:
+        """See `encoder_identity`; computed once."""
+        if self._identity is None:
+            name, revision = self._source
+            self._identity = encoder_identity(name, revision=revision, max_length=self.max_length)
+        return dict(self._identity)
+
+    def tokenize(self, captions: Sequence[str]) -> list[list[int]]:
+        """Token ids of each caption with its closing </s>, cut to max_length; counts `truncated`, `unknown`.
+
+        Literal </s>, <pad> or <extra_id_0> in a caption becomes <unk>: only we may end a caption.
+        """
+        result = []
+        for text, row, unknown in self._rows(captions):
+            if unknown:
+                if not self.unknown:
+                    log.warning("text encoder: parts of a caption are unknown to the tokenizer: %.60s", text)
+                self.unknown += 1
+            if len(row) > self.max_length:
+                if not self.truncated:
+                    log.warning(
+                        "text encoder: a caption of %d tokens is cut to %d: %.60s...", len(row), self.max_length, text
+                    )
+                self.truncated += 1
+                row = [*row[: self.max_length - 1], row[-1]]
+            result.append(row)
+        return result
+
+    def unread(self, captions: Sequence[str]) -> list[str]:
+        """What `tokenize` cannot pass on of these captions: a line for each that is cut or has unknown parts."""
+        lines = []
+        for text, row, unknown in self._rows(list(dict.fromkeys(captions))):
+            shown = text if len(text) <= 60 else f"{text[:60]}..."
+            if unknown:
+                lines.append(f'the text encoder does not know all of "{shown}"')
+            if len(row) > self.max_length:
+                lines.append(f'the text encoder reads {self.max_length} of the {len(row)} tokens of "{shown}"')
+        return lines
+
+    def _rows(self, captions: Sequence[str]) -> list[tuple[str, list[int], bool]]:
+        """Of each caption its text, all its ids with the closing </s>, and whether some are <unk>."""
+        if isinstance(captions, str) or not all(isinstance(caption, str) for caption in captions):
+            raise ValueError(f"captions must be a list of strings, got {captions!r:.80}")
+        if not captions:
+            return []
+        texts = [preprocess(caption) for caption in captions]
+        unk, eos = self.tokenizer.unk_token_id, self.tokenizer.eos_token_id
+        rows = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        # split_special_tokens=True does not do it: T5's unigram model has </s> and <pad> as plain pieces
+        rows = [[unk if token in self._special else token for token in row] for row in rows]
+        return [(text, [*row, eos], unk in row) for text, row in zip(texts, rows)]
+
+    def encode(self, captions: Sequence[str], batch_size: int = 32) -> TextEmbeddings:
+        """Embeds captions on the encoder's device, in its dtype; padding is zero, an empty caption its </s>.
+
+        batch_size: captions of like length at once. Raises ValueError for no captions or other than strings.
+        """
+        rows = self.tokenize(captions)
+        if not rows:
+            raise ValueError("no captions to encode")
+        device = self.model.device
+        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+        lengths = torch.tensor([len(row) for row in rows], device=device)
+        mask = torch.arange(len(rows[order[0]]), device=device) < lengths[:, None]  # (B, L)
+        embeds = torch.zeros(*mask.shape, self.dim, dtype=self.model.dtype, device=device)  # (B, L, D)
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            longest = len(rows[batch[0]])
+            padded = [rows[i] + [0] * (longest - len(rows[i])) for i in batch]
+            ids, real = torch.tensor(padded, device=device), mask[batch, :longest]  # (b, l) both
+            with torch.inference_mode():  # around the model only: training could not use what is made inside
+                hidden = self.model(input_ids=ids, attention_mask=real.long()).last_hidden_state  # (b, l, D)
+                embeds[batch, :longest] = hidden.masked_fill(~real[..., None], 0)
+        return TextEmbeddings(embeds, mask)
+
+
+def need(module: str) -> ModuleType:
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # it is there, but something that it needs is not
+        name = module.rpartition(".")[2]
+        raise ImportError(f"the T5 text encoder needs {name}: pip install fastimagen[text]") from error
+
+
+def _locate(name_or_path: str | Path, revision: str | None) -> tuple[str, Path, str | None]:
+    """(folder or full hub name, its config.json, hub commit or None); ValueError says what was tried."""
+    if Path(name_or_path).is_dir():
+        if revision is not None:
+            raise ValueError(f'revision "{revision}" is for the hub; text encoder {name_or_path} is a folder')
+        config = Path(name_or_path) / "config.json"
+        if not config.is_file():
+            raise ValueError(f"text encoder folder {name_or_path} has no config.json")
+        return str(name_or_path), config, None
+    name = T5_NAMES[str(name_or_path)][0] if str(name_or_path) in T5_NAMES else str(name_or_path)
+    missing = f'text encoder "{name_or_path}": no such folder here'
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ValueError(missing)
+    need("transformers")
+    try:
+        config = _hub_file(name, "config.json", revision)
+    except OSError as error:
+        at = f' at revision "{revision}"' if revision else ""
+        reason = first_line(error)
+        raise ValueError(f"{missing}, and the Hugging Face hub gave no {name}{at}: {reason}") from error
+    return name, config, config.parent.name  # .../snapshots/COMMIT/config.json
+
+
+def _hub_file(name: str, file: str, revision: str | None) -> Path:
+    from transformers.utils import cached_file
+
+    return Path(cached_file(name, file, revision=revision))
+
+
+def _tokenizer_file(name: str, config: Path, *, revision: str | None) -> Path:
+    """The file that AutoTokenizer reads: tokenizer.json where there is one, else the sentencepiece model."""
+    for file in ("tokenizer.json", "spiece.model"):
+        if (config.parent / file).is_file():
+            return config.parent / file
+        if not Path(name).is_dir():
+            try:
+                return _hub_file(name, file, revision)
+            except OSError:
+                continue  # the hub has the other one; if it has neither, the line below says so
+    raise ValueError(f"text encoder {name} has no tokenizer (tokenizer.json or spiece.model)")
+
+
+def _width(config: Path) -> int:
+    content = json.loads(config.read_text())
+    if content.get("model_type") != "t5":
+        raise ValueError(f'{config} describes a model of type "{content.get("model_type")}", not "t5"')
+    return content["d_model"]
+
+
+def _sha256(files: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,83 @@
+"""What happens before the first step: which stages, which weights, and whether a checkpoint fits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import CascadeConfig, Config, StageConfig
+from ..data.source import encoder_width
+from ..networks.unet import UNet
+from ..presets import resolve
+
+
+def plan(config: Config, stage: str = "all") -> tuple[CascadeConfig, list[StageConfig]]:
+    """The cascade that a configuration names, and the stages to train now: one by name, or "all".
+
+    Raises ValueError for unknown presets, stage names and stages under train.stages that the cascade does not have.
+    """
+    ours = config.fastimagen
+    width = encoder_width(ours) if isinstance(ours.cascade, str) else None
+    cascade = resolve(ours.cascade, text_dim=width)
+    for name in ours.train.stages:
+        try:
+            cascade.stage(name)
+        except ValueError as error:
+            raise ValueError(f"fastimagen.train.stages: {error}") from None
+    return cascade, list(cascade.stages) if stage == "all" else [cascade.stage(stage)]
+
+
+def initial_unet(config: StageConfig, *, seed: int, init_from: str | None = None) -> UNet:
+    """A U-Net with seeded random weights, the same on every process, or with the weights of an exported model.
+
+    Raises ValueError when the exported weights are of another architecture.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        unet = UNet(config.unet)
+    if init_from is not None:
+        from safetensors.torch import load_file
+
+        path = Path(init_from) / config.name / "model.safetensors"
+        if not path.exists():
+            raise ValueError(f"init_from {init_from}: there is no {path}")
+        load_weights(unet, load_file(path), str(path))
+    return unet
+
+
+def load_weights(unet: UNet, weights: dict[str, torch.Tensor], source: str) -> None:
+    """Copy weights by name into `unet`. Raises ValueError naming the first parameters that do not fit."""
+    own = dict(unet.named_parameters())
+    wrong = [f"missing {name}" for name in own.keys() - weights.keys()]
+    wrong += [f"unexpected {name}" for name in weights.keys() - own.keys()]
+    wrong += [
+        f"{name} is {tuple(weights[name].shape)}, expected {tuple(own[name].shape)}"
+        for name in own.keys() & weights.keys()
+        if weights[name].shape != own[name].shape
+    ]
+    if wrong:
+        more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
+        raise ValueError(f"{source} is of another architecture: {'; '.join(sorted(wrong)[:3])}{more}")
+    unet.load_state_dict(weights)
+
+
+def check_same_stage(saved: dict[str, Any], config: StageConfig, where: Path) -> None:
+    """Refuse to resume a stage whose network or diffusion process has changed; sampling settings may differ."""
+    now = flatten(config.model_dump(mode="json", exclude={"sampling"}))
+    then = flatten({key: value for key, value in saved.items() if key != "sampling"})
+    differing = sorted(key for key in now.keys() | then.keys() if now.get(key) != then.get(key))
+    if differing:
+        raise ValueError(
+            f"{where} is of another architecture: {', '.join(differing[:5])} differ; use another --run, "
+            f"or set them back"
+        )
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

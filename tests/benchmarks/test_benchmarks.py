@@ -1,0 +1,181 @@
+"""The benchmark suite: it runs from end to end, stops at wrong results, loses nothing; its tables tell the truth."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu_check, report
+from benchmarks.cases import step
+from benchmarks.harness.rows import Results, kernel_digest, read
+from fastimagen.networks.convolution import Conv2d
+from tests.conftest import ROOT
+
+HERE = {
+    "device": "NVIDIA Test",
+    "clocks": None,
+    "threads": 1,
+    "versions": {"torch": "0"},
+    "commit": "abc",
+    "date": "2026-01-01",
+}
+ROW = {"op": "threshold", "shape": "B1 8x8", "dtype": "float32", "mode": "forward", "timer": "events"}
+# Why a row may be without a time where there is no GPU.
+REASONS = (
+    r'ValueError: backend "triton" cannot run: there is no GPU|\w+ is not installed|RuntimeError: No viable '
+    r"backend for scaled_dot_product_attention|(MinImagen|imagen-pytorch) has no such network|"
+    r"NotImplementedError: FlexAttention does not support backward on CPU"
+)
+
+
+def test_everything_that_a_gpu_would_run_runs(tmp_path: Path) -> None:
+    out = tmp_path / "dry.json"
+    child = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu_check", "--dry-run", "--out", str(out)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert child.returncode == 0, child.stdout + child.stderr
+    rows = read(out)
+    assert {row["op"] for row in rows} == {
+        "ceiling",
+        "training step",
+        "attention",
+        "group_norm",
+        "threshold",
+        "sampler step",
+        "unet",
+        "sampling",
+    }
+    wrong = {row["missing"] for row in rows if "missing" in row and not re.match(REASONS, row["missing"])}
+    assert wrong == set()  # a provider that is broken must not hide as one that is not there
+    for op in {row["op"] for row in rows}:
+        assert any("ms" in row for row in rows if row["op"] == op), op
+
+
+# ---- gpu-check
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """What gpu_check starts, instead of starting it; names in FAIL do not come to a good end."""
+    started: list[tuple[str, ...]] = []
+
+    def run(seconds: float, module: str, *arguments: str) -> bool:
+        started.append((module, *arguments))
+        return not any("test_ops_cuda" in argument for argument in arguments)
+
+    monkeypatch.setattr(gpu_check, "run", run)
+    return started
+
+
+def test_wrong_results_stop_it(runs: list[tuple[str, ...]], capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_check.main([]) == 1
+    assert [module for module, *_ in runs] == ["pytest"]
+    assert "results are wrong: nothing is measured" in capsys.readouterr().out
+
+
+def test_the_most_important_comes_first_within_the_budget(
+    runs: list[tuple[str, ...]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    groups = [name for name in gpu_check.GROUPS if name != "tests"]
+    assert gpu_check.main(["--only", ",".join(groups)]) == 0
+    assert [next(a for a in started if a.startswith("--only")) for started in runs] == [f"--only={g}" for g in groups]
+    runs.clear()
+    assert gpu_check.main(["--only", ",".join(groups), "--budget", "5"]) == 0
+    assert runs == [] and capsys.readouterr().out.count("no time for") == len(groups)
+
+
+def test_its_results_are_of_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--dry-run"], ["--only", "nonsense"]):
+        with pytest.raises(SystemExit):
+            gpu_check.main(arguments)
+    error = capsys.readouterr().err
+    assert "--dry-run needs --out FILE" in error and "no group nonsense; there are tests, step" in error
+
+
+# ---- rows
+
+
+def test_an_interrupt_loses_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "device/2026-01-01.json"
+    results = Results(path, HERE)
+    results.add(**ROW, provider="ours, torch", ms=(1.0, 2.0, 3.0))
+    before = path.read_text()
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        results.add(**ROW, provider="topk", ms=(1.0, 2.0, 3.0))
+    monkeypatch.undo()
+    assert path.read_text() == before
+    again = Results(path, HERE)
+    again.add(**ROW, provider="topk", ms=(4.0, 5.0, 6.0))
+    again.add(**ROW, provider="topk", ms=(7.0, 8.0, 9.0))
+    assert [(row["provider"], row["ms"][1]) for row in read(path)] == [("ours, torch", 2.0), ("topk", 8.0)]
+
+
+# ---- report
+
+
+def table(*rows: dict) -> str:
+    return report.TABLES["threshold"](report.Measured([{**ROW, **HERE, **row} for row in rows]))
+
+
+def test_a_row_older_than_its_kernel_is_stale() -> None:
+    fresh = {"provider": "ours, triton", "ms": [0.1, 0.2, 0.3], "kernels": kernel_digest("threshold")}
+    assert "200 µs" in table(fresh) and "stale" not in table(fresh)
+    assert "200 µs (stale)" in table(fresh | {"kernels": "of another day"})
+
+
+def test_what_was_never_measured_says_so() -> None:
+    shown = table(
+        {"provider": "topk", "ms": [1.0, 2.0, 3.0]}, {"provider": "topk", "shape": "B2 8x8", "missing": "out of memory"}
+    )
+    assert "| B2 8x8, forward | not measured |" in shown and "| B1 8x8, forward | 2 ms |" in shown
+    assert "make gpu-check` measures it" in report.TABLES["step"](report.Measured([]))
+
+
+def test_shares_are_of_the_rates_of_the_same_run() -> None:
+    shown = table({"provider": "ours, triton", "ms": [1.0, 2.0, 3.0], "bytes": 4e6, "gbs": 4.0, "tflops": 1.0})
+    assert "| 50 % |" in shown  # 4 MB in 2 ms are 2 GB/s
+
+
+def test_a_mark_without_a_table() -> None:
+    with pytest.raises(ValueError, match='no table "speed"; there are cpu, step'):
+        report.fill("<!-- benchmarks: speed -->\n<!-- end of benchmarks -->", report.Measured([]))
+
+
+def test_tables_and_plots_are_those_of_the_result_files() -> None:
+    """After a measurement: make report."""
+    old = [path.name for path, text in report.generated().items() if not path.exists() or path.read_text() != text]
+    assert old == []
+
+
+def test_result_files_are_complete() -> None:
+    for path in sorted((ROOT / "benchmarks/results").glob("*/[0-9]*.json")):
+        for row in json.loads(path.read_text())["rows"]:
+            assert {"op", "shape", "dtype", "mode", "provider", "device", "versions", "date", "commit"} <= row.keys()
+            assert "ms" in row or "missing" in row or "peak_bytes" in row, row
+            assert not row["commit"].endswith("+"), f"{path.name} measured sources that were not committed"
+
+
+def test_breakdown_counts_what_an_op_calls_with_it() -> None:
+    """The convolution's weight gradient by products, its copies too, is convolution; a bare product is not."""
+    conv, x = Conv2d(128, 128, 3, padding=1), torch.randn(4, 128, 16, 16)
+    parts = step.breakdown(lambda: conv(x).sum().backward(), torch.device("cpu"))
+    assert parts["convolution"] > 0.8 * sum(parts.values())
+    assert parts["linear"] == 0
+    parts = step.breakdown(lambda: torch.randn(256, 256) @ torch.randn(256, 256), torch.device("cpu"))
+    assert parts["linear"] > 0 == parts["convolution"]

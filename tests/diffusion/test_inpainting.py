@@ -1,0 +1,276 @@
+"""Sampling that starts from pictures: img2img, inpainting, one stage alone; and captions to lead away from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastimagen.cli import main
+from fastimagen.config import ScheduleConfig
+from fastimagen.diffusion.inpainting import Given, sample_given
+from fastimagen.diffusion.samplers import SAMPLERS
+from fastimagen.diffusion.schedule import make_schedule
+from fastimagen.images import save_png
+from fastimagen.sampling.output import Output
+from fastimagen.sampling.pipeline import ImagenPipeline
+from fastimagen.text.embeddings import TextEmbeddings
+from tests.conftest import write_toy_encoder, write_toy_model
+
+CAPTIONS = ["a red circle on a white background", "a small blue star on the left of a gray background"]
+SCHEDULE = make_schedule(ScheduleConfig(name="cosine"))
+
+
+@pytest.fixture(scope="module")
+def pipe(tmp_path_factory: pytest.TempPathFactory) -> ImagenPipeline:
+    folder = tmp_path_factory.mktemp("editing")
+    return ImagenPipeline.from_pretrained(write_toy_model(folder / "model", write_toy_encoder(folder / "encoder")))
+
+
+@pytest.fixture(scope="module")
+def text(pipe: ImagenPipeline) -> TextEmbeddings:
+    return pipe.encode(CAPTIONS)
+
+
+def picture(size: int, seed: int = 0, batch: int = 2) -> Tensor:
+    return torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def left_half(size: int, batch: int = 2) -> Tensor:
+    mask = torch.zeros(batch, 1, size, size, dtype=torch.bool)
+    mask[..., : size // 2] = True
+    return mask
+
+
+# ---- img2img
+
+
+@pytest.mark.parametrize("sampler", sorted(SAMPLERS))
+def test_full_strength_is_sampling_from_nothing(sampler: str, pipe: ImagenPipeline, text: TextEmbeddings) -> None:
+    plain = pipe(text=text, sampler=sampler, steps=4).images
+    assert torch.equal(pipe(text=text, sampler=sampler, steps=4, given=Given(picture(16))).images, plain)
+
+
+def test_less_strength_stays_nearer_to_the_picture(pipe: ImagenPipeline, text: TextEmbeddings) -> None:
+    start = picture(8)
+    far = [
+        (pipe(text=text, steps=50, stop_at="base", guidance=1.0, given=Given(start, strength=strength)).images - start)
+        .square()
+        .mean()
+        .item()
+        for strength in (0.02, 0.5, 1.0)
+    ]
+    assert far[0] < far[1] < far[2] or far[0] < 0.5 * far[2]
+
+
+def test_the_walk_begins_at_the_noise_of_its_strength() -> None:
+    """With a denoiser that knows nothing of the picture, what is left of it is alpha at the first time."""
+    seen: list[tuple[float, Tensor]] = []
+
+    def denoise(x: Tensor, time: Tensor) -> Tensor:
+        seen.append((time.item(), x))
+        return torch.zeros_like(x)
+
+    times, given = SCHEDULE.grid(10), Given(picture(4, batch=1), strength=0.3)
+    sample_given(SAMPLERS["ddim"], denoise, given, times, schedule=SCHEDULE, noise=lambda step: torch.zeros(1, 3, 4, 4))
+    alpha, _ = SCHEDULE.alpha_sigma(times[7])
+    assert [time for time, _ in seen] == times[7:10].tolist()
+    torch.testing.assert_close(seen[0][1], given.image * alpha.item(), rtol=1e-6, atol=1e-6)
+
+
+# ---- inpainting
+
+
+@pytest.mark.parametrize("sampler", sorted(SAMPLERS))
+def test_what_the_mask_keeps_is_kept_exactly(sampler: str, pipe: ImagenPipeline, text: TextEmbeddings) -> None:
+    given = Given(picture(16), left_half(16), resamples=2, jump=2)
+    drawn = pipe(text=text, sampler=sampler, steps=4, given=given).images
+    assert torch.equal(drawn[..., 8:], given.image[..., 8:])
+    assert not torch.isclose(drawn[..., :8], given.image[..., :8]).any(dim=1).all()
+
+
+def test_what_is_drawn_fits_what_is_given() -> None:
+    """Pixels of a Gaussian with correlation 0.9: the hole's conditional mean and variance, given its neighbours.
+
+    x0 given x_t is exact; resampling is what carries the neighbours' values into the hole.
+    """
+    batch, correlation = 4000, 0.9
+    covariance = torch.full((4, 4), correlation * 0.04).fill_diagonal_(0.04).double()
+    known = torch.tensor([0.3, 0.2, 0.25])
+
+    def denoise(x: Tensor, time: Tensor) -> Tensor:
+        alpha, sigma = (value.item() for value in SCHEDULE.alpha_sigma(time))
+        gain = alpha * covariance @ torch.linalg.inv(alpha**2 * covariance + sigma**2 * torch.eye(4).double())
+        return (x.flatten(1).double() @ gain.T).float().unflatten(1, (1, 2, 2))
+
+    weights = covariance[0, 1:] @ torch.linalg.inv(covariance[1:, 1:])
+    mean, variance = (weights @ known.double()).item(), (covariance[0, 0] - weights @ covariance[1:, 0]).item()
+    image = torch.cat([torch.zeros(1), known]).view(1, 1, 2, 2).expand(batch, -1, -1, -1)
+    mask = torch.zeros(batch, 1, 2, 2, dtype=torch.bool)
+    mask[:, :, 0, 0] = True
+
+    def hole(resamples: int) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        given = Given(image, mask, resamples=resamples, jump=3)
+        return sample_given(
+            SAMPLERS["ddpm"],
+            denoise,
+            given,
+            SCHEDULE.grid(30),
+            schedule=SCHEDULE,
+            noise=lambda step: torch.randn(batch, 1, 2, 2, generator=generator),
+        )[:, 0, 0, 0]
+
+    once, often = hole(1), hole(10)
+    assert abs(often.mean() - mean) < 0.1 * mean
+    assert abs(often.mean() - mean) <= abs(once.mean() - mean) + 0.003
+    assert 0.6 * variance < often.var() < 1.5 * variance
+
+
+def test_a_smaller_stage_keeps_only_what_is_kept_whole() -> None:
+    mask = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
+    mask[..., 3, 5] = True
+    small = Given(picture(8, batch=1), mask).at(4, torch.device("cpu"))
+    assert small.mask.nonzero().tolist() == [[0, 0, 1, 2]] and small.image.shape == (1, 3, 4, 4)
+
+
+# ---- single stages
+
+
+def test_the_stages_one_by_one_are_the_cascade(pipe: ImagenPipeline, text: TextEmbeddings) -> None:
+    base = pipe(text=text, stop_at="base")
+    assert base.images.shape == (2, 3, 8, 8) and list(base.settings["stages"]) == ["base"]
+    enlarged = pipe(text=text, lowres=base.images, start_at="sr")
+    assert torch.equal(enlarged.images, pipe(text=text).images)
+    assert list(enlarged.settings["stages"]) == ["sr"]
+
+
+def test_one_picture_serves_all_captions(pipe: ImagenPipeline, text: TextEmbeddings) -> None:
+    one = picture(8, batch=1)
+    both = pipe(text=text, lowres=one, start_at="sr").images
+    assert torch.equal(both, pipe(text=text, lowres=one.expand(2, -1, -1, -1), start_at="sr").images)
+
+
+# ---- negative captions
+
+
+def test_leading_away_from_the_caption_itself_leads_nowhere(pipe: ImagenPipeline, text: TextEmbeddings) -> None:
+    torch.testing.assert_close(
+        pipe(text=text, negative=text, guidance=7.0).images, pipe(text=text, guidance=1.0).images, rtol=0, atol=1e-4
+    )
+
+
+def test_a_negative_caption_changes_the_picture(pipe: ImagenPipeline) -> None:
+    plain, led = (pipe(CAPTIONS, guidance=3.0, negative=negative) for negative in (None, ["a green cross"]))
+    assert not torch.allclose(plain.images, led.images, atol=1e-3)
+    assert led.settings["negative"] == ["a green cross"]
+
+
+# ---- a picture depends on its own row alone
+
+
+def test_batches_do_not_matter(pipe: ImagenPipeline, text: TextEmbeddings) -> None:
+    def draw(batch_size: int) -> Output:
+        return pipe(
+            text=text,
+            negative=text[[1, 0]],
+            given=Given(picture(16), left_half(16), strength=0.5),
+            batch_size=batch_size,
+            steps=4,
+            guidance=2.0,
+            sampler="ddpm",
+        )
+
+    torch.testing.assert_close(draw(1).images, draw(2).images, rtol=0, atol=1 / 255)
+
+
+# ---- what does not fit
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (dict(image=torch.zeros(1, 3, 8, 6)), "must be square"),
+        (dict(image=torch.full((1, 3, 8, 8), 1.5)), r"must lie in \[-1, 1\]"),
+        (dict(image=torch.full((1, 3, 8, 8), torch.nan)), r"must lie in \[-1, 1\]"),
+        (dict(strength=0.0), r"strength must lie in \(0, 1\], got 0.0"),
+        (dict(strength=1.1), r"strength must lie in \(0, 1\], got 1.1"),
+        (dict(mask=left_half(16, 1)), "the mask of a picture"),
+        (dict(mask=torch.zeros(1, 1, 8, 8)), "must be bool"),
+        (dict(mask=torch.zeros(1, 1, 8, 8, dtype=torch.bool)), "nothing to draw"),
+        (dict(resamples=0), "resamples and jump must be at least 1"),
+    ],
+)
+def test_given_pictures_that_make_no_sense(arguments: dict, complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        Given(**{"image": torch.zeros(1, 3, 8, 8), **arguments})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (dict(start_at="top"), 'start_at is the unknown stage "top"; the cascade has base, sr'),
+        (dict(stop_at="top"), 'stop_at is the unknown stage "top"'),
+        (dict(start_at="sr", stop_at="base", lowres=picture(8)), "start_at sr comes after stop_at base"),
+        (dict(start_at="sr"), "stage sr enlarges a picture: give lowres"),
+        (dict(lowres=picture(8)), "stage base starts from noise, not from lowres"),
+        (dict(lowres=picture(8, batch=3), start_at="sr"), "3 lowres pictures for 2 pictures"),
+        (dict(lowres=picture(8) * 3, start_at="sr"), r"lowres must lie in \[-1, 1\]"),
+        (dict(given=Given(picture(8, batch=3))), "3 given pictures for 2 pictures"),
+        (dict(negative=["blue"], guidance=1.0), "negative captions act through guidance"),
+        (dict(negative=["a", "b", "c"]), "3 negative captions for 2 pictures"),
+        (dict(negative="blue"), "negative must be a list"),
+    ],
+)
+def test_calls_that_make_no_sense(arguments: dict, complaint: str, pipe: ImagenPipeline, text: TextEmbeddings) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        pipe(text=text, **arguments)
+
+
+# ---- on the command line
+
+
+def test_inpainting_by_command(pipe: ImagenPipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given, mask = picture(16, batch=1), left_half(16, 1)
+    save_png(given[0], tmp_path / "given.png")
+    save_png(mask[0].float().expand(3, -1, -1) * 2 - 1, tmp_path / "mask.png")
+    out = tmp_path / "out"
+    assert (
+        main(
+            [
+                "sample",
+                "--model",
+                pipe.source,
+                "--captions",
+                CAPTIONS[0],
+                "--image",
+                str(tmp_path / "given.png"),
+                "--mask",
+                str(tmp_path / "mask.png"),
+                "--negative",
+                "a cross",
+                "--guidance",
+                "2",
+                "--steps",
+                "2",
+                "--out",
+                str(out),
+            ]
+        )
+        == 0
+    )
+    record = json.loads((out / "samples.json").read_text())
+    assert record["given"] == {"mask": True, "strength": 1.0, "resamples": 5, "jump": 5}
+    assert record["negative"] == ["a cross"]
+    save_png(picture(8, batch=1)[0], tmp_path / "small.png")
+    for arguments, complaint in [
+        (["--image", "small.png", "--mask", "mask.png"], "must be of one size"),
+        (["--mask", "mask.png"], "--mask and --strength go with --image"),
+        (["--image", "none.png"], "cannot read picture"),
+    ]:
+        paths = [str(tmp_path / word) if word.endswith(".png") else word for word in arguments]
+        assert main(["sample", "--model", pipe.source, "--captions", "x", "--out", str(tmp_path / "no"), *paths]) == 1
+        assert complaint in capsys.readouterr().err and not (tmp_path / "no").exists()

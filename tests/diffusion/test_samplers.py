@@ -1,0 +1,411 @@
+"""Samplers, guidance and thresholding on data whose best denoiser is known in closed form: Gaussian mixtures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastimagen.config import ObjectiveConfig, SamplingConfig, ScheduleConfig
+from fastimagen.diffusion.guidance import Denoiser
+from fastimagen.diffusion.process import Diffusion
+from fastimagen.diffusion.samplers import SAMPLERS, sample_ddpm
+from fastimagen.diffusion.schedule import Schedule, make_schedule
+from fastimagen.seeds import image_noise, mix_seed
+
+PREDICTIONS = ("epsilon", "x0", "v", "edm")
+
+
+class Mixture:
+    """A one-dimensional Gaussian mixture under the forward process: everything about it is known exactly."""
+
+    def __init__(self, weights: list[float], means: list[float], deviations: list[float]) -> None:
+        self.weights, self.means, self.deviations = (
+            torch.tensor(x, dtype=torch.float64) for x in (weights, means, deviations)
+        )
+        self.mean = (self.weights * self.means).sum().item()
+        square = (self.weights * (self.deviations**2 + self.means**2)).sum().item()
+        self.deviation = math.sqrt(square - self.mean**2)
+
+    def x0(self, x: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
+        """E[x_0 | x_t = x]: per component the Gaussian posterior mean, weighed by its responsibility."""
+        x, mean = x[..., None], alpha * self.means
+        variance = (alpha * self.deviations) ** 2 + sigma**2
+        share = torch.softmax(self.weights.log() - variance.log() / 2 - (x - mean) ** 2 / (2 * variance), dim=-1)
+        return (share * (self.means + alpha * self.deviations**2 / variance * (x - mean))).sum(dim=-1)
+
+    def cdf(self, x: Tensor, alpha: float = 1.0, sigma: float = 0.0) -> Tensor:
+        """P(x_t < x)."""
+        deviation = ((alpha * self.deviations) ** 2 + sigma**2).sqrt()
+        return (self.weights * torch.special.ndtr((x[..., None] - alpha * self.means) / deviation)).sum(dim=-1)
+
+    def flow(self, x: Tensor, start: tuple[float, float], stop: tuple[float, float] = (1.0, 0.0)) -> Tensor:
+        """Where the probability-flow ODE takes x: in one dimension paths keep their quantile. Found by bisection."""
+        goal, low, high = self.cdf(x, *start), torch.full_like(x, -20.0), torch.full_like(x, 20.0)
+        for _ in range(60):
+            middle = (low + high) / 2
+            below = self.cdf(middle, *stop) < goal
+            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        return (low + high) / 2
+
+    def denoise(self, schedule: Schedule) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda x, time: self.x0(x, *schedule.alpha_sigma(time))
+
+
+SMOOTH = Mixture([0.4, 0.6], [-0.6, 0.5], [0.35, 0.25])
+SHARP = Mixture([0.25, 0.45, 0.3], [-0.7, 0.1, 0.8], [0.1, 0.2, 0.05])
+QUANTILES = (torch.arange(500, dtype=torch.float64) + 0.5) / 500
+
+
+def level(schedule: Schedule, time: float) -> tuple[float, float]:
+    alpha, sigma = schedule.alpha_sigma(torch.tensor(time, dtype=torch.float64))
+    return alpha.item(), sigma.item()
+
+
+def flow_error(name: str, mixture: Mixture, schedule: Schedule, times: Tensor) -> float:
+    """Mean distance of a sampler's results from the exact probability flow, over the whole distribution."""
+    start, stop = level(schedule, times[0].item()), level(schedule, times[-1].item())
+    x = torch.special.ndtri(QUANTILES)
+    result = SAMPLERS[name](mixture.denoise(schedule), x, times, schedule=schedule)
+    return (result - mixture.flow(x, start, stop)).abs().mean().item()
+
+
+# ---- accuracy
+
+
+def order(errors: list[float]) -> float:
+    """Order of convergence from errors at steps that double each time."""
+    return math.log2(errors[0] / errors[-1]) / (len(errors) - 1)
+
+
+@pytest.mark.parametrize("name, expected", [("ddim", 1), ("dpmpp_2m", 2), ("heun", 2)])
+def test_order_of_convergence_away_from_the_ends(name: str, expected: int) -> None:
+    schedule = make_schedule(ScheduleConfig())
+    errors = [
+        flow_error(name, SMOOTH, schedule, torch.linspace(0.9, 0.2, steps + 1, dtype=torch.float64))
+        for steps in (32, 64, 128)
+    ]
+    assert order(errors) == pytest.approx(expected, abs=0.05)
+    assert errors[-1] < (3e-3 if expected == 1 else 2e-5)
+
+
+@pytest.mark.parametrize("name, low, high", [("ddim", 0.95, 1.05), ("dpmpp_2m", 1.2, 2.05), ("heun", 1.95, 2.05)])
+def test_order_of_convergence_from_noise_to_image(name: str, low: float, high: float) -> None:
+    """The multistep method loses a logarithm at either end, where even steps in t never get short in log-SNR."""
+    schedule = make_schedule(ScheduleConfig(logsnr_range=(-40.0, 40.0)))
+    errors = [flow_error(name, SMOOTH, schedule, schedule.grid(steps)) for steps in (64, 128, 256)]
+    assert low < order(errors) < high
+    assert errors[-1] < (3e-3 if name == "ddim" else 2e-4)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_no_noise_is_left_whatever_the_bounds(name: str, steps: int) -> None:
+    """When the data is a single point, every sampler ends on it exactly, also where log-SNR stops at 5."""
+    for config in (
+        ScheduleConfig(),
+        ScheduleConfig(logsnr_range=(-5.0, 5.0)),
+        ScheduleConfig(name="linear", timesteps=20),
+    ):
+        schedule = make_schedule(config)
+        x = torch.randn(64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        result = SAMPLERS[name](
+            lambda x, time: torch.full_like(x, 0.3),
+            x,
+            schedule.grid(steps),
+            schedule=schedule,
+            noise=lambda step: torch.ones_like(x),
+        )
+        assert (result - 0.3).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize(
+    "name, evaluations, allowed", [("ddim", 32, 0.02), ("dpmpp_2m", 32, 0.015), ("heun", 15, 0.04), ("heun", 31, 0.02)]
+)
+@pytest.mark.parametrize("config", [ScheduleConfig(), ScheduleConfig(logsnr_range=(-40.0, 40.0))])
+def test_few_evaluations_are_enough(name: str, evaluations: int, allowed: float, config: ScheduleConfig) -> None:
+    """Three sharp modes, step counts that people use. Heun in sigma / alpha is off by 0.24 with 15, or by 10^4."""
+    schedule = make_schedule(config)
+    steps, calls = (evaluations + 1) // 2 if name == "heun" else evaluations, []
+    denoise = SHARP.denoise(schedule)
+
+    def counted(x: Tensor, time: Tensor) -> Tensor:
+        calls.append(time.item())
+        return denoise(x, time)
+
+    x = torch.special.ndtri(QUANTILES)
+    result = SAMPLERS[name](counted, x, schedule.grid(steps), schedule=schedule)
+    error = (result - SHARP.flow(x, level(schedule, 1.0))).abs().mean().item()
+    assert len(calls) == evaluations and min(calls) >= 0
+    assert error < allowed
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_right_distribution_is_reached(name: str) -> None:
+    """Kolmogorov's distance and two moments against the mixture; 20,000 samples, whose own noise is 0.01.
+
+    DDPM's smaller posterior variance is exact for data that is a point; it loses 2 % of the deviation in 100 steps.
+    """
+    schedule, steps = make_schedule(ScheduleConfig()), 250 if name == "ddpm" else 50
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(20_000, generator=generator, dtype=torch.float64)
+    result = SAMPLERS[name](
+        SMOOTH.denoise(schedule),
+        x,
+        schedule.grid(steps),
+        schedule=schedule,
+        noise=lambda step: torch.randn(x.shape, generator=generator, dtype=torch.float64),
+    )
+    ranks = (torch.arange(len(x), dtype=torch.float64) + 0.5) / len(x)
+    assert (SMOOTH.cdf(result.sort().values) - ranks).abs().max() < 0.02
+    assert result.mean().item() == pytest.approx(SMOOTH.mean, abs=0.015)
+    assert result.std().item() == pytest.approx(SMOOTH.deviation, rel=0.02)
+
+
+def test_ddpm_is_equation_7_over_all_steps() -> None:
+    """Against DDPM's posterior in betas, written independently, with the same noise."""
+    timesteps = 50
+    schedule = make_schedule(ScheduleConfig(name="linear", timesteps=timesteps))
+    noise = torch.randn(timesteps, 100, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    start = torch.special.ndtri(QUANTILES[::5])
+    result = sample_ddpm(
+        SHARP.denoise(schedule), start, schedule.grid(timesteps), schedule=schedule, noise=lambda step: noise[step]
+    )
+    betas = [1e-4 * 20 + (0.02 - 1e-4) * 20 * step / (timesteps - 1) for step in range(timesteps)]
+    x = start
+    for step in reversed(range(timesteps)):
+        beta, bar = betas[step], math.prod(1 - b for b in betas[: step + 1])
+        bar_before = math.prod(1 - b for b in betas[:step])
+        x0 = SHARP.x0(x, math.sqrt(bar), math.sqrt(1 - bar))
+        x = math.sqrt(bar_before) * beta / (1 - bar) * x0 + math.sqrt(1 - beta) * (1 - bar_before) / (1 - bar) * x
+        x = x + math.sqrt((1 - bar_before) / (1 - bar) * beta) * noise[timesteps - 1 - step]
+    assert (result - x).abs().max() < 1e-9
+
+
+def test_ddim_is_equation_12() -> None:
+    schedule = make_schedule(ScheduleConfig(name="linear", timesteps=100))
+    x = start = torch.special.ndtri(QUANTILES)
+    times = schedule.grid(5)
+    result = SAMPLERS["ddim"](SHARP.denoise(schedule), start, times, schedule=schedule)
+    for time, then in zip(times.tolist(), times.tolist()[1:]):
+        (alpha, sigma), (alpha_then, sigma_then) = level(schedule, time), level(schedule, then)
+        epsilon = (x - alpha * SHARP.denoise(schedule)(x, torch.tensor(time))) / sigma
+        x = alpha_then * (x - sigma * epsilon) / alpha + sigma_then * epsilon
+    assert (result - x).abs().max() < 1e-9
+
+
+# ---- robustness
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize(
+    "config",
+    [
+        ScheduleConfig(),
+        ScheduleConfig(shift=16.0),
+        ScheduleConfig(logsnr_range=(-60.0, 60.0)),
+        ScheduleConfig(name="linear", timesteps=21),
+        ScheduleConfig(name="linear", timesteps=1000),
+    ],
+)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_samplers_stay_finite_in_fp32(name: str, config: ScheduleConfig, prediction: str) -> None:
+    _sample_finite(name, config, prediction)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("prediction", ["v", "x0"])
+def test_minimagen_defect_4_twenty_steps_sample_without_nan(name: str, prediction: str) -> None:
+    """T = 20 starts from alpha = 0, where MinImagen's samples are all NaN."""
+    _sample_finite(name, ScheduleConfig(name="linear", timesteps=20), prediction)
+
+
+def _sample_finite(name: str, config: ScheduleConfig, prediction: str) -> None:
+    diffusion = Diffusion(config, ObjectiveConfig(prediction=prediction))
+    generator = torch.Generator().manual_seed(0)
+
+    def network(x: Tensor, time: Tensor) -> Tensor:  # untrained: anything of order one
+        return torch.sin(5 * x + 0.01 * time[:, None, None, None])
+
+    for steps in (1, 2, 3, 20):
+        denoise = Denoiser(network, diffusion, SamplingConfig())
+        x = torch.randn(2, 1, 4, 4, generator=generator)
+        result = SAMPLERS[name](
+            denoise,
+            x,
+            diffusion.schedule.grid(steps),
+            schedule=diffusion.schedule,
+            noise=lambda step: torch.randn(x.shape, generator=generator),
+        )
+        assert result.isfinite().all() and result.dtype == torch.float32
+        assert result.abs().max() <= 1  # the last step ends on the thresholded x0
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_callbacks_see_every_step(name: str) -> None:
+    schedule = make_schedule(ScheduleConfig())
+    seen = []
+    x = torch.special.ndtri(QUANTILES)
+    result = SAMPLERS[name](
+        SMOOTH.denoise(schedule),
+        x,
+        schedule.grid(5),
+        schedule=schedule,
+        noise=lambda step: torch.zeros_like(x),
+        callback=lambda *state: seen.append(state),
+    )
+    assert [step for step, _, _ in seen] == [0, 1, 2, 3, 4]
+    assert seen[-1][1].equal(result) and (seen[0][2] - SMOOTH.mean).abs().max() < 0.01
+
+
+def test_ddpm_asks_for_noise() -> None:
+    schedule, asked = make_schedule(ScheduleConfig()), []
+
+    def noise(step: int) -> Tensor:
+        asked.append(step)
+        return torch.zeros_like(QUANTILES)
+
+    sample_ddpm(SMOOTH.denoise(schedule), QUANTILES, schedule.grid(4), schedule=schedule, noise=noise)
+    assert asked == [0, 1, 2]  # none on the way to the clean image
+    with pytest.raises(ValueError, match="ddpm is stochastic"):
+        sample_ddpm(SMOOTH.denoise(schedule), QUANTILES, schedule.grid(2), schedule=schedule)
+
+
+# ---- seeds
+
+
+def test_a_row_of_noise_depends_on_its_seed_stage_and_step_alone() -> None:
+    def draw(seeds: list[int], stage: str = "base", step: int = 3) -> Tensor:
+        return image_noise(seeds, (3, 8, 8), stage=stage, step=step, device=torch.device("cpu"))
+
+    torch.manual_seed(1)
+    batch = draw([7, 0, 2**62, 7])
+    torch.manual_seed(2)  # the global generator has no say, and is left alone
+    before = torch.random.get_rng_state()
+    assert draw([0])[0].equal(batch[1]) and draw([2**62, 7]).equal(batch[2:]) and batch[0].equal(batch[3])
+    assert torch.random.get_rng_state().equal(before)
+    rows = [draw([7])[0], draw([8])[0], draw([7], stage="sr")[0], draw([7], step=4)[0], draw([7], step=-1)[0]]
+    for first in range(len(rows)):
+        for second in range(first):
+            correlation = torch.corrcoef(torch.stack([rows[first].flatten(), rows[second].flatten()]))[0, 1]
+            assert abs(correlation) < 0.3  # 192 numbers: 4 standard deviations
+    assert batch.dtype == torch.float32 and batch.shape == (4, 3, 8, 8)
+
+
+def test_noise_is_standard_normal_over_seeds_and_pixels() -> None:
+    noise = image_noise(list(range(500)), (1, 8, 8), stage="base", step=0, device=torch.device("cpu")).double()
+    ranks = (torch.arange(noise.numel(), dtype=torch.float64) + 0.5) / noise.numel()
+    assert (torch.special.ndtr(noise.flatten().sort().values) - ranks).abs().max() < 0.01
+    assert noise.flatten(1).mean(dim=0).abs().max() < 4.5 / math.sqrt(500)  # neighbouring seeds do not lean one way
+
+
+def test_seeds_keep_their_pictures_from_version_to_version() -> None:
+    # First 8 bytes of blake2b("0/base/-1"), big-endian, halved.
+    assert mix_seed(0, "base", -1) == 5398578872981705063
+    seeds = {mix_seed(seed, stage, step) for seed in range(20) for stage in ("base", "sr") for step in range(-1, 20)}
+    assert len(seeds) == 20 * 2 * 21 and all(0 <= seed < 2**63 for seed in seeds)
+    assert len({seed % 2**32 for seed in seeds}) == len(seeds)  # the CPU's generator reads no more than these bits
+
+
+# ---- guidance and thresholding
+
+
+def both_halves(x: Tensor, time: Tensor) -> Tensor:
+    """A network whose first half of the batch has captions; time and input go in."""
+    half = len(x) // 2
+    assert x[:half].equal(x[half:]) and time[:half].equal(time[half:]) and time.shape == (2 * half,)
+    caption = torch.arange(2 * half).lt(half).to(x)[:, None, None, None]
+    return torch.sin(x) + caption * torch.cos(3 * x) + time[:, None, None, None] / 1000
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def x0_of(diffusion: Diffusion, weight: float, x: Tensor, time: Tensor) -> Tensor:
+    return Denoiser(both_halves, diffusion, SamplingConfig(threshold="none"), guidance=weight)(x, time)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_guidance_on_the_output_is_guidance_on_epsilon_and_x0(prediction: str, x: Tensor) -> None:
+    diffusion = Diffusion(ScheduleConfig(), ObjectiveConfig(prediction=prediction))
+    for time in torch.tensor([0.01, 0.5, 0.99], dtype=torch.float64):
+        alpha, sigma = diffusion.schedule.alpha_sigma(time)
+        network_time = diffusion.schedule.network_time(time).expand(3)
+        x_in = diffusion.network_input(x, time)
+        halves = both_halves(torch.cat([x_in, x_in]), torch.cat([network_time] * 2)).chunk(2)
+        conditional, unconditional = (diffusion.x0(half, x, time) for half in halves)
+        for weight in (0.0, 0.3, 1.0, 3.0, 18.0):  # Imagen, equation 2
+            x0 = x0_of(diffusion, weight, x, time)
+            assert x0.allclose(weight * conditional + (1 - weight) * unconditional, rtol=1e-9)
+            epsilon_c, epsilon_u = ((x - alpha * half) / sigma for half in (conditional, unconditional))
+            epsilon = weight * epsilon_c + (1 - weight) * epsilon_u
+            assert ((x - alpha * x0) / sigma).allclose(epsilon, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_denoiser_that_steps_goes_where_a_plain_one_does(name: str, x: Tensor) -> None:
+    """The fused step against the samplers' own formulas, with guidance and thresholding in between."""
+    diffusion = Diffusion(ScheduleConfig(), ObjectiveConfig(prediction="v"))
+    denoise = Denoiser(both_halves, diffusion, SamplingConfig(percentile=0.9), guidance=2.0)
+
+    def sample(denoise: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        return SAMPLERS[name](
+            denoise,
+            x,
+            diffusion.schedule.grid(6),
+            schedule=diffusion.schedule,
+            noise=lambda step: torch.full_like(x, 0.1 * step),
+        )
+
+    torch.testing.assert_close(sample(denoise), sample(lambda x, time: denoise(x, time)), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static", "none"])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_denoiser_scales_predicts_and_thresholds(kind: str, prediction: str) -> None:
+    diffusion = Diffusion(ScheduleConfig(), ObjectiveConfig(prediction=prediction))
+    sampling = SamplingConfig(threshold=kind, percentile=0.9)
+    images = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    images[0] *= 3
+    images[1] *= 0.2
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    time = torch.tensor(0.6, dtype=torch.float64)
+    x = diffusion.add_noise(images, noise, time)
+
+    def network(x_in: Tensor, network_time: Tensor) -> Tensor:
+        assert x_in.equal(diffusion.network_input(x, time))
+        assert network_time.tolist() == pytest.approx([600.0, 600.0]) and network_time.dtype == torch.float32
+        return diffusion.target(images, noise, time)
+
+    found = Denoiser(network, diffusion, sampling)(x, time)
+    if kind == "none":
+        expected = images
+    elif kind == "static":
+        expected = images.clamp(-1, 1)
+    else:  # Imagen, section 2.3: the quantile of each picture, but at least 1
+        expected = images.clone()
+        for picture in expected:
+            s = max(1.0, sorted_quantile(picture.abs().flatten(), 0.9))
+            picture.copy_(picture.clamp(-s, s) / s)
+        assert expected[1].equal(images[1]) and expected[0].abs().max() == 1
+    assert (found - expected).abs().max() < 1e-6
+
+
+def sorted_quantile(values: Tensor, share: float) -> float:
+    """Linear interpolation between order statistics."""
+    place = share * (len(values) - 1)
+    below = values.sort().values[int(place) : int(place) + 2]
+    return (below[0] + (place - int(place)) * (below[1] - below[0])).item()
+
+
+def test_threshold_leaves_calm_pictures_alone() -> None:
+    calm = torch.rand(2, 3, 4, 4) * 2 - 1
+    diffusion = Diffusion(ScheduleConfig(), ObjectiveConfig(prediction="x0"))
+    for kind in ("dynamic", "static", "none"):
+        denoise = Denoiser(lambda x, time: x, diffusion, SamplingConfig(threshold=kind))
+        assert denoise(calm, torch.tensor(0.5, dtype=torch.float64)).equal(calm)

@@ -1,0 +1,311 @@
+"""The light sampler and the model directory: what a picture depends on, and what comes back from the disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load, load_file, save_file
+from torch import Tensor
+
+from fastimagen import cascade as cascade_module
+from fastimagen.cascade import Cascade
+from fastimagen.config_file import config_from_dict
+from fastimagen.images import to_uint8
+from fastimagen.sampling.pipeline import ImagenPipeline
+from fastimagen.text.embeddings import TextEmbeddings
+from fastimagen.train.export import export
+from tests.conftest import toy_cascade, write_toy_encoder, write_toy_model
+
+CAPTIONS = [
+    "a red circle",
+    "a large blue star at the top of a yellow background",
+    "a green square on a white background",
+    "a small pink triangle",
+    "a blue star above a yellow triangle on a black background",
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    return write_toy_model(folder / "model", write_toy_encoder(folder / "encoder"))
+
+
+@pytest.fixture(scope="module")
+def pipe(model: Path) -> ImagenPipeline:
+    return ImagenPipeline.from_pretrained(model)
+
+
+@pytest.fixture(scope="module")
+def text(pipe: ImagenPipeline) -> TextEmbeddings:
+    return pipe.encode(CAPTIONS)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# ---- one seed per image
+
+SEEDS = [7, 3, 3, 12345678901, 0]
+
+
+def drawn(
+    pipe: ImagenPipeline, text: TextEmbeddings, order: list[int], batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Tensor, dict[tuple[int, str, int], Tensor]]:
+    """Pictures by number, and all noise that went into them: {(number, stage, step): noise}."""
+    noise: dict[tuple[int, str, int], Tensor] = {}
+    calls: dict[tuple[str, int], int] = {}
+    original = cascade_module.image_noise
+
+    def recorded(seeds: list[int], shape: tuple[int, ...], *, stage: str, step: int, device: torch.device) -> Tensor:
+        rows = original(seeds, shape, stage=stage, step=step, device=device)
+        for row in rows:
+            place = calls[stage, step] = calls.get((stage, step), -1) + 1
+            noise[order[place], stage, step] = row
+        return rows
+
+    monkeypatch.setattr(cascade_module, "image_noise", recorded)
+    images = pipe(
+        text=text[order],
+        seeds=[SEEDS[index] for index in order],
+        batch_size=batch_size,
+        steps=3,
+        sampler="ddpm",
+        guidance=3.0,
+    ).images
+    monkeypatch.undo()
+    return images[torch.tensor(order).argsort()], noise
+
+
+def test_a_picture_depends_on_caption_and_seed_and_on_nothing_else(
+    pipe: ImagenPipeline, text: TextEmbeddings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    everything, noise = drawn(pipe, text, [0, 1, 2, 3, 4], 5, monkeypatch)
+    # Two stages: the first noise and that of two further steps (the last adds none); and sr's augmentation.
+    assert len(noise) == len(SEEDS) * (3 + 3 + 1)
+    for order, batch_size in (([0, 1, 2, 3, 4], 1), ([4, 2, 0, 1, 3], 2), ([3, 1, 4, 0, 2], 32)):
+        images, again = drawn(pipe, text, order, batch_size, monkeypatch)
+        assert again.keys() == noise.keys() and all(again[key].equal(noise[key]) for key in noise)
+        assert (images - everything).abs().max() <= 2 / 255  # of a range of 2
+    # A short caption alone is not padded to the length of the longest.
+    alone = pipe(CAPTIONS[:1], seeds=SEEDS[:1], steps=3, sampler="ddpm", guidance=3.0).images
+    assert (alone - everything[:1]).abs().max() <= 2 / 255
+    # Same seed, other caption: same noise; same caption, other seed: other noise everywhere.
+    assert noise[1, "sr", -1].equal(noise[2, "sr", -1]) and not noise[0, "sr", -1].equal(noise[1, "sr", -1])
+    distinct = {noise[key].double().sum().item() for key in noise}
+    assert len(distinct) == (len(SEEDS) - 1) * 7  # stages and steps never share noise
+    assert torch.stack(list(noise[key].flatten()[:192] for key in noise)).std().sub(1).abs() < 0.05
+
+
+def test_other_seeds_and_other_captions_are_other_pictures(pipe: ImagenPipeline, text: TextEmbeddings) -> None:
+    same = text[[0, 0, 0, 1]]
+    first, again, other_seed, other_caption = pipe(text=same, seeds=[1, 1, 2, 1], guidance=5.0).images
+    assert (first - again).abs().max() <= 2 / 255
+    assert (first - other_seed).abs().mean() > 0.05 and (first - other_caption).abs().mean() > 0.01
+
+
+def test_seeds_count_up_from_zero(pipe: ImagenPipeline, text: TextEmbeddings) -> None:
+    out = pipe(text=text[:3])
+    assert out.seeds == [0, 1, 2]
+    assert out.images.shape == (3, 3, 16, 16) and out.images.abs().max() <= 1
+    assert out.images.equal(pipe(text=text[:3], seeds=[0, 1, 2]).images)
+
+
+def test_precomputed_embeddings_are_captions(pipe: ImagenPipeline, text: TextEmbeddings) -> None:
+    out = pipe(CAPTIONS)
+    assert out.captions == CAPTIONS and (out.images - pipe(text=text).images).abs().max() <= 2 / 255
+    assert pipe(CAPTIONS, text=text).images.equal(pipe(text=text).images)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (dict(captions=["a"], seeds=[1, 2]), "1 captions, 1 texts and 2 seeds do not fit together"),
+        (dict(captions=["a", "b"], text=4), "2 captions, 4 texts and 4 seeds do not fit together"),
+        (dict(text=4, seeds=[1]), "4 captions, 4 texts and 1 seeds do not fit together"),
+        (dict(captions=[]), "captions must be a list with at least one caption"),
+        (dict(captions="a red circle"), "captions must be a list with at least one caption"),
+        (dict(), "give captions or text"),
+        (dict(text=1, batch_size=0), "batch_size must be at least 1, got 0"),
+        (dict(text=1, width=32), "text embeddings are 32 wide, but the U-Net was built for text_dim 64"),
+        (dict(text=1, length=257), "text of 257 tokens, but max_text_length is 256"),
+        (
+            dict(text=1, steps={"base": 2, "super": 2}),
+            "steps is given for unknown stage super; the cascade has base, sr",
+        ),
+        (dict(text=1, steps=0), "sampling of base.steps: Input should be greater than or equal to 1"),
+        (dict(text=1, sampler={"sr": "euler"}), "sampling of sr.sampler: Input should be 'ddpm', 'ddim'"),
+        (dict(text=1, guidance=-1.0), "sampling of base.guidance"),
+        (dict(text=1, percentile=1.5), "sampling of base.percentile"),
+        (dict(text=1, threshold="soft"), "sampling of base.threshold"),
+    ],
+)
+def test_what_does_not_fit_together_is_one_clear_line(arguments: dict, complaint: str, pipe: ImagenPipeline) -> None:
+    arguments = dict(arguments)
+    width, length = arguments.pop("width", 64), arguments.pop("length", 4)
+    if "text" in arguments:
+        rows = arguments["text"]
+        arguments["text"] = TextEmbeddings(torch.zeros(rows, length, width), torch.ones(rows, length, dtype=torch.bool))
+    with pytest.raises(ValueError) as error:
+        pipe(**arguments)
+    assert str(error.value).startswith(complaint) and "\n" not in str(error.value)
+
+
+# ---- settings
+
+
+def test_settings_reach_the_stage_they_are_given_for(pipe: ImagenPipeline, text: TextEmbeddings) -> None:
+    seen: list[tuple[str, int]] = []
+    out = pipe(
+        text=text[:2],
+        steps={"base": 4},
+        sampler={"sr": "ddim"},
+        guidance={"base": 1.5},
+        threshold="none",
+        callback=lambda stage, step, x, x0: seen.append((stage, step)),
+    )
+    assert seen == [("base", 0), ("base", 1), ("base", 2), ("base", 3), ("sr", 0), ("sr", 1)]
+    base, sr = out.settings["stages"]["base"], out.settings["stages"]["sr"]
+    keys = ("steps", "sampler", "guidance", "threshold")
+    assert [base[key] for key in keys] == [4, "dpmpp_2m", 1.5, "none"]
+    assert [sr[key] for key in keys] == [2, "ddim", 1.0, "none"]
+    assert not out.images.equal(pipe(text=text[:2]).images)
+
+
+def test_guidance(pipe: ImagenPipeline, text: TextEmbeddings) -> None:
+    pictures = {weight: pipe(text=text[:2], guidance=weight).images for weight in (0.0, 1.0, 2.0)}
+    assert (pictures[1.0] - pictures[2.0]).abs().mean() > 0.005
+    assert (pictures[0.0] - pictures[1.0]).abs().mean() > 0.005
+    swapped = pipe(text=text[[1, 0]], guidance=0.0).images  # weight 0 is the model without captions
+    assert (pictures[0.0] - swapped).abs().max() <= 2 / 255
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp_2m", "heun"])
+def test_every_sampler_draws(sampler: str, pipe: ImagenPipeline, text: TextEmbeddings) -> None:
+    images = pipe(text=text[:2], sampler=sampler, steps=3).images
+    assert images.isfinite().all() and images.std() > 0.1
+
+
+def test_bfloat16(model: Path, pipe: ImagenPipeline, text: TextEmbeddings) -> None:
+    half = ImagenPipeline.from_pretrained(model, dtype=torch.bfloat16)
+    assert next(half.cascade.parameters()).dtype == torch.bfloat16
+    difference = half(text=text[:2]).images - pipe(text=text[:2]).images
+    assert 0 < difference.abs().mean() < 0.1
+
+
+# ---- the model directory
+
+
+def test_a_model_comes_back_bit_for_bit(model: Path, pipe: ImagenPipeline, tmp_path: Path) -> None:
+    pipe.save_pretrained(tmp_path / "copy")
+    before, after = files(model), files(tmp_path / "copy")
+    for stage in ("base", "sr"):  # their headers are written in any order
+        weights, copy_of_weights = (load(folder.pop(f"{stage}/model.safetensors")) for folder in (before, after))
+        assert weights.keys() == copy_of_weights.keys()
+        assert all(weights[name].equal(copy_of_weights[name]) for name in weights)
+    assert "text_encoder/model.safetensors" in before and before == after
+    copied = ImagenPipeline.from_pretrained(tmp_path / "copy")
+    assert copied(CAPTIONS[:2]).images.equal(pipe(CAPTIONS[:2]).images)
+
+
+def test_the_header_of_the_weights_holds_the_configuration(model: Path) -> None:
+    for stage in toy_cascade().stages:
+        with safe_open(model / stage.name / "model.safetensors", "pt") as file:
+            header = json.loads(file.metadata()["config"])
+        beside = json.loads((model / stage.name / "config.json").read_text())
+        assert header == beside == stage.model_dump(mode="json")
+
+
+def test_a_model_with_a_discrete_schedule_comes_back(tmp_path: Path, text: TextEmbeddings) -> None:
+    model = write_toy_model(tmp_path / "m", config=toy_cascade(schedule={"name": "linear", "timesteps": 100}))
+    assert ImagenPipeline.from_pretrained(model)(text=text[:1]).images.isfinite().all()
+
+
+def test_an_existing_folder_is_not_written_into(pipe: ImagenPipeline, text: TextEmbeddings, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/note").write_text("precious")
+    for write in (pipe.save_pretrained, pipe(text=text[:1]).save):
+        with pytest.raises(ValueError, match="mine is not empty: choose another folder"):
+            write(tmp_path / "mine")
+    assert files(tmp_path) == {"mine/note": b"precious"}
+
+
+def test_a_model_that_cannot_be_written_leaves_nothing(
+    pipe: ImagenPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipe, "source", str(tmp_path / "gone"))  # its text encoder cannot be copied
+    with pytest.raises(OSError):
+        pipe.save_pretrained(tmp_path / "copy")
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- pictures on the disk
+
+
+def test_saved_pictures_are_the_pictures(pipe: ImagenPipeline, tmp_path: Path) -> None:
+    from PIL import Image
+
+    captions = ["a red circle", "two\nlines, ünïcode"]
+    out = pipe(captions, seeds=[5, 6])
+    out.save(tmp_path / "out")
+    pixels = [torch.tensor(list(Image.open(tmp_path / f"out/images/{i:06d}.png").tobytes())) for i in range(2)]
+    assert torch.stack(pixels).equal(to_uint8(out.images).flatten(1).long())
+    assert (tmp_path / "out/captions.txt").read_text(encoding="utf-8") == "a red circle\ntwo lines, ünïcode\n"
+    samples = json.loads((tmp_path / "out/samples.json").read_text())["samples"]
+    assert [(sample["caption"], sample["seed"]) for sample in samples] == [(captions[0], 5), (captions[1], 6)]
+    assert Image.open(tmp_path / "out/grid.png").size == out.grid().size
+
+
+def test_pictures_with_nan_are_refused_before_anything_is_written(
+    pipe: ImagenPipeline, text: TextEmbeddings, tmp_path: Path
+) -> None:
+    out = pipe(text=text[:2])
+    out.images[1] = torch.nan
+    with pytest.raises(ValueError, match="NaN"):
+        out.save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# ---- from a run to a model
+
+
+def write_toy_run(
+    run: Path, toy_config: dict, stages: tuple[str, ...] = ("base", "sr")
+) -> dict[str, dict[str, Tensor]]:
+    """A run directory with two checkpoints per stage; returns the EMA weights of the newest by stage."""
+    config = config_from_dict(toy_config)
+    run.mkdir()
+    (run / "config.json").write_text(config.to_json())
+    newest: dict[str, dict[str, Tensor]] = {}
+    unets = Cascade(config.fastimagen.cascade).unets
+    for stage in config.fastimagen.cascade.stages:
+        for step in (2, 10) if stage.name in stages else ():
+            checkpoint = run / f"checkpoints/{stage.name}/step-{step:08d}"
+            checkpoint.mkdir(parents=True)
+            parameters = unets[stage.name].named_parameters()
+            newest[stage.name] = {name: torch.randn(p.shape) for name, p in parameters}
+            save_file(newest[stage.name], checkpoint / "ema.safetensors")
+            state = {"step": step, "stage": stage.model_dump(mode="json"), "world_size": 1}
+            (checkpoint / "state.json").write_text(json.dumps(state))
+    return newest
+
+
+def test_export_takes_the_newest_ema_weights_and_the_text_encoder(
+    toy_config: dict, toy_data: Path, tmp_path: Path
+) -> None:
+    expected = write_toy_run(tmp_path / "run", toy_config)
+    (tmp_path / "run/checkpoints/base/.step-00000012.partial").mkdir()  # what a killed save leaves
+    model = export(tmp_path / "run", tmp_path / "model")
+    for stage, weights in expected.items():
+        exported = load_file(model / stage / "model.safetensors")
+        assert exported.keys() == weights.keys()
+        assert all(exported[name].equal(weights[name]) for name in weights)
+    assert files(model / "text_encoder") == files(toy_data / "text_encoder")
+    card = (model / "README.md").read_text()
+    assert "| base | 8x8 |" in card and "random" in card
+    assert ImagenPipeline.from_pretrained(model)(["a red circle"], guidance=1.0).images.isfinite().all()
