@@ -30,7 +30,7 @@ from .cases import attention, group_norm, sampling, step
 from .cases import dynamic_threshold as threshold
 from .harness import networks, peers
 from .harness.checkout import ROOT
-from .harness.measure import Bench, NotHere
+from .harness.measure import Bench, ProviderUnavailable
 from .harness.networks import Network, captions
 from .harness.rows import RESULTS, Results, environment
 from .harness.timing import Work
@@ -103,7 +103,7 @@ def memory(bench: Bench) -> None:
                     text=True,
                 )
                 if child.returncode:
-                    raise NotHere(child.stderr.strip().splitlines()[-1])
+                    raise ProviderUnavailable(child.stderr.strip().splitlines()[-1])
                 before, peak = map(int, child.stdout.split())
                 bench.add(
                     **names,

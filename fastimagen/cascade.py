@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .config import CascadeConfig, SamplingConfig, StageConfig
 from .config_file import validate
 from .diffusion.guidance import Denoiser
-from .diffusion.inpainting import Given, sample_given
+from .diffusion.inpainting import InitImage, sample_from_image
 from .diffusion.process import Diffusion
 from .diffusion.samplers import SAMPLERS
 from .diffusion.schedule import make_schedule
@@ -100,7 +100,7 @@ class Stage:
             raise ValueError(
                 f"tile {tile} of stage {self.name} must be a multiple of {unet.stride}, its U-Net's stride"
             )
-        if unet.coordinates:
+        if unet.positional_encoding:
             raise ValueError(f"stage {self.name} knows every pixel's place: it cannot be drawn in tiles")
 
     @torch.inference_mode()
@@ -112,14 +112,14 @@ class Stage:
         *,
         lowres: Tensor | None = None,
         negative: TextEmbeddings | None = None,
-        given: Given | None = None,
+        init_image: InitImage | None = None,
         sampling: SamplingConfig | None = None,
         callback: Callback | None = None,
     ) -> Tensor:
         """Pictures (B, C, S, S) in [-1, 1], fp32, picture i a function of (caption i, seeds[i], lowres[i]).
 
         lowres (B, C, s, s) in [-1, 1] for super-resolution; negative captions that guidance leads away from, in place
-        of none; `given` to start from a picture; `sampling` overrides the stage's own settings.
+        of none; `init_image` to start from a picture; `sampling` overrides the stage's own settings.
         """
         sampling = sampling or self.config.sampling
         device = next(unet.parameters()).device
@@ -137,13 +137,13 @@ class Stage:
         schedule, walk = self.diffusion.schedule, SAMPLERS[sampling.sampler]
         times = schedule.grid(sampling.steps)
         shown = callback and (lambda step, x, x0: callback(self.name, step, x, x0))
-        if given is None:
+        if init_image is None:
             x = walk(denoise, step_noise(-1), times, schedule=schedule, noise=step_noise, callback=shown)
         else:
-            x = sample_given(
+            x = sample_from_image(
                 walk,
                 denoise,
-                given.at(self.config.size, device),
+                init_image.at(self.config.size, device),
                 times,
                 schedule=schedule,
                 noise=step_noise,
@@ -203,7 +203,7 @@ class Cascade(nn.Module):
         *,
         settings: Mapping[str, SamplingConfig],
         negative: TextEmbeddings | None = None,
-        given: Given | None = None,
+        init_image: InitImage | None = None,
         lowres: Tensor | None = None,
         start_at: str | None = None,
         stop_at: str | None = None,
@@ -228,7 +228,7 @@ class Cascade(nn.Module):
                     lowres=images,
                     negative=negative if reads else None,
                     sampling=settings[stage.name],
-                    given=given if given and (index == 0 or given.mask is not None) else None,
+                    init_image=init_image if init_image and (index == 0 or init_image.mask is not None) else None,
                     callback=callback,
                 )
         return images

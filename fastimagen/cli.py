@@ -213,7 +213,7 @@ def _chosen(options: argparse.Namespace) -> dict[str, Any]:
         "sampler": options.sampler,
         "guidance": options.guidance,
         "tile": options.tile,
-        "given": _given(options),
+        "init_image": _init_image(options),
         "negative": None if options.negative is None else [options.negative],
         "lowres": None if options.lowres is None else _picture(options.lowres),
         "start_at": options.start_at,
@@ -238,12 +238,14 @@ def _recorded(options: argparse.Namespace) -> dict[str, Any]:
             key: {name: stage[key] for name, stage in record["stages"].items()}
             for key in ("steps", "sampler", "guidance", "threshold", "percentile", "tile")
         }
-        given, negative, start_at, stop_at = (record[key] for key in ("given", "negative", "start_at", "stop_at"))
+        init_image, negative, start_at, stop_at = (
+            record[key] for key in ("init_image", "negative", "start_at", "stop_at")
+        )
     except OSError as error:
         raise ValueError(f"cannot read settings {path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{path} holds no settings of pictures, as samples.json does") from None
-    if given is not None or start_at is not None or negative == "embeddings":
+    if init_image is not None or start_at is not None or negative == "embeddings":
         raise ValueError(f"{path}: its pictures came from a picture or embeddings, which it does not hold")
     return {"captions": captions, "seeds": seeds, "negative": negative, "stop_at": stop_at, **by_stage}
 
@@ -266,9 +268,9 @@ def _progress(pipe, steps: int | Mapping[str, int] | None):
     return show
 
 
-def _given(options: argparse.Namespace):
+def _init_image(options: argparse.Namespace):
     """The picture to start from, and its mask."""
-    from .diffusion.inpainting import Given
+    from .diffusion.inpainting import InitImage
 
     if options.image is None:
         if options.mask is not None or options.strength != 1.0:
@@ -283,7 +285,7 @@ def _given(options: argparse.Namespace):
                 for name, (height, width) in ((options.mask, mask.shape[2:]), (options.image, image.shape[2:]))
             )
             raise ValueError(f"mask and picture must be of one size: {', '.join(sizes)}")
-    return Given(image, mask, strength=options.strength, resamples=options.resamples)
+    return InitImage(image, mask, strength=options.strength, num_resamples=options.resamples)
 
 
 def _picture(path: Path):

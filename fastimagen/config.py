@@ -51,15 +51,15 @@ class UNetConfig(Section):
     time_tokens: int = Field(2, ge=1)
     """Conditioning tokens made from the time embedding, and as many from the low-res time."""
     stem_kernels: tuple[int, ...] = (3, 7, 15)
-    """Odd kernel sizes of the parallel stem convolutions (CrossEmbed); the paper's is a single 3."""
+    """Odd kernel sizes of the parallel stem convolutions (MultiScaleStem); the paper's is a single 3."""
     downsample_first: bool = False
     """Efficient U-Net: the stride comes before a level's blocks going down and after them going up."""
-    full_resolution: Literal["plain", "refined"] = "plain"
-    """What an Efficient U-Net has at full resolution besides stem and last block: "refined" adds a residual block
+    full_resolution: Literal["plain", "extra_block"] = "plain"
+    """What an Efficient U-Net has at full resolution besides stem and last block: "extra_block" adds a residual block
     behind the stem, its skip, and the low-res image before the last convolution (the known cure for colour shift)."""
     stem_stride: int = Field(1, ge=1)
     """Patch side folded into channels before the stem (pixel-unshuffle) and unfolded after the last convolution."""
-    coordinates: bool = False
+    positional_encoding: bool = False
     """Add every pixel's place to the stem's output, as waves through a 1x1 convolution. Small networks learn words
     like "left" sooner; not for stages that train on crops."""
     groups: int = Field(8, ge=1)
@@ -100,8 +100,8 @@ class UNetConfig(Section):
             raise ValueError("text_in_self_attention and text_padding need text_dim")
         if any(not 0 <= level < levels for level in self.checkpoint_levels):
             raise ValueError(f"checkpoint_levels {self.checkpoint_levels} outside the {levels} levels 0..{levels - 1}")
-        if self.full_resolution == "refined" and not self.downsample_first:
-            raise ValueError('full_resolution "refined" is for U-Nets with downsample_first')
+        if self.full_resolution == "extra_block" and not self.downsample_first:
+            raise ValueError('full_resolution "extra_block" is for U-Nets with downsample_first')
         return self
 
     def per_level(self, name: str) -> tuple:
@@ -235,7 +235,7 @@ class StageConfig(Section):
             raise ValueError(f'stage "{self.name}": crop {self.crop} is larger than size {self.size}')
         if self.unet.lowres and self.augmentation is None:
             raise ValueError(f'stage "{self.name}" has a low-resolution input, so it needs "augmentation"')
-        if self.crop is not None and self.unet.coordinates:
+        if self.crop is not None and self.unet.positional_encoding:
             raise ValueError(f'stage "{self.name}" trains on crops, where coordinates would lie: leave one of them out')
         if not self.unet.lowres and self.augmentation is not None:
             raise ValueError(f'stage "{self.name}" has no low-resolution input, so it takes no "augmentation"')

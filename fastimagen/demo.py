@@ -50,7 +50,7 @@ CSS = """
 """
 
 
-class Stopped(Exception):
+class Cancelled(Exception):
     """The visitor has gone or pressed stop, or the page is closing."""
 
 
@@ -261,7 +261,7 @@ def in_background(
     def callback(stage: str, step: int, x: Tensor, x0: Tensor) -> None:
         nonlocal shown
         if gone.is_set() or studio.closing.is_set():
-            raise Stopped
+            raise Cancelled
         if news.empty() and time.monotonic() - shown >= SHOW_EVERY:  # no heap of pictures before a slow reader
             shown = time.monotonic()
             news.put((stage, step, to_uint8(x0).cpu()))
@@ -276,9 +276,9 @@ def in_background(
     try:
         while isinstance(item := news.get(), tuple):
             yield item
-        if isinstance(item, Exception) and not isinstance(item, Stopped):
+        if isinstance(item, Exception) and not isinstance(item, Cancelled):
             raise item
-        if not isinstance(item, Stopped):
+        if not isinstance(item, Cancelled):
             yield item
     finally:
         gone.set()

@@ -35,10 +35,10 @@ PAPER_SUPER = dict(
     cond_dim=512,
     lowres=True,
     downsample_first=True,
-    full_resolution="refined",
+    full_resolution="extra_block",
     stem_kernels=(3,),
 )
-"""What the paper's Efficient U-Nets have in common. Differs from the paper: full resolution is "refined"."""
+"""What the paper's Efficient U-Nets have in common. Differs from the paper: full resolution is "extra_block"."""
 
 
 def shapes(text_dim: int = 64) -> CascadeConfig:
@@ -55,7 +55,7 @@ def shapes(text_dim: int = 64) -> CascadeConfig:
             dim=64,
             dim_mults=(1, 1),
             stem_stride=4,
-            coordinates=True,
+            positional_encoding=True,
             self_attention=(True, False),
             cross_attention=(True, False),
             **common,

@@ -2,7 +2,7 @@
 
     F  = u + w (c - u)                                       guidance; without it F is the output itself
     x0 = threshold(skip x + out F)                           dynamic, static (clamp to [-1, 1]) or none
-    x' = keep x + gain x0 + memory previous + spread noise   DDPM, DDIM, DPM-Solver++ and Heun differ in numbers alone
+    x' = c_x x + c_x0 x0 + c_prev previous + c_noise noise   DDPM, DDIM, DPM-Solver++ and Heun differ in numbers alone
 
 Without dynamic thresholding that is one kernel. With it, the first kernel stores x0 and counts the first digit of its
 bits on the way, dynamic_threshold.py finds s, and the last kernel clamps, divides and goes on to x'. Everything is
@@ -44,14 +44,14 @@ def recovered(output_pointer, x, offset, mask, samples, skip, out, weight, GUIDE
 
 
 @triton.jit
-def advanced(x, x0, previous_pointer, noise_pointer, offset, mask, keep, gain, memory, spread):
+def advanced(x, x0, previous_pointer, noise_pointer, offset, mask, c_x, c_x0, c_prev, c_noise):
     """x'."""
-    following = keep * x + gain * x0
+    x_next = c_x * x + c_x0 * x0
     if previous_pointer is not None:
-        following += memory * tl.load(previous_pointer + offset, mask=mask, other=0.0)
+        x_next += c_prev * tl.load(previous_pointer + offset, mask=mask, other=0.0)
     if noise_pointer is not None:
-        following += spread * tl.load(noise_pointer + offset, mask=mask, other=0.0)
-    return following
+        x_next += c_noise * tl.load(noise_pointer + offset, mask=mask, other=0.0)
+    return x_next
 
 
 @triton.jit
@@ -67,10 +67,10 @@ def step(
     skip,
     out,
     weight,
-    keep,
-    gain,
-    memory,
-    spread,
+    c_x,
+    c_x0,
+    c_prev,
+    c_noise,
     GUIDED: tl.constexpr,
     STATIC: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -81,9 +81,9 @@ def step(
     x0 = recovered(output_pointer, x, offset, mask, samples, skip, out, weight, GUIDED)
     if STATIC:
         x0 = clamped(x0, 1.0)
-    following = advanced(x, x0, previous_pointer, noise_pointer, offset, mask, keep, gain, memory, spread)
+    x_next = advanced(x, x0, previous_pointer, noise_pointer, offset, mask, c_x, c_x0, c_prev, c_noise)
     tl.store(x0_pointer + offset, x0, mask=mask)
-    tl.store(following_pointer + offset, following, mask=mask)
+    tl.store(following_pointer + offset, x_next, mask=mask)
 
 
 @triton.jit
@@ -123,10 +123,10 @@ def finish(
     x0_pointer,
     following_pointer,
     n,
-    keep,
-    gain,
-    memory,
-    spread,
+    c_x,
+    c_x0,
+    c_prev,
+    c_noise,
     BLOCK: tl.constexpr,
 ):
     """x0 thresholded, where it lies, and x'."""
@@ -134,9 +134,9 @@ def finish(
     s = tl.load(s_pointer + picture)
     x0 = clamped(tl.load(x0_pointer + offset, mask=mask, other=0.0), s) / s
     x = tl.load(x_pointer + offset, mask=mask, other=0.0)
-    following = advanced(x, x0, previous_pointer, noise_pointer, offset, mask, keep, gain, memory, spread)
+    x_next = advanced(x, x0, previous_pointer, noise_pointer, offset, mask, c_x, c_x0, c_prev, c_noise)
     tl.store(x0_pointer + offset, x0, mask=mask)
-    tl.store(following_pointer + offset, following, mask=mask)
+    tl.store(following_pointer + offset, x_next, mask=mask)
 
 
 def sampler_step(
@@ -154,7 +154,7 @@ def sampler_step(
     guidance."""
     n = x[0].numel()
     guided, weight = guidance is not None, 1.0 if guidance is None else guidance
-    x0, following = torch.empty_like(x), torch.empty_like(x)
+    x0, x_next = torch.empty_like(x), torch.empty_like(x)
     with torch.cuda.device_of(x):
         if threshold != "dynamic":
             step[(triton.cdiv(n, BLOCK), len(x))](
@@ -163,7 +163,7 @@ def sampler_step(
                 previous,
                 noise,
                 x0,
-                following,
+                x_next,
                 n,
                 x.numel(),
                 *recovery,
@@ -174,7 +174,7 @@ def sampler_step(
                 BLOCK=BLOCK,
                 num_warps=8,
             )
-            return following, x0
+            return x_next, x0
         selection = Selection(len(x), n, percentile, 1.0, x.device)
         recover[selection.grid](
             output,
@@ -194,8 +194,8 @@ def sampler_step(
             num_warps=8,
         )
         s = selection.run(x0, counted=1)
-        finish[selection.grid](x, s, previous, noise, x0, following, n, *update, BLOCK=BLOCK, num_warps=8)
-    return following, x0
+        finish[selection.grid](x, s, previous, noise, x0, x_next, n, *update, BLOCK=BLOCK, num_warps=8)
+    return x_next, x0
 
 
 def shipped() -> Iterator[tuple[str, Callable[[], object]]]:

@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     # Idle OpenMP threads sleep: where other work shares the cores, spinning ones made a step six times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from fastimagen.config_file import load_config
-    from fastimagen.train.trainer import Diverged, Stopped, Trainer
+    from fastimagen.train.trainer import TrainingDiverged, TrainingInterrupted, Trainer
 
     try:
         trainer = Trainer(load_config(options.config, options.overrides), options.run, stage=options.stage)
@@ -48,10 +48,10 @@ def main(arguments: list[str] | None = None) -> int:
             print(trainer.describe())
         else:
             trainer.fit()
-    except Stopped as stopped:
+    except TrainingInterrupted as stopped:
         print(stopped, flush=True)
         return TRY_AGAIN
-    except (ValueError, OSError, Diverged) as error:
+    except (ValueError, OSError, TrainingDiverged) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
     return 0

@@ -125,7 +125,7 @@ def test_wrong_value_names_key_and_value(path: str, value: Any, message: str) ->
         (dict(text_dim=None, text_in_self_attention=True), "need text_dim"),
         (dict(text_dim=None, text_padding="null"), "need text_dim"),
         (dict(checkpoint_levels=(0, 2)), "outside the 2 levels 0..1"),
-        (dict(full_resolution="refined"), "is for U-Nets with downsample_first"),
+        (dict(full_resolution="extra_block"), "is for U-Nets with downsample_first"),
     ],
 )
 def test_contradictions_of_a_unet(changes: dict[str, Any], message: str) -> None:
@@ -155,7 +155,7 @@ def test_contradictions_of_a_schedule(changes: dict[str, Any], message: str) -> 
         ({"1.crop": 32}, 'stage "sr": crop 32 is larger than size 16'),
         ({"1.augmentation": None}, 'stage "sr" has a low-resolution input, so it needs "augmentation"'),
         ({"0.augmentation": {}}, 'stage "base" has no low-resolution input, so it takes no "augmentation"'),
-        ({"1.unet.coordinates": True}, 'stage "sr" trains on crops, where coordinates would lie'),
+        ({"1.unet.positional_encoding": True}, 'stage "sr" trains on crops, where coordinates would lie'),
         ({"1.augmentation": {"train_range": [0.5, 0.1]}}, "train_range must ascend within"),
         ({"1.name": "base"}, "stage names must differ"),
         ({"0.size": 16}, "stage sizes must ascend"),

@@ -135,7 +135,7 @@ def test_paper_cascade() -> None:
     assert [stage.schedule.name for stage in (base, sr256, sr1024)] == ["cosine", "cosine", "linear"]
     assert sr1024.schedule.timesteps == 1000
     assert all(stage.objective.prediction == "epsilon" for stage in (base, sr256, sr1024))
-    assert [stage.unet.full_resolution for stage in (base, sr256, sr1024)] == ["plain", "refined", "refined"]
+    assert [stage.unet.full_resolution for stage in (base, sr256, sr1024)] == ["plain", "extra_block", "extra_block"]
 
 
 @pytest.mark.parametrize("name", ["paper", "paper-light"])

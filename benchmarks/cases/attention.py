@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastimagen import ops
 
-from ..harness.measure import Case, NotHere, Provider, compiled
+from ..harness.measure import Case, ProviderUnavailable, Provider, compiled
 from ..harness.timing import first_line
 
 HEADS, WIDTH, TEXT = 8, 64, 256
@@ -101,7 +101,7 @@ def chosen(q: Tensor, k: Tensor | None = None, v: Tensor | None = None, **source
 
 def xformers(*arguments: Tensor, **keywords: Any) -> Tensor:
     if find_spec("xformers") is None:
-        raise NotHere("xformers is not installed")
+        raise ProviderUnavailable("xformers is not installed")
     return ours("xformers", *arguments, **keywords)
 
 

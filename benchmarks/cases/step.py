@@ -18,7 +18,7 @@ from torch import nn
 from fastimagen import ops
 
 from ..harness import peers
-from ..harness.measure import Bench, NotHere, compiled
+from ..harness.measure import Bench, ProviderUnavailable, compiled
 from ..harness.networks import TINY, Network, captions, flops, images, make_unet
 from ..harness.timing import Work
 
@@ -82,7 +82,7 @@ def ours(
 def minimagen(network: Network, batch: int, device: torch.device, *, improved: bool = False) -> Step:
     """MinImagen's; as shipped: fp32, Adam, no clipping (its call has no effect), no average."""
     if network.peer is None:
-        raise NotHere("MinImagen has no such network")
+        raise ProviderUnavailable("MinImagen has no such network")
     config = network.stage().config.unet
     kwargs = [
         {**arguments, "text_embed_dim": config.text_dim}
@@ -99,7 +99,7 @@ def minimagen(network: Network, batch: int, device: torch.device, *, improved: b
 def imagen_pytorch(network: Network, batch: int, device: torch.device, *, improved: bool = False) -> Step:
     """imagen-pytorch's preset of that name, which is another network of about the same size: fp32, Adam."""
     if network.class_name is None:
-        raise NotHere("imagen-pytorch has no such network")
+        raise ProviderUnavailable("imagen-pytorch has no such network")
     config = network.stage().config.unet
     torch.manual_seed(0)
     with device:

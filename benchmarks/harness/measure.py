@@ -17,7 +17,7 @@ from .timing import Times, Work, copy_work, first_line, matrix_work, peak_bytes,
 Provider = Callable[..., Tensor]
 
 
-class NotHere(Exception):
+class ProviderUnavailable(Exception):
     """A provider that cannot run here, or not for this case; the message says why."""
 
 
@@ -140,7 +140,7 @@ class Bench:
         """What fails inside becomes a row that says so: one bad provider must not end the run."""
         try:
             yield
-        except NotHere as reason:
+        except ProviderUnavailable as reason:
             self.add(**names, provider=provider, missing=str(reason))
         except Exception as error:  # whatever other people's code may raise
             self.add(**names, provider=provider, missing=first_line(error))

@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import nn
 
-from .measure import NotHere
+from .measure import ProviderUnavailable
 
 NEEDS = {
     "minimagen": ("einops", "einops_exts", "resize_right", "tqdm"),
@@ -55,7 +55,9 @@ def standing_in(*names: str) -> Iterator[None]:
 def _installed(name: str) -> None:
     for needed in (name, *NEEDS[name]):
         if find_spec(needed) is None:
-            raise NotHere(f"{needed} is not installed" + (f", which {name} needs" if needed != name else ""))
+            raise ProviderUnavailable(
+                f"{needed} is not installed" + (f", which {name} needs" if needed != name else "")
+            )
 
 
 @cache
@@ -70,7 +72,7 @@ def _minimagen() -> tuple[ModuleType, ModuleType]:
 
 
 def minimagen(unets: list[dict[str, Any]], sizes: list[int], *, timesteps: int = 1000) -> nn.Module:
-    """MinImagen's Imagen of U-Nets with these arguments. Raises NotHere."""
+    """MinImagen's Imagen of U-Nets with these arguments. Raises ProviderUnavailable."""
     imagen, unet = _minimagen()
     built = [unet.Unet(**{**kwargs, "lowres_cond": index > 0}) for index, kwargs in enumerate(unets)]
     return imagen.Imagen(
@@ -97,7 +99,7 @@ def _imagen_pytorch() -> ModuleType:
 
 def imagen_pytorch(name: str, text_dim: int, size: int) -> nn.Module:
     """imagen-pytorch's Imagen around its U-Net of this name; a super-resolution network ("SR...") gets a small one
-    before it. Raises NotHere."""
+    before it. Raises ProviderUnavailable."""
     module = _imagen_pytorch()
     lowres = name.startswith("SR")
     unets, sizes = [getattr(module, name)(text_embed_dim=text_dim, lowres_cond=lowres)], [size]

@@ -31,7 +31,7 @@ class Denoiser:
 
     def __call__(self, x: Tensor, time: Tensor) -> Tensor:
         """x0 (B, C, H, W) from x at `time`, a scalar on the CPU."""
-        return self.step(x, time, Update(keep=0.0, gain=1.0))[1]
+        return self.step(x, time, Update(c_x=0.0, c_x0=1.0))[1]
 
     def step(
         self, x: Tensor, time: Tensor, update: Update, *, previous: Tensor | None = None, noise: Tensor | None = None

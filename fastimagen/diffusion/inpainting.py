@@ -19,20 +19,20 @@ from .schedule import Schedule
 
 
 @dataclass(frozen=True)
-class Given:
+class InitImage:
     """A picture to start from, and which of its pixels stay.
 
     image (B, C, H, H) in [-1, 1]. strength in (0, 1] is the share of the sampling steps that are walked: at 1 only
     noise is left of what is drawn anew (Meng et al. 2022, section 3). mask (B, 1, H, H) is true where to draw, None
-    everywhere. With a mask every stretch of `jump` steps is walked `resamples` times, noised back in between (Lugmayr
+    everywhere. With a mask every stretch of `jump_length` steps is walked `num_resamples` times, noised back in between (Lugmayr
     et al. 2022, section 4.2), so that what is drawn and what is given agree. Raises ValueError for what does not fit.
     """
 
     image: Tensor
     mask: Tensor | None = None
     strength: float = 1.0
-    resamples: int = 5
-    jump: int = 5
+    num_resamples: int = 5
+    jump_length: int = 5
 
     def __post_init__(self) -> None:
         shape = tuple(self.image.shape)
@@ -42,8 +42,10 @@ class Given:
             raise ValueError("the given picture must lie in [-1, 1]")
         if not 0 < self.strength <= 1:
             raise ValueError(f"strength must lie in (0, 1], got {self.strength}")
-        if min(self.resamples, self.jump) < 1:
-            raise ValueError(f"resamples and jump must be at least 1, got {self.resamples} and {self.jump}")
+        if min(self.num_resamples, self.jump_length) < 1:
+            raise ValueError(
+                f"num_resamples and jump_length must be at least 1, got {self.num_resamples} and {self.jump_length}"
+            )
         if self.mask is not None:
             if self.mask.dtype != torch.bool or tuple(self.mask.shape) != (shape[0], 1, *shape[2:]):
                 raise ValueError(
@@ -58,13 +60,15 @@ class Given:
 
     def settings(self) -> dict[str, float | int | bool]:
         """What samples.json records."""
-        painted = {"resamples": self.resamples, "jump": self.jump} if self.mask is not None else {}
+        painted = (
+            {"num_resamples": self.num_resamples, "jump_length": self.jump_length} if self.mask is not None else {}
+        )
         return {"mask": self.mask is not None, "strength": self.strength, **painted}
 
-    def __getitem__(self, rows: slice | list[int]) -> Given:
+    def __getitem__(self, rows: slice | list[int]) -> InitImage:
         return replace(self, image=self.image[rows], mask=None if self.mask is None else self.mask[rows])
 
-    def at(self, size: int, device: torch.device) -> Given:
+    def at(self, size: int, device: torch.device) -> InitImage:
         """The same for a stage of size S, fp32: a pixel is kept where all that it shows is kept."""
         image, mask = resize(self.image.to(device).float(), size), self.mask  # (B, C, S, S)
         if mask is not None and mask.shape[-1] != size:
@@ -76,19 +80,19 @@ class Given:
             mask = drawn > 0  # (B, 1, S, S)
         return replace(self, image=image, mask=None if mask is None else mask.to(device))
 
-    def keeping(self, denoise: Denoise) -> Denoise:
+    def with_known_region(self, denoise: Denoise) -> Denoise:
         """`denoise` with the kept pixels put into every x0."""
-        return denoise if self.mask is None else Keeping(denoise, self.image, self.mask)
+        return denoise if self.mask is None else KnownRegionDenoiser(denoise, self.image, self.mask)
 
-    def stretches(self, steps: int) -> Iterator[tuple[int, int]]:
+    def intervals(self, steps: int) -> Iterator[tuple[int, int]]:
         """(first, last) step of every stretch to walk, in order; one that repeats begins by noising back."""
         first = steps - max(1, round(self.strength * steps))
-        length, times = (self.jump, self.resamples) if self.mask is not None else (steps, 1)
+        length, times = (self.jump_length, self.num_resamples) if self.mask is not None else (steps, 1)
         for start in range(first, steps, length):
             yield from [(start, min(start + length, steps))] * times
 
 
-class Keeping:
+class KnownRegionDenoiser:
     """A denoiser that knows x0 (B, C, S, S) of the pixels where the mask (B, 1, S, S) is false."""
 
     def __init__(self, denoise: Denoise, image: Tensor, mask: Tensor) -> None:
@@ -99,33 +103,33 @@ class Keeping:
 
     def step(self, x: Tensor, time: Tensor, update: Update, **inputs: Tensor | None) -> tuple[Tensor, Tensor]:
         """(x_next, x0): steps are linear in x0, so what is put right there is put right in x_next."""
-        following, x0 = advance(self.denoise, x, time, update, **inputs)
+        x_next, x0 = advance(self.denoise, x, time, update, **inputs)
         kept = torch.where(self.mask, x0, self.image.to(x.dtype))
-        return following + update.gain * (kept - x0), kept
+        return x_next + update.c_x0 * (kept - x0), kept
 
 
-def sample_given(
+def sample_from_image(
     sampler: Callable[..., Tensor],
     denoise: Denoise,
-    given: Given,
+    init_image: InitImage,
     times: Tensor,
     *,
     schedule: Schedule,
     noise: Noise,
     callback: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> Tensor:
-    """As a sampler of samplers.py, from `given` at the stage's size, down to the clean image at the end of `times`.
+    """As a sampler of samplers.py, from `init_image` at the stage's size, down to the clean image at the end of `times`.
 
     noise(-1) begins; every further draw is of the next number, however often a stretch is walked.
     """
-    denoise = given.keeping(denoise)
+    denoise = init_image.with_known_region(denoise)
     draws = count()
     x, here = None, None
-    for first, last in given.stretches(len(times) - 1):
+    for first, last in init_image.intervals(len(times) - 1):
         if x is None:
-            x = _noised(given.image, times[first], noise(-1), schedule)
+            x = _noised(init_image.image, times[first], noise(-1), schedule)
             if first == 0:  # full strength: nothing shows through where something is drawn
-                x = noise(-1) if given.mask is None else torch.where(given.mask, noise(-1), x)
+                x = noise(-1) if init_image.mask is None else torch.where(init_image.mask, noise(-1), x)
         elif here != first:
             x = _noised_further(x, times[here], times[first], noise(next(draws)), schedule)
         x = sampler(
@@ -137,7 +141,7 @@ def sample_given(
             callback=callback and (lambda step, x, x0, first=first: callback(first + step, x, x0)),
         )
         here = last
-    return x if given.mask is None else torch.where(given.mask, x, given.image)  # steps round
+    return x if init_image.mask is None else torch.where(init_image.mask, x, init_image.image)  # steps round
 
 
 def _noised(image: Tensor, time: Tensor, noise: Tensor, schedule: Schedule) -> Tensor:

@@ -6,7 +6,7 @@ x (B, C, H, W) is noise at times[0]; `denoise(x, time) -> x0` has prediction typ
 already; times (steps + 1,) ends at the clean image, as schedule.grid does, or earlier; `noise(step) -> (B, C, H, W)`
 feeds the stochastic sampler; `callback(step, x, x0)` sees every intermediate state. alpha = 0 is a valid start.
 
-All of them go on linearly, x_next = keep x + gain x0 + memory previous + spread noise: they differ in the numbers, an
+All of them go on linearly, x_next = c_x x + c_x0 x0 + c_prev previous + c_noise noise: they differ in the numbers, an
 `Update`. A denoiser that has a method `step` (guidance.Denoiser) makes x0 and x_next in one.
 """
 
@@ -26,12 +26,12 @@ Callback = Callable[[int, Tensor, Tensor], None]
 
 
 class Update(NamedTuple):
-    """x_next = keep x + gain x0 + memory previous + spread noise."""
+    """x_next = c_x x + c_x0 x0 + c_prev previous + c_noise noise."""
 
-    keep: float
-    gain: float
-    memory: float = 0.0
-    spread: float = 0.0
+    c_x: float
+    c_x0: float
+    c_prev: float = 0.0
+    c_noise: float = 0.0
 
 
 def advance(
@@ -47,12 +47,12 @@ def advance(
     if hasattr(denoise, "step"):
         return denoise.step(x, time, update, previous=previous, noise=noise)
     x0 = denoise(x, time)
-    following = update.keep * x + update.gain * x0
+    x_next = update.c_x * x + update.c_x0 * x0
     if previous is not None:
-        following = following + update.memory * previous
+        x_next = x_next + update.c_prev * previous
     if noise is not None:
-        following = following + update.spread * noise
-    return following, x0
+        x_next = x_next + update.c_noise * noise
+    return x_next, x0
 
 
 def _levels(schedule: Schedule, times: Tensor) -> list[tuple[float, float]]:
@@ -86,9 +86,9 @@ def sample_ddpm(
         ratio = alpha_t / alpha_s
         step_variance = sigma_t**2 - ratio**2 * sigma_s**2
         update = Update(
-            keep=ratio * sigma_s**2 / sigma_t**2,
-            gain=alpha_s * step_variance / sigma_t**2,
-            spread=math.sqrt(max(step_variance, 0.0)) * sigma_s / sigma_t,
+            c_x=ratio * sigma_s**2 / sigma_t**2,
+            c_x0=alpha_s * step_variance / sigma_t**2,
+            c_noise=math.sqrt(max(step_variance, 0.0)) * sigma_s / sigma_t,
         )
         # No noise on the way to the clean image.
         x, x0 = advance(denoise, x, times[step], update, noise=noise(step) if sigma_s > 0 else None)
@@ -118,7 +118,7 @@ def sample_ddim(
 def _ddim(start: tuple[float, float], stop: tuple[float, float]) -> Update:
     """alpha_s x0 + sigma_s epsilon, with epsilon = (x - alpha_t x0) / sigma_t."""
     (alpha_t, sigma_t), (alpha_s, sigma_s) = start, stop
-    return Update(keep=sigma_s / sigma_t, gain=alpha_s - sigma_s / sigma_t * alpha_t)
+    return Update(c_x=sigma_s / sigma_t, c_x0=alpha_s - sigma_s / sigma_t * alpha_t)
 
 
 def sample_dpmpp_2m(
@@ -141,12 +141,12 @@ def sample_dpmpp_2m(
     for step in range(len(times) - 1):
         (_, sigma_t), (alpha_s, sigma_s) = levels[step], levels[step + 1]
         width = log_ratio[step + 1] - log_ratio[step]
-        gain, memory = -alpha_s * math.expm1(-width), 0.0
+        c_x0, c_prev = -alpha_s * math.expm1(-width), 0.0
         if previous is not None and width < math.inf:
             r = (log_ratio[step] - log_ratio[step - 1]) / width
-            gain, memory = gain + gain / (2 * r), -gain / (2 * r)  # of x0 + (x0 - previous) / (2 r)
+            c_x0, c_prev = c_x0 + c_x0 / (2 * r), -c_x0 / (2 * r)  # of x0 + (x0 - previous) / (2 r)
         x, x0 = advance(
-            denoise, x, times[step], Update(sigma_s / sigma_t, gain, memory), previous=previous if memory else None
+            denoise, x, times[step], Update(sigma_s / sigma_t, c_x0, c_prev), previous=previous if c_prev else None
         )
         previous = x0
         if callback:
@@ -176,7 +176,7 @@ def sample_heun(
         if sigma_s > 0:
             half = (math.atan2(sigma_t, alpha_t) - math.atan2(sigma_s, alpha_s)) / 2
             start = x - half / sigma_t * (alpha_t * x - x0)  # v = (alpha x - x0) / sigma at both ends
-            update = Update(keep=-half * alpha_s / sigma_s, gain=half / sigma_s, memory=1.0)
+            update = Update(c_x=-half * alpha_s / sigma_s, c_x0=half / sigma_s, c_prev=1.0)
             x, _ = advance(denoise, predicted, times[step + 1], update, previous=start)
         else:
             x = predicted

@@ -25,7 +25,7 @@ class GroupNormSiLU(nn.Module):
         return ops.group_norm_silu(x, self.weight, self.bias, self.groups, scale=scale, shift=shift)
 
 
-class CrossEmbed(nn.Module):
+class MultiScaleStem(nn.Module):
     """Stem: parallel convolutions of several kernel sizes, channels dim/2, dim/4, ..., rest, concatenated."""
 
     def __init__(self, dim_in: int, dim: int, kernels: tuple[int, ...]) -> None:
@@ -59,7 +59,7 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
-class Widen(nn.Module):
+class ParallelConv(nn.Module):
     """(B, C, H, W) -> (B, C', H, W): sum of a 3x3 and a 1x1 convolution, where the last level keeps its resolution."""
 
     def __init__(self, dim_in: int, dim_out: int) -> None:

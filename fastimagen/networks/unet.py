@@ -17,9 +17,9 @@ from ..config import UNetConfig
 from ..text.embeddings import TextEmbeddings
 from .attention import AttentionPooling, Context, CrossAttention, SelfAttention, TransformerBlock, to_map, to_tokens
 from .convolution import Conv2d
-from .layers import CrossEmbed, Downsample, GroupNormSiLU, Sinusoidal, Upsample, Widen
+from .layers import MultiScaleStem, Downsample, GroupNormSiLU, Sinusoidal, Upsample, ParallelConv
 
-PLACE_OCTAVES = 3  # waves that show a pixel's place: half a period over the picture, a whole one, two
+NUM_FREQS = 3  # waves that show a pixel's place: half a period over the picture, a whole one, two
 SKIP_SCALE = 2**-0.5  # Imagen, appendix B.1: skip connections are scaled
 
 
@@ -166,14 +166,14 @@ class UpLevel(Level):
         return x if self.after is None else self.after(x)
 
 
-def place_waves(x: Tensor) -> Tensor:
-    """Sines and cosines of every pixel's row and column, octave by octave: (1, 4 * PLACE_OCTAVES, H, W) for x
+def positional_encoding(x: Tensor) -> Tensor:
+    """Sines and cosines of every pixel's row and column, octave by octave: (1, 4 * NUM_FREQS, H, W) for x
     (B, C, H, W)."""
     waves = []
     for axis, side in enumerate(x.shape[-2:]):
-        octaves = 2.0 ** torch.arange(PLACE_OCTAVES, device=x.device)
-        angle = torch.linspace(0, math.pi, side, device=x.device)[:, None] * octaves  # (side, PLACE_OCTAVES)
-        wave = torch.cat([angle.sin(), angle.cos()], dim=1).T  # (2 * PLACE_OCTAVES, side)
+        octaves = 2.0 ** torch.arange(NUM_FREQS, device=x.device)
+        angle = torch.linspace(0, math.pi, side, device=x.device)[:, None] * octaves  # (side, NUM_FREQS)
+        wave = torch.cat([angle.sin(), angle.cos()], dim=1).T  # (2 * NUM_FREQS, side)
         waves.append((wave[:, :, None] if axis == 0 else wave[:, None, :]).expand(-1, *x.shape[-2:]))
     return torch.cat(waves)[None].to(x.dtype)
 
@@ -197,10 +197,12 @@ class UNet(nn.Module):
         self.text = TextConditioning(config, time_dim) if config.text_dim else None
         self.norm_cond = nn.LayerNorm(config.cond_dim or config.dim)
 
-        self.stem = CrossEmbed(config.channels * patch * (2 if config.lowres else 1), config.dim, config.stem_kernels)
-        self.place = Conv2d(4 * PLACE_OCTAVES, config.dim, 1) if config.coordinates else None
-        refined = config.full_resolution == "refined"
-        self.refine = ResBlock(config, config.dim, config.dim, time_dim) if refined else None
+        self.stem = MultiScaleStem(
+            config.channels * patch * (2 if config.lowres else 1), config.dim, config.stem_kernels
+        )
+        self.positional_projection = Conv2d(4 * NUM_FREQS, config.dim, 1) if config.positional_encoding else None
+        refined = config.full_resolution == "extra_block"
+        self.full_resolution_block = ResBlock(config, config.dim, config.dim, time_dim) if refined else None
 
         blocks, self_attention, cross_attention = map(
             config.per_level, ("num_blocks", "self_attention", "cross_attention")
@@ -211,7 +213,7 @@ class UNet(nn.Module):
             first = config.downsample_first
             dim = dim_out if first else dim_in
             before = Downsample(dim_in, dim_out) if first else None
-            after = None if first else (Downsample if level < last else Widen)(dim_in, dim_out)
+            after = None if first else (Downsample if level < last else ParallelConv)(dim_in, dim_out)
             cross = self._cross(dim) if cross_attention[level] else None
             chain = [ResBlock(config, dim, dim, time_dim, cross if i == 0 else None) for i in range(blocks[level] + 1)]
             downs.append(DownLevel(chain, self._transformer(dim) if self_attention[level] else None, before, after))
@@ -295,10 +297,10 @@ class UNet(nn.Module):
         x = x.to(self.final_conv.weight.dtype)
         shown = F.pixel_unshuffle(x, self.config.stem_stride).contiguous(memory_format=torch.channels_last)
         x = self.stem(shown)
-        if self.place is not None:
-            x = x + self.place(place_waves(x))
-        if self.refine is not None:
-            x = self.refine(x, vector, context)
+        if self.positional_projection is not None:
+            x = x + self.positional_projection(positional_encoding(x))
+        if self.full_resolution_block is not None:
+            x = self.full_resolution_block(x, vector, context)
         full = x
         skips = []
         for index, level in enumerate(self.downs):
@@ -310,10 +312,10 @@ class UNet(nn.Module):
         x = self.middle2(x, vector, context)
         for index, level in enumerate(self.ups):
             x = self._run(len(self.ups) - 1 - index, level, x, vector, context, skips.pop())
-        if self.refine is not None:
+        if self.full_resolution_block is not None:
             x = torch.cat([x, full * SKIP_SCALE], dim=1)
         x = self.final_block(x, vector, context)
-        if self.refine is not None and lowres is not None:
+        if self.full_resolution_block is not None and lowres is not None:
             x = torch.cat([x, shown[:, shown.shape[1] // 2 :]], dim=1)  # the low-res half of the stem's input
         return F.pixel_shuffle(self.final_conv(x), self.config.stem_stride)  # (B, C, H, W)
 

@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = ("auto", "triton", "torch", "xformers")
-_wish = "auto"
+_requested = "auto"
 
 
 def set_backend(name: str) -> None:
@@ -33,13 +33,13 @@ def set_backend(name: str) -> None:
         raise ValueError(f'backend "triton" cannot run: {reason}')
     if name == "xformers" and (reason := no_xformers()):
         raise ValueError(f'backend "xformers" cannot run: {reason}')
-    global _wish
-    _wish = name
+    global _requested
+    _requested = name
 
 
 def backend() -> str:
     """What `set_backend` was told last; "auto" from the start."""
-    return _wish
+    return _requested
 
 
 def use_triton(op: str, tensor: Tensor, unsupported: str | None = None, slower: str | None = None) -> bool:
@@ -48,9 +48,9 @@ def use_triton(op: str, tensor: Tensor, unsupported: str | None = None, slower: 
     `unsupported` says why they cannot take these arguments, `slower` why "auto" should not. Raises ValueError where
     "triton" was asked for and cannot.
     """
-    if _wish == "torch":
+    if _requested == "torch":
         return False
-    if _wish == "triton":
+    if _requested == "triton":
         reason = unsupported or (None if tensor.is_cuda or interpreting() else no_triton_on_cpu())
         if reason:
             raise ValueError(f'{op} with backend "triton": {reason}')
@@ -65,7 +65,7 @@ def use_triton(op: str, tensor: Tensor, unsupported: str | None = None, slower: 
 
 def in_kernels(tensor: Tensor) -> bool:
     """Whether an operator that was called runs the kernels on `tensor`: on a GPU, or in the interpreter."""
-    return tensor.is_cuda or (_wish == "triton" and interpreting())
+    return tensor.is_cuda or (_requested == "triton" and interpreting())
 
 
 def _constant_in_graphs(function: Callable) -> Callable:

@@ -28,7 +28,7 @@ def sampler_step(
 
         F  = u + w (c - u)                                      classifier-free guidance (Imagen, section 2.2)
         x0 = threshold(skip x + out F)                          skip, out = recovery; any prediction type
-        x' = keep x + gain x0 + memory previous + spread noise  keep, gain, memory, spread = update; any sampler
+        x' = c_x x + c_x0 x0 + c_prev previous + c_noise noise  c_x, c_x0, c_prev, c_noise = update; any sampler
 
     output (B, C, H, W), or with a guidance weight w (2B, C, H, W): c with captions, then u without. threshold is
     "dynamic" (ops.dynamic_threshold), "static" (clamp to [-1, 1]) or "none". previous and noise (B, C, H, W).
@@ -85,13 +85,13 @@ def sampler_step_reference(
         x0 = dynamic_threshold_reference(x0, percentile)
     elif threshold == "static":
         x0 = x0.clamp(-1, 1)
-    keep, gain, memory, spread = update
-    following = keep * x + gain * x0
+    c_x, c_x0, c_prev, c_noise = update
+    x_next = c_x * x + c_x0 * x0
     if previous is not None:
-        following += memory * previous
+        x_next += c_prev * previous
     if noise is not None:
-        following += spread * noise
-    return following, x0
+        x_next += c_noise * noise
+    return x_next, x0
 
 
 def _unsupported(output: Tensor, x: Tensor) -> str | None:
@@ -112,16 +112,16 @@ def _operator(
     noise: Tensor | None,
     skip: float,
     out: float,
-    keep: float,
-    gain: float,
-    memory: float,
-    spread: float,
+    c_x: float,
+    c_x0: float,
+    c_prev: float,
+    c_noise: float,
     guidance: float | None,
     threshold: str,
     percentile: float,
 ) -> tuple[Tensor, Tensor]:
     x = dense(x)
-    recovery, update = (skip, out), (keep, gain, memory, spread)
+    recovery, update = (skip, out), (c_x, c_x0, c_prev, c_noise)
     if not in_kernels(x):
         results = sampler_step_reference(
             output,
@@ -149,10 +149,10 @@ def _(
     noise: Tensor | None,
     skip: float,
     out: float,
-    keep: float,
-    gain: float,
-    memory: float,
-    spread: float,
+    c_x: float,
+    c_x0: float,
+    c_prev: float,
+    c_noise: float,
     guidance: float | None,
     threshold: str,
     percentile: float,

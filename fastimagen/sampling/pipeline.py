@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..cascade import Cascade
-from ..diffusion.inpainting import Given
+from ..diffusion.inpainting import InitImage
 from ..text.embeddings import TextEmbeddings
 from ..text.t5 import T5Encoder
 from .model_directory import read_model, write_model
@@ -150,7 +150,7 @@ class ImagenPipeline:
         percentile: float | Mapping[str, float] | None = None,
         tile: int | Mapping[str, int] | None = None,
         negative: Sequence[str] | TextEmbeddings | None = None,
-        given: Given | None = None,
+        init_image: InitImage | None = None,
         lowres: Tensor | None = None,
         start_at: str | None = None,
         stop_at: str | None = None,
@@ -181,7 +181,7 @@ class ImagenPipeline:
             steps=steps, sampler=sampler, guidance=guidance, threshold=threshold, percentile=percentile, tile=tile
         )
         running = [stage.name for stage in self.cascade.running(start_at, stop_at, lowres)]
-        given, lowres = _for_all(given, count, "given picture"), _for_all(lowres, count, "lowres picture")
+        init_image, lowres = _for_all(init_image, count, "given picture"), _for_all(lowres, count, "lowres picture")
         if lowres is not None and not bool((lowres.abs() <= 1).all()):
             raise ValueError("lowres must lie in [-1, 1]")
         if negative is not None:
@@ -199,7 +199,7 @@ class ImagenPipeline:
             else "embeddings",
             "start_at": start_at,
             "stop_at": stop_at,
-            "given": None if given is None else given.settings(),
+            "init_image": None if init_image is None else init_image.settings(),
             "stages": {name: settings[name].model_dump() for name in running},
         }
         read = []
@@ -221,7 +221,7 @@ class ImagenPipeline:
                     seeds[rows],
                     settings=settings,
                     negative=negative and negative[rows],
-                    given=given and given[rows],
+                    init_image=init_image and init_image[rows],
                     lowres=None if lowres is None else lowres[rows].to(self.device),
                     start_at=start_at,
                     stop_at=stop_at,

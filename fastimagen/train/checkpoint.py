@@ -94,7 +94,7 @@ def load(checkpoint: Path, engine: Any, ema: EMA) -> dict[str, Any]:
     return state
 
 
-def remove_remnants(folder: Path) -> None:
+def remove_incomplete(folder: Path) -> None:
     """Delete what a killed save left behind."""
     for remnant in folder.glob(".step-*.partial"):
         shutil.rmtree(remnant)

@@ -83,7 +83,7 @@ def _drop_after(path: Path, stage: str, start: int) -> None:
     os.replace(aside, path)
 
 
-class Window:
+class MetricAverager:
     """Sums since the last record: loss on the device, without waiting for it, and time spent waiting for data.
 
     A checkpoint keeps the sums of all processes, so that the next record of a resumed run is what it would have been.
@@ -95,7 +95,7 @@ class Window:
         self.images, self.data_wait, self.since = 0, 0.0, time.perf_counter()
 
     @classmethod
-    def resume(cls, device: torch.device, state: dict[str, Any], rank: int) -> Window:
+    def resume(cls, device: torch.device, state: dict[str, Any], rank: int) -> MetricAverager:
         """The window that `state()` described, as this process had it."""
         return cls(device, state["loss_sums"][rank], state["steps"])
 

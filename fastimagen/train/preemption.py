@@ -17,7 +17,7 @@ LAUNCHERS = ("deepspeed", "torchrun", "torch.distributed", "torch/distributed")
 
 
 class StopRequest:
-    """Notices SIGTERM, SIGINT, SIGUSR1 and the death of the launcher; `agreed()` is the answer of all processes.
+    """Notices SIGTERM, SIGINT, SIGUSR1 and the death of the launcher; `should_stop()` is the answer of all processes.
 
     A second SIGINT interrupts at once. Use as a context manager: the old handlers come back at the end.
     """
@@ -43,7 +43,7 @@ class StopRequest:
             raise KeyboardInterrupt
         self.reason = signal.Signals(number).name
 
-    def agreed(self) -> str | None:
+    def should_stop(self) -> str | None:
         """The reason to stop if any process has one, else None. Every process must call it, once a step."""
         if self.reason is None and any(_gone(process) for process in self.launchers):
             self.reason = "the launcher is gone"

@@ -23,25 +23,25 @@ from ..seeds import mix_seed
 from . import checkpoint
 from .ema import EMA
 from .engine import fp32_shards, init_distributed, make_engine, resolve_deepspeed
-from .metrics import Metrics, Window
+from .metrics import Metrics, MetricAverager
 from .preemption import StopRequest, lock_run
 from .stage_setup import check_same_stage, initial_unet, plan
 from .validation import sample_grid, validation_loss
 
 
-class Stopped(Exception):
+class TrainingInterrupted(Exception):
     """The run was asked to stop; its state is saved."""
 
 
-class Diverged(Exception):
+class TrainingDiverged(Exception):
     """Loss or gradient was not finite in too many steps in a row."""
 
 
 class Trainer:
     """Trains the stages of a cascade into a run directory.
 
-    `fit()` returns when all stages are trained; it raises Stopped after a signal (everything is saved), ValueError for
-    what the user can mend, OSError when a checkpoint cannot be written, Diverged when the gradient stays non-finite.
+    `fit()` returns when all stages are trained; it raises TrainingInterrupted after a signal (everything is saved), ValueError for
+    what the user can mend, OSError when a checkpoint cannot be written, TrainingDiverged when the gradient stays non-finite.
     """
 
     def __init__(self, config: Config, run_dir: str | Path | None = None, *, stage: str = "all") -> None:
@@ -92,10 +92,10 @@ class Trainer:
         train, validation = self._open_data()
         engine, deepspeed = self._make_engine(config)
         ema = EMA(fp32_shards(engine), here.ema)
-        start, window, bad_in_a_row = 0, Window(self.device), 0
+        start, window, bad_in_a_row = 0, MetricAverager(self.device), 0
         if newest:
             state = checkpoint.load(newest, engine, ema)
-            start, window = state["step"], Window.resume(self.device, state["window"], self.rank)
+            start, window = state["step"], MetricAverager.resume(self.device, state["window"], self.rank)
             self._say(f"{config.name}: resuming from step {start}")
         accumulation = deepspeed["gradient_accumulation_steps"]
         loader = train.loader(
@@ -148,13 +148,13 @@ class Trainer:
                         self.device,
                         self.run_dir / "samples" / config.name / f"step-{step:08d}.png",
                     )
-                reason = stop.agreed()
+                reason = stop.should_stop()
                 if reason or step == steps or step % settings.checkpoint_every == 0:
                     checkpoint.save(
                         self._folder(config), engine, ema, self._state(config, step, window), settings.keep_checkpoints
                     )
                 if reason:
-                    raise Stopped(f"{reason}: saved {config.name} at step {step}; the same command resumes")
+                    raise TrainingInterrupted(f"{reason}: saved {config.name} at step {step}; the same command resumes")
         finally:
             batches.close()
             metrics.close()
@@ -177,7 +177,7 @@ class Trainer:
         """The checkpoint to resume from, after clearing what a killed save left. All processes see the same one."""
         folder = self._folder(config)
         if self.rank == 0:
-            checkpoint.remove_remnants(folder)
+            checkpoint.remove_incomplete(folder)
         dist.barrier()
         newest = checkpoint.newest(folder)
         if newest:
@@ -240,7 +240,7 @@ class Trainer:
         seed = mix_seed(self.settings.seed, config.name, step, micro, self.rank)
         return torch.Generator(self.device).manual_seed(seed)
 
-    def _log(self, metrics: Metrics, window: Window, step: int, engine: Any, loader: Any) -> Window:
+    def _log(self, metrics: Metrics, window: MetricAverager, step: int, engine: Any, loader: Any) -> MetricAverager:
         """Write the record of the steps since the last one and begin the next window."""
         if window.steps:
             dist.all_reduce(window.loss)
@@ -257,17 +257,17 @@ class Trainer:
                 nonfinite_steps=engine.skipped_steps,
                 **loader.counters,
             )
-        return Window(self.device)
+        return MetricAverager(self.device)
 
     def _refuse_nonfinite(self, in_a_row: int, config: StageConfig, step: int) -> None:
         self._say(f"{config.name} {step}: non-finite gradient, step skipped ({in_a_row} in a row)")
         if in_a_row >= self.settings.max_nonfinite:
-            raise Diverged(
+            raise TrainingDiverged(
                 f"{config.name}: the gradient was not finite in {in_a_row} steps in a row up to step "
                 f"{step}; lower the learning rate, or look at the data. Checkpoints before are intact"
             )
 
-    def _state(self, config: StageConfig, step: int, window: Window) -> dict[str, Any]:
+    def _state(self, config: StageConfig, step: int, window: MetricAverager) -> dict[str, Any]:
         return {
             "step": step,
             "stage": config.model_dump(mode="json"),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastimagen.cli import main
 from fastimagen.config import ScheduleConfig
-from fastimagen.diffusion.inpainting import Given, sample_given
+from fastimagen.diffusion.inpainting import InitImage, sample_from_image
 from fastimagen.diffusion.samplers import SAMPLERS
 from fastimagen.diffusion.schedule import make_schedule
 from fastimagen.images import save_png
@@ -51,13 +51,18 @@ def left_half(size: int, batch: int = 2) -> Tensor:
 @pytest.mark.parametrize("sampler", sorted(SAMPLERS))
 def test_full_strength_is_sampling_from_nothing(sampler: str, pipe: ImagenPipeline, text: TextEmbeddings) -> None:
     plain = pipe(text=text, sampler=sampler, steps=4).images
-    assert torch.equal(pipe(text=text, sampler=sampler, steps=4, given=Given(picture(16))).images, plain)
+    assert torch.equal(pipe(text=text, sampler=sampler, steps=4, init_image=InitImage(picture(16))).images, plain)
 
 
 def test_less_strength_stays_nearer_to_the_picture(pipe: ImagenPipeline, text: TextEmbeddings) -> None:
     start = picture(8)
     far = [
-        (pipe(text=text, steps=50, stop_at="base", guidance=1.0, given=Given(start, strength=strength)).images - start)
+        (
+            pipe(
+                text=text, steps=50, stop_at="base", guidance=1.0, init_image=InitImage(start, strength=strength)
+            ).images
+            - start
+        )
         .square()
         .mean()
         .item()
@@ -74,11 +79,13 @@ def test_the_walk_begins_at_the_noise_of_its_strength() -> None:
         seen.append((time.item(), x))
         return torch.zeros_like(x)
 
-    times, given = SCHEDULE.grid(10), Given(picture(4, batch=1), strength=0.3)
-    sample_given(SAMPLERS["ddim"], denoise, given, times, schedule=SCHEDULE, noise=lambda step: torch.zeros(1, 3, 4, 4))
+    times, init_image = SCHEDULE.grid(10), InitImage(picture(4, batch=1), strength=0.3)
+    sample_from_image(
+        SAMPLERS["ddim"], denoise, init_image, times, schedule=SCHEDULE, noise=lambda step: torch.zeros(1, 3, 4, 4)
+    )
     alpha, _ = SCHEDULE.alpha_sigma(times[7])
     assert [time for time, _ in seen] == times[7:10].tolist()
-    torch.testing.assert_close(seen[0][1], given.image * alpha.item(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(seen[0][1], init_image.image * alpha.item(), rtol=1e-6, atol=1e-6)
 
 
 # ---- inpainting
@@ -86,10 +93,10 @@ def test_the_walk_begins_at_the_noise_of_its_strength() -> None:
 
 @pytest.mark.parametrize("sampler", sorted(SAMPLERS))
 def test_what_the_mask_keeps_is_kept_exactly(sampler: str, pipe: ImagenPipeline, text: TextEmbeddings) -> None:
-    given = Given(picture(16), left_half(16), resamples=2, jump=2)
-    drawn = pipe(text=text, sampler=sampler, steps=4, given=given).images
-    assert torch.equal(drawn[..., 8:], given.image[..., 8:])
-    assert not torch.isclose(drawn[..., :8], given.image[..., :8]).any(dim=1).all()
+    init_image = InitImage(picture(16), left_half(16), num_resamples=2, jump_length=2)
+    drawn = pipe(text=text, sampler=sampler, steps=4, init_image=init_image).images
+    assert torch.equal(drawn[..., 8:], init_image.image[..., 8:])
+    assert not torch.isclose(drawn[..., :8], init_image.image[..., :8]).any(dim=1).all()
 
 
 def test_what_is_drawn_fits_what_is_given() -> None:
@@ -112,13 +119,13 @@ def test_what_is_drawn_fits_what_is_given() -> None:
     mask = torch.zeros(batch, 1, 2, 2, dtype=torch.bool)
     mask[:, :, 0, 0] = True
 
-    def hole(resamples: int) -> Tensor:
+    def hole(num_resamples: int) -> Tensor:
         generator = torch.Generator().manual_seed(0)
-        given = Given(image, mask, resamples=resamples, jump=3)
-        return sample_given(
+        init_image = InitImage(image, mask, num_resamples=num_resamples, jump_length=3)
+        return sample_from_image(
             SAMPLERS["ddpm"],
             denoise,
-            given,
+            init_image,
             SCHEDULE.grid(30),
             schedule=SCHEDULE,
             noise=lambda step: torch.randn(batch, 1, 2, 2, generator=generator),
@@ -133,7 +140,7 @@ def test_what_is_drawn_fits_what_is_given() -> None:
 def test_a_smaller_stage_keeps_only_what_is_kept_whole() -> None:
     mask = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
     mask[..., 3, 5] = True
-    small = Given(picture(8, batch=1), mask).at(4, torch.device("cpu"))
+    small = InitImage(picture(8, batch=1), mask).at(4, torch.device("cpu"))
     assert small.mask.nonzero().tolist() == [[0, 0, 1, 2]] and small.image.shape == (1, 3, 4, 4)
 
 
@@ -177,7 +184,7 @@ def test_batches_do_not_matter(pipe: ImagenPipeline, text: TextEmbeddings) -> No
         return pipe(
             text=text,
             negative=text[[1, 0]],
-            given=Given(picture(16), left_half(16), strength=0.5),
+            init_image=InitImage(picture(16), left_half(16), strength=0.5),
             batch_size=batch_size,
             steps=4,
             guidance=2.0,
@@ -201,12 +208,12 @@ def test_batches_do_not_matter(pipe: ImagenPipeline, text: TextEmbeddings) -> No
         (dict(mask=left_half(16, 1)), "the mask of a picture"),
         (dict(mask=torch.zeros(1, 1, 8, 8)), "must be bool"),
         (dict(mask=torch.zeros(1, 1, 8, 8, dtype=torch.bool)), "nothing to draw"),
-        (dict(resamples=0), "resamples and jump must be at least 1"),
+        (dict(num_resamples=0), "num_resamples and jump_length must be at least 1"),
     ],
 )
 def test_given_pictures_that_make_no_sense(arguments: dict, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
-        Given(**{"image": torch.zeros(1, 3, 8, 8), **arguments})
+        InitImage(**{"image": torch.zeros(1, 3, 8, 8), **arguments})
 
 
 @pytest.mark.parametrize(
@@ -219,7 +226,7 @@ def test_given_pictures_that_make_no_sense(arguments: dict, complaint: str) -> N
         (dict(lowres=picture(8)), "stage base starts from noise, not from lowres"),
         (dict(lowres=picture(8, batch=3), start_at="sr"), "3 lowres pictures for 2 pictures"),
         (dict(lowres=picture(8) * 3, start_at="sr"), r"lowres must lie in \[-1, 1\]"),
-        (dict(given=Given(picture(8, batch=3))), "3 given pictures for 2 pictures"),
+        (dict(init_image=InitImage(picture(8, batch=3))), "3 given pictures for 2 pictures"),
         (dict(negative=["blue"], guidance=1.0), "negative captions act through guidance"),
         (dict(negative=["a", "b", "c"]), "3 negative captions for 2 pictures"),
         (dict(negative="blue"), "negative must be a list"),
@@ -234,8 +241,8 @@ def test_calls_that_make_no_sense(arguments: dict, complaint: str, pipe: ImagenP
 
 
 def test_inpainting_by_command(pipe: ImagenPipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    given, mask = picture(16, batch=1), left_half(16, 1)
-    save_png(given[0], tmp_path / "given.png")
+    init_image, mask = picture(16, batch=1), left_half(16, 1)
+    save_png(init_image[0], tmp_path / "init_image.png")
     save_png(mask[0].float().expand(3, -1, -1) * 2 - 1, tmp_path / "mask.png")
     out = tmp_path / "out"
     assert (
@@ -247,7 +254,7 @@ def test_inpainting_by_command(pipe: ImagenPipeline, tmp_path: Path, capsys: pyt
                 "--captions",
                 CAPTIONS[0],
                 "--image",
-                str(tmp_path / "given.png"),
+                str(tmp_path / "init_image.png"),
                 "--mask",
                 str(tmp_path / "mask.png"),
                 "--negative",
@@ -263,7 +270,7 @@ def test_inpainting_by_command(pipe: ImagenPipeline, tmp_path: Path, capsys: pyt
         == 0
     )
     record = json.loads((out / "samples.json").read_text())
-    assert record["given"] == {"mask": True, "strength": 1.0, "resamples": 5, "jump": 5}
+    assert record["init_image"] == {"mask": True, "strength": 1.0, "num_resamples": 5, "jump_length": 5}
     assert record["negative"] == ["a cross"]
     save_png(picture(8, batch=1)[0], tmp_path / "small.png")
     for arguments, complaint in [

@@ -48,9 +48,9 @@ def test_nan_stays_in_its_picture_and_is_seen() -> None:
     case = Case(None, "dynamic")
     output, x, extra = case.inputs()
     output[1, 0, 0, 0] = torch.nan
-    following, x0 = case.run(output, x, extra)
-    assert x0[1].isnan().all() and following[1].isnan().all()
-    assert x0[[0, 2]].isfinite().all() and following[[0, 2]].isfinite().all()
+    x_next, x0 = case.run(output, x, extra)
+    assert x0[1].isnan().all() and x_next[1].isnan().all()
+    assert x0[[0, 2]].isfinite().all() and x_next[[0, 2]].isfinite().all()
     static = Case(None, "static").run(output, x, extra)[1]
     assert static.isnan().sum() == 1
 

@@ -90,13 +90,13 @@ BASE = dict(
     groups=4,
     zero_init=False,
     middle_attention=True,
-    coordinates=True,
+    positional_encoding=True,
     stem_stride=2,
 )
 SUPER = dict(
     BASE,
     lowres=True,
-    coordinates=False,
+    positional_encoding=False,
     stem_stride=1,
     downsample_first=True,
     cross_attention=(False, True),
@@ -107,8 +107,8 @@ SUPER = dict(
 @pytest.mark.parametrize("through", ["reference", "operator"])
 @pytest.mark.parametrize(
     "config",
-    [BASE, dict(SUPER, stem_kernels=(3,)), dict(SUPER, full_resolution="refined")],
-    ids=["base", "super-resolution", "refined"],
+    [BASE, dict(SUPER, stem_kernels=(3,)), dict(SUPER, full_resolution="extra_block")],
+    ids=["base", "super-resolution", "extra_block"],
 )
 def test_a_training_step_copies_no_feature_map_into_another_layout(
     config: dict[str, Any], through: str, monkeypatch: pytest.MonkeyPatch

@@ -31,7 +31,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "text in self-attention": dict(
         text_in_self_attention=True, cross_attention=False, qk_norm=True, middle_attention=True
     ),
-    "patches": dict(stem_stride=2, coordinates=True, num_blocks=(0, 2)),
+    "patches": dict(stem_stride=2, positional_encoding=True, num_blocks=(0, 2)),
     "wider first level": dict(dim_mults=(2, 3), time_tokens=3, self_attention=True),
     "efficient": dict(
         lowres=True,
@@ -41,10 +41,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
         self_attention=True,
         cross_attention=True,
     ),
-    "refined": dict(
+    "extra_block": dict(
         lowres=True,
         downsample_first=True,
-        full_resolution="refined",
+        full_resolution="extra_block",
         stem_stride=2,
         qk_norm=True,
         text_in_self_attention=True,
@@ -236,7 +236,7 @@ def test_every_parameter_gets_a_gradient(name: str) -> None:
     assert idle == []
 
 
-@pytest.mark.parametrize("name", ["regular", "refined"])
+@pytest.mark.parametrize("name", ["regular", "extra_block"])
 def test_zero_init_starts_at_zero_and_learns(name: str) -> None:
     torch.manual_seed(0)
     unet = UNet(UNetConfig(**{**TOY_UNET, **VARIANTS[name]}))
@@ -251,7 +251,7 @@ def test_zero_init_starts_at_zero_and_learns(name: str) -> None:
     assert stuck == []
 
 
-@pytest.mark.parametrize("name", ["regular", "refined"])
+@pytest.mark.parametrize("name", ["regular", "extra_block"])
 def test_recomputed_levels_give_the_same_gradients(name: str) -> None:
     gradients, runs = {}, {}
     for levels in ((), (1,), (0, 1)):
@@ -289,7 +289,7 @@ def test_sides_may_differ_and_any_multiple_of_the_stride_works() -> None:
 
 @torch.inference_mode()
 def test_lowres_image_and_its_time_matter() -> None:
-    unet = network(**VARIANTS["refined"])
+    unet = network(**VARIANTS["extra_block"])
     given = inputs(unet)
     out = unet(**given, text=captions())
     for name in ("lowres", "lowres_time"):
@@ -299,7 +299,7 @@ def test_lowres_image_and_its_time_matter() -> None:
 @pytest.mark.parametrize("stride", [1, 2])
 @torch.inference_mode()
 def test_refined_networks_show_the_lowres_image_to_the_last_convolution(stride: int) -> None:
-    unet = network(**{**VARIANTS["refined"], "stem_stride": stride})
+    unet = network(**{**VARIANTS["extra_block"], "stem_stride": stride})
     unet.final_conv.bias.zero_()
     unet.final_conv.weight.zero_()  # (O, 3 * 3 * I)
     added = torch.arange(3 * stride**2)
@@ -308,7 +308,7 @@ def test_refined_networks_show_the_lowres_image_to_the_last_convolution(stride: 
     assert torch.equal(unet(**given, text=captions()), given["lowres"])
 
 
-@pytest.mark.parametrize("name", ["regular", "minimagen", "refined"])
+@pytest.mark.parametrize("name", ["regular", "minimagen", "extra_block"])
 @torch.inference_mode()
 def test_bfloat16(name: str) -> None:
     unet = network(**VARIANTS[name])
@@ -327,7 +327,7 @@ def test_times_keep_their_precision_in_bfloat16() -> None:
     assert not torch.equal(late[0], late[1]) and not torch.equal(out[0], out[1])
 
 
-@pytest.mark.parametrize("name", ["regular", "patches", "refined"])
+@pytest.mark.parametrize("name", ["regular", "patches", "extra_block"])
 @torch.inference_mode()
 def test_output_is_channels_last_whatever_comes_in(name: str) -> None:
     unet = network(**VARIANTS[name])
@@ -338,7 +338,7 @@ def test_output_is_channels_last_whatever_comes_in(name: str) -> None:
     assert torch.equal(unet(**given, text=captions()), out)
 
 
-@pytest.mark.parametrize("name", ["regular", "refined"])
+@pytest.mark.parametrize("name", ["regular", "extra_block"])
 @torch.inference_mode()
 def test_patches_are_folded_into_channels_and_back(name: str) -> None:
     """Stride 2 is a network of four times the channels on pictures of half the side."""

@@ -141,7 +141,7 @@ def test_how_xformers_is_called(case: Case, monkeypatch: pytest.MonkeyPatch) -> 
     module.memory_efficient_attention = memory_efficient_attention
     monkeypatch.setitem(sys.modules, "xformers", types.ModuleType("xformers"))
     monkeypatch.setitem(sys.modules, "xformers.ops", module)
-    monkeypatch.setattr(backends, "_wish", "xformers")
+    monkeypatch.setattr(backends, "_requested", "xformers")
     tensors = make(case)
     with pytest.raises(ValueError, match='attention with backend "xformers": .*'):
         ops.attention(tensors["q"], null_k=torch.ones(case.width), null_v=torch.ones(case.width))

@@ -22,7 +22,7 @@ ON_GPU = SimpleNamespace(is_cuda=True)
 
 @pytest.fixture(autouse=True)
 def as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(backends, "_wish", "auto")
+    monkeypatch.setattr(backends, "_requested", "auto")
     backends._announce.cache_clear()
     yield
     backends._announce.cache_clear()
@@ -51,7 +51,7 @@ def test_what_cannot_run_is_refused_with_the_reason(name: str, reason: str) -> N
 
 
 def test_forcing_the_kernels_raises_for_what_they_cannot_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "_wish", "triton")
+    monkeypatch.setattr(backends, "_requested", "triton")
     with pytest.raises(ValueError, match='attention with backend "triton": the kernel takes .* not float64'):
         ops.attention(torch.ones(1, 2, 1, 16, dtype=torch.float64), null_k=torch.ones(16), null_v=torch.ones(16))
     with pytest.raises(ValueError, match="16 to 128 channels per head in steps of 8, not 20"):
@@ -70,7 +70,7 @@ def test_a_fallback_is_told_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest
         "attention runs in plain PyTorch: of another",
     ]
     assert not backends.use_triton("attention", torch.ones(1))
-    monkeypatch.setattr(backends, "_wish", "triton")
+    monkeypatch.setattr(backends, "_requested", "triton")
     assert backends.use_triton("attention", ON_GPU, slower="of another")
 
 

@@ -128,7 +128,7 @@ def test_tiles_that_cannot_be(text: TextEmbeddings) -> None:
     with pytest.raises(ValueError, match="tile 18 of stage sr must be a multiple of 4, its U-Net's stride"):
         large().settings(tile=18)
     config = toy_cascade()
-    unet = config.stages[1].unet.model_copy(update={"coordinates": True})
+    unet = config.stages[1].unet.model_copy(update={"positional_encoding": True})
     stages = config.stages[0], config.stages[1].model_copy(update={"size": 32, "unet": unet})
     with pytest.raises(ValueError, match="stage sr knows every pixel's place: it cannot be drawn in tiles"):
         Cascade(config.model_copy(update={"stages": stages})).settings(tile=16)

@@ -21,7 +21,7 @@ from torch import Tensor
 from fastimagen.config import EMAConfig, StageConfig
 from fastimagen.seeds import mix_seed
 from fastimagen.train.ema import EMA
-from fastimagen.train.metrics import Metrics, Window
+from fastimagen.train.metrics import Metrics, MetricAverager
 from fastimagen.train.preemption import StopRequest, lock_run
 from fastimagen.train.stage_setup import initial_unet
 from tests.conftest import ROOT, TOY_STAGES, toy_tree
@@ -248,10 +248,10 @@ def test_a_signal_is_a_reason_to_stop_and_the_old_handlers_come_back(number: sig
     ours = {known: signal.getsignal(known) for known in StopRequest.SIGNALS}
     try:
         with pytest.raises(RuntimeError), StopRequest() as stop:
-            assert stop.agreed() is None
+            assert stop.should_stop() is None
             os.kill(os.getpid(), number)
-            assert stop.agreed() == number.name and mine == [0]
-            assert stop.agreed() == number.name  # and stays one
+            assert stop.should_stop() == number.name and mine == [0]
+            assert stop.should_stop() == number.name  # and stays one
             raise RuntimeError("a run that ends badly")
         assert {known: signal.getsignal(known) for known in StopRequest.SIGNALS} == ours
         os.kill(os.getpid(), number)
@@ -264,7 +264,7 @@ def test_a_signal_is_a_reason_to_stop_and_the_old_handlers_come_back(number: sig
 def test_a_second_interrupt_does_not_wait(one_process: None) -> None:
     with pytest.raises(KeyboardInterrupt), StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGINT)
-        assert stop.agreed() == "SIGINT"
+        assert stop.should_stop() == "SIGINT"
         os.kill(os.getpid(), signal.SIGINT)
 
 
@@ -278,9 +278,9 @@ def test_a_run_directory_has_one_writer(tmp_path: Path) -> None:
 
 
 def test_a_window_goes_on_where_the_checkpoint_left_it(one_process: None) -> None:
-    window = Window(torch.device("cpu"))
+    window = MetricAverager(torch.device("cpu"))
     for value in (1.0, 2.5):
         window.add(torch.tensor(value), 4, 0.1)
-    resumed = Window.resume(torch.device("cpu"), json.loads(json.dumps(window.state())), rank=0)
+    resumed = MetricAverager.resume(torch.device("cpu"), json.loads(json.dumps(window.state())), rank=0)
     resumed.add(torch.tensor(0.5), 4, 0.1)
     assert resumed.loss.item() / resumed.steps == pytest.approx(4.0 / 3, abs=1e-12)
