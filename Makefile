@@ -1,29 +1,32 @@
-# Everything from a fresh clone: each target makes its own environment in .venv, and touches nothing else.
+# Each target works from a fresh clone: it creates a virtual environment in .venv and changes nothing else.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help venv quickstart test bench gpu-check report clean
+.PHONY: help venv quickstart test test-fast drills lint bench gpu-check report clean
 
 help:
-	@echo "make quickstart   train a small cascade on captioned shapes and look at its pictures"
-	@echo "make test         run all tests"
-	@echo "make bench        measure on this machine's processor, within 10 minutes"
-	@echo "make gpu-check    test and measure on a GPU, within 9 minutes; PYTHON=... to use an environment of yours"
-	@echo "make report       the tables and plots of README.md and docs/ from all result files"
-	@echo "make venv         only make the environment, $(VENV)"
+	@echo "make quickstart   train a small cascade on captioned shapes and sample images from it"
+	@echo "make test         run all tests except the drills, within 12 minutes on two cores"
+	@echo "make test-fast    run the tests that take less than a few seconds each, within 2 minutes"
+	@echo "make drills       run the tests that take minutes each"
+	@echo "make lint         check style, format and types (ruff, mypy)"
+	@echo "make bench        benchmark on this machine's CPU, within 12 minutes"
+	@echo "make gpu-check    test and benchmark on a GPU, within 9 minutes; set PYTHON to use another environment"
+	@echo "make report       regenerate the tables and plots of README.md and docs/ from all result files"
+	@echo "make venv         create the environment in $(VENV), and do nothing else"
 
 venv: $(VENV)/ready
 
-# torch first and alone: whatever depends on it must find the pinned build already there.
-$(VENV)/ready: setup.py constraints.txt
+# Install torch first and alone: packages that depend on it must find the pinned build in place.
+$(VENV)/ready: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("fastimagen needs Python 3.11 or later; try make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) setuptools wheel
 	$(PIP) torch
-	$(PIP) --no-build-isolation --editable '.[test]'
+	$(PIP) --no-build-isolation --editable '.[test,dev]'
 	touch $@
 
 quickstart: venv
@@ -32,12 +35,23 @@ quickstart: venv
 test: venv
 	$(BIN)/python -m pytest
 
-# MinImagen without what its training scripts need: benchmarks/harness/peers.py has stand-ins.
+test-fast: venv
+	$(BIN)/python -m pytest -m 'not slow and not drill and not gpu'
+
+drills: venv
+	$(BIN)/python -m pytest -m drill
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# MinImagen is installed without the dependencies of its training scripts: benchmarks/harness/peers.py replaces them.
 bench: venv
 	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps minimagen==0.0.9 einops-exts resize-right
 	$(BIN)/python -m benchmarks.cpu
 
-# In the environment at hand, which has the PyTorch that fits the GPU; nothing is installed.
+# Runs in the current environment, whose PyTorch fits the GPU, and installs nothing.
 gpu-check:
 	$(PYTHON) -m benchmarks.gpu_check
 

@@ -1,4 +1,4 @@
-"""Packages and extras of fastimagen. What is tested together is pinned in constraints.txt."""
+"""Packages and extras of fastimagen. constraints.txt pins the versions that are tested together."""
 
 import re
 from pathlib import Path
@@ -24,8 +24,8 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.11",
-    # Named one by one: find_packages() would install tests, launch and benchmarks as top-level packages. kernels/ has
-    # no __init__.py and another name, because other packages look for a module called `kernels`.
+    # Named explicitly: find_packages() would also install tests, launch and benchmarks. kernels/ has no __init__.py and
+    # installs as fastimagen_kernels, because Hugging Face publishes a package called `kernels`.
     packages=["fastimagen", *(f"fastimagen.{name}" for name in PACKAGES), "fastimagen_kernels"],
     package_dir={"fastimagen_kernels": "kernels"},
     install_requires=["torch>=2.11", "safetensors>=0.5", "numpy>=1.26", "einops>=0.8", "pydantic>=2.10", "pillow>=11"],
@@ -37,6 +37,7 @@ setup(
         "xformers": ["xformers"],
         "demo": DEMO,
         "test": [*TRAIN, *DEMO, "pytest", "pytest-benchmark", "hypothesis"],
+        "dev": ["ruff", "mypy"],
     },
     entry_points={"console_scripts": ["fastimagen = fastimagen.cli:main"]},
 )

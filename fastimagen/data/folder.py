@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import shutil
-import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
 
+from ..files import atomic_folder, require_empty
 from ..images import open_rgb
 from .order import SAMPLES, random_bits
 from .shards import IMAGES
@@ -33,6 +32,7 @@ class PackReport:
 
     folder: Path
     packed: int = 0
+    held_out: int = 0
     shards: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
@@ -46,6 +46,8 @@ class PackReport:
 
     def __str__(self) -> str:
         lines = [f"{self.packed} samples in {self.shards} shards: {self.folder}"]
+        if self.held_out:
+            lines.append(f"{self.held_out} of them held out for validation: {self.folder / 'val'}")
         for reason, count in self.skipped.items():
             more = ", ..." if count > len(self.examples[reason]) else ""
             lines.append(f"skipped, {reason}: {count} ({', '.join(self.examples[reason])}{more})")
@@ -55,10 +57,11 @@ class PackReport:
 Item = tuple[str, Path, str]  # the path as the source names it, where it is, its caption
 
 
-def pack_folder(source: str | Path, out: str | Path, *, shard_size: int = 1000) -> PackReport:
+def pack_folder(source: str | Path, out: str | Path, *, shard_size: int = 1000, validation: float = 0.0) -> PackReport:
     """Packs all pictures below `source` whose caption is beside them: a/b.jpg and a/b.txt.
 
     They are shuffled, always in the same way, so that pictures of one folder do not fill whole shards.
+    validation: share of the images, in [0, 1). Above 0, that share goes into `out`/val and the rest into `out`/train.
     Skipped and reported: pictures without caption, captions without picture, empty or undecodable captions,
     unreadable pictures.
     Raises ValueError if `source` is no folder, `out` is not empty or nothing is left to pack; then `out` is
@@ -67,7 +70,8 @@ def pack_folder(source: str | Path, out: str | Path, *, shard_size: int = 1000) 
     root = Path(source)
     if not root.is_dir():
         raise ValueError(f"{source} is no folder of pictures")
-    report = PackReport(_free(out))
+    require_empty(out)
+    report = PackReport(Path(out))
     files = sorted(path for path in root.rglob("*") if path.is_file())
     pictures = [path for path in files if path.suffix[1:].lower() in IMAGES]
     captioned = {path.with_suffix("") for path in pictures}
@@ -90,12 +94,15 @@ def pack_folder(source: str | Path, out: str | Path, *, shard_size: int = 1000) 
             else:
                 yield name, path, caption
 
-    return _pack(items(), report, shard_size)
+    return _pack(items(), report, shard_size, validation)
 
 
-def pack_manifest(manifest: str | Path, out: str | Path, *, shard_size: int = 1000) -> PackReport:
+def pack_manifest(
+    manifest: str | Path, out: str | Path, *, shard_size: int = 1000, validation: float = 0.0
+) -> PackReport:
     """Packs what a JSONL file lists, in its order: {"image": path from the file's folder, "caption": text}.
 
+    validation: share of the images, in [0, 1). Above 0, that share goes into `out`/val and the rest into `out`/train.
     Skipped and reported: missing, unreadable and other pictures, empty captions. Raises ValueError if the
     file is missing, a line is something else, `out` is not empty or nothing is left to pack; then `out` is
     not touched.
@@ -103,7 +110,8 @@ def pack_manifest(manifest: str | Path, out: str | Path, *, shard_size: int = 10
     manifest = Path(manifest)
     if not manifest.is_file():
         raise ValueError(f"there is no manifest {manifest}")
-    report = PackReport(_free(out))
+    require_empty(out)
+    report = PackReport(Path(out))
 
     def items() -> Iterator[Item]:
         with open(manifest, encoding="utf-8-sig") as lines:
@@ -119,7 +127,7 @@ def pack_manifest(manifest: str | Path, out: str | Path, *, shard_size: int = 10
                 else:
                     yield name, path, caption
 
-    return _pack(items(), report, shard_size)
+    return _pack(items(), report, shard_size, validation)
 
 
 def _entry(line: str, place: str) -> tuple[str, str]:
@@ -133,55 +141,70 @@ def _entry(line: str, place: str) -> tuple[str, str]:
     return entry["image"], entry["caption"]
 
 
-def _free(out: str | Path) -> Path:
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} is already there: give a new or empty folder for the shards")
-    return out
-
-
-def _pack(items: Iterable[Item], report: PackReport, shard_size: int) -> PackReport:
-    """Writes into a folder beside the final one, which then appears whole or, after any error, not at all."""
-    from webdataset import ShardWriter
-
+def _pack(items: Iterable[Item], report: PackReport, shard_size: int, validation: float) -> PackReport:
+    """Write the shards, or the shards of both splits, complete or not at all."""
     if shard_size < 1:
         raise ValueError(f"a shard takes at least one sample, not {shard_size}")
-    out = report.folder.resolve()
-    temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.tmp")
-    digits = max(4, len(str(shard_size - 1)))
-    try:
-        temporary.mkdir(parents=True)
-        # Bytes and fixed times: the same input gives the same tars. ShardWriter fills its pattern in with %.
-        pattern = str(temporary).replace("%", "%%") + "/%05d.tar"
-        with ShardWriter(
-            pattern, maxcount=shard_size, maxsize=float("inf"), verbose=0, encoder=False, mtime=0
-        ) as writer:
-            for name, path, caption in items:
-                caption, data = caption.strip(), path.read_bytes()
-                if not caption:
-                    report.skip("empty caption", name)
-                    continue
-                try:
-                    open_rgb(data)
-                except ValueError as error:
-                    report.skip("unreadable picture", f"{name}: {error}")
-                    continue
-                shard, index = divmod(report.packed, shard_size)
-                writer.write(
-                    {
-                        "__key__": f"{shard:05d}{index:0{digits}d}",
-                        path.suffix[1:].lower(): data,
-                        "txt": caption.encode(),
-                        "json": json.dumps({"path": name}).encode(),
-                    }
-                )
-                report.packed += 1
-        if not report.packed:
-            what = ", ".join(f"{count} {reason}" for reason, count in report.skipped.items())
-            raise ValueError(f"nothing to pack for {report.folder}: {what or 'there are no pictures'}")
-        report.shards = -(-report.packed // shard_size)
-        os.replace(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    if not 0 <= validation < 1:
+        raise ValueError(f"the validation share must lie in [0, 1), got {validation}")
+    with atomic_folder(report.folder.resolve()) as temporary:
+        if validation:
+            items = list(items)
+            held_out = _choose_held_out([name for name, _, _ in items], validation)
+            _write_shards((item for item in items if item[0] not in held_out), temporary / "train", report, shard_size)
+            packed = report.packed
+            _write_shards((item for item in items if item[0] in held_out), temporary / "val", report, shard_size)
+            report.held_out = report.packed - packed
+        else:
+            _write_shards(items, temporary, report, shard_size)
     log.info("%s", report)
     return report
+
+
+def _choose_held_out(names: list[str], share: float) -> set[str]:
+    """The names of the images in the validation split: those with the smallest hashes, at least one.
+
+    The choice depends on the names alone, so that packing the same folder again holds out the same images.
+    """
+    if len(names) < 2:
+        raise ValueError(f"a validation split needs at least 2 images with captions, found {len(names)}")
+    ranked = sorted(names, key=lambda name: blake2b(name.encode(), digest_size=8).digest())
+    count = max(1, round(share * len(names)))
+    return set(ranked[: min(count, len(names) - 1)])
+
+
+def _write_shards(items: Iterable[Item], folder: Path, report: PackReport, shard_size: int) -> None:
+    """Write items as tars of `shard_size` samples into `folder` and count them in `report`."""
+    from webdataset import ShardWriter
+
+    folder.mkdir(exist_ok=True)
+    digits = max(4, len(str(shard_size - 1)))
+    packed = 0
+    # Bytes and fixed times: the same input gives the same tars. ShardWriter fills its pattern in with %.
+    pattern = str(folder).replace("%", "%%") + "/%05d.tar"
+    with ShardWriter(pattern, maxcount=shard_size, maxsize=float("inf"), verbose=0, encoder=False, mtime=0) as writer:
+        for name, path, caption in items:
+            caption, data = caption.strip(), path.read_bytes()
+            if not caption:
+                report.skip("empty caption", name)
+                continue
+            try:
+                open_rgb(data)
+            except ValueError as error:
+                report.skip("unreadable picture", f"{name}: {error}")
+                continue
+            shard, index = divmod(packed, shard_size)
+            writer.write(
+                {
+                    "__key__": f"{shard:05d}{index:0{digits}d}",
+                    path.suffix[1:].lower(): data,
+                    "txt": caption.encode(),
+                    "json": json.dumps({"path": name}).encode(),
+                }
+            )
+            packed += 1
+    if not packed:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in report.skipped.items())
+        raise ValueError(f"nothing to pack for {report.folder}: {reasons or 'there are no pictures'}")
+    report.packed += packed
+    report.shards += -(-packed // shard_size)

@@ -132,10 +132,10 @@ def test_an_interrupted_run_leaves_nothing(pictures, tmp_path, monkeypatch):
 def test_only_empty_folders_are_written_to(pictures, tmp_path):
     (tmp_path / "empty").mkdir()
     assert pack_folder(pictures, tmp_path / "empty").packed == 25
-    with pytest.raises(ValueError, match="already there"):
+    with pytest.raises(ValueError, match="is not empty"):
         pack_folder(pictures, tmp_path / "empty")
     (tmp_path / "file").write_text("x")
-    with pytest.raises(ValueError, match="already there"):
+    with pytest.raises(ValueError, match="is not empty"):
         pack_folder(pictures, tmp_path / "file")
     assert pack_folder(pictures, tmp_path / "new" / "100% odd {name}").packed == 25
     assert len(stored(tmp_path / "new" / "100% odd {name}")) == 25
@@ -176,3 +176,27 @@ def test_broken_manifests_are_refused(tmp_path, line, message):
     assert "\n" not in str(error.value) and sorted(os.listdir(tmp_path)) == ["a.png", "list.jsonl"]
     with pytest.raises(ValueError, match="no manifest"):
         pack_manifest(tmp_path / "gone.jsonl", tmp_path / "out")
+
+
+def test_a_validation_share_holds_out_the_same_images_every_time(pictures, tmp_path):
+    report = pack_folder(pictures, tmp_path / "split", shard_size=10, validation=0.2)
+    assert (report.packed, report.held_out, report.shards) == (25, 5, 3)
+    assert "5 of them held out for validation" in str(report)
+    splits = {name: paths(tmp_path / "split" / name) for name in ("train", "val")}
+    assert not splits["train"] & splits["val"]
+    assert (len(splits["train"]), len(splits["val"])) == (20, 5)
+    pack_folder(pictures, tmp_path / "again", shard_size=7, validation=0.2)
+    assert splits == {name: paths(tmp_path / "again" / name) for name in ("train", "val")}
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0, 2.0])
+def test_a_validation_share_outside_its_range_is_refused(share, pictures, tmp_path):
+    with pytest.raises(ValueError, match=r"validation share must lie in \[0, 1\)"):
+        pack_folder(pictures, tmp_path / "out", validation=share)
+    assert not (tmp_path / "out").exists()
+
+
+def paths(folder) -> set[str]:
+    """The original paths of all images in a folder of shards."""
+    shards = open_shards(folder)
+    return {shard.metadata(index)["path"] for shard in shards for index in range(len(shard))}
