@@ -1,8 +1,7 @@
-"""A web page for a model: captions in, pictures and the settings that make them again out. Needs the `demo` extra."""
+"""A web page for a model: captions in, images and the settings that reproduce them out. Needs the `demo` extra."""
 
 from __future__ import annotations
 
-import json
 import os
 import queue
 import signal
@@ -15,15 +14,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from PIL import Image
 from torch import Tensor
 
-from .diffusion.samplers import SAMPLERS
+from .cascade import Callback
+from .config import SamplingConfig
+from .files import write_json
 from .images import to_uint8
 from .sampling.output import Output
 from .sampling.pipeline import ImagenPipeline
+from .sampling.request import SamplingRequest
+from .sampling.settings import Setting, sampling_settings
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -33,11 +36,11 @@ EXAMPLES = (
     "a large red triangle on the right of a white background",
     "a pink circle to the left of a blue triangle on a black background",
 )  # of the built-in shapes
-MOST = 64  # pictures at once
-LARGEST_SEED = 2**53 - MOST  # a browser's numbers are exact up to 2^53, and seeds count up
-SHOW_EVERY = 0.3  # seconds between intermediate pictures
-SHOWN_SIDE = 256  # pixels: what is looked at for a moment need not be sent in full
-KEPT = 24 * 3600  # seconds that a picture stays on the disk while the page is served
+MAX_IMAGES = 64  # of one request
+MAX_SEED = 2**53 - MAX_IMAGES  # a browser's numbers are exact up to 2^53, and the seeds of a request count up
+PREVIEW_SECONDS = 0.3  # between two previews
+PREVIEW_SIZE = 256  # pixels
+CACHE_SECONDS = 24 * 3600  # how long an image stays on the disk while the page is served
 CSS = """
 .gradio-container {max-width: 1100px !important; margin: auto}
 #gallery img {image-rendering: pixelated}
@@ -50,30 +53,16 @@ CSS = """
 """
 
 
-class Cancelled(Exception):
-    """The visitor has gone or pressed stop, or the page is closing."""
-
-
-@dataclass(frozen=True)
-class Studio:
-    """Where all pictures are drawn: in one thread, since CUDA graphs are recorded for every thread anew."""
-
-    thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
-    closing: threading.Event = field(default_factory=threading.Event)
-
-    def close(self) -> None:
-        """End the drawing under way at its next step, and wait for that."""
-        self.closing.set()
-        self.thread.shutdown(cancel_futures=True)
+# ---------------------------------------------------------------- the page
 
 
 def serve(pipe: ImagenPipeline, *, host: str = "127.0.0.1", port: int = 7860) -> None:
-    """Serve the page until interrupted or terminated; then nothing of it is left on the disk.
+    """Serve the page until interrupted or terminated, then remove its temporary files.
 
-    Raises ValueError if the model names no text encoder, or if there is no listening at host and port.
+    Raises ValueError if the model names no text encoder, or if the server cannot listen on host and port.
     """
     if pipe.text_encoder is None:
-        raise ValueError(f"{pipe.source} names no text encoder: the page draws pictures for captions")
+        raise ValueError(f"{pipe.source} names no text encoder: the web page needs one to read captions")
     _check_address(host, port)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     with tempfile.TemporaryDirectory(prefix="fastimagen-demo-") as folder:
@@ -81,8 +70,8 @@ def serve(pipe: ImagenPipeline, *, host: str = "127.0.0.1", port: int = 7860) ->
         import gradio as gr
 
         theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])  # no download
-        studio = Studio()
-        app = build(pipe, studio, Path(folder))
+        worker = Worker()
+        app = build(pipe, worker, Path(folder))
         _, url, _ = app.launch(
             server_name=host,
             server_port=port,
@@ -95,200 +84,281 @@ def serve(pipe: ImagenPipeline, *, host: str = "127.0.0.1", port: int = 7860) ->
             css=CSS,
             prevent_thread_lock=True,
         )
-        print(f"{url}  (Ctrl-C ends it)", flush=True)
+        print(f"{url}  (stop with Ctrl-C)", flush=True)
         try:
             threading.Event().wait()
         except KeyboardInterrupt:
-            studio.close()
+            worker.close()
 
 
 def _check_address(host: str, port: int) -> None:
+    """Raise ValueError if nobody can listen on host and port; Gradio's own message is long."""
     with socket.socket() as trial:
         trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             trial.bind((host, port))
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise ValueError(f"cannot listen at {host}, port {port}: {reason}; choose --host and --port") from None
+            raise ValueError(f"cannot listen on {host}, port {port}: {reason}; change --host or --port") from None
 
 
-def build(pipe: ImagenPipeline, studio: Studio, folder: Path) -> gr.Blocks:
-    """The page. One visitor's pictures are drawn at a time, the others wait in line. Settings are written to folder."""
+def build(pipe: ImagenPipeline, worker: Worker, folder: Path) -> gr.Blocks:
+    """The page. It samples for one visitor at a time, the others queue. Settings to download are written to folder."""
     import gradio as gr
 
-    settings = pipe.cascade.settings()
-    shapes = pipe.text_encoder.get("included")  # the built-in encoder knows nothing else
+    sizes = " → ".join(f"{stage.name} {stage.size}x{stage.size}" for stage in pipe.cascade.config.stages)
     with gr.Blocks(
         title=f"fastimagen: {Path(pipe.source).name}",
         analytics_enabled=False,
         fill_width=True,
-        delete_cache=(KEPT // 24, KEPT),
+        delete_cache=(CACHE_SECONDS // 24, CACHE_SECONDS),
     ) as app:
-        gr.Markdown(f"# fastimagen\n`{pipe.source}` on {pipe.device}: {_sizes(pipe)} pixels")
+        gr.Markdown(f"# fastimagen\n`{pipe.source}` on {pipe.device}: {sizes} pixels")
         with gr.Row():
             with gr.Column(scale=2):
-                captions = gr.Textbox(
-                    label="Captions, one per line",
-                    lines=6,
-                    autofocus=True,
-                    elem_id="captions",
-                    value="\n".join(EXAMPLES) if shapes else "",
-                    info="This model knows captions like these." if shapes else None,
-                )
-                with gr.Row():
-                    count = gr.Slider(
-                        label="Pictures each", value=4, minimum=1, maximum=16, step=1, scale=3, buttons=[]
-                    )
-                    seed = gr.Number(label="First seed", value=0, precision=0, minimum=0, maximum=LARGEST_SEED, scale=2)
-                with gr.Row():
-                    start = gr.Button("Draw", variant="primary", elem_id="draw")
-                    stop = gr.Button("Stop", elem_id="stop")
-                negative = gr.Textbox(label="Lead away from (optional)", lines=1)
-                stages = []
-                for stage, chosen in settings.items():
-                    with gr.Accordion(f"Stage {stage}", open=False):
-                        stages += [
-                            gr.Dropdown(list(SAMPLERS), value=chosen.sampler, label="Sampler"),
-                            gr.Slider(
-                                label="Steps", value=chosen.steps, minimum=1, maximum=max(250, chosen.steps), step=1
-                            ),
-                            gr.Slider(
-                                label="Guidance",
-                                value=chosen.guidance,
-                                minimum=0,
-                                maximum=max(20, chosen.guidance),
-                                step=0.1,
-                            ),
-                        ]
+                inputs, start, stop = _inputs(pipe)
             with gr.Column(scale=3):
-                gallery = gr.Gallery(
-                    show_label=False,
-                    columns=4,
-                    height=560,
-                    format="png",
-                    elem_id="gallery",
-                    object_fit="contain",
-                    buttons=["download", "fullscreen"],
-                )
-                status = gr.Markdown("", elem_id="status")
-                with gr.Accordion("Settings that make these pictures again", open=False):
-                    record = gr.JSON(show_label=False)
-                download = gr.DownloadButton("Download settings", interactive=False)
-        drawing = start.click(
-            _draw(pipe, studio, list(settings), folder),
-            [captions, negative, seed, count, *stages],
-            [gallery, status, record, download],
-            api_name="draw",
-            concurrency_limit=1,
+                outputs = _outputs()
+        sampling = start.click(
+            _generate(pipe, worker, folder), inputs, outputs, api_name="generate", concurrency_limit=1
         )
-        stop.click(None, cancels=[drawing])
+        stop.click(None, cancels=[sampling])
     return app
 
 
-def _sizes(pipe: ImagenPipeline) -> str:
-    return " → ".join(f"{stage.name} {stage.config.size}x{stage.config.size}" for stage in pipe.cascade.stages)
-
-
-def _draw(
-    pipe: ImagenPipeline, studio: Studio, names: list[str], folder: Path
-) -> Callable[..., Iterator[tuple[Any, ...]]]:
-    """What the button does: (gallery, status, record, download) now and again while the pictures come to be."""
+def _inputs(pipe: ImagenPipeline) -> tuple[list[gr.components.Component], gr.Button, gr.Button]:
+    """(captions, negative, seed, count, and the settings of every stage), the start and the stop button."""
     import gradio as gr
 
-    def draw(captions: str, negative: str, seed: int | None, count: int, *values: Any) -> Iterator[tuple[Any, ...]]:
-        lines = [line.strip() for line in (captions or "").splitlines() if line.strip()]
-        wanted = [line for line in lines for _ in range(int(count))]
-        if not lines:
-            raise gr.Error("Write a caption first", print_exception=False)
-        if seed is None:
-            raise gr.Error("Give a seed: any whole number from 0 on", print_exception=False)
-        if len(wanted) > MOST:
-            raise gr.Error(f"{len(wanted)} pictures at once are too many: at most {MOST}", print_exception=False)
-        sampler, steps, guidance = (dict(zip(names, values[offset::3])) for offset in range(3))
-        options = {
-            "sampler": sampler,
-            "steps": {name: int(step) for name, step in steps.items()},
-            "guidance": guidance,
-            "negative": [negative.strip()] if negative and negative.strip() else None,
-            "seeds": [int(seed) + index for index in range(len(wanted))],
-        }
+    assert pipe.text_encoder is not None  # serve checks it
+    shapes = pipe.text_encoder.get("included")  # the built-in encoder only suits the built-in shapes
+    captions = gr.Textbox(
+        label="Captions, one per line",
+        lines=6,
+        autofocus=True,
+        elem_id="captions",
+        value="\n".join(EXAMPLES) if shapes else "",
+        info="This model was trained on captions like these." if shapes else None,
+    )
+    with gr.Row():
+        count = gr.Slider(label="Images per caption", value=4, minimum=1, maximum=16, step=1, scale=3, buttons=[])
+        seed = gr.Number(label="First seed", value=0, precision=0, minimum=0, maximum=MAX_SEED, scale=2)
+    with gr.Row():
+        start = gr.Button("Generate", variant="primary", elem_id="draw")
+        stop = gr.Button("Stop", elem_id="stop")
+    negative = gr.Textbox(label="Negative caption (optional)", lines=1)
+    controls = []
+    for stage, config in pipe.cascade.settings().items():
+        with gr.Accordion(f"Stage {stage}", open=False):
+            controls += [control(setting, getattr(config, setting.name)) for setting in sampling_settings()]
+    return [captions, negative, seed, count, *controls], start, stop
+
+
+def _outputs() -> list[gr.components.Component]:
+    """Gallery, status line, settings and their download."""
+    import gradio as gr
+
+    gallery = gr.Gallery(
+        show_label=False,
+        columns=4,
+        height=560,
+        format="png",
+        elem_id="gallery",
+        object_fit="contain",
+        buttons=["download", "fullscreen"],
+    )
+    status = gr.Markdown("", elem_id="status")
+    with gr.Accordion("Settings that reproduce these images", open=False):
+        record = gr.JSON(show_label=False)
+    download = gr.DownloadButton("Download settings", interactive=False)
+    return [gallery, status, record, download]
+
+
+def control(setting: Setting, value: Any) -> gr.components.Component:
+    """The control of one sampling setting: a list of choices, a slider, a checkbox, or a field that may be empty."""
+    import gradio as gr
+
+    label = setting.name.replace("_", " ").capitalize()
+    if setting.choices:
+        return gr.Dropdown(list(setting.choices), value=value, label=label, info=setting.help)
+    if setting.kind is bool:
+        return gr.Checkbox(value=value, label=label, info=setting.help)
+    if setting.kind is str:
+        return gr.Textbox(value=value, label=label, info=setting.help)
+    whole = setting.kind is int
+    if setting.optional:
+        return gr.Number(
+            value=value,
+            label=label,
+            info=setting.help,
+            precision=0 if whole else None,
+            minimum=setting.minimum,
+            maximum=setting.maximum,
+        )
+    minimum = setting.minimum or 0
+    maximum = setting.maximum
+    if maximum is None:
+        maximum = max(8 * setting.default, value, 1)  # a slider needs an end
+    step: float = 1 if whole else 0.1 if maximum - minimum > 1 else 0.001
+    if setting.excludes_minimum:
+        minimum += step
+    return gr.Slider(label=label, info=setting.help, value=value, minimum=minimum, maximum=maximum, step=step)
+
+
+# ---------------------------------------------------------------- what the button does
+
+
+def _generate(pipe: ImagenPipeline, worker: Worker, folder: Path) -> Callable[..., Iterator[tuple[Any, ...]]]:
+    """The handler of the button: yields (gallery, status, record, download), previews first."""
+    import gradio as gr
+
+    def generate(captions: str, negative: str, seed: int | None, count: int, *values: Any) -> Iterator[tuple[Any, ...]]:
         began = time.monotonic()
         try:
-            for news in in_background(studio, pipe, wanted, **options):
-                if isinstance(news, Output):
-                    path = folder / f"settings-{time.time_ns()}.json"
-                    path.write_text(json.dumps(news.record(), indent=2) + "\n")
-                    yield (
-                        _gallery(to_uint8(news.images), wanted, int(count)),
-                        "\n\n".join(
-                            [
-                                f"{len(wanted)} pictures in {time.monotonic() - began:.1f} s",
-                                *(f"Mind: {escape(line)}" for line in news.unread),
-                            ]
-                        ),
-                        news.record(),
-                        gr.DownloadButton(value=str(path), interactive=True),
-                    )
+            request = page_request(list(pipe.cascade.unets), captions, negative, seed, int(count), values)
+            settings = pipe.cascade.settings(**request.settings)
+            for item in sample_in_background(worker, pipe.sample, request):
+                if isinstance(item, Output):
+                    yield _finished(item, int(count), time.monotonic() - began, folder)
                 else:
-                    stage, step, pixels = news
-                    yield (
-                        _gallery(pixels, wanted, int(count), side=SHOWN_SIDE),
-                        f"Stage {stage}: step {step + 1} of {options['steps'][stage]}",
-                        None,
-                        gr.DownloadButton(interactive=False),
-                    )
+                    yield _preview(item, request, settings, int(count))
         except (ValueError, OSError, ImportError) as error:
             raise gr.Error(" ".join(str(error).split()), print_exception=False) from None
         except RuntimeError as error:
             if "out of memory" not in str(error):
                 raise
-            raise gr.Error("The GPU's memory does not suffice: draw fewer pictures at once", print_exception=False)
+            raise gr.Error("CUDA out of memory: generate fewer images at once", print_exception=False) from None
 
-    return draw
+    return generate
 
 
-def in_background(
-    studio: Studio, pipe: Callable[..., Output], captions: list[str], **options: Any
-) -> Iterator[tuple[str, int, Tensor] | Output]:
-    """(stage, step, pixels (B, H, W, 3) uint8) at times while the studio draws, then the result. Raises as `pipe` does.
+def page_request(
+    stages: list[str], captions: str, negative: str, seed: int | None, count: int, values: tuple[Any, ...]
+) -> SamplingRequest:
+    """The request that the page's controls describe. values: those of all settings, stage by stage."""
+    lines = [line.strip() for line in (captions or "").splitlines() if line.strip()]
+    if not lines:
+        raise ValueError("Enter a caption first")
+    if seed is None:
+        raise ValueError("Enter a seed: an integer of 0 or more")
+    repeated = [line for line in lines for _ in range(count)]
+    if len(repeated) > MAX_IMAGES:
+        raise ValueError(f"{len(repeated)} images at once are too many: the maximum is {MAX_IMAGES}")
+    settings: dict[str, dict[str, Any]] = {}
+    remaining = iter(values)
+    for stage in stages:
+        for setting in sampling_settings():
+            value = next(remaining)
+            if value is not None:
+                settings.setdefault(setting.name, {})[stage] = setting.check(value, f"Stage {stage}, {setting.name}")
+    return SamplingRequest(
+        captions=repeated,
+        seeds=list(range(int(seed), int(seed) + len(repeated))),
+        negative=[negative.strip()] if negative and negative.strip() else None,
+        settings=settings,
+    )
 
-    When the iterator or the studio is closed the work stops at its next step.
+
+def _preview(
+    item: Preview, request: SamplingRequest, settings: dict[str, SamplingConfig], count: int
+) -> tuple[Any, ...]:
+    """Outputs of the page after a step."""
+    import gradio as gr
+
+    stage, step, pixels = item
+    status = f"Stage {stage}: step {step + 1} of {settings[stage].steps}"
+    gallery = _gallery(pixels, request.labels, count, max_size=PREVIEW_SIZE)
+    return gallery, status, None, gr.DownloadButton(interactive=False)
+
+
+def _finished(output: Output, count: int, seconds: float, folder: Path) -> tuple[Any, ...]:
+    """Outputs of the page at the end."""
+    import gradio as gr
+
+    path = folder / f"settings-{time.time_ns()}.json"
+    write_json(path, output.record)
+    lines = [f"{len(output.images)} images in {seconds:.1f} s"]
+    lines += [f"Warning: {escape(warning)}" for warning in output.warnings]
+    gallery = _gallery(to_uint8(output.images), output.captions, count)
+    return gallery, "\n\n".join(lines), output.record, gr.DownloadButton(value=str(path), interactive=True)
+
+
+def _gallery(pixels: Tensor, captions: list[str], count: int, max_size: int | None = None) -> gr.Gallery:
+    """Images (B, H, W, 3) uint8, at most max_size wide, with the images of a caption in one row if they fit."""
+    import gradio as gr
+
+    images = [Image.fromarray(image) for image in pixels.numpy()]
+    if max_size is not None:
+        for image in images:
+            image.thumbnail((max_size, max_size))
+    return gr.Gallery(list(zip(images, captions)), columns=count if 3 <= count <= 6 else 4)
+
+
+# ---------------------------------------------------------------- sampling beside the page
+
+Preview = tuple[str, int, Tensor]
+"""Stage, step, current estimate of the images as pixels (B, H, W, C) uint8."""
+
+
+class Cancelled(Exception):
+    """The visitor has left or pressed Stop, or the server is shutting down."""
+
+
+@dataclass(frozen=True)
+class Worker:
+    """Runs all sampling in one thread: CUDA graphs are recorded per thread."""
+
+    thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+    closing: threading.Event = field(default_factory=threading.Event)
+
+    def close(self) -> None:
+        """Cancel the running request at its next step, and wait for it."""
+        self.closing.set()
+        self.thread.shutdown(cancel_futures=True)
+
+
+class Sample(Protocol):
+    """ImagenPipeline.sample."""
+
+    def __call__(
+        self, request: SamplingRequest, *, batch_size: int = 32, callback: Callback | None = None
+    ) -> Output: ...
+
+
+def sample_in_background(worker: Worker, sample: Sample, request: SamplingRequest) -> Iterator[Preview | Output]:
+    """Yield a preview now and then while the worker samples, then the output. Raises what `sample` raises.
+
+    When the iterator or the worker is closed, sampling stops at its next step.
     """
-    news: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    gone = threading.Event()
-    shown = -SHOW_EVERY
+    items: queue.SimpleQueue[Preview | Output | Exception] = queue.SimpleQueue()
+    closed = threading.Event()
+    last_preview = -PREVIEW_SECONDS
 
     def callback(stage: str, step: int, x: Tensor, x0: Tensor) -> None:
-        nonlocal shown
-        if gone.is_set() or studio.closing.is_set():
+        nonlocal last_preview
+        if closed.is_set() or worker.closing.is_set():
             raise Cancelled
-        if news.empty() and time.monotonic() - shown >= SHOW_EVERY:  # no heap of pictures before a slow reader
-            shown = time.monotonic()
-            news.put((stage, step, to_uint8(x0).cpu()))
+        is_due = time.monotonic() - last_preview >= PREVIEW_SECONDS
+        if is_due and items.empty():  # a slow reader gets fewer previews, not a backlog
+            last_preview = time.monotonic()
+            items.put((stage, step, to_uint8(x0).cpu()))
 
     def job() -> None:
         try:
-            news.put(pipe(captions, callback=callback, batch_size=MOST, **options))
-        except Exception as error:  # for the other thread, which knows whom to tell
-            news.put(error)
+            items.put(sample(request, callback=callback, batch_size=MAX_IMAGES))
+        except Exception as error:  # raised again in the thread that reads the queue
+            items.put(error)
 
-    studio.thread.submit(job)
+    worker.thread.submit(job)
     try:
-        while isinstance(item := news.get(), tuple):
+        while True:
+            item = items.get()
+            if isinstance(item, Cancelled):
+                return
+            if isinstance(item, Exception):
+                raise item
             yield item
-        if isinstance(item, Exception) and not isinstance(item, Cancelled):
-            raise item
-        if not isinstance(item, Cancelled):
-            yield item
+            if isinstance(item, Output):
+                return
     finally:
-        gone.set()
-
-
-def _gallery(pixels: Tensor, captions: list[str], count: int, side: int | None = None) -> gr.Gallery:
-    """Pictures (B, H, W, 3) uint8, no larger than side, each caption's in a row of their own where that fits."""
-    import gradio as gr
-
-    pictures = [Image.fromarray(picture) for picture in pixels.numpy()]
-    for picture in pictures if side else ():
-        picture.thumbnail((side, side))
-    return gr.Gallery(list(zip(pictures, captions)), columns=count if 3 <= count <= 6 else 4)
+        closed.set()

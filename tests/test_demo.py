@@ -23,13 +23,27 @@ from PIL import Image
 
 from fastimagen import demo
 from fastimagen.cli import main
+from fastimagen.config import SamplingConfig
 from fastimagen.images import to_uint8
+from fastimagen.sampling.output import Output
 from fastimagen.sampling.pipeline import ImagenPipeline
+from fastimagen.sampling.request import SamplingRequest
+from fastimagen.sampling.settings import sampling_settings
 from tests.conftest import ROOT, write_toy_encoder, write_toy_model
 
 gradio_client = pytest.importorskip("gradio_client")
 CAPTION = "a small blue star on a white background"
-STAGES = ("dpmpp_2m", 2, 2.0, "ddim", 3, 1.0)  # sampler, steps, guidance of base and of sr
+
+
+def stage_values(**settings: Any) -> tuple[Any, ...]:
+    """The controls of one stage: `settings`, and what the toy model has for the others."""
+    return tuple(settings.get(setting.name, setting.default) for setting in sampling_settings())
+
+
+STAGES = (
+    *stage_values(sampler="dpmpp_2m", steps=2, guidance=2.0),
+    *stage_values(sampler="ddim", steps=3, guidance=1.0),
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +52,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_toy_model(folder / "model", write_toy_encoder(folder / "encoder"))
 
 
-# The command, with a list of all hosts that it looks up or connects to.
+# The command, with a log of every host that it looks up or connects to.
 WATCHED = """
 import sys
 
@@ -57,7 +71,7 @@ sys.exit(main())
 
 
 class Server(NamedTuple):
-    """The page in a process of its own, where it keeps its files, and whom it called."""
+    """The page in a process of its own, its temporary folder, and the log of the hosts it contacted."""
 
     process: subprocess.Popen[str]
     url: str
@@ -100,10 +114,17 @@ def client(url: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return gradio_client.Client(url, verbose=False, download_files=str(tmp_path_factory.mktemp("downloads")))
 
 
-def draw(
-    client: Any, captions: str, *, negative: str = "", seed: int | None = 5, count: int = 1, stages: tuple = STAGES
+def generate(
+    client: Any,
+    captions: str,
+    *,
+    negative: str = "",
+    seed: int | None = 5,
+    count: int = 1,
+    stages: tuple[Any, ...] = STAGES,
 ) -> tuple[list[np.ndarray], dict, Path]:
-    job = client.submit(captions, negative, seed, count, *stages, api_name="/draw")
+    """(images, settings shown, file to download) of one click on Generate."""
+    job = client.submit(captions, negative, seed, count, *stages, api_name="/generate")
     gallery, _, record, download = job.result(timeout=60)
     return [np.asarray(Image.open(entry["image"])) for entry in gallery["value"]], record, Path(download["value"])
 
@@ -117,77 +138,85 @@ def test_the_page_names_the_model(model: Path, url: str) -> None:
     assert str(model) in page and "base 8x8" in page and "sr 16x16" in page
 
 
-def test_pictures_are_those_of_the_pipeline_and_settings_make_them_again(model: Path, client: Any) -> None:
-    pictures, record, download = draw(client, f"{CAPTION}\n\na red circle", negative="a green square", count=2)
+def test_the_images_are_those_of_the_pipeline_and_of_the_downloaded_settings(model: Path, client: Any) -> None:
+    images, record, download = generate(client, f"{CAPTION}\n\na red circle", negative="a green square", count=2)
     settings = json.loads(download.read_text())
     assert settings == record and settings["negative"] == ["a green square"]
     stages = settings["stages"]
-    chosen = [tuple(stages[name][key] for key in ("sampler", "steps", "guidance")) for name in ("base", "sr")]
-    assert chosen == [STAGES[:3], STAGES[3:]]
-    wanted = [sample["caption"] for sample in settings["samples"]]
-    assert wanted == [CAPTION, CAPTION, "a red circle", "a red circle"]
+    assert (*stages["base"].values(), *stages["sr"].values()) == STAGES
+    captions = [sample["caption"] for sample in settings["samples"]]
+    assert captions == [CAPTION, CAPTION, "a red circle", "a red circle"]
     seeds = [sample["seed"] for sample in settings["samples"]]
     assert seeds == [5, 6, 7, 8]
-    again = expected(
-        model,
-        wanted,
-        seeds=seeds,
-        negative=settings["negative"],
-        **{key: {name: stage[key] for name, stage in stages.items()} for key in ("sampler", "steps", "guidance")},
-    )
-    assert np.array_equal(pictures, again)
+    chosen = {key: {name: stage[key] for name, stage in stages.items()} for key in ("sampler", "steps", "guidance")}
+    assert np.array_equal(images, expected(model, captions, seeds=seeds, negative=settings["negative"], **chosen))
+    replayed = ImagenPipeline.from_pretrained(model).sample(SamplingRequest.from_record(download))
+    assert np.array_equal(images, to_uint8(replayed.images).numpy())
 
 
-def test_what_the_text_encoder_cannot_read_is_said(client: Any) -> None:
-    job = client.submit(f"{CAPTION}\na <b>象</b>", "", 5, 1, *STAGES, api_name="/draw")
+def test_every_sampling_setting_has_a_control_for_each_stage(url: str) -> None:
+    with urlopen(f"{url}config") as answer:
+        components = json.load(answer)["components"]
+    labels = [component["props"].get("label") for component in components]
+    for name in SamplingConfig.model_fields:
+        assert labels.count(name.replace("_", " ").capitalize()) == 2, name
+
+
+def test_warnings_of_the_text_encoder_are_shown(client: Any) -> None:
+    job = client.submit(f"{CAPTION}\na <b>象</b>", "", 5, 1, *STAGES, api_name="/generate")
     status = job.result(timeout=60)[1]
-    assert status.startswith("2 pictures in ")
-    assert status.count("Mind: ") == 1 and "does not know all of &quot;a &lt;b&gt;象" in status
+    assert status.startswith("2 images in ")
+    assert status.count("Warning: ") == 1 and "&quot;a &lt;b&gt;象" in status
 
 
 @pytest.mark.parametrize(
-    ("given", "complaint"),
+    ("inputs", "message"),
     [
-        (dict(captions="  \n "), "Write a caption first"),
-        (dict(captions="a red circle\n" * 5, count=16), "80 pictures at once are too many: at most 64"),
-        (dict(captions="a red circle", seed=None), "Give a seed: any whole number from 0 on"),
+        (dict(captions="  \n "), "Enter a caption first"),
+        (dict(captions="a red circle\n" * 5, count=16), "80 images at once are too many: the maximum is 64"),
+        (dict(captions="a red circle", seed=None), "Enter a seed: an integer of 0 or more"),
         (dict(captions="a red circle", seed=2**60), "greater than maximum"),
-        (dict(captions="a red circle", stages=("ddim", 999, *STAGES[2:])), "999 is greater than maximum value 250"),
-        (dict(captions="a red circle", stages=("euler", *STAGES[1:])), "Value: euler is not in the list of choices"),
-        (dict(captions="a red circle", negative="blue", stages=("ddim", 2, 1.0) * 2), "raise it"),
+        (
+            dict(captions="a red circle", stages=(*stage_values(steps=999), *stage_values())),
+            "999 is greater than maximum value 256",
+        ),
+        (
+            dict(captions="a red circle", stages=(*stage_values(sampler="euler"), *stage_values())),
+            "Value: euler is not in the list of choices",
+        ),
+        (
+            dict(captions="a red circle", negative="blue", stages=stage_values(steps=2, guidance=1.0) * 2),
+            "guidance is 1: raise it",
+        ),
     ],
 )
-def test_a_mistake_is_one_line_and_the_server_goes_on(given: dict[str, Any], complaint: str, client: Any) -> None:
+def test_a_mistake_is_one_line_and_the_next_request_works(inputs: dict[str, Any], message: str, client: Any) -> None:
     with pytest.raises(gradio_client.exceptions.AppError) as error:
-        draw(client, **given)
-    assert complaint in str(error.value) and "\n" not in str(error.value)
-    assert len(draw(client, CAPTION)[0]) == 1
+        generate(client, **inputs)
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert len(generate(client, CAPTION)[0]) == 1
 
 
-def test_pictures_are_shown_while_they_come_to_be(client: Any) -> None:
-    job = client.submit(f"{CAPTION}\na red circle", "", 5, 1, *STAGES, api_name="/draw")
+def test_previews_are_shown_while_sampling(client: Any) -> None:
+    job = client.submit(f"{CAPTION}\na red circle", "", 5, 1, *STAGES, api_name="/generate")
     job.result()
     first, *_, last = [(len(gallery["value"]), status, record) for gallery, status, record, _ in job.outputs()]
     assert first == (2, "Stage base: step 1 of 2", None)
-    assert last[0] == 2 and last[1].startswith("2 pictures in ") and last[2] is not None
+    assert last[0] == 2 and last[1].startswith("2 images in ") and last[2] is not None
 
 
-def test_visitors_wait_for_each_other(model: Path, client: Any) -> None:
+def test_concurrent_visitors_get_their_own_images(model: Path, client: Any) -> None:
     with ThreadPoolExecutor(3) as pool:
-        drawn = list(pool.map(lambda seed: draw(client, CAPTION, seed=seed)[0], (1, 2, 3)))
-    steps, guidance = {"base": 2, "sr": 3}, {"base": 2.0, "sr": 1.0}
-    again = expected(
-        model,
-        [CAPTION] * 3,
-        seeds=[1, 2, 3],
-        steps=steps,
-        guidance=guidance,
-        sampler={"base": "dpmpp_2m", "sr": "ddim"},
-    )
-    assert np.array_equal(np.concatenate(drawn), again)
+        images = list(pool.map(lambda seed: generate(client, CAPTION, seed=seed)[0], (1, 2, 3)))
+    settings = {
+        "steps": {"base": 2, "sr": 3},
+        "guidance": {"base": 2.0, "sr": 1.0},
+        "sampler": {"base": "dpmpp_2m", "sr": "ddim"},
+    }
+    assert np.array_equal(np.concatenate(images), expected(model, [CAPTION] * 3, seeds=[1, 2, 3], **settings))
 
 
-def test_without_gradio_it_says_what_to_install(
+def test_without_gradio_the_error_says_what_to_install(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import importlib.util
@@ -195,59 +224,65 @@ def test_without_gradio_it_says_what_to_install(
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gradio" else find(name))
     assert main(["demo", "--model", str(model)]) == 1
-    assert capsys.readouterr().err == "error: the page needs Gradio: pip install fastimagen[demo]\n"
+    assert capsys.readouterr().err == "error: the web page needs Gradio: pip install fastimagen[demo]\n"
 
 
 def test_a_model_without_text_encoder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = write_toy_model(tmp_path / "model")
     assert main(["demo", "--model", str(model)]) == 1
-    assert capsys.readouterr().err == (f"error: {model} names no text encoder: the page draws pictures for captions\n")
+    expected = f"error: {model} names no text encoder: the web page needs one to read captions\n"
+    assert capsys.readouterr().err == expected
 
 
 @pytest.mark.parametrize(("port", "reason"), [(None, "Address already in use"), ("99999", "port must be 0-65535")])
-def test_a_port_that_cannot_be_had_is_one_line(
+def test_a_port_that_cannot_be_used_is_a_one_line_error(
     port: str | None, reason: str, model: Path, url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     port = port or url.rstrip("/").rpartition(":")[2]
     assert main(["demo", "--model", str(model), "--port", port]) == 1
-    said = capsys.readouterr().err
-    assert said.startswith(f"error: cannot listen at 127.0.0.1, port {port}: ") and said.count("\n") == 1
-    assert reason in said
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: cannot listen on 127.0.0.1, port {port}: ") and error.count("\n") == 1
+    assert reason in error
 
 
-# ---- drawing beside the page
+# ---- sampling in the background
+
+REQUEST = SamplingRequest(captions=["a"])
 
 
-def endless(captions: list[str], *, callback: Any, batch_size: int) -> None:
+def sample_endlessly(request: SamplingRequest, *, callback: Any, batch_size: int) -> Output:
     for step in count():
         callback("base", step, None, torch.zeros(1, 3, 4, 4))
+    raise AssertionError
 
 
-def test_a_drawing_ends_when_its_visitor_leaves() -> None:
-    studio = demo.Studio()
-    drawing = demo.in_background(studio, endless, ["a"])
-    stage, step, pixels = next(drawing)
+def test_sampling_stops_when_its_visitor_leaves() -> None:
+    worker = demo.Worker()
+    items = demo.sample_in_background(worker, sample_endlessly, REQUEST)
+    stage, step, pixels = next(items)
     assert (stage, step, tuple(pixels.shape), int(pixels.max())) == ("base", 0, (1, 4, 4, 3), 128)
-    drawing.close()
+    items.close()
     try:
-        assert studio.thread.submit(lambda: "free").result(timeout=20) == "free"
+        assert worker.thread.submit(lambda: "free").result(timeout=20) == "free"
     finally:
-        studio.close()
+        worker.close()
 
 
-def test_a_slow_reader_keeps_no_heap_of_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    def quick(captions: list[str], *, callback: Any, batch_size: int) -> str:
+def test_previews_do_not_pile_up_for_a_slow_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    output = Output(torch.zeros(1, 3, 4, 4), ["a"], [0])
+
+    def sample(request: SamplingRequest, *, callback: Any, batch_size: int) -> Output:
         for step in range(100):
             callback("base", step, None, torch.zeros(1, 3, 4, 4))
-        return "done"
+        return output
 
-    monkeypatch.setattr(demo, "SHOW_EVERY", 0.0)
-    studio = demo.Studio()
-    drawing = demo.in_background(studio, quick, ["a"])
-    next(drawing)
-    studio.thread.shutdown()  # waits
-    rest = list(drawing)
-    assert len(rest) <= 2 and rest[-1] == "done"
+    monkeypatch.setattr(demo, "PREVIEW_SECONDS", 0.0)
+    worker = demo.Worker()
+    items = demo.sample_in_background(worker, sample, REQUEST)
+    next(items)
+    worker.thread.shutdown()  # waits
+    rest = list(items)
+    assert len(rest) <= 2 and rest[-1] is output
 
 
 # ---- in a browser
@@ -284,7 +319,7 @@ def page(url: str) -> Iterator[Any]:
         browser.close()
 
 
-def test_in_a_browser(page: Any, url: str) -> None:
+def test_the_page_generates_images_in_a_browser(page: Any, url: str) -> None:
     asked: list[str] = []
     complaints: list[str] = []
     page.on("request", lambda request: asked.append(request.url))
@@ -293,31 +328,35 @@ def test_in_a_browser(page: Any, url: str) -> None:
     page.reload()
     page.fill("#captions textarea", CAPTION)
     page.click("#draw")
-    page.wait_for_function("document.querySelector('#status').innerText.includes('4 pictures in ')", timeout=30000)
-    pictures = page.locator("#gallery .grid-wrap img")
-    assert pictures.count() == 4
+    page.wait_for_function("document.querySelector('#status').innerText.includes('4 images in ')", timeout=30000)
+    images = page.locator("#gallery .grid-wrap img")
+    assert images.count() == 4
     until = time.monotonic() + 10
-    while not (sizes := pictures.evaluate_all("all => all.map(one => one.naturalWidth)")) == [16] * 4:
+    sizes: list[int] = []
+    while sizes != [16] * 4:
         assert time.monotonic() < until, sizes
+        sizes = images.evaluate_all("all => all.map(one => one.naturalWidth)")
     assert [address for address in asked if is_foreign(address, url)] == []
     assert complaints == []
 
 
-# ---- at last
+# ---- the end of the server
 
 
-def test_the_server_asks_no_other_host(client: Any, server: Server) -> None:
-    draw(client, CAPTION)
+def test_the_server_contacts_no_other_host(client: Any, server: Server) -> None:
+    generate(client, CAPTION)
     assert set(server.hosts.read_text().split()) <= {"127.0.0.1"}
 
 
-def test_terminated_amid_a_drawing_it_leaves_nothing(client: Any, server: Server) -> None:
-    job = client.submit(CAPTION, "", 0, 16, "heun", 250, 2.0, "heun", 250, 2.0, api_name="/draw")
+def test_terminating_the_server_while_it_samples_leaves_no_files(client: Any, server: Server) -> None:
+    job = client.submit(
+        CAPTION, "", 0, 16, *stage_values(sampler="heun", steps=250, guidance=2.0) * 2, api_name="/generate"
+    )
     until = time.monotonic() + 20
     while not job.outputs():
         assert time.monotonic() < until
         time.sleep(0.05)
     server.process.terminate()
-    said = server.process.communicate(timeout=60)[0]
-    assert server.process.returncode == 0, said
+    printed = server.process.communicate(timeout=60)[0]
+    assert server.process.returncode == 0, printed
     assert list(server.temporary.iterdir()) == []

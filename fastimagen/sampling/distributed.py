@@ -1,61 +1,63 @@
-"""Sampling shared by several processes, as `torchrun` or `deepspeed` starts them: every one draws each n-th picture."""
+"""Sampling in several processes, as `torchrun` or `deepspeed` starts them: each takes every n-th image."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
+from ..cascade import Callback
 from ..images import to_uint8
-from ..text.embeddings import TextEmbeddings
 from .output import Output
 from .pipeline import ImagenPipeline
+from .request import SamplingRequest
+
+Share = tuple[list[int], Tensor | None, list[str]]
+"""Image numbers of one rank, their pixels (n, H, W, C) uint8 (None if the rank has no image), its warnings."""
 
 
 def processes() -> tuple[int, int]:
-    """(rank, number of processes) by the launcher's environment; (0, 1) without one."""
+    """(rank, number of processes) from the launcher's environment; (0, 1) without a launcher."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def draw_shared(
-    pipe: ImagenPipeline,
-    captions: Sequence[str] | None,
-    *,
-    seeds: Sequence[int],
-    text: TextEmbeddings | None = None,
-    **options: Any,
+def sample_distributed(
+    pipe: ImagenPipeline, request: SamplingRequest, *, batch_size: int = 32, callback: Callback | None = None
 ) -> Output | None:
-    """`pipe(captions, text=text, seeds=seeds, **options)`, every process its share; the first gets all pictures, as
-    8 bits a channel hold them, and the others None.
+    """`pipe.sample(request)` split over the processes. Rank 0 returns all images, the other ranks None.
 
-    A picture depends on its caption and seed, so how many processes share the work does not show in it. Pictures,
-    low-resolution pictures and negative captions in `options` are one for all. Raises what `pipe` raises, in the
-    process that meets it; the launcher ends the others.
+    The images are those of a single process, rounded to 8 bits per channel. Raises what `pipe.sample` raises, in the
+    process where it happens; the launcher then ends the others.
     """
-    rank, world = processes()
-    if world == 1:
-        return pipe(captions, text=text, seeds=seeds, **options)
-    mine = list(range(rank, len(seeds), world))
-    dist.init_process_group("gloo")  # nothing but finished pictures travels
+    rank, world_size = processes()
+    if world_size == 1:
+        return pipe.sample(request, batch_size=batch_size, callback=callback)
+    numbers = list(range(rank, len(request), world_size))
+    share: Share = ([], None, [])
+    dist.init_process_group("gloo")  # only finished images travel
     try:
-        output = None
-        if mine:
-            output = pipe(
-                captions and [captions[i] for i in mine],
-                text=None if text is None else text[mine],
-                seeds=[seeds[i] for i in mine],
-                **options,
-            )
-        pixels = None if output is None else to_uint8(output.images)  # (n, H, W, 3)
-        shares: list[Any] | None = [None] * world if rank == 0 else None
-        dist.gather_object((mine, pixels), shares)
+        if numbers:
+            output = pipe.sample(request[numbers], batch_size=batch_size, callback=callback)
+            share = (numbers, to_uint8(output.images), output.warnings)
+        shares: list[Any] | None = [None] * world_size if rank == 0 else None
+        dist.gather_object(share, shares)
+        dist.barrier()  # no rank closes its connections while another one still reads
     finally:
         dist.destroy_process_group()
-    if rank != 0:
-        return None
-    rows = {index: row for indices, part in shares if indices for index, row in zip(indices, part)}
-    images = torch.stack([rows[index] for index in range(len(seeds))]).permute(0, 3, 1, 2) / 127.5 - 1  # (B, 3, H, W)
-    return Output(images, list(captions or [""] * len(seeds)), list(seeds), output.settings)
+    return None if shares is None else _merge(pipe, request, shares)
+
+
+def _merge(pipe: ImagenPipeline, request: SamplingRequest, shares: list[Share]) -> Output:
+    """One output from the shares of all ranks."""
+    pixels: dict[int, Tensor] = {}
+    warnings: dict[str, None] = {}  # an ordered set: all ranks have the same negative captions
+    for numbers, share_pixels, share_warnings in shares:
+        if share_pixels is not None:
+            pixels |= zip(numbers, share_pixels)
+        warnings |= dict.fromkeys(share_warnings)
+    images = torch.stack([pixels[number] for number in range(len(request))])  # (B, H, W, C)
+    images = images.permute(0, 3, 1, 2) / 127.5 - 1  # (B, C, H, W)
+    return Output(images, request.labels, list(request.seeds), pipe.record(request), list(warnings))

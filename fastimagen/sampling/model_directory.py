@@ -1,4 +1,11 @@
-"""The model directory on disk: model_index.json, a folder per stage, the text encoder, README.md."""
+"""The model directory on disk: what `fastimagen export` writes and the pipeline reads.
+
+model_index.json              format, stages in order, reference to the text encoder
+<stage>/config.json           the stage's configuration
+<stage>/model.safetensors     EMA weights by parameter name, the configuration in the header
+text_encoder/                 only if the encoder is included; otherwise the index names it
+README.md                     the model card
+"""
 
 from __future__ import annotations
 
@@ -8,7 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from .. import __version__
 from ..config import CascadeConfig, StageConfig
@@ -30,18 +38,16 @@ def write_model(
     """Write a model directory from weights by stage and parameter name, complete or not at all.
 
     text_encoder: {"name", "revision", "max_length", "included"}; an included one is copied from encoder_folder.
+    Raises ValueError if the folder is not empty.
     """
-    from safetensors.torch import save_file
-
     with atomic_folder(path) as temporary:
         for stage in cascade.stages:
+            folder = temporary / stage.name
+            folder.mkdir()
             config = stage.model_dump_json(indent=2)
-            (temporary / stage.name).mkdir()
-            (temporary / stage.name / "config.json").write_text(config + "\n")
+            (folder / "config.json").write_text(config + "\n")
             contiguous = {name: weight.detach().cpu().contiguous() for name, weight in weights[stage.name].items()}
-            save_file(
-                contiguous, temporary / stage.name / "model.safetensors", metadata={"format": "pt", "config": config}
-            )
+            save_file(contiguous, folder / "model.safetensors", metadata={"format": "pt", "config": config})
         if text_encoder and text_encoder.get("included"):
             assert encoder_folder is not None
             shutil.copytree(encoder_folder, temporary / text_encoder["name"])
@@ -59,13 +65,14 @@ def write_model(
 def read_model(path: str | Path) -> tuple[CascadeConfig, dict[str, dict[str, Tensor]], dict[str, Any]]:
     """(cascade, weights by stage and parameter name, content of model_index.json) of a model directory.
 
-    Raises ValueError with one line if the folder is not a model directory, has another format or is damaged.
+    Raises ValueError with one line if the folder is not a model directory, has another format or is damaged. Whether
+    the weights fit their configuration is checked by `load_weights`.
     """
     path = Path(path)
     if not (path / "model_index.json").is_file():
         raise ValueError(
             f"{path} is not a model directory: it has no model_index.json; "
-            f"`fastimagen export` turns a run directory into a model directory"
+            f"`fastimagen export` converts a run directory into a model directory"
         )
     index = read_json_object(path / "model_index.json")
     if index.get("format") != FORMAT:
@@ -76,3 +83,24 @@ def read_model(path: str | Path) -> tuple[CascadeConfig, dict[str, dict[str, Ten
     ]
     cascade = validate(CascadeConfig, {"stages": stages}, f"{path}/model_index.json")
     return cascade, {stage.name: read_safetensors(path / stage.name / "model.safetensors") for stage in stages}, index
+
+
+def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str, *, assign: bool = False) -> None:
+    """Load weights by parameter name. assign: make them the parameters, instead of copying into those that exist.
+
+    Raises ValueError that starts with `source` and names the first parameters that do not match.
+    """
+    expected = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    found = {name: tuple(weight.shape) for name, weight in weights.items()}
+    problems = []
+    for name in sorted(expected.keys() | found.keys()):
+        if name not in found:
+            problems.append(f"missing {name}")
+        elif name not in expected:
+            problems.append(f"unexpected {name}")
+        elif found[name] != expected[name]:
+            problems.append(f"{name} has shape {found[name]}, expected {expected[name]}")
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise ValueError(f"{source}: weights and configuration do not match: {'; '.join(problems[:3])}{more}")
+    module.load_state_dict(weights, assign=assign)

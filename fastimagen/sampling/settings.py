@@ -1,0 +1,100 @@
+"""Sampling settings as users give them: by name, one value for all stages or one for each of several stages.
+
+The settings are the fields of SamplingConfig. The command line, the web page and samples.json are made from those
+fields, so a new field appears in all three. Imports without torch, because `fastimagen sample --help` needs it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
+
+from ..config import SamplingConfig
+from ..config_file import validate
+
+CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
+Offload = Literal["auto", "always", "never"]
+"""When a stage's weights are on the GPU: "always" offloads them while other stages run, "auto" only if they fill it."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One field of SamplingConfig, as a command line flag or a control of the web page needs it."""
+
+    name: str
+    kind: type
+    """bool, int, float or str; str also for the choices of a Literal."""
+    choices: tuple[str, ...]
+    """The values of a Literal; empty for numbers."""
+    optional: bool
+    """Whether None is allowed."""
+    default: Any
+    minimum: float | None
+    maximum: float | None
+    excludes_minimum: bool
+    help: str
+
+    @property
+    def flag(self) -> str:
+        """The flag of the command line."""
+        return f"--{self.name.replace('_', '-')}"
+
+    def check(self, value: Any, where: str) -> Any:
+        """`value`, a string included, in the field's type. Raises ValueError that starts with `where`."""
+        try:
+            return getattr(validate(SamplingConfig, {self.name: value}, "sampling"), self.name)
+        except ValueError as error:
+            problem = str(error).removeprefix(f"sampling.{self.name}: ")
+            raise ValueError(f"{where}: {problem}") from None
+
+    def parse(self, text: str, where: str) -> Any:
+        """A value from `20`, or values by stage from `base=20,sr=8`. Raises ValueError that starts with `where`."""
+        if "=" not in text:
+            return self.check(text, where)
+        by_stage: dict[str, Any] = {}
+        for part in text.split(","):
+            stage, equals, value = part.strip().partition("=")
+            if not stage or not equals or stage in by_stage:
+                raise ValueError(f"{where}: give one value, or one for each stage as in base=A,sr=B (given: {text!r})")
+            by_stage[stage] = self.check(value, f"{where} {stage}")
+        return by_stage
+
+
+def sampling_settings() -> Iterator[Setting]:
+    """Every field of SamplingConfig, in order."""
+    for name, field in SamplingConfig.model_fields.items():
+        annotation: Any = field.annotation
+        members = get_args(annotation)
+        optional = NoneType in members
+        if optional:
+            annotation = next(member for member in members if member is not NoneType)
+        is_choice = get_origin(annotation) is Literal
+        bounds: dict[str, Any] = {}
+        for constraint in field.metadata:  # annotated_types: Ge(ge=1), Le(le=1), ...
+            for bound in ("ge", "gt", "le", "lt"):
+                if hasattr(constraint, bound):
+                    bounds[bound] = getattr(constraint, bound)
+        yield Setting(
+            name=name,
+            kind=annotation if annotation in (bool, int, float) else str,
+            choices=get_args(annotation) if is_choice else (),
+            optional=optional,
+            default=field.default,
+            minimum=bounds.get("ge", bounds.get("gt")),
+            maximum=bounds.get("le", bounds.get("lt")),
+            excludes_minimum="gt" in bounds,
+            help=" ".join((field.description or name).split()),
+        )
+
+
+def require_known(settings: Mapping[str, Any]) -> None:
+    """Raise ValueError that names the nearest setting if one of `settings` is not a field of SamplingConfig."""
+    for name in settings:
+        if name in SamplingConfig.model_fields:
+            continue
+        near = difflib.get_close_matches(name, SamplingConfig.model_fields, n=1, cutoff=0.5)
+        hint = f'did you mean "{near[0]}"?' if near else f"valid settings: {', '.join(SamplingConfig.model_fields)}"
+        raise ValueError(f'unknown sampling setting "{name}"; {hint}')
