@@ -224,12 +224,12 @@ def test_given_pictures_that_make_no_sense(arguments: dict, complaint: str) -> N
         (dict(start_at="sr", stop_at="base", lowres=picture(8)), "start_at sr comes after stop_at base"),
         (dict(start_at="sr"), "stage sr enlarges a picture: give lowres"),
         (dict(lowres=picture(8)), "stage base starts from noise, not from lowres"),
-        (dict(lowres=picture(8, batch=3), start_at="sr"), "3 lowres pictures for 2 pictures"),
+        (dict(lowres=picture(8, batch=3), start_at="sr"), "3 lowres images for 2 images"),
         (dict(lowres=picture(8) * 3, start_at="sr"), r"lowres must lie in \[-1, 1\]"),
-        (dict(init_image=InitImage(picture(8, batch=3))), "3 given pictures for 2 pictures"),
-        (dict(negative=["blue"], guidance=1.0), "negative captions act through guidance"),
-        (dict(negative=["a", "b", "c"]), "3 negative captions for 2 pictures"),
-        (dict(negative="blue"), "negative must be a list"),
+        (dict(init_image=InitImage(picture(8, batch=3))), "3 init images for 2 images"),
+        (dict(negative=["blue"], guidance=1.0), "negative captions need classifier-free guidance"),
+        (dict(negative=["a", "b", "c"]), "3 negative captions for 2 images"),
+        (dict(negative="blue"), "negative captions must be a list"),
     ],
 )
 def test_calls_that_make_no_sense(arguments: dict, complaint: str, pipe: ImagenPipeline, text: TextEmbeddings) -> None:
@@ -274,9 +274,9 @@ def test_inpainting_by_command(pipe: ImagenPipeline, tmp_path: Path, capsys: pyt
     assert record["negative"] == ["a cross"]
     save_png(picture(8, batch=1)[0], tmp_path / "small.png")
     for arguments, complaint in [
-        (["--image", "small.png", "--mask", "mask.png"], "must be of one size"),
-        (["--mask", "mask.png"], "--mask and --strength go with --image"),
-        (["--image", "none.png"], "cannot read picture"),
+        (["--image", "small.png", "--mask", "mask.png"], "must have the same size"),
+        (["--mask", "mask.png"], "--mask, --strength and --resamples need --image"),
+        (["--image", "none.png"], "cannot read image"),
     ]:
         paths = [str(tmp_path / word) if word.endswith(".png") else word for word in arguments]
         assert main(["sample", "--model", pipe.source, "--captions", "x", "--out", str(tmp_path / "no"), *paths]) == 1
