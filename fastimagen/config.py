@@ -14,9 +14,9 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_val
 
 
 class Section(BaseModel):
-    """Base of all sections: unknown keys are refused, values are frozen."""
+    """Base class of all sections: unknown keys are errors, values are frozen, a field's docstring is its description."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class UNetConfig(Section):
@@ -184,6 +184,8 @@ class AugmentationConfig(Section):
 
 
 SamplerName = Literal["ddpm", "ddim", "dpmpp_2m", "heun"]
+CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
+"""Modes of torch.compile."""
 
 
 class SamplingConfig(Section):
@@ -369,7 +371,7 @@ class TrainConfig(Section):
     """Steps between sample grids."""
     sample_count: int = Field(16, ge=1)
     """Pictures of a grid: the first captions of the validation set, with seeds 0, 1, 2, ..."""
-    compile: Literal["default", "reduce-overhead", "max-autotune"] | None = None
+    compile: CompileMode | None = None
     """A mode of torch.compile for the U-Nets on GPUs; a CPU trains them as they are."""
     max_nonfinite: int = Field(10, ge=1)
     """Steps in a row with a non-finite loss or gradient that end the run."""
