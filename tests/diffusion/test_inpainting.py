@@ -149,10 +149,10 @@ def test_a_smaller_stage_keeps_only_what_is_kept_whole() -> None:
 
 def test_the_stages_one_by_one_are_the_cascade(pipe: ImagenPipeline, text: TextEmbeddings) -> None:
     base = pipe(text=text, stop_at="base")
-    assert base.images.shape == (2, 3, 8, 8) and list(base.settings["stages"]) == ["base"]
+    assert base.images.shape == (2, 3, 8, 8) and list(base.record["stages"]) == ["base"]
     enlarged = pipe(text=text, lowres=base.images, start_at="sr")
     assert torch.equal(enlarged.images, pipe(text=text).images)
-    assert list(enlarged.settings["stages"]) == ["sr"]
+    assert list(enlarged.record["stages"]) == ["sr"]
 
 
 def test_one_picture_serves_all_captions(pipe: ImagenPipeline, text: TextEmbeddings) -> None:
@@ -173,7 +173,7 @@ def test_leading_away_from_the_caption_itself_leads_nowhere(pipe: ImagenPipeline
 def test_a_negative_caption_changes_the_picture(pipe: ImagenPipeline) -> None:
     plain, led = (pipe(CAPTIONS, guidance=3.0, negative=negative) for negative in (None, ["a green cross"]))
     assert not torch.allclose(plain.images, led.images, atol=1e-3)
-    assert led.settings["negative"] == ["a green cross"]
+    assert led.record["negative"] == ["a green cross"]
 
 
 # ---- a picture depends on its own row alone
