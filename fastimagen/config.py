@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_val
 
 
 class Section(BaseModel):
-    """Base class of all sections: unknown keys are errors, values are frozen, a field's docstring is its description."""
+    """Base class of all sections: an unknown key is an error, values are frozen, docstrings describe the fields."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -81,7 +81,7 @@ class UNetConfig(Section):
     """Levels whose activations are recomputed in the backward pass to save memory."""
 
     @model_validator(mode="after")
-    def _consistent(self) -> "UNetConfig":
+    def _consistent(self) -> UNetConfig:
         levels = len(self.dim_mults)
         if not levels or min(self.dim_mults) < 1:
             raise ValueError(f"dim_mults must hold at least one positive number, got {self.dim_mults}")
@@ -129,7 +129,7 @@ class ScheduleConfig(Section):
     """Log signal-to-noise ratio is kept within these bounds, so alpha never reaches zero."""
 
     @model_validator(mode="after")
-    def _consistent(self) -> "ScheduleConfig":
+    def _consistent(self) -> ScheduleConfig:
         if self.name == "linear" and self.timesteps is None:
             raise ValueError('the linear schedule is discrete: give "timesteps" (DDPM and MinImagen: 1000)')
         if self.name == "cosine" and self.timesteps is not None:
@@ -176,7 +176,7 @@ class AugmentationConfig(Section):
     """Level used in sampling."""
 
     @model_validator(mode="after")
-    def _consistent(self) -> "AugmentationConfig":
+    def _consistent(self) -> AugmentationConfig:
         low, high = self.train_range
         if not 0 <= low <= high <= 1:
             raise ValueError(f"train_range must ascend within [0, 1], got {self.train_range}")
@@ -226,7 +226,7 @@ class StageConfig(Section):
     """Defaults of sampling."""
 
     @model_validator(mode="after")
-    def _consistent(self) -> "StageConfig":
+    def _consistent(self) -> StageConfig:
         for label, side in (("size", self.size), ("crop", self.crop or self.size)):
             if side % self.unet.stride:
                 raise ValueError(
@@ -251,7 +251,7 @@ class CascadeConfig(Section):
     """One or more, of ascending size; every stage after the first has a low-resolution input."""
 
     @model_validator(mode="after")
-    def _consistent(self) -> "CascadeConfig":
+    def _consistent(self) -> CascadeConfig:
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
             raise ValueError(f"stage names must differ, got {names}")
@@ -377,7 +377,7 @@ class TrainConfig(Section):
     """Steps in a row with a non-finite loss or gradient that end the run."""
 
     @model_validator(mode="after")
-    def _consistent(self) -> "TrainConfig":
+    def _consistent(self) -> TrainConfig:
         for name, stage in self.stages.items():
             if "fastimagen" in stage.deepspeed:
                 raise ValueError(f'train.stages.{name}.deepspeed takes DeepSpeed keys, not "fastimagen"')
