@@ -1,4 +1,4 @@
-"""The `fastimagen` command as a user meets it: what it writes, and what it says of bad input."""
+"""The `fastimagen` command: what it writes, and its one-line errors."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def damaged(model: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """Run a command that must fail: the one line it says. Nothing on the disk has changed then."""
+    """Run a command that must fail and return its one-line error; checks that it changed no file."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: object) -> str:
@@ -58,26 +58,12 @@ def sample(*arguments: object) -> None:
 # ---- sample
 
 
-def test_sample_writes_what_it_promises(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "new/pictures"
-    sample(
-        "--model",
-        model,
-        "--captions",
-        *CAPTIONS,
-        "--out",
-        out,
-        "--steps",
-        3,
-        "--sampler",
-        "ddim",
-        "--guidance",
-        1.5,
-        "--seed",
-        40,
-        "--batch-size",
-        2,
-    )
+def test_sample_writes_images_captions_and_settings(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new/samples"
+    settings = ["--steps", 3, "--sampler", "ddim", "--guidance", "base=1.5,sr=2", "--seed", 40, "--batch-size", 2]
+    sample("--model", model, "--captions", *CAPTIONS, "--out", out, *settings)
     assert capsys.readouterr().out.strip() == str(out)
     assert sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()) == [
         "captions.txt",
@@ -93,14 +79,14 @@ def test_sample_writes_what_it_promises(model: Path, tmp_path: Path, capsys: pyt
     assert record["samples"] == [
         {"image": f"images/{i:06d}.png", "caption": caption, "seed": 40 + i} for i, caption in enumerate(CAPTIONS)
     ]
-    for stage in ("base", "sr"):
+    for stage, guidance in (("base", 1.5), ("sr", 2.0)):
         settings = record["stages"][stage]
-        assert (settings["steps"], settings["sampler"], settings["guidance"]) == (3, "ddim", 1.5)
+        assert (settings["steps"], settings["sampler"], settings["guidance"]) == (3, "ddim", guidance)
     assert Image.open(out / "images/000000.png").size == (16, 16)
 
 
-def test_settings_make_the_same_pictures_again(model: Path, tmp_path: Path) -> None:
-    """As the demo hands them out: stages of their own settings, seeds as they come, a negative caption."""
+def test_settings_reproduce_the_same_files(model: Path, tmp_path: Path) -> None:
+    """As the web page writes them: settings of each stage, seeds in any order, a negative caption."""
     output = ImagenPipeline.from_pretrained(model)(
         CAPTIONS,
         seeds=[7, 3, 9],
@@ -111,42 +97,54 @@ def test_settings_make_the_same_pictures_again(model: Path, tmp_path: Path) -> N
         negative=["a cross"],
     )
     output.save(tmp_path / "first")
-    sample("--model", model, "--settings", tmp_path / "first/samples.json", "--out", tmp_path / "again")
-    assert files(tmp_path / "again") == files(tmp_path / "first")
+    sample("--model", model, "--settings", tmp_path / "first/samples.json", "--out", tmp_path / "second")
+    assert files(tmp_path / "second") == files(tmp_path / "first")
 
 
-def test_settings_that_cannot_be_followed(model: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
-    picture = tmp_path / "picture.png"
-    Image.new("RGB", (16, 16)).save(picture)
-    sample("--model", model, "--captions", "a", "--image", picture, "--strength", 0.5, "--out", tmp_path / "out")
+def test_settings_that_cannot_be_reproduced_are_refused(
+    model: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    Image.new("RGB", (16, 16)).save(tmp_path / "init.png")
+    arguments = ["--image", tmp_path / "init.png", "--strength", 0.5, "--out", tmp_path / "out"]
+    sample("--model", model, "--captions", "a", *arguments)
     (tmp_path / "other.json").write_text('{"samples": 3}')
-    for arguments, complaint in (
-        (("out/samples.json",), "which it does not hold"),
-        (("other.json",), "other.json holds no settings of pictures"),
-        (("nowhere.json",), "cannot read settings nowhere.json: No such file or directory"),
-        (("other.json", "--start-at", "sr"), "--settings settles --start-at already"),
-        (("other.json", "--seed", "3"), "--settings settles --seed already"),
+    for arguments, message in (
+        (("out/samples.json",), "out/samples.json does not hold all inputs"),
+        (("other.json",), "other.json does not hold the settings of sampled images"),
+        (("nowhere.json",), "cannot read nowhere.json: No such file or directory"),
+        (("other.json", "--start-at", "sr"), "--settings already sets --start-at"),
+        (("other.json", "--seed", "0"), "--settings already sets --seed"),
+        (("other.json", "--percentile", "0.9"), "--settings already sets --percentile"),
     ):
-        assert complaint in refused("sample", "--model", model, "--out", "new", "--settings", *arguments)
+        assert message in refused("sample", "--model", model, "--out", "new", "--settings", *arguments)
 
 
-def test_line_i_of_a_file_is_image_i(model: Path, tmp_path: Path) -> None:
-    """Each picture is the one that its caption and seed give alone. Windows line ends and a byte order mark
-    are no part of the captions."""
-    (tmp_path / "captions.txt").write_bytes(b"\xef\xbb\xbf" + "\r\n".join([*CAPTIONS, ""]).encode())
-    sample("--model", model, "--captions", tmp_path / "captions.txt", "--out", tmp_path / "all")
+def test_line_i_of_a_caption_file_is_image_i(model: Path, tmp_path: Path) -> None:
+    """Each image depends on its caption and seed only. Windows line ends and a byte order mark are removed."""
+    (tmp_path / "captions.TXT").write_bytes(b"\xef\xbb\xbf" + "\r\n".join([*CAPTIONS, ""]).encode())
+    sample("--model", model, "--captions", tmp_path / "captions.TXT", "--out", tmp_path / "all")
     assert (tmp_path / "all/captions.txt").read_text().splitlines() == CAPTIONS
     for index, caption in enumerate(CAPTIONS):
         alone = tmp_path / str(index)
         sample("--model", model, "--captions", caption, "--out", alone, "--seed", index)
-        ours, theirs = (
-            torch.tensor(list(Image.open(path).tobytes()))
-            for path in (tmp_path / f"all/images/{index:06d}.png", alone / "images/000000.png")
-        )
-        assert (ours - theirs).abs().max() <= 1
+        paths = tmp_path / f"all/images/{index:06d}.png", alone / "images/000000.png"
+        in_batch, by_itself = (torch.tensor(list(Image.open(path).tobytes())) for path in paths)
+        assert (in_batch - by_itself).abs().max() <= 1
 
 
-def test_sample_from_embeddings_leaves_the_text_encoder_alone(model: Path, damaged: Path, tmp_path: Path) -> None:
+def test_several_caption_files_are_one_list(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\n".join(CAPTIONS[:2]))
+    (tmp_path / "b.txt").write_text(f"{CAPTIONS[2]}\n")
+    sample("--model", model, "--captions", tmp_path / "a.txt", tmp_path / "b.txt", "--out", tmp_path / "out")
+    assert (tmp_path / "out/captions.txt").read_text().splitlines() == CAPTIONS
+
+
+def test_an_empty_negative_caption_is_none(model: Path, tmp_path: Path) -> None:
+    sample("--model", model, "--captions", "a", "--negative", "", "--guidance", 1, "--out", tmp_path / "out")
+    assert json.loads((tmp_path / "out/samples.json").read_text())["negative"] is None
+
+
+def test_sampling_from_embeddings_needs_no_text_encoder(model: Path, damaged: Path, tmp_path: Path) -> None:
     ImagenPipeline.from_pretrained(model).encode(CAPTIONS).save(tmp_path / "text.safetensors", CAPTIONS)
     shutil.rmtree(damaged / "text_encoder")
     sample("--model", damaged, "--embeddings", tmp_path / "text.safetensors", "--out", tmp_path / "out")
@@ -154,48 +152,50 @@ def test_sample_from_embeddings_leaves_the_text_encoder_alone(model: Path, damag
 
 
 @pytest.mark.parametrize(
-    ("content", "complaint"),
+    ("content", "message"),
     [
         (None, "cannot read captions captions.txt: No such file or directory"),
-        (b"", "captions.txt holds no captions"),
-        (b"a\n\nb\n   \n", "captions.txt: caption 2, 4 is blank; line i is image i, so take it out"),
+        (b"", "captions.txt contains no captions"),
+        (b"a\n\nb\n   \n", "captions.txt: blank line 2, 4; each line is the caption of one image"),
         (b"caf\xe9\n", "captions captions.txt are not UTF-8"),
     ],
 )
-def test_bad_caption_files(
-    content: bytes | None, complaint: str, model: Path, tmp_path: Path, refused: Callable[..., str]
+def test_unusable_caption_files_are_refused(
+    content: bytes | None, message: str, model: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     if content is not None:
         (tmp_path / "captions.txt").write_bytes(content)
-    assert refused("sample", "--model", model, "--captions", "captions.txt").startswith(complaint)
+    assert refused("sample", "--model", model, "--captions", "captions.txt").startswith(message)
 
 
-def test_a_blank_caption(model: Path, refused: Callable[..., str]) -> None:
-    said = refused("sample", "--model", model, "--captions", "a", " ")
-    assert said.startswith("--captions: caption 2 is blank")
+def test_a_blank_caption_is_refused(model: Path, refused: Callable[..., str]) -> None:
+    error = refused("sample", "--model", model, "--captions", "a", " ")
+    assert error == "--captions: caption 2 is blank"
 
 
-def test_an_output_folder_with_anything_in_it_stays_as_it_is(
+def test_an_output_folder_that_is_not_empty_is_left_unchanged(
     model: Path, tmp_path: Path, refused: Callable[..., str], toy_config: dict
 ) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/000000.png").write_text("precious")
     write_toy_run(tmp_path / "run", toy_config)
-    (tmp_path / "pictures").mkdir()
-    Image.new("RGB", (20, 20)).save(tmp_path / "pictures/a.png")
-    (tmp_path / "pictures/a.txt").write_text("black")
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (20, 20)).save(tmp_path / "images/a.png")
+    (tmp_path / "images/a.txt").write_text("black")
     for command in (
         ["sample", "--model", model, "--captions", "a"],
         ["evaluate", "--model", model, "--count", "1"],
         ["export", "--run", "run"],
-        ["shards", "folder", "pictures"],
+        ["shards", "folder", "images"],
         ["shards", "shapes", "--count", "2"],
     ):
         assert refused(*command, "--out", "out").startswith(("out is", f"{tmp_path}/out is"))
 
 
 MODEL_DAMAGE = {
-    "there is no model_index.json in it (`fastimagen export`": lambda m: (m / "model_index.json").unlink(),
+    "is not a model directory: it has no model_index.json; `fastimagen export`": lambda m: (
+        m / "model_index.json"
+    ).unlink(),
     "model_index.json is not JSON": lambda m: (m / "model_index.json").write_text('{"format": '),
     "model_index.json must hold a JSON object": lambda m: (m / "model_index.json").write_text("[]"),
     "this version reads 'fastimagen.model.1'": lambda m: change(m / "model_index.json", format="model.9"),
@@ -204,7 +204,9 @@ MODEL_DAMAGE = {
     "cannot read damaged/base/config.json: No such file": lambda m: (m / "base/config.json").unlink(),
     "base/config.json is not JSON": lambda m: (m / "base/config.json").write_text("{"),
     'damaged/base/config.json.sise; did you mean "size"?': lambda m: change(m / "base/config.json", sise=8),
-    "weights and config.json disagree about": lambda m: change(m / "base/config.json", unet={"dim": 16}),
+    "damaged/base: weights and configuration do not match: ": lambda m: change(
+        m / "base/config.json", unet={"dim": 16}
+    ),
     "cannot read weights damaged/sr/model.safetensors": lambda m: (m / "sr/model.safetensors").unlink(),
     "cannot read weights damaged/base/model.safetensors": lambda m: cut(m / "base/model.safetensors"),
     "damaged/sr/model.safetensors": lambda m: (m / "sr/model.safetensors").write_bytes(b""),
@@ -224,37 +226,35 @@ def cut(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
-@pytest.mark.parametrize("complaint", MODEL_DAMAGE)
-def test_a_damaged_model(complaint: str, damaged: Path, refused: Callable[..., str]) -> None:
-    MODEL_DAMAGE[complaint](damaged)
-    assert complaint in refused("sample", "--model", "damaged", "--captions", "a", "--out", "out")
+@pytest.mark.parametrize("message", MODEL_DAMAGE)
+def test_a_damaged_model_is_refused(message: str, damaged: Path, refused: Callable[..., str]) -> None:
+    MODEL_DAMAGE[message](damaged)
+    assert message in refused("sample", "--model", "damaged", "--captions", "a", "--out", "out")
 
 
-def test_no_model(refused: Callable[..., str]) -> None:
-    assert "nowhere is no model directory" in refused("sample", "--model", "nowhere", "--captions", "a")
-    assert "nowhere is no model directory" in refused("evaluate", "--model", "nowhere")
+def test_a_folder_that_is_not_a_model_is_refused(refused: Callable[..., str]) -> None:
+    assert "nowhere is not a model directory" in refused("sample", "--model", "nowhere", "--captions", "a")
+    assert "nowhere is not a model directory" in refused("evaluate", "--model", "nowhere")
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "complaint"),
+    ("option", "value", "message"),
     [
-        (
-            "--sampler",
-            "euler",
-            "sampling of base.sampler: Input should be 'ddpm', 'ddim', 'dpmpp_2m' or 'heun' (given: 'euler')",
-        ),
-        ("--steps", "0", "sampling of base.steps: Input should be greater than or equal to 1 (given: 0)"),
-        ("--guidance", "-1", "sampling of base.guidance: Input should be greater than or equal to 0 (given: -1.0)"),
-        ("--guidance", "nan", "sampling of base.guidance"),
+        ("--sampler", "euler", "--sampler: Input should be 'ddpm', 'ddim', 'dpmpp_2m' or 'heun' (given: 'euler')"),
+        ("--steps", "0", "--steps: Input should be greater than or equal to 1 (given: '0')"),
+        ("--steps", "many", "--steps: Input should be a valid integer"),
+        ("--steps", "base=3,top=4", "steps is given for unknown stage top; the cascade has base, sr"),
+        ("--guidance", "-1", "--guidance: Input should be greater than or equal to 0 (given: '-1')"),
+        ("--guidance", "nan", "--guidance: "),
         ("--batch-size", "0", "batch_size must be at least 1, got 0"),
-        ("--device", "gpu", "--device gpu is not to be had here"),
-        ("--device", "cuda:99", "--device cuda:99 is not to be had here"),
+        ("--device", "gpu", "--device gpu is not available: "),
+        ("--device", "cuda:99", "--device cuda:99 is not available: "),
     ],
 )
-def test_option_values_that_cannot_be(
-    option: str, value: str, complaint: str, model: Path, refused: Callable[..., str]
+def test_option_values_out_of_range_are_refused(
+    option: str, value: str, message: str, model: Path, refused: Callable[..., str]
 ) -> None:
-    assert refused("sample", "--model", model, "--captions", "a", option, value).startswith(complaint)
+    assert refused("sample", "--model", model, "--captions", "a", option, value).startswith(message)
 
 
 @pytest.mark.parametrize(
@@ -263,14 +263,14 @@ def test_option_values_that_cannot_be(
         ["sample", "--model", "m"],
         ["sample", "--model", "m", "--captions", "a", "--embeddings", "e"],
         ["sample", "--model", "m", "--captions", "a", "--dtype", "float7"],
-        ["sample", "--model", "m", "--captions", "a", "--steps", "many"],
+        ["sample", "--model", "m", "--captions", "a", "--batch-size", "many"],
         ["evaluate", "--model", "m", "--data", "coco"],
         ["shards", "website", "x"],
         ["trian"],
         [],
     ],
 )
-def test_what_argparse_does_not_understand_is_usage_and_status_2(
+def test_arguments_that_argparse_refuses_give_usage_and_status_2(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stop:
@@ -280,10 +280,10 @@ def test_what_argparse_does_not_understand_is_usage_and_status_2(
     assert error.startswith("usage: fastimagen") and "error: " in error.splitlines()[-1]
 
 
-def test_embeddings_of_another_width(model: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_embeddings_of_the_wrong_width_are_refused(model: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     TextEmbeddings(torch.zeros(1, 3, 32), torch.ones(1, 3, dtype=torch.bool)).save(tmp_path / "narrow.safetensors")
-    complaint = refused("sample", "--model", model, "--embeddings", "narrow.safetensors")
-    assert complaint == "text embeddings are 32 wide, but the U-Net was built for text_dim 64"
+    message = refused("sample", "--model", model, "--embeddings", "narrow.safetensors")
+    assert message == "text embeddings are 32 wide, but the U-Net was built for text_dim 64"
     assert "cannot read text embeddings" in refused("sample", "--model", model, "--embeddings", "nothing.safetensors")
 
 
@@ -307,15 +307,15 @@ def test_evaluate_reports_both_splits(model: Path, tmp_path: Path, capsys: pytes
     assert report["count"] == 4 and report["versions"]["fastimagen"] == __version__
 
 
-def test_evaluate_of_nothing(model: Path, refused: Callable[..., str]) -> None:
-    said = refused("evaluate", "--model", model, "--count", "0", "--out", "out")
-    assert said == "count must be at least 1, got 0"
+def test_evaluating_no_captions_is_refused(model: Path, refused: Callable[..., str]) -> None:
+    error = refused("evaluate", "--model", model, "--count", "0", "--out", "out")
+    assert error == "count must be at least 1, got 0"
 
 
 # ---- export, shards, embed
 
 
-def test_export_and_sample(toy_config: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_exported_model_can_be_sampled(toy_config: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_toy_run(tmp_path / "run", toy_config)
     assert main(["export", "--run", str(tmp_path / "run"), "--out", str(tmp_path / "model")]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "model")
@@ -323,7 +323,7 @@ def test_export_and_sample(toy_config: dict, tmp_path: Path, capsys: pytest.Capt
     assert (tmp_path / "out/images/000000.png").exists()
 
 
-def test_export_of_a_run_that_is_not_there_or_not_trained(
+def test_exporting_a_run_without_checkpoints_is_refused(
     toy_config: dict, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     assert (
@@ -337,26 +337,26 @@ def test_export_of_a_run_that_is_not_there_or_not_trained(
     )
 
 
-def test_shards_of_nothing(tmp_path: Path, refused: Callable[..., str]) -> None:
-    assert refused("shards", "folder", "pictures", "--out", "out") == "pictures is no folder of pictures"
+def test_packing_no_images_is_refused(tmp_path: Path, refused: Callable[..., str]) -> None:
+    assert refused("shards", "folder", "images", "--out", "out") == "images is no folder of pictures"
     assert refused("shards", "folder", "list.jsonl", "--out", "out") == "there is no manifest list.jsonl"
-    (tmp_path / "pictures").mkdir()
-    assert "nothing to pack for out" in refused("shards", "folder", "pictures", "--out", "out")
-    (tmp_path / "pictures/a.txt").write_text("a caption of nothing")
-    assert "1 caption without picture" in refused("shards", "folder", "pictures", "--out", "out")
-    said = refused("shards", "folder", "pictures", "--out", "out", "--shard-size", "0")
-    assert "at least one sample" in said
+    (tmp_path / "images").mkdir()
+    assert "nothing to pack for out" in refused("shards", "folder", "images", "--out", "out")
+    (tmp_path / "images/a.txt").write_text("a caption of nothing")
+    assert "1 caption without picture" in refused("shards", "folder", "images", "--out", "out")
+    error = refused("shards", "folder", "images", "--out", "out", "--shard-size", "0")
+    assert "at least one sample" in error
     assert "size >= 16" in refused("shards", "shapes", "--out", "out", "--size", "8")
 
 
-def test_import_of_nothing(tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_importing_an_empty_folder_is_refused(tmp_path: Path, refused: Callable[..., str]) -> None:
     assert "nowhere" in refused("import-minimagen", "nowhere", "--out", "out")
     (tmp_path / "empty").mkdir()
     assert "empty" in refused("import-minimagen", "empty", "--out", "out")
 
 
 @pytest.mark.parametrize(
-    ("content", "overrides", "complaint"),
+    ("content", "overrides", "message"),
     [
         (None, [], "cannot read ds.json: No such file or directory"),
         ('{"fastimagen": {', [], "ds.json is not JSON: line 1"),
@@ -375,13 +375,13 @@ def test_import_of_nothing(tmp_path: Path, refused: Callable[..., str]) -> None:
         ),
     ],
 )
-def test_embed_with_a_broken_configuration(
-    content: str | None, overrides: list[str], complaint: str, tmp_path: Path, refused: Callable[..., str]
+def test_embed_refuses_a_broken_configuration(
+    content: str | None, overrides: list[str], message: str, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     if content is not None:
         (tmp_path / "ds.json").write_text(content)
     options = [word for override in overrides for word in ("--set", override)]
-    assert refused("embed", "--config", "ds.json", *options).startswith(complaint)
+    assert refused("embed", "--config", "ds.json", *options).startswith(message)
 
 
 def test_embed_fills_the_cache_once(
@@ -391,10 +391,10 @@ def test_embed_fills_the_cache_once(
     assert "0 shards written, 2 kept" in capsys.readouterr().out
 
 
-# ---- the end of the command
+# ---- exit status
 
 
-def test_errors_of_many_lines_and_of_the_disk_are_one_line(
+def test_multi_line_and_file_system_errors_are_one_line(
     toy_config: dict, tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_toy_run(tmp_path / "run", toy_config)
@@ -408,6 +408,6 @@ def raising(error: BaseException) -> None:
     raise error
 
 
-def test_an_interrupt_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interrupt_gives_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("fastimagen.info.report", lambda: raising(KeyboardInterrupt()))
     assert main(["info"]) == 130 and capsys.readouterr().err == "interrupted\n"

@@ -1,4 +1,4 @@
-"""Captions shared by several processes: the same pictures as one process draws."""
+"""Sampling in several processes gives the images of a single process."""
 
 from __future__ import annotations
 
@@ -20,26 +20,13 @@ CAPTIONS = ["a red circle", "a blue star", "a green square", "a pink cross", "a 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("shared")
+    folder = tmp_path_factory.mktemp("distributed")
     return write_toy_model(folder / "model", write_toy_encoder(folder / "encoder"))
 
 
 def sample(out: Path, model: Path, launcher: list[str], captions: list[str] = CAPTIONS) -> subprocess.CompletedProcess:
-    arguments = [
-        "sample",
-        "--model",
-        str(model),
-        "--captions",
-        *captions,
-        "--out",
-        str(out),
-        "--steps",
-        "3",
-        "--sampler",
-        "ddpm",
-        "--seed",
-        "5",
-    ]
+    settings = ["--steps", "3", "--sampler", "ddpm", "--seed", "5"]
+    arguments = ["sample", "--model", str(model), "--captions", *captions, "--out", str(out), *settings]
     return subprocess.run(
         [sys.executable, "-m", *launcher, *arguments],
         cwd=ROOT,
@@ -51,25 +38,18 @@ def sample(out: Path, model: Path, launcher: list[str], captions: list[str] = CA
 
 
 def launchers() -> dict[str, list[str]]:
+    """Commands that start two processes on a free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    return {
-        "torchrun": ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", port, "-m", "fastimagen.cli"],
-        "deepspeed": [
-            "deepspeed.launcher.runner",
-            "--num_accelerators",
-            "2",
-            "--master_port",
-            port,
-            "--module",
-            "fastimagen.cli",
-        ],
-    }
+    torchrun = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", port, "-m"]
+    deepspeed = ["deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", port, "--module"]
+    return {"torchrun": [*torchrun, "fastimagen.cli"], "deepspeed": [*deepspeed, "fastimagen.cli"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
-def test_two_processes_draw_what_one_draws(launcher: str, model: Path, tmp_path: Path) -> None:
+def test_two_processes_give_the_images_of_one(launcher: str, model: Path, tmp_path: Path) -> None:
     for name, command in (("one", ["fastimagen.cli"]), ("two", launchers()[launcher])):
         run = sample(tmp_path / name, model, command)
         assert run.returncode == 0, run.stdout + run.stderr
@@ -81,7 +61,36 @@ def test_two_processes_draw_what_one_draws(launcher: str, model: Path, tmp_path:
         assert abs(pixels[0] - pixels[1]).max() <= 1
 
 
-def test_fewer_captions_than_processes(model: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_there_may_be_fewer_captions_than_processes(model: Path, tmp_path: Path) -> None:
     run = sample(tmp_path / "out", model, launchers()["torchrun"], CAPTIONS[:1])
     assert run.returncode == 0, run.stdout + run.stderr
     assert (tmp_path / "out/images/000000.png").exists() and not (tmp_path / "out/images/000001.png").exists()
+
+
+@pytest.mark.slow
+def test_warnings_and_negative_captions_of_all_processes_are_in_the_output(model: Path, tmp_path: Path) -> None:
+    """Two ranks sample two images each; every image has a negative caption of its own and a warning."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"""
+import json, sys
+from fastimagen.sampling.distributed import sample_distributed
+from fastimagen.sampling.pipeline import ImagenPipeline
+from fastimagen.sampling.request import SamplingRequest
+
+captions, negative = ["象 a", "象 b", "象 c", "象 d"], ["e", "f", "g", "h"]
+request = SamplingRequest(captions=captions, negative=negative, settings={{"steps": 1}})
+output = sample_distributed(ImagenPipeline.from_pretrained({str(model)!r}), request)
+if output is not None:
+    found = [output.captions, output.record["negative"], output.warnings]
+    open({str(tmp_path / "found.json")!r}, "w").write(json.dumps(found))
+"""
+    )
+    command = [sys.executable, "-m", *launchers()["torchrun"][:-2], str(script)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=240)
+    assert run.returncode == 0, run.stdout + run.stderr
+    captions, negative, warnings = json.loads((tmp_path / "found.json").read_text())
+    assert captions == ["象 a", "象 b", "象 c", "象 d"] and negative == ["e", "f", "g", "h"]
+    assert all(sum(f'"{caption}"' in warning for warning in warnings) == 1 for caption in captions)

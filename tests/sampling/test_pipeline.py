@@ -1,4 +1,4 @@
-"""The light sampler and the model directory: what a picture depends on, and what comes back from the disk."""
+"""The pipeline and the model directory: what an image depends on, and what is read back from the disk."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ def files(folder: Path) -> dict[str, bytes]:
 SEEDS = [7, 3, 3, 12345678901, 0]
 
 
-def drawn(
+def sample_recording_noise(
     pipe: ImagenPipeline, text: TextEmbeddings, order: list[int], batch_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[Tensor, dict[tuple[int, str, int], Tensor]]:
-    """Pictures by number, and all noise that went into them: {(number, stage, step): noise}."""
+    """Images by number, and the noise they were sampled with: {(number, stage, step): noise}."""
     noise: dict[tuple[int, str, int], Tensor] = {}
     calls: dict[tuple[str, int], int] = {}
     original = cascade_module.image_noise
@@ -65,8 +65,8 @@ def drawn(
     def recorded(seeds: list[int], shape: tuple[int, ...], *, stage: str, step: int, device: torch.device) -> Tensor:
         rows = original(seeds, shape, stage=stage, step=step, device=device)
         for row in rows:
-            place = calls[stage, step] = calls.get((stage, step), -1) + 1
-            noise[order[place], stage, step] = row
+            position = calls[stage, step] = calls.get((stage, step), -1) + 1
+            noise[order[position], stage, step] = row
         return rows
 
     monkeypatch.setattr(cascade_module, "image_noise", recorded)
@@ -82,19 +82,20 @@ def drawn(
     return images[torch.tensor(order).argsort()], noise
 
 
-def test_a_picture_depends_on_caption_and_seed_and_on_nothing_else(
+def test_an_image_depends_on_its_caption_and_seed_only(
     pipe: ImagenPipeline, text: TextEmbeddings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    everything, noise = drawn(pipe, text, [0, 1, 2, 3, 4], 5, monkeypatch)
+    expected, noise = sample_recording_noise(pipe, text, [0, 1, 2, 3, 4], 5, monkeypatch)
     # Two stages: the first noise and that of two further steps (the last adds none); and sr's augmentation.
     assert len(noise) == len(SEEDS) * (3 + 3 + 1)
     for order, batch_size in (([0, 1, 2, 3, 4], 1), ([4, 2, 0, 1, 3], 2), ([3, 1, 4, 0, 2], 32)):
-        images, again = drawn(pipe, text, order, batch_size, monkeypatch)
-        assert again.keys() == noise.keys() and all(again[key].equal(noise[key]) for key in noise)
-        assert (images - everything).abs().max() <= 2 / 255  # of a range of 2
+        images, other_noise = sample_recording_noise(pipe, text, order, batch_size, monkeypatch)
+        assert other_noise.keys() == noise.keys()
+        assert all(other_noise[key].equal(noise[key]) for key in noise)
+        assert (images - expected).abs().max() <= 2 / 255  # of a range of 2
     # A short caption alone is not padded to the length of the longest.
     alone = pipe(CAPTIONS[:1], seeds=SEEDS[:1], steps=3, sampler="ddpm", guidance=3.0).images
-    assert (alone - everything[:1]).abs().max() <= 2 / 255
+    assert (alone - expected[:1]).abs().max() <= 2 / 255
     # Same seed, other caption: same noise; same caption, other seed: other noise everywhere.
     assert noise[1, "sr", -1].equal(noise[2, "sr", -1]) and not noise[0, "sr", -1].equal(noise[1, "sr", -1])
     distinct = {noise[key].double().sum().item() for key in noise}
@@ -102,35 +103,38 @@ def test_a_picture_depends_on_caption_and_seed_and_on_nothing_else(
     assert torch.stack(list(noise[key].flatten()[:192] for key in noise)).std().sub(1).abs() < 0.05
 
 
-def test_other_seeds_and_other_captions_are_other_pictures(pipe: ImagenPipeline, text: TextEmbeddings) -> None:
+def test_another_seed_or_caption_gives_another_image(pipe: ImagenPipeline, text: TextEmbeddings) -> None:
     same = text[[0, 0, 0, 1]]
     first, again, other_seed, other_caption = pipe(text=same, seeds=[1, 1, 2, 1], guidance=5.0).images
     assert (first - again).abs().max() <= 2 / 255
     assert (first - other_seed).abs().mean() > 0.05 and (first - other_caption).abs().mean() > 0.01
 
 
-def test_seeds_count_up_from_zero(pipe: ImagenPipeline, text: TextEmbeddings) -> None:
+def test_seeds_count_up_from_zero_by_default(pipe: ImagenPipeline, text: TextEmbeddings) -> None:
     out = pipe(text=text[:3])
     assert out.seeds == [0, 1, 2]
     assert out.images.shape == (3, 3, 16, 16) and out.images.abs().max() <= 1
     assert out.images.equal(pipe(text=text[:3], seeds=[0, 1, 2]).images)
 
 
-def test_precomputed_embeddings_are_captions(pipe: ImagenPipeline, text: TextEmbeddings) -> None:
+def test_precomputed_embeddings_give_the_images_of_their_captions(pipe: ImagenPipeline, text: TextEmbeddings) -> None:
     out = pipe(CAPTIONS)
     assert out.captions == CAPTIONS and (out.images - pipe(text=text).images).abs().max() <= 2 / 255
     assert pipe(CAPTIONS, text=text).images.equal(pipe(text=text).images)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "complaint"),
+    ("arguments", "message"),
     [
-        (dict(captions=["a"], seeds=[1, 2]), "1 captions, 1 texts and 2 seeds do not fit together"),
-        (dict(captions=["a", "b"], text=4), "2 captions, 4 texts and 4 seeds do not fit together"),
-        (dict(text=4, seeds=[1]), "4 captions, 4 texts and 1 seeds do not fit together"),
-        (dict(captions=[]), "captions must be a list with at least one caption"),
-        (dict(captions="a red circle"), "captions must be a list with at least one caption"),
-        (dict(), "give captions or text"),
+        (dict(captions=["a"], seeds=[1, 2]), "2 seeds for 1 image: give one seed for each image"),
+        (dict(captions=["a", "b"], text=4), "2 captions for 4 rows of text embeddings"),
+        (dict(text=4, seeds=[1]), "1 seed for 4 images"),
+        (dict(captions=[]), "nothing to sample: give captions, text embeddings or seeds"),
+        (dict(), "nothing to sample: give captions, text embeddings or seeds"),
+        (dict(captions="a red circle"), "captions must be a list of strings, got one string; write ['a red circle']"),
+        (dict(seeds=[1]), "this model is conditioned on text: give captions or text embeddings"),
+        (dict(text=1, seeds=1), "seeds must be a list of integers, one for each image, got 1"),
+        (dict(text=1, seeds=[1.5]), "seeds must be a list of integers, one for each image, got [1.5]"),
         (dict(text=1, batch_size=0), "batch_size must be at least 1, got 0"),
         (dict(text=1, width=32), "text embeddings are 32 wide, but the U-Net was built for text_dim 64"),
         (dict(text=1, length=257), "text of 257 tokens, but max_text_length is 256"),
@@ -138,6 +142,8 @@ def test_precomputed_embeddings_are_captions(pipe: ImagenPipeline, text: TextEmb
             dict(text=1, steps={"base": 2, "super": 2}),
             "steps is given for unknown stage super; the cascade has base, sr",
         ),
+        (dict(text=1, guidance_scale=3.0), 'unknown sampling setting "guidance_scale"; did you mean "guidance"?'),
+        (dict(text=1, prompt="a"), 'unknown sampling setting "prompt"; valid settings: sampler, steps, guidance'),
         (dict(text=1, steps=0), "sampling of base.steps: Input should be greater than or equal to 1"),
         (dict(text=1, sampler={"sr": "euler"}), "sampling of sr.sampler: Input should be 'ddpm', 'ddim'"),
         (dict(text=1, guidance=-1.0), "sampling of base.guidance"),
@@ -145,7 +151,9 @@ def test_precomputed_embeddings_are_captions(pipe: ImagenPipeline, text: TextEmb
         (dict(text=1, threshold="soft"), "sampling of base.threshold"),
     ],
 )
-def test_what_does_not_fit_together_is_one_clear_line(arguments: dict, complaint: str, pipe: ImagenPipeline) -> None:
+def test_arguments_that_do_not_fit_together_are_a_one_line_error(
+    arguments: dict, message: str, pipe: ImagenPipeline
+) -> None:
     arguments = dict(arguments)
     width, length = arguments.pop("width", 64), arguments.pop("length", 4)
     if "text" in arguments:
@@ -153,7 +161,12 @@ def test_what_does_not_fit_together_is_one_clear_line(arguments: dict, complaint
         arguments["text"] = TextEmbeddings(torch.zeros(rows, length, width), torch.ones(rows, length, dtype=torch.bool))
     with pytest.raises(ValueError) as error:
         pipe(**arguments)
-    assert str(error.value).startswith(complaint) and "\n" not in str(error.value)
+    assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+def test_the_output_prints_as_one_short_line(pipe: ImagenPipeline, text: TextEmbeddings) -> None:
+    assert repr(pipe(text=text[:2])) == "Output(2 images of 16x16, stages: base, sr)"
+    assert repr(pipe) == f"ImagenPipeline('{pipe.source}', base 8x8, sr 16x16, device='cpu')"
 
 
 # ---- settings
@@ -170,28 +183,28 @@ def test_settings_reach_the_stage_they_are_given_for(pipe: ImagenPipeline, text:
         callback=lambda stage, step, x, x0: seen.append((stage, step)),
     )
     assert seen == [("base", 0), ("base", 1), ("base", 2), ("base", 3), ("sr", 0), ("sr", 1)]
-    base, sr = out.settings["stages"]["base"], out.settings["stages"]["sr"]
+    base, sr = out.record["stages"]["base"], out.record["stages"]["sr"]
     keys = ("steps", "sampler", "guidance", "threshold")
     assert [base[key] for key in keys] == [4, "dpmpp_2m", 1.5, "none"]
     assert [sr[key] for key in keys] == [2, "ddim", 1.0, "none"]
     assert not out.images.equal(pipe(text=text[:2]).images)
 
 
-def test_guidance(pipe: ImagenPipeline, text: TextEmbeddings) -> None:
-    pictures = {weight: pipe(text=text[:2], guidance=weight).images for weight in (0.0, 1.0, 2.0)}
-    assert (pictures[1.0] - pictures[2.0]).abs().mean() > 0.005
-    assert (pictures[0.0] - pictures[1.0]).abs().mean() > 0.005
+def test_the_guidance_weight_changes_the_images(pipe: ImagenPipeline, text: TextEmbeddings) -> None:
+    images = {weight: pipe(text=text[:2], guidance=weight).images for weight in (0.0, 1.0, 2.0)}
+    assert (images[1.0] - images[2.0]).abs().mean() > 0.005
+    assert (images[0.0] - images[1.0]).abs().mean() > 0.005
     swapped = pipe(text=text[[1, 0]], guidance=0.0).images  # weight 0 is the model without captions
-    assert (pictures[0.0] - swapped).abs().max() <= 2 / 255
+    assert (images[0.0] - swapped).abs().max() <= 2 / 255
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp_2m", "heun"])
-def test_every_sampler_draws(sampler: str, pipe: ImagenPipeline, text: TextEmbeddings) -> None:
+def test_every_sampler_gives_finite_images(sampler: str, pipe: ImagenPipeline, text: TextEmbeddings) -> None:
     images = pipe(text=text[:2], sampler=sampler, steps=3).images
     assert images.isfinite().all() and images.std() > 0.1
 
 
-def test_bfloat16(model: Path, pipe: ImagenPipeline, text: TextEmbeddings) -> None:
+def test_bfloat16_weights_give_similar_images(model: Path, pipe: ImagenPipeline, text: TextEmbeddings) -> None:
     half = ImagenPipeline.from_pretrained(model, dtype=torch.bfloat16)
     assert next(half.cascade.parameters()).dtype == torch.bfloat16
     difference = half(text=text[:2]).images - pipe(text=text[:2]).images
@@ -201,7 +214,7 @@ def test_bfloat16(model: Path, pipe: ImagenPipeline, text: TextEmbeddings) -> No
 # ---- the model directory
 
 
-def test_a_model_comes_back_bit_for_bit(model: Path, pipe: ImagenPipeline, tmp_path: Path) -> None:
+def test_a_saved_model_is_read_back_bit_for_bit(model: Path, pipe: ImagenPipeline, tmp_path: Path) -> None:
     pipe.save_pretrained(tmp_path / "copy")
     before, after = files(model), files(tmp_path / "copy")
     for stage in ("base", "sr"):  # their headers are written in any order
@@ -213,7 +226,7 @@ def test_a_model_comes_back_bit_for_bit(model: Path, pipe: ImagenPipeline, tmp_p
     assert copied(CAPTIONS[:2]).images.equal(pipe(CAPTIONS[:2]).images)
 
 
-def test_the_header_of_the_weights_holds_the_configuration(model: Path) -> None:
+def test_the_weights_file_contains_the_configuration(model: Path) -> None:
     for stage in toy_cascade().stages:
         with safe_open(model / stage.name / "model.safetensors", "pt") as file:
             header = json.loads(file.metadata()["config"])
@@ -221,12 +234,14 @@ def test_the_header_of_the_weights_holds_the_configuration(model: Path) -> None:
         assert header == beside == stage.model_dump(mode="json")
 
 
-def test_a_model_with_a_discrete_schedule_comes_back(tmp_path: Path, text: TextEmbeddings) -> None:
+def test_a_model_with_a_discrete_schedule_is_read_back(tmp_path: Path, text: TextEmbeddings) -> None:
     model = write_toy_model(tmp_path / "m", config=toy_cascade(schedule={"name": "linear", "timesteps": 100}))
     assert ImagenPipeline.from_pretrained(model)(text=text[:1]).images.isfinite().all()
 
 
-def test_an_existing_folder_is_not_written_into(pipe: ImagenPipeline, text: TextEmbeddings, tmp_path: Path) -> None:
+def test_nothing_is_written_into_a_folder_that_is_not_empty(
+    pipe: ImagenPipeline, text: TextEmbeddings, tmp_path: Path
+) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/note").write_text("precious")
     for write in (pipe.save_pretrained, pipe(text=text[:1]).save):
@@ -235,7 +250,7 @@ def test_an_existing_folder_is_not_written_into(pipe: ImagenPipeline, text: Text
     assert files(tmp_path) == {"mine/note": b"precious"}
 
 
-def test_a_model_that_cannot_be_written_leaves_nothing(
+def test_a_model_that_cannot_be_saved_leaves_no_files(
     pipe: ImagenPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipe, "source", str(tmp_path / "gone"))  # its text encoder cannot be copied
@@ -244,10 +259,10 @@ def test_a_model_that_cannot_be_written_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-# ---- pictures on the disk
+# ---- saved images
 
 
-def test_saved_pictures_are_the_pictures(pipe: ImagenPipeline, tmp_path: Path) -> None:
+def test_saved_files_contain_the_images_captions_and_seeds(pipe: ImagenPipeline, tmp_path: Path) -> None:
     from PIL import Image
 
     captions = ["a red circle", "two\nlines, ünïcode"]
@@ -261,7 +276,7 @@ def test_saved_pictures_are_the_pictures(pipe: ImagenPipeline, tmp_path: Path) -
     assert Image.open(tmp_path / "out/grid.png").size == out.grid().size
 
 
-def test_pictures_with_nan_are_refused_before_anything_is_written(
+def test_images_with_nan_are_refused_before_anything_is_written(
     pipe: ImagenPipeline, text: TextEmbeddings, tmp_path: Path
 ) -> None:
     out = pipe(text=text[:2])
@@ -271,7 +286,7 @@ def test_pictures_with_nan_are_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
-# ---- from a run to a model
+# ---- export
 
 
 def write_toy_run(
@@ -299,7 +314,7 @@ def test_export_takes_the_newest_ema_weights_and_the_text_encoder(
     toy_config: dict, toy_data: Path, tmp_path: Path
 ) -> None:
     expected = write_toy_run(tmp_path / "run", toy_config)
-    (tmp_path / "run/checkpoints/base/.step-00000012.partial").mkdir()  # what a killed save leaves
+    (tmp_path / "run/checkpoints/base/.step-00000012.partial").mkdir()  # an incomplete checkpoint
     model = export(tmp_path / "run", tmp_path / "model")
     for stage, weights in expected.items():
         exported = load_file(model / stage / "model.safetensors")

@@ -1,4 +1,4 @@
-"""Settings that save memory or time: they change where and how pictures are computed, not which."""
+"""Offloading, compilation and tiling: they save memory or time and do not choose another image."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ def text() -> TextEmbeddings:
     return TextEmbeddings(torch.randn(3, 5, 64, generator=generator), torch.arange(5) < torch.tensor([[5], [2], [4]]))
 
 
-def test_stages_take_turns_on_the_device(model: Path, text: TextEmbeddings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offloading_moves_a_stage_to_the_device_only_while_it_runs(
+    model: Path, text: TextEmbeddings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = ImagenPipeline.from_pretrained(model)(text=text).images
     pipe = ImagenPipeline.from_pretrained(model, offload="always")
     names = {id(unet): name for name, unet in pipe.cascade.unets.items()}
@@ -50,7 +52,7 @@ def test_stages_take_turns_on_the_device(model: Path, text: TextEmbeddings, monk
     assert torch.equal(pipe(text=text).images, expected)
 
 
-def test_a_stage_goes_home_when_sampling_fails(
+def test_an_offloaded_stage_is_moved_back_when_sampling_fails(
     model: Path, text: TextEmbeddings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipe = ImagenPipeline.from_pretrained(model, offload="always")
@@ -65,8 +67,8 @@ def test_a_stage_goes_home_when_sampling_fails(
     assert len(moves) == 2
 
 
-def test_the_unet_is_one_graph_while_sampling(text: TextEmbeddings) -> None:
-    """torch.compile must see a whole step: a break would bring Python and launches back."""
+def test_the_unet_compiles_to_one_graph_without_breaks(text: TextEmbeddings) -> None:
+    """A graph break would add Python overhead and kernel launches to every step."""
     torch.manual_seed(0)
     cascade = Cascade(toy_cascade()).eval()
     settings = cascade.settings(steps=2)
@@ -77,12 +79,12 @@ def test_the_unet_is_one_graph_while_sampling(text: TextEmbeddings) -> None:
     torch.testing.assert_close(cascade.sample(text, [0, 1, 2], settings=settings), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_compile_compiles_every_unet(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_compile_mode_reaches_every_unet(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     modes = []
     monkeypatch.setattr(nn.Module, "compile", lambda self, mode: modes.append(mode))
     ImagenPipeline.from_pretrained(model, compile="reduce-overhead")
     assert modes == ["reduce-overhead"] * 2
-    with pytest.raises(ValueError, match="compile must be one of None, default, .*, got fast"):
+    with pytest.raises(ValueError, match=r"compile must be one of None, default, .*, got fast"):
         ImagenPipeline.from_pretrained(model, compile="fast")
     with pytest.raises(ValueError, match="offload must be one of auto, always, never, got maybe"):
         ImagenPipeline.from_pretrained(model, offload="maybe")
@@ -99,32 +101,34 @@ def large(size: int = 32) -> Cascade:
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_a_large_stage_in_tiles(guidance: float, text: TextEmbeddings) -> None:
-    """The U-Net sees tiles of picture and low-resolution picture from the same place; nothing else changes."""
+def test_tiling_gives_the_unet_tiles_of_the_image_and_its_low_resolution_input(
+    guidance: float, text: TextEmbeddings
+) -> None:
+    """Both tiles are of the same region, and a tile as large as the stage changes nothing."""
     cascade = large()
     lowres = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    shown: list[tuple[Tensor, Tensor]] = []
+    inputs_seen: list[tuple[Tensor, Tensor]] = []
     cascade.unets["sr"].register_forward_pre_hook(
-        lambda module, inputs, given: shown.append((inputs[0], given["lowres"])), with_kwargs=True
+        lambda module, inputs, keywords: inputs_seen.append((inputs[0], keywords["lowres"])), with_kwargs=True
     )
 
     def sample(tile: int | None) -> Tensor:
-        shown.clear()
+        inputs_seen.clear()
         settings = cascade.settings(tile=tile, steps=2, guidance=guidance)
         return cascade.sample(text, [0, 1, 2], settings=settings, lowres=lowres, start_at="sr")
 
     whole = sample(None)
-    assert {tuple(x.shape[2:]) for x, _ in shown} == {(32, 32)}
-    (x, low), *_ = shown
+    assert {tuple(x.shape[2:]) for x, _ in inputs_seen} == {(32, 32)}
+    (x, low), *_ = inputs_seen
     tiled = sample(16)
-    assert {tuple(x.shape[2:]) for x, _ in shown} == {(16, 16)}
-    assert torch.equal(shown[0][0], x[..., :16, :16]) and torch.equal(shown[0][1], low[..., :16, :16])
+    assert {tuple(x.shape[2:]) for x, _ in inputs_seen} == {(16, 16)}
+    assert torch.equal(inputs_seen[0][0], x[..., :16, :16]) and torch.equal(inputs_seen[0][1], low[..., :16, :16])
     assert tiled.shape == whole.shape and tiled.isfinite().all()
     assert torch.equal(sample(32), whole) and torch.equal(sample(64), whole)
     assert 0 < (tiled - whole).abs().mean() < (whole - whole.flip(0)).abs().mean()
 
 
-def test_tiles_that_cannot_be(text: TextEmbeddings) -> None:
+def test_tile_sizes_that_do_not_fit_the_unet_are_refused(text: TextEmbeddings) -> None:
     with pytest.raises(ValueError, match="tile 18 of stage sr must be a multiple of 4, its U-Net's stride"):
         large().settings(tile=18)
     config = toy_cascade()
@@ -134,10 +138,10 @@ def test_tiles_that_cannot_be(text: TextEmbeddings) -> None:
         Cascade(config.model_copy(update={"stages": stages})).settings(tile=16)
 
 
-# ---- on the terminal
+# ---- terminal
 
 
-def test_a_terminal_shows_the_progress(
+def test_a_terminal_shows_progress(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["sample", "--model", str(model), "--captions", "a red circle", "a small blue star", "--steps", "3"]
@@ -146,11 +150,11 @@ def test_a_terminal_shows_the_progress(
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     assert main([*arguments, "--out", str(tmp_path / "shown")]) == 0
     lines = capsys.readouterr().err.replace("\n", "\r").split("\r")
-    shown = [line.strip() for line in lines if "step" in line]  # loading the text encoder has a bar of its own
-    assert shown == [f"2 pictures, {stage}: step {step} of 3" for stage in ("base", "sr") for step in (1, 2, 3)]
+    shown = [line.strip() for line in lines if "step" in line]  # loading the text encoder shows its own bar
+    assert shown == [f"2 images, {stage}: step {step} of 3" for stage in ("base", "sr") for step in (1, 2, 3)]
 
 
-def test_too_little_memory_is_one_line_with_advice(
+def test_out_of_memory_is_a_one_line_error_with_advice(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fails(*_: object, **__: object) -> None:
@@ -159,6 +163,5 @@ def test_too_little_memory_is_one_line_with_advice(
     monkeypatch.setattr(Cascade, "sample", fails)
     assert main(["sample", "--model", str(model), "--captions", "a red circle", "--out", str(tmp_path / "out")]) == 1
     assert capsys.readouterr().err.rpartition("error: ")[2] == (
-        "the GPU's memory does not suffice; a smaller --batch-size, --dtype bfloat16, --offload always and, for large "
-        "pictures, --tile need less\n"
+        "CUDA out of memory: reduce --batch-size, or use --dtype bfloat16, --offload always or --tile\n"
     )
