@@ -135,7 +135,8 @@ def _sampling_flags(sub: argparse.ArgumentParser) -> None:
 
 
 def _model_flags(sub: argparse.ArgumentParser, *, batches: bool = False) -> None:
-    from .sampling.settings import CompileMode, Offload
+    from .config import CompileMode
+    from .sampling.settings import Offload
 
     sub.add_argument("--model", type=Path, required=True, help="model directory")
     sub.add_argument("--device", help="cuda or cpu (default: cuda if there is a GPU)")

@@ -16,14 +16,14 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..cascade import Callback, Cascade
-from ..config import SamplingConfig
+from ..config import CompileMode, SamplingConfig
 from ..diffusion.inpainting import InitImage
 from ..text.embeddings import TextEmbeddings
 from ..text.t5 import T5Encoder
 from .model_directory import load_weights, read_model, write_model
 from .output import Output
 from .request import SamplingRequest
-from .settings import CompileMode, Offload
+from .settings import Offload
 
 logger = logging.getLogger(__name__)
 

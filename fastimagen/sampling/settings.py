@@ -15,7 +15,6 @@ from typing import Any, Literal, get_args, get_origin
 from ..config import SamplingConfig
 from ..config_file import validate
 
-CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
 Offload = Literal["auto", "always", "never"]
 """When a stage's weights are on the GPU: "always" offloads them while other stages run, "auto" only if they fill it."""
 
