@@ -1,4 +1,4 @@
-"""fastimagen: train Imagen, the cascaded text-to-image diffusion model, and sample from what was trained."""
+"""fastimagen: train Imagen, the cascaded text-to-image diffusion model, and sample from trained models."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# Public names and their modules, imported when a name is first used: `import fastimagen` stays light.
+# Public names and their modules. A module is imported when its name is first used: `import fastimagen` stays light.
 _MODULES = {
     "ImagenPipeline": "sampling.pipeline",
+    "SamplingRequest": "sampling.request",
     "UNet": "networks.unet",
     "UNetConfig": "config",
     "Cascade": "cascade",
@@ -19,7 +20,7 @@ _MODULES = {
     "Trainer": "train.trainer",
     "EMA": "train.ema",
 }
-__all__ = [*_MODULES, "__version__"]
+__all__ = [*_MODULES, "__version__"]  # noqa: PLE0604 - the keys are strings
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""What a bug report needs: versions, devices, and what computes the fused operations."""
+"""Facts for a bug report: versions, devices, and the backend of the fused operations."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PACKAGES = (
 
 
 def report() -> str:
-    """A table of facts, one per line. Imports torch, and nothing that is heavier."""
+    """The facts, one per line. Imports torch and nothing heavier."""
     import torch
 
     from . import __version__
@@ -39,14 +39,14 @@ def report() -> str:
         rows.append(("gpu", "none"))
     rows.append(("threads", str(torch.get_num_threads())))
     reason = no_triton()
-    rows.append(
-        ("kernels", f"plain PyTorch: {reason}" if reason else "Triton on CUDA tensors, plain PyTorch elsewhere")
-    )
+    kernels = f"PyTorch reference: {reason}" if reason else "Triton for CUDA tensors, PyTorch reference for others"
+    rows.append(("kernels", kernels))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
 
 def _version(name: str) -> str:
+    """The installed version of a package."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""Sampling on a GPU: the same pictures as on a CPU, no waiting in the loop, stages that take turns."""
+"""Sampling on a GPU: the images of a CPU, no host synchronisation in the loop, offloading, torch.compile."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def sample(cascade: Cascade, device: torch.device, sampler: str = "dpmpp_2m", **
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 @pytest.mark.parametrize("sampler", ["ddpm", "dpmpp_2m"])
-def test_pictures_are_those_of_a_cpu(sampler: str, backend: str, cascade: Cascade) -> None:
+def test_a_gpu_gives_the_images_of_a_cpu(sampler: str, backend: str, cascade: Cascade) -> None:
     ops.set_backend("torch")
     expected = sample(cascade, CPU, sampler)
     ops.set_backend(backend)
@@ -44,14 +44,14 @@ def test_pictures_are_those_of_a_cpu(sampler: str, backend: str, cascade: Cascad
     assert (found - expected).abs().max() < 2 / 255
 
 
-def test_the_loop_never_waits_for_the_gpu(cascade: Cascade) -> None:
+def test_the_sampling_loop_does_not_synchronise_with_the_gpu(cascade: Cascade) -> None:
     ops.set_backend("triton")
     on_gpu = copy.deepcopy(cascade).to(CUDA)
     sample(on_gpu, CUDA)
     steps: list[int] = []
 
     def callback(stage: str, step: int, x: Tensor, x0: Tensor) -> None:
-        """From the first step of a stage to its last."""
+        """Watch from the first step of a stage to its last."""
         torch.cuda.set_sync_debug_mode("warn" if step < 7 else "default")
         steps.append(step)
 
@@ -65,21 +65,21 @@ def test_the_loop_never_waits_for_the_gpu(cascade: Cascade) -> None:
     assert [str(warning.message) for warning in caught if "synchroniz" in str(warning.message)] == []
 
 
-def test_stages_take_turns(cascade: Cascade) -> None:
-    at_home = copy.deepcopy(cascade)
-    seen: list[set[str]] = []
+def test_an_offloaded_stage_is_on_the_gpu_only_while_it_runs(cascade: Cascade) -> None:
+    on_cpu = copy.deepcopy(cascade)
+    stages_on_gpu: list[set[str]] = []
 
     def callback(stage: str, step: int, x: Tensor, x0: Tensor) -> None:
-        seen.append({name for name, unet in at_home.unets.items() if next(unet.parameters()).is_cuda})
+        stages_on_gpu.append({name for name, unet in on_cpu.unets.items() if next(unet.parameters()).is_cuda})
 
-    drawn = sample(at_home, CUDA, callback=callback, device=CUDA)
-    assert seen == [{"base"}] * 8 + [{"sr"}] * 8
-    assert not any(parameter.is_cuda for parameter in at_home.parameters())
-    assert torch.equal(drawn, sample(copy.deepcopy(cascade).to(CUDA), CUDA))
+    images = sample(on_cpu, CUDA, callback=callback, device=CUDA)
+    assert stages_on_gpu == [{"base"}] * 8 + [{"sr"}] * 8
+    assert not any(parameter.is_cuda for parameter in on_cpu.parameters())
+    assert torch.equal(images, sample(copy.deepcopy(cascade).to(CUDA), CUDA))
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-def test_compiled_networks_draw_the_same(mode: str, cascade: Cascade) -> None:
+def test_compiled_unets_give_the_same_images(mode: str, cascade: Cascade) -> None:
     on_gpu = copy.deepcopy(cascade).to(CUDA)
     expected = sample(on_gpu, CUDA)
     for unet in on_gpu.unets.values():
