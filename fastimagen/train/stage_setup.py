@@ -9,8 +9,10 @@ import torch
 
 from ..config import CascadeConfig, Config, StageConfig
 from ..data.source import encoder_width
+from ..files import read_safetensors
 from ..networks.unet import UNet
 from ..presets import resolve
+from ..sampling.model_directory import load_weights
 
 
 def plan(config: Config, stage: str = "all") -> tuple[CascadeConfig, list[StageConfig]]:
@@ -38,29 +40,11 @@ def initial_unet(config: StageConfig, *, seed: int, init_from: str | None = None
         torch.manual_seed(seed)
         unet = UNet(config.unet)
     if init_from is not None:
-        from safetensors.torch import load_file
-
         path = Path(init_from) / config.name / "model.safetensors"
         if not path.exists():
             raise ValueError(f"init_from {init_from}: there is no {path}")
-        load_weights(unet, load_file(path), str(path))
+        load_weights(unet, read_safetensors(path), str(path))
     return unet
-
-
-def load_weights(unet: UNet, weights: dict[str, torch.Tensor], source: str) -> None:
-    """Copy weights by name into `unet`. Raises ValueError naming the first parameters that do not fit."""
-    own = dict(unet.named_parameters())
-    wrong = [f"missing {name}" for name in own.keys() - weights.keys()]
-    wrong += [f"unexpected {name}" for name in weights.keys() - own.keys()]
-    wrong += [
-        f"{name} is {tuple(weights[name].shape)}, expected {tuple(own[name].shape)}"
-        for name in own.keys() & weights.keys()
-        if weights[name].shape != own[name].shape
-    ]
-    if wrong:
-        more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
-        raise ValueError(f"{source} is of another architecture: {'; '.join(sorted(wrong)[:3])}{more}")
-    unet.load_state_dict(weights)
 
 
 def check_same_stage(saved: dict[str, Any], config: StageConfig, where: Path) -> None:
