@@ -19,7 +19,7 @@ Share = tuple[list[int], Tensor | None, list[str]]
 """Image numbers of one rank, their pixels (n, H, W, C) uint8 (None if the rank has no image), its warnings."""
 
 
-def processes() -> tuple[int, int]:
+def rank_and_world_size() -> tuple[int, int]:
     """(rank, number of processes) from the launcher's environment; (0, 1) without a launcher."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
@@ -32,7 +32,7 @@ def sample_distributed(
     The images are those of a single process, rounded to 8 bits per channel. Raises what `pipe.sample` raises, in the
     process where it happens; the launcher then ends the others.
     """
-    rank, world_size = processes()
+    rank, world_size = rank_and_world_size()
     if world_size == 1:
         return pipe.sample(request, batch_size=batch_size, callback=callback)
     numbers = list(range(rank, len(request), world_size))

@@ -42,7 +42,7 @@ def launchers() -> dict[str, list[str]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    torchrun = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", port, "-m"]
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
     deepspeed = ["deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", port, "--module"]
     return {"torchrun": [*torchrun, "fastimagen.cli"], "deepspeed": [*deepspeed, "fastimagen.cli"]}
 
