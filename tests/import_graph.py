@@ -1,0 +1,91 @@
+"""The import graph of the repository, read from the source without importing anything."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+PACKAGES = {"kernels": "fastimagen_kernels"}
+"""Folders whose import package has another name."""
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported name.
+
+    name: in full, such as fastimagen.config.UNetConfig. deferred: whether the statement is inside a function or under
+    `if TYPE_CHECKING`, so that importing the module does not run it.
+    """
+
+    name: str
+    line: int
+    deferred: bool
+
+    @property
+    def package(self) -> str:
+        """The top-level package."""
+        return self.name.partition(".")[0]
+
+
+def modules(root: Path, folder: str) -> dict[str, Path]:
+    """The Python files below `root`/`folder` by module name, packages without `.__init__`."""
+    found = {}
+    for path in sorted((root / folder).rglob("*.py")):
+        parts = path.relative_to(root / folder).with_suffix("").parts
+        name = ".".join([PACKAGES.get(folder, folder), *(part for part in parts if part != "__init__")])
+        found[name] = path
+    return found
+
+
+def imports(path: Path, module: str) -> list[Import]:
+    """All imports of a file; `module` is its name, from which relative imports are resolved."""
+    package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
+    return list(_visit(ast.parse(path.read_text()), package, deferred=False))
+
+
+def _visit(node: ast.AST, package: list[str], deferred: bool) -> Iterator[Import]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            for alias in child.names:
+                yield Import(alias.name, child.lineno, deferred)
+        elif isinstance(child, ast.ImportFrom):
+            parent = package[: len(package) - child.level + 1] if child.level else []
+            source = [*parent, child.module] if child.module else parent
+            for alias in child.names:
+                yield Import(".".join([*source, alias.name]), child.lineno, deferred)
+        is_function = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        for_types = isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"
+        yield from _visit(child, package, deferred or is_function or for_types)
+
+
+def imported_module(name: str, known: dict[str, Path]) -> str | None:
+    """The module among `known` that the import of `name` loads; None if there is none."""
+    while name and name not in known:
+        name = name.rpartition(".")[0]
+    return name or None
+
+
+def graph(root: Path, folders: tuple[str, ...]) -> dict[str, set[str]]:
+    """The modules that every module of these folders imports, deferred imports included."""
+    known: dict[str, Path] = {}
+    for folder in folders:
+        known |= modules(root, folder)
+    edges = {}
+    for module, path in known.items():
+        targets = {imported_module(item.name, known) for item in imports(path, module)}
+        edges[module] = {target for target in targets if target is not None and target != module}
+    return edges
+
+
+def reachable(module: str, edges: dict[str, set[str]]) -> set[str]:
+    """All modules that `module` imports, directly or through others."""
+    reached: set[str] = set()
+    waiting = set(edges.get(module, ()))
+    while waiting:
+        target = waiting.pop()
+        if target not in reached:
+            reached.add(target)
+            waiting |= edges.get(target, set())
+    return reached
