@@ -14,6 +14,9 @@ OUT_OF_MEMORY = "CUDA out of memory: reduce --batch-size, or use --dtype bfloat1
 def main(arguments: list[str] | None = None) -> int:
     """Entry point. A user's mistake is one line on stderr and exit status 1; one found by argparse, usage and 2."""
     options = parser().parse_args(arguments)
+    from .logs import configure_logging
+
+    configure_logging()
     try:
         options.run_command(options)
     except (ValueError, OSError, ImportError) as error:

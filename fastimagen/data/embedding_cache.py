@@ -26,7 +26,7 @@ from torch import Tensor
 from ..files import write_safetensors
 from ..text.embeddings import TextEmbeddings
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 SCHEMA = "fastimagen.embeddings.1"
 REBUILD = "fastimagen embed --config CONFIG"
@@ -161,7 +161,7 @@ def embed_shards(
             cache = open_cache(paths[index], **expected)
         empty = sum(not caption.strip() for caption in captions)
         if empty:
-            log.warning("%s: %d of %d captions are empty", _place(shards[index]), empty, len(captions))
+            logger.warning("%s: %d of %d captions are empty", _place(shards[index]), empty, len(captions))
         for name, more in (
             ("captions", len(keys)),
             ("truncated", cache.truncated),
@@ -195,7 +195,7 @@ def _open_fitting(path: Path, **expected: Any) -> EmbeddingCache | None:
     try:
         return open_cache(path, **expected)
     except ValueError as error:
-        log.info("writing %s anew: %s", path, error)
+        logger.info("writing %s anew: %s", path, error)
         return None
 
 

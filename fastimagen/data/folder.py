@@ -20,7 +20,7 @@ from ..images import open_rgb
 from .order import SAMPLES, random_bits
 from .shards import IMAGES
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 EXAMPLES = 5
 """Paths that a report remembers of each reason to skip."""
@@ -157,7 +157,6 @@ def _pack(items: Iterable[Item], report: PackReport, shard_size: int, validation
             report.held_out = report.packed - packed
         else:
             _write_shards(items, temporary, report, shard_size)
-    log.info("%s", report)
     return report
 
 

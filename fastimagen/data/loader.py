@@ -24,7 +24,7 @@ from ..text.embeddings import TextEmbeddings
 from .order import CROPS, Order, random_bits
 from .shards import Shard
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 ENOUGH_READ = 100
 """The share of bad pictures is judged from this many on; as many in a row end the run as well."""
@@ -222,7 +222,7 @@ class Loader:
             for shard, index, reason in sample.bad:
                 if (shard, index) not in self._bad:
                     self._bad[shard, index] = self._describe(shard, index, reason)
-                    log.warning("replaced sample %s", self._bad[shard, index])
+                    logger.warning("replaced sample %s", self._bad[shard, index])
         read, bad = self.counters["read"], self.counters["bad"]
         expected = (self.max_bad_share - self._excluded_share) * read
         if read >= ENOUGH_READ and bad > expected + 3 * math.sqrt(expected):

@@ -29,7 +29,7 @@ import torch
 
 from ..files import write_safetensors
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 """Extensions of pictures, in any case."""
@@ -315,7 +315,7 @@ def open_shards(
     reasons = ", ".join(f"{count} {reason}" for reason, count in excluded.items()) or "nothing"
     if not samples:
         raise ValueError(f"no sample in {len(shards)} shards ({paths[0]} ...): left out {reasons}")
-    log.log(
+    logger.log(
         logging.WARNING if excluded else logging.INFO,
         "%d samples in %d shards; left out: %s",
         samples,
@@ -342,7 +342,7 @@ def fetch(url: str, cache: str | Path | None) -> str:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if target.exists():
             return str(target)
-        log.info("fetching %s", url)
+        logger.info("fetching %s", url)
         temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
         try:
             with gopen(url) as stream, open(temporary, "wb") as file:
@@ -378,7 +378,7 @@ def _indexed(path: str) -> Shard:
     except FileNotFoundError:
         pass  # the first time, or the tar itself is missing: index_shard will say so
     except (OSError, SafetensorError) as error:
-        log.warning("making %s.index anew: %s", path, error)
+        logger.warning("making %s.index anew: %s", path, error)
     shard = index_shard(path)
     _keep_index(shard)
     return shard
@@ -399,4 +399,4 @@ def _keep_index(shard: Shard) -> None:
 
 @lru_cache
 def _warn_unkept(folder: str, reason: str) -> None:
-    log.warning("the index of shards in %s cannot be kept (%s): every start makes it anew", folder, reason)
+    logger.warning("the index of shards in %s cannot be kept (%s): every start makes it anew", folder, reason)

@@ -23,7 +23,7 @@ from ..presets import MINIMAGEN, minimagen_stage
 from ..sampling.model_directory import write_model
 from ..text.t5 import T5_NAMES
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 # ---------------------------------------------------------------- U-Nets
 
@@ -177,7 +177,7 @@ def _trust_weights(state_dict: dict[str, Tensor], unet_kwargs: dict[str, Any], n
         given["channels_out"] = facts.get("channels_out")
     for argument, fact in facts.items():
         if given[argument] != fact:
-            log.warning(
+            logger.warning(
                 "%s: %s is %s by the weights, %s by the arguments: the weights win",
                 name,
                 argument,
@@ -297,7 +297,7 @@ def _unet_files(source: Path) -> list[tuple[Path, Path]]:
             checkpoint = _only_one(source / "tmp", f"unet_{index}_*.pth")
             if checkpoint is None:
                 raise ValueError(f"{source} holds no weights of unet_{index}, neither in state_dicts nor in tmp")
-            log.warning("unet_%d has no best weights in state_dicts: taking the latest, %s", index, checkpoint)
+            logger.warning("unet_%d has no best weights in state_dicts: taking the latest, %s", index, checkpoint)
         files.append((_only_one(source / "parameters", f"unet_{index}_*.json"), checkpoint))
     return files
 
@@ -332,7 +332,7 @@ def _read_imagen(parameters: Path) -> tuple[dict[str, Any], Path]:
     ):
         value = value[-1] if isinstance(value, list) and value else value
         if argument in command and command[argument] != str(value):
-            log.warning(
+            logger.warning(
                 "%s is %s in %s, %s is %s in training_parameters: the former is what was trained",
                 key,
                 value,
@@ -341,7 +341,9 @@ def _read_imagen(parameters: Path) -> tuple[dict[str, Any], Path]:
                 command[argument],
             )
     if imagen["only_train_unet_number"] is not None:
-        log.warning("only_train_unet_number is %s: the other U-Nets may be untrained", imagen["only_train_unet_number"])
+        logger.warning(
+            "only_train_unet_number is %s: the other U-Nets may be untrained", imagen["only_train_unet_number"]
+        )
     return imagen, where
 
 
@@ -361,7 +363,7 @@ def _text_encoder(name: str | None, width: int, where: Path) -> dict[str, Any] |
     if name not in T5_NAMES:
         raise ValueError(f"{where}: text_encoder_name must be one of {', '.join(T5_NAMES)}, got {name!r}")
     if T5_NAMES[name][1] != width:
-        log.warning(
+        logger.warning(
             "the U-Nets read embeddings of width %d, but %s makes %d: the weights win, and the model names no "
             "text encoder (sample with --embeddings)",
             width,

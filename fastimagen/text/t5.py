@@ -23,7 +23,7 @@ from .embeddings import TextEmbeddings
 if TYPE_CHECKING:
     from transformers import T5EncoderModel
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 PREPROCESSING = "nfc-strip-1"
 """Name of what `preprocess` does and of how special tokens are refused; part of every encoder's identity."""
@@ -149,11 +149,11 @@ class T5Encoder:
         for text, row, unknown in self._rows(captions):
             if unknown:
                 if not self.unknown:
-                    log.warning("text encoder: parts of a caption are unknown to the tokenizer: %.60s", text)
+                    logger.warning("text encoder: parts of a caption are unknown to the tokenizer: %.60s", text)
                 self.unknown += 1
             if len(row) > self.max_length:
                 if not self.truncated:
-                    log.warning(
+                    logger.warning(
                         "text encoder: a caption of %d tokens is cut to %d: %.60s...", len(row), self.max_length, text
                     )
                 self.truncated += 1

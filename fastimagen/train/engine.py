@@ -6,6 +6,7 @@ import copy
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -183,19 +184,46 @@ def _merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
     return base
 
 
-def make_engine(model: nn.Module, deepspeed_config: dict[str, Any]) -> Any:
-    """A DeepSpeedEngine around `model`. DeepSpeed's own mistakes in its keys come out as one ValueError."""
+def make_engine(model: nn.Module, deepspeed_config: dict[str, Any], muon: set[str]) -> Any:
+    """A DeepSpeedEngine around `model`.
+
+    muon: names of the parameters that the optimizer Muon updates; other optimizers ignore it. Raises ValueError with
+    one line for keys that DeepSpeed refuses.
+    """
     import deepspeed
     from pydantic import ValidationError
 
     try:
-        engine, *_ = deepspeed.initialize(
-            model=model, model_parameters=list(model.parameters()), config=copy.deepcopy(deepspeed_config)
-        )
+        with _tagged_for_muon(model, muon):
+            engine, *_ = deepspeed.initialize(
+                model=model, model_parameters=list(model.parameters()), config=copy.deepcopy(deepspeed_config)
+            )
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"DeepSpeed key {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
     return engine
+
+
+@contextmanager
+def _tagged_for_muon(model: nn.Module, muon: set[str]) -> Iterator[None]:
+    """While the engine is built, `muon` decides which parameters carry DeepSpeed's tag `use_muon`.
+
+    DeepSpeed 0.19.8 tags in `set_optimizer_flags`, by whether "embed" is part of a name, and has no other way to choose.
+    """
+    import deepspeed
+
+    def set_optimizer_flags(config: Any, module: nn.Module) -> None:
+        for name, parameter in module.named_parameters():
+            parameter.use_muon = name in muon  # type: ignore[attr-defined]  # read by DeepSpeed
+            parameter.muon_num_heads = parameter.muon_head_dim = None  # type: ignore[attr-defined]
+
+    original = deepspeed.set_optimizer_flags
+    deepspeed.set_optimizer_flags = set_optimizer_flags
+    try:
+        yield
+    finally:
+        deepspeed.set_optimizer_flags = original
+    assert all(p.use_muon == (name in muon) for name, p in model.named_parameters()), "DeepSpeed ignored Muon's tags"
 
 
 def fp32_shards(engine: Any) -> list[Tensor]:

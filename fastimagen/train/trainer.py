@@ -18,6 +18,7 @@ import torch.distributed as dist
 from ..cascade import Stage
 from ..config import Config, StageConfig, StageTrainConfig
 from ..data.source import Split, embed_all, is_embedded, open_split, prepare_shapes
+from ..networks.parameters import muon_parameters
 from ..networks.unet import UNet
 from ..seeds import mix_seed
 from . import checkpoint
@@ -234,7 +235,7 @@ class Trainer:
             self._say(line)
         if self.settings.compile and self.device.type == "cuda":
             unet.compile(mode=self.settings.compile)
-        return make_engine(unet, deepspeed), deepspeed
+        return make_engine(unet, deepspeed, muon_parameters(unet)), deepspeed
 
     def _generator(self, config: StageConfig, step: int, micro: int) -> torch.Generator:
         seed = mix_seed(self.settings.seed, config.name, step, micro, self.rank)

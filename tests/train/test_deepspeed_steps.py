@@ -64,7 +64,7 @@ def trained(tree: dict) -> dict[str, list]:
     config, _ = resolve_deepspeed(
         {"train_batch_size": 4, **tree}, {}, steps=STEPS, world_size=1, cuda=False, tensorboard="", job_name=""
     )
-    engine = make_engine(Net(), config)
+    engine = make_engine(Net(), config, muon={"conv.weight", "out.weight"})
     for batch in batches():
         for x, vector, target in zip(*(part.split(config["train_micro_batch_size_per_gpu"]) for part in batch)):
             engine.backward(F.mse_loss(engine(x, vector), target))

@@ -64,7 +64,7 @@ def test_networks_are_compiled_on_gpus_and_a_cpu_is_told(
     trainer.device, trainer.world, trainer.rank = torch.device(device), 1, 0
     modes: list[str] = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, mode: modes.append(mode))
-    monkeypatch.setattr("fastimagen.train.trainer.make_engine", lambda unet, deepspeed: unet)
+    monkeypatch.setattr("fastimagen.train.trainer.make_engine", lambda unet, deepspeed, muon: unet)
     trainer._make_engine(trainer.stages[0])
     assert modes == (["max-autotune"] if device == "cuda" else [])
     assert ("base: train.compile: null (no CUDA)" in capsys.readouterr().out) == (device == "cpu")

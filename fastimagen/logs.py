@@ -1,0 +1,26 @@
+"""Logging of the command line programs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+
+def configure_logging() -> None:
+    """Show fastimagen's log on stderr: warnings from every process, other messages from rank 0 only.
+
+    Programs call it once at their start. The library never does: an application configures logging as it likes.
+    """
+    logger = logging.getLogger("fastimagen")
+    if not any(isinstance(handler, _StderrHandler) for handler in logger.handlers):
+        logger.addHandler(_StderrHandler())
+    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+
+
+class _StderrHandler(logging.Handler):
+    """Prints the message; warnings and errors with their level in front."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        print(level + self.format(record), file=sys.stderr, flush=True)

@@ -1,0 +1,31 @@
+"""Which parameters of a U-Net the Muon optimizer updates."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .convolution import Conv2d
+from .unet import ResBlock, TextConditioning, TimeEmbedding, UNet
+
+
+def muon_parameters(unet: UNet) -> set[str]:
+    """Names of the parameters that Muon updates: weight matrices of linear layers and convolutions.
+
+    Muon orthogonalizes updates, which is meant for matrices that map one feature space to another (Jordan et al. 2024,
+    "Muon: an optimizer for hidden layers"). Adam updates all other parameters: biases, norms, null tokens, null keys and
+    values, pooled queries and scales per channel. Like the embedding layers of that source, the layers that act on the
+    time embedding and on the pooled text also stay with Adam: their input is one vector per sample.
+    """
+    vector_layers: set[nn.Module] = set()
+    for module in unet.modules():
+        if isinstance(module, TimeEmbedding):
+            vector_layers.update(module.modules())
+        elif isinstance(module, TextConditioning):
+            vector_layers.update(module.pooled_embedding.modules())
+        elif isinstance(module, ResBlock):
+            vector_layers.add(module.embedding_to_film)
+    return {
+        f"{name}.weight"
+        for name, module in unet.named_modules()
+        if isinstance(module, (nn.Linear, Conv2d)) and module not in vector_layers
+    }
