@@ -132,7 +132,7 @@ def _peak() -> int:
 
 
 def guided(bench: Bench) -> None:
-    """The test pair draws two pictures with guidance 3, ancestral sampling, as many steps in both."""
+    """The test pair draws two images with guidance 3, ancestral sampling, as many steps in both."""
     works: dict[str, Work] = {}
     names = {
         "op": "guided sampling",
@@ -172,7 +172,7 @@ def single_ops(bench: Bench) -> None:
 
 
 def data(bench: Bench) -> None:
-    """Pictures and embedded captions per second of one core, from shards of the built-in shapes."""
+    """Images and embedded captions per second of one core, from shards of the built-in shapes."""
     names = {"op": "data loading", "shape": "shapes 64x64, 256 samples", "dtype": "float32", "mode": "loading"}
     with bench.missing_on_error("ours", **names), tempfile.TemporaryDirectory() as folder:
         from fastimagen.config import FastimagenConfig

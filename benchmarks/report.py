@@ -167,14 +167,14 @@ def step(measured: Measured) -> str:
             ]
             for row in rows
         ]
-        head = ("network", "by", "batch", "pictures/s", "of the matrix rate", "memory", "against MinImagen")
+        head = ("network", "by", "batch", "images/s", "of the matrix rate", "memory", "against MinImagen")
         parts += [table(head, lines)] if lines else []
         parts.append(when(rows, AGAIN["gpu"]))
     return "\n\n".join(parts)
 
 
 def against(measured: Measured, device: str, row: Row) -> str:
-    """Pictures per second over MinImagen's."""
+    """Images per second over MinImagen's."""
     theirs = measured.one(device, op=row["op"], shape=row["shape"], provider="MinImagen")
     if not theirs or "ms" not in theirs or "ms" not in row:
         return NOT_MEASURED
@@ -251,12 +251,12 @@ def sampler(measured: Measured) -> str:
                     milliseconds(row),
                     milliseconds(unet),
                     row.get("note", ""),
-                    picture(row),
+                    image(row),
                 ]
             )
         if lines:
             parts += [
-                table(("stage", "by", "step", "its U-Net", "the rest", "a picture in its steps"), lines),
+                table(("stage", "by", "step", "its U-Net", "the rest", "an image in its steps"), lines),
                 when(rows, AGAIN["cpu" if device == "cpu" else "gpu"]),
             ]
     if not measured.gpus:
@@ -264,15 +264,15 @@ def sampler(measured: Measured) -> str:
     return "\n\n".join(parts)
 
 
-def picture(row: Row) -> str:
-    """Time of one picture in as many steps as the stage is sampled with."""
+def image(row: Row) -> str:
+    """Time of one image in as many steps as the stage is sampled with."""
     if "ms" not in row or "steps" not in row:
         return NOT_MEASURED
     return f"{digits(row['ms'][1] * row['steps'] / row['images'] / 1000)} s in {row['steps']}"
 
 
 def data(measured: Measured) -> str:
-    """Pictures and captions per second on the way to the network."""
+    """Images and captions per second on the way to the network."""
     rows = [row for op in ("data loading", "text embedding") for row in measured.of("cpu", op=op)]
     lines = [[row["op"], row["shape"], per_second(row)] for row in rows]
     return f"{table(('', 'of', 'a second and core'), lines)}\n\n{when(rows, AGAIN['cpu'])}"

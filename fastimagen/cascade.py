@@ -1,6 +1,6 @@
 """The cascade: stages in order, each enlarging what the one before it drew (Imagen, sections 2.3 and 2.4).
 
-Letters: B batch, C channels, S side of the stage's pictures.
+Letters: B batch, C channels, S side of the stage's images.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Callback = Callable[[str, int, Tensor, Tensor], None]
 class Stage:
     """What one stage does with its U-Net: training loss and sampling. Holds no weights.
 
-    `below` is the stage whose pictures this one enlarges, None for a base stage or a free-standing enlarger.
+    `below` is the stage whose images this one enlarges, None for a base stage or a free-standing enlarger.
     """
 
     def __init__(self, config: StageConfig, below: StageConfig | None = None) -> None:
@@ -82,7 +82,7 @@ class Stage:
     def lowres_condition(self, lowres: Tensor, level: Tensor, noise: Tensor) -> dict[str, Tensor]:
         """Resize lowres to noise's size, then noise it at `level` (B,) in [0, 1]: the U-Net's low-res arguments.
 
-        The one path for training and sampling: pictures are in [-1, 1] before the noise comes (Imagen, section 2.4).
+        The one path for training and sampling: images are in [-1, 1] before the noise comes (Imagen, section 2.4).
         """
         time = self.augmentation.training_times(level.double())
         alpha, sigma = (c.to(noise)[:, None, None, None] for c in self.augmentation.alpha_sigma(time))
@@ -116,10 +116,10 @@ class Stage:
         sampling: SamplingConfig | None = None,
         callback: Callback | None = None,
     ) -> Tensor:
-        """Pictures (B, C, S, S) in [-1, 1], fp32, picture i a function of (caption i, seeds[i], lowres[i]).
+        """Images (B, C, S, S) in [-1, 1], fp32, image i a function of (caption i, seeds[i], lowres[i]).
 
         lowres (B, C, s, s) in [-1, 1] for super-resolution; negative captions that guidance leads away from, in place
-        of none; `init_image` to start from a picture; `sampling` overrides the stage's own settings.
+        of none; `init_image` to start from an image; `sampling` overrides the stage's own settings.
         """
         sampling = sampling or self.config.sampling
         device = next(unet.parameters()).device
@@ -210,9 +210,9 @@ class Cascade(nn.Module):
         callback: Callback | None = None,
         device: torch.device | None = None,
     ) -> Tensor:
-        """Run the stages from start_at to stop_at: pictures (B, C, S, S) of the last of them, in [-1, 1].
+        """Run the stages from start_at to stop_at: images (B, C, S, S) of the last of them, in [-1, 1].
 
-        lowres (B, C, s, s) in [-1, 1] is what a super-resolution stage enlarges when it comes first. A given picture
+        lowres (B, C, s, s) in [-1, 1] is what a super-resolution stage enlarges when it comes first. A given image
         without mask is where the first stage starts; with a mask, all stages keep its pixels. With a device, every
         U-Net is there only while its stage runs. Raises ValueError for what does not fit.
         """
@@ -244,7 +244,7 @@ class Cascade(nn.Module):
             raise ValueError(f"start_at {start_at} comes after stop_at {stop_at}")
         enlarges = self.stages[first].config.unet.lowres
         if enlarges and lowres is None:
-            raise ValueError(f"stage {names[first]} enlarges a picture: give lowres")
+            raise ValueError(f"stage {names[first]} enlarges an image: give lowres")
         if lowres is not None and not enlarges:
             raise ValueError(f"stage {names[first]} starts from noise, not from lowres: say which stage to start_at")
         return self.stages[first : last + 1]

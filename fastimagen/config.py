@@ -202,7 +202,7 @@ class SamplingConfig(Section):
     percentile: float = Field(0.995, gt=0, le=1)
     """Percentile of |x0| in dynamic thresholding."""
     tile: int | None = Field(None, ge=16)
-    """Side of the overlapping tiles that the U-Net sees, where a picture as a whole does not fit into memory."""
+    """Side of the overlapping tiles that the U-Net sees, where an image as a whole does not fit into memory."""
 
 
 class StageConfig(Section):
@@ -211,7 +211,7 @@ class StageConfig(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9_]+$")
     """Name of the stage: folders and --stage use it."""
     size: int = Field(ge=4)
-    """Height and width of the stage's pictures."""
+    """Height and width of the stage's images."""
     crop: int | None = None
     """Train on random crops of this side (the paper's 1024 stage: 256); sampling is always at full size."""
     unet: UNetConfig
@@ -274,7 +274,7 @@ class CascadeConfig(Section):
         raise ValueError(f'no stage "{name}"; the cascade has {", ".join(s.name for s in self.stages)}')
 
     def below(self, name: str) -> StageConfig | None:
-        """The stage whose pictures stage `name` enlarges; None for the first."""
+        """The stage whose images stage `name` enlarges; None for the first."""
         index = self.stages.index(self.stage(name))
         return self.stages[index - 1] if index else None
 
@@ -283,15 +283,15 @@ class ShapesConfig(Section):
     """The built-in captioned shapes, rendered by training itself where data.shards is missing."""
 
     count: int = Field(20000, ge=1)
-    """Training pictures."""
+    """Training images."""
     size: int = Field(64, ge=16)
-    """Height and width of the pictures."""
+    """Height and width of the images."""
     seed: int = Field(0, ge=0)
-    """Seed of the pictures."""
+    """Seed of the images."""
 
 
 class DataConfig(Section):
-    """Where pictures and captions come from."""
+    """Where images and captions come from."""
 
     shards: str | tuple[str, ...] = "data/shapes/train"
     """WebDataset tars: a folder, a glob, a {000..999} range or a list; local paths or URLs."""
@@ -302,7 +302,7 @@ class DataConfig(Section):
     cache: str | None = None
     """Folder for fetched remote shards; needed for remote shards only."""
     threads: int = Field(2, ge=1)
-    """Threads that decode pictures, per process."""
+    """Threads that decode images, per process."""
     max_bad_share: float = Field(0.01, ge=0, le=1)
     """Training stops when a larger share of the samples is unreadable or without caption."""
 
@@ -366,11 +366,11 @@ class TrainConfig(Section):
     validate_every: int = Field(500, ge=1)
     """Steps between validations on EMA weights."""
     validation_samples: int = Field(256, ge=1)
-    """Pictures of a validation, at most."""
+    """Images of a validation, at most."""
     sample_every: int = Field(1000, ge=1)
     """Steps between sample grids."""
     sample_count: int = Field(16, ge=1)
-    """Pictures of a grid: the first captions of the validation set, with seeds 0, 1, 2, ..."""
+    """Images of a grid: the first captions of the validation set, with seeds 0, 1, 2, ..."""
     compile: CompileMode | None = None
     """A mode of torch.compile for the U-Nets on GPUs; a CPU trains them as they are."""
     max_nonfinite: int = Field(10, ge=1)
@@ -393,7 +393,7 @@ class FastimagenConfig(Section):
     ] = "shapes"
     """Name of a preset (presets.py) or the stages in full."""
     data: DataConfig = DataConfig()
-    """Pictures and captions."""
+    """Images and captions."""
     text: TextConfig = TextConfig()
     """Text encoder and embedding cache."""
     train: TrainConfig = TrainConfig()

@@ -1,6 +1,6 @@
-"""Pictures at the edges of the model: files -> RGB -> tensors in [-1, 1] -> PNG files and captioned grids.
+"""Images at the edges of the model: files -> RGB -> tensors in [-1, 1] -> PNG files and captioned grids.
 
-Letters: B pictures, C channels, H height, W width.
+Letters: B images, C channels, H height, W width.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 """What `open_rgb` reads, by content and not by name; Pillow knows more, some through outside programs."""
 
 MAX_PIXELS = 1 << 26
-"""Larger pictures are refused: 8192 x 8192."""
+"""Larger images are refused: 8192 x 8192."""
 
 DECODE_ERRORS = (
     OSError,
@@ -56,14 +56,14 @@ UPRIGHT = {
 
 
 def open_rgb(data: bytes, *, at_least: int | None = None) -> Image.Image:
-    """Decodes a picture file into 8-bit RGB, upright.
+    """Decodes an image file into 8-bit RGB, upright.
 
     Grey, palette and CMYK are converted (CMYK by formula: ICC profiles are not applied); transparency is laid
     over white; 16-bit grey is scaled to 8 bits; the EXIF orientation is applied; of an animation the first
-    picture is taken.
+    image is taken.
     at_least: a JPEG with sides of 3, 6 or 12 times this and more is decoded at 1/2, 1/4 or 1/8 of its size:
     for `resize_and_crop` to this size that is about twice as fast, and off by less than 1/255 (RMS).
-    Raises ValueError, one line, for anything damaged, truncated, too large (MAX_PIXELS) or not a picture.
+    Raises ValueError, one line, for anything damaged, truncated, too large (MAX_PIXELS) or not an image.
     """
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -76,9 +76,9 @@ def open_rgb(data: bytes, *, at_least: int | None = None) -> Image.Image:
         rgb = _to_rgb(image)
         return rgb if turn is None else rgb.transpose(turn)
     except Image.UnidentifiedImageError as error:
-        raise ValueError(f"unreadable picture: none of {', '.join(FORMATS)}") from error
+        raise ValueError(f"unreadable image: none of {', '.join(FORMATS)}") from error
     except DECODE_ERRORS as error:
-        raise ValueError(f"unreadable picture: {str(error).strip().partition(chr(10))[0]}") from error
+        raise ValueError(f"unreadable image: {str(error).strip().partition(chr(10))[0]}") from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -97,12 +97,12 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def to_tensor(image: Image.Image | np.ndarray) -> Tensor:
-    """An RGB picture, PIL or uint8 array (H, W, 3), as float32 tensor (3, H, W): 0 -> -1, 255 -> 1.
+    """An RGB image, PIL or uint8 array (H, W, 3), as float32 tensor (3, H, W): 0 -> -1, 255 -> 1.
 
     Raises ValueError for other modes, shapes or dtypes.
     """
     if isinstance(image, Image.Image) and image.mode != "RGB":
-        raise ValueError(f'expected an RGB picture, got mode "{image.mode}": open files with open_rgb')
+        raise ValueError(f'expected an RGB image, got mode "{image.mode}": open files with open_rgb')
     pixels = np.asarray(image)  # (H, W, 3)
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
         raise ValueError(f"expected uint8 pixels (H, W, 3), got {pixels.dtype} {pixels.shape}")
@@ -114,30 +114,30 @@ def to_tensor(image: Image.Image | np.ndarray) -> Tensor:
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Pictures (B, 3, H, W) in [-1, 1] as uint8 (B, H, W, 3), rounded; values beyond the range are clamped.
+    """Images (B, 3, H, W) in [-1, 1] as uint8 (B, H, W, 3), rounded; values beyond the range are clamped.
 
     Raises ValueError for other shapes, and for NaN or infinity rather than turning them into black.
     """
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-        raise ValueError(f"expected floating point pictures (B, 3, H, W), got {images.dtype} {tuple(images.shape)}")
+        raise ValueError(f"expected floating point images (B, 3, H, W), got {images.dtype} {tuple(images.shape)}")
     finite = images.isfinite().flatten(1).all(dim=1)  # (B,)
     if not finite.all():
         broken = (~finite).nonzero().flatten().tolist()
-        raise ValueError(f"pictures {broken} of {len(images)} hold NaN or infinity")
+        raise ValueError(f"images {broken} of {len(images)} hold NaN or infinity")
     bytes_ = (images.float() + 1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
     return bytes_.permute(0, 2, 3, 1).contiguous()  # (B, H, W, 3)
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """One picture (3, H, W) in [-1, 1] as PIL image. Raises ValueError as `to_uint8` does."""
+    """One image (3, H, W) in [-1, 1] as PIL image. Raises ValueError as `to_uint8` does."""
     return Image.fromarray(to_uint8(image[None])[0].cpu().numpy())
 
 
 def save_png(image: Tensor | Image.Image, path: str | Path) -> None:
-    """Writes a picture, (3, H, W) in [-1, 1] or PIL, as PNG, and its folder. Raises as `to_uint8` does."""
-    picture = image if isinstance(image, Image.Image) else to_pil(image)
+    """Writes an image, (3, H, W) in [-1, 1] or PIL, as PNG, and its folder. Raises as `to_uint8` does."""
+    pil = image if isinstance(image, Image.Image) else to_pil(image)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path, format="PNG")
+    pil.save(path, format="PNG")
 
 
 # ---------------------------------------------------------------- sizes
@@ -149,12 +149,12 @@ def resize_and_crop(
     """Scales the smallest side to `size`, keeping the aspect ratio, and cuts out a square; never mirrors.
 
     crop: "center" gives the (size, size) square in the middle; (top, left, side) a smaller window of that
-    square. Bicubic, antialiased when shrinking. Smaller pictures are enlarged: count them where that matters.
+    square. Bicubic, antialiased when shrinking. Smaller images are enlarged: count them where that matters.
     Raises ValueError for sizes and windows that make no sense.
     """
     top, left, side = (0, 0, size) if crop == "center" else crop
     if size < 1 or side < 1 or min(top, left) < 0 or max(top, left) + side > size:
-        raise ValueError(f"no window {crop} in a picture of size {size}")
+        raise ValueError(f"no window {crop} in an image of size {size}")
     width, height = image.size
     smallest = min(width, height)
     if smallest == size:  # no resampling: whole pixels
@@ -167,14 +167,14 @@ def resize_and_crop(
 
 
 def resize(images: Tensor, size: int) -> Tensor:
-    """Square pictures (B, C, H, H) in [-1, 1] at another size, (B, C, size, size), antialiased, same dtype.
+    """Square images (B, C, H, H) in [-1, 1] at another size, (B, C, size, size), antialiased, same dtype.
 
     Shrinking by a whole number averages areas; anything else is bicubic, clamped to [-1, 1]. The cascade
-    makes the low-resolution pictures of training and enlarges those of sampling with this. Raises ValueError
+    makes the low-resolution images of training and enlarges those of sampling with this. Raises ValueError
     if not square.
     """
     if images.ndim != 4 or images.shape[2] != images.shape[3] or size < 1:
-        raise ValueError(f"expected square pictures (B, C, H, H) and a size, got {tuple(images.shape)} and {size}")
+        raise ValueError(f"expected square images (B, C, H, H) and a size, got {tuple(images.shape)} and {size}")
     side = images.shape[3]
     if side == size:
         return images
@@ -187,7 +187,7 @@ def resize(images: Tensor, size: int) -> Tensor:
 # ---------------------------------------------------------------- grids
 
 READABLE = 192
-"""Pictures narrower than this are enlarged in grids."""
+"""Images narrower than this are enlarged in grids."""
 
 MAX_LINES = 6
 """Lines of a caption in grids; the rest becomes an ellipsis."""
@@ -196,17 +196,17 @@ MAX_LINES = 6
 def grid(
     images: Tensor, captions: Sequence[str] | None = None, columns: int | None = None, scale: int | None = None
 ) -> Image.Image:
-    """Pictures (B, 3, H, W) in [-1, 1] side by side on white, row by row, each above its caption.
+    """Images (B, 3, H, W) in [-1, 1] side by side on white, row by row, each above its caption.
 
-    columns: None is one row up to 4 pictures, else about square; scale: whole-number enlargement without
-    smoothing, None enlarges small pictures to READABLE pixels. Raises ValueError as `to_uint8` does, and if
-    there is not one caption for each picture.
+    columns: None is one row up to 4 images, else about square; scale: whole-number enlargement without
+    smoothing, None enlarges small images to READABLE pixels. Raises ValueError as `to_uint8` does, and if
+    there is not one caption for each image.
     """
     pixels = to_uint8(images).cpu().numpy()  # (B, H, W, 3)
     count, height, width = pixels.shape[:3]
     captions = [""] * count if captions is None else captions
     if not count or len(captions) != count:
-        raise ValueError(f"a grid of {count} pictures and {len(captions)} captions")
+        raise ValueError(f"a grid of {count} images and {len(captions)} captions")
     if columns is None:
         columns = count if count <= 4 else math.ceil(math.sqrt(count))
     columns = min(count, columns)
@@ -229,8 +229,8 @@ def grid(
     for row, space in zip(rows, below):
         for column, i in enumerate(row):
             left = margin + column * (width + margin)
-            picture = Image.fromarray(pixels[i]).resize((width, height), Image.Resampling.NEAREST)
-            canvas.paste(picture, (left, top))
+            image = Image.fromarray(pixels[i]).resize((width, height), Image.Resampling.NEAREST)
+            canvas.paste(image, (left, top))
             for number, text in enumerate(texts[i]):
                 place = left, top + height + line // 3 + number * line
                 draw.text(place, text, fill=(48, 48, 48), font=font)

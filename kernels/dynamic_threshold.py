@@ -1,13 +1,13 @@
-"""Dynamic thresholding of pictures x (B, N numbers each): s = max(quantile(|x|, p), floor), y = clamp(x, -s, s) / s.
+"""Dynamic thresholding of images x (B, N numbers each): s = max(quantile(|x|, p), floor), y = clamp(x, -s, s) / s.
 
 The bits of |x| in fp32, read as integers, are ordered as the numbers are: 31 of them, the digits 11 + 10 + 10. Each
 digit takes one pass over x that counts the values of every bin among those that share the digits already known, and
-one program for each picture that walks the counts to the bin of the wanted rank. After three digits the order
+one program for each image that walks the counts to the bin of the wanted rank. After three digits the order
 statistic of the lower rank is known to the bit. The next one is the same number if it is tied; else the next bin of
 the last count that is not empty; else the least of all numbers with larger first digits, which the last pass has kept.
 
 No sort, no limit on N but 2^31 - 1, no wait for the GPU. Counts and minima are integers, so the order of the atomic
-operations cannot be seen. A NaN, either sign, makes its picture NaN: its bits are larger than those of infinity.
+operations cannot be seen. A NaN, either sign, makes its image NaN: its bits are larger than those of infinity.
 
 Launches: 3 counts, 3 walks, 1 application; x is read 4 times and written once.
 """
@@ -26,7 +26,7 @@ SHIFTS, DIGITS = (20, 10, 0), (11, 10, 10)  # bits below each digit, bits in it
 INFINITY = 0x7F800000  # its bits; a NaN's are larger
 NOTHING = 0x7FFFFFFF
 
-# What is known of a picture: columns of `state`, int32.
+# What is known of an image: columns of `state`, int32.
 PREFIX, RANK, ABOVE, LARGEST = (tl.constexpr(column) for column in range(4))
 COLUMNS = 4
 
@@ -43,11 +43,11 @@ def ordered(x):
 
 
 @triton.jit
-def tally(bits, chosen, counts_pointer, picture, SHIFT: tl.constexpr, DIGIT: tl.constexpr, BINS: tl.constexpr):
+def tally(bits, chosen, counts_pointer, image, SHIFT: tl.constexpr, DIGIT: tl.constexpr, BINS: tl.constexpr):
     """Add the chosen numbers to the counts (B, BINS) of their digit."""
     counts = tl.histogram((bits >> SHIFT) & ((1 << DIGIT) - 1), BINS, mask=chosen)
     bins = tl.arange(0, BINS)
-    tl.atomic_add(counts_pointer + picture * BINS + bins, counts, mask=counts > 0)
+    tl.atomic_add(counts_pointer + image * BINS + bins, counts, mask=counts > 0)
 
 
 @triton.jit
@@ -64,11 +64,11 @@ def count(
     BLOCK: tl.constexpr,
 ):
     """counts (B, BINS) of one digit; the first pass keeps the largest bits, the last the least beyond the prefix."""
-    picture = tl.program_id(1).to(tl.int64)
+    image = tl.program_id(1).to(tl.int64)
     offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offset < n
-    bits = magnitudes(x_pointer + picture * n, offset, mask)
-    state = state_pointer + picture * 4
+    bits = magnitudes(x_pointer + image * n, offset, mask)
+    state = state_pointer + image * 4
     if FIRST:
         tl.atomic_max(state + LARGEST, tl.max(bits, axis=0))
         chosen = mask
@@ -78,7 +78,7 @@ def count(
         chosen = mask & (above == prefix)
         if LAST:
             tl.atomic_min(state + ABOVE, tl.min(tl.where(mask & (above > prefix), bits, 0x7FFFFFFF), axis=0))
-    tally(bits, chosen, counts_pointer, picture, SHIFT, DIGIT, BINS)
+    tally(bits, chosen, counts_pointer, image, SHIFT, DIGIT, BINS)
 
 
 @triton.jit
@@ -93,11 +93,11 @@ def walk(
     LAST: tl.constexpr,
 ):
     """From the counts of a digit to the prefix with it; in the end to the threshold s (B,)."""
-    picture = tl.program_id(0).to(tl.int64)
+    image = tl.program_id(0).to(tl.int64)
     bins = tl.arange(0, BINS)
-    counts = tl.load(counts_pointer + picture * BINS + bins)
+    counts = tl.load(counts_pointer + image * BINS + bins)
     upto = tl.cumsum(counts, axis=0)
-    state = state_pointer + picture * 4
+    state = state_pointer + image * 4
     rank = tl.load(state + RANK)
     digit = tl.min(tl.where(upto > rank, bins, BINS), axis=0)
     before = tl.sum(tl.where(bins < digit, counts, 0), axis=0)
@@ -120,7 +120,7 @@ def walk(
         s = tl.where(quantile > floor, quantile, floor)
         largest = tl.load(state + LARGEST)
         s = tl.where(largest > 0x7F800000, float("nan"), s)
-        tl.store(s_pointer + picture, s)
+        tl.store(s_pointer + image, s)
 
 
 @triton.jit
@@ -132,13 +132,13 @@ def clamped(x, s):
 @triton.jit
 def apply(x_pointer, s_pointer, y_pointer, n, BLOCK: tl.constexpr):
     """y = clamp(x, -s, s) / s."""
-    picture = tl.program_id(1).to(tl.int64)
+    image = tl.program_id(1).to(tl.int64)
     offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offset < n
-    x = tl.load(x_pointer + picture * n + offset, mask=mask, other=0.0).to(tl.float32)
-    s = tl.load(s_pointer + picture)
+    x = tl.load(x_pointer + image * n + offset, mask=mask, other=0.0).to(tl.float32)
+    s = tl.load(s_pointer + image)
     y = clamped(x, s) / s
-    tl.store(y_pointer + picture * n + offset, y.to(y_pointer.dtype.element_ty), mask=mask)
+    tl.store(y_pointer + image * n + offset, y.to(y_pointer.dtype.element_ty), mask=mask)
 
 
 def quantile_rank(n: int, percentile: float) -> tuple[int, float]:
@@ -149,7 +149,7 @@ def quantile_rank(n: int, percentile: float) -> tuple[int, float]:
 
 
 class Selection:
-    """The search for the thresholds of pictures (B, N each): what is known, the counts, and the result s (B,)."""
+    """The search for the thresholds of images (B, N each): what is known, the counts, and the result s (B,)."""
 
     def __init__(self, batch: int, n: int, percentile: float, floor: float, device: torch.device) -> None:
         rank, self.fraction = quantile_rank(n, percentile)
@@ -194,7 +194,7 @@ class Selection:
 
 
 def dynamic_threshold(x: Tensor, percentile: float, floor: float) -> Tensor:
-    """x (B, ...), each picture dense in memory and the pictures one after the other; y like x."""
+    """x (B, ...), each image dense in memory and the images one after the other; y like x."""
     n, y = x[0].numel(), torch.empty_like(x)
     with torch.cuda.device_of(x):
         selection = Selection(len(x), n, percentile, floor, x.device)

@@ -1,4 +1,4 @@
-"""One step of a sampler, from the U-Net's output to the next x, for pictures of N numbers each.
+"""One step of a sampler, from the U-Net's output to the next x, for images of N numbers each.
 
     F  = u + w (c - u)                                       guidance; without it F is the output itself
     x0 = threshold(skip x + out F)                           dynamic, static (clamp to [-1, 1]) or none
@@ -26,10 +26,10 @@ from .dynamic_threshold import BINS, BLOCK, DIGITS, LARGEST, SHIFTS, Selection, 
 
 @triton.jit
 def numbers(n, BLOCK: tl.constexpr):
-    """This program's picture, the places of its numbers, and which of them exist."""
-    picture = tl.program_id(1).to(tl.int64)
+    """This program's image, the places of its numbers, and which of them exist."""
+    image = tl.program_id(1).to(tl.int64)
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    return picture, picture * n + place, place < n
+    return image, image * n + place, place < n
 
 
 @triton.jit
@@ -105,13 +105,13 @@ def recover(
     BLOCK: tl.constexpr,
 ):
     """x0 before thresholding, and the first pass of the selection over it."""
-    picture, offset, mask = numbers(n, BLOCK)
+    image, offset, mask = numbers(n, BLOCK)
     x = tl.load(x_pointer + offset, mask=mask, other=0.0)
     x0 = recovered(output_pointer, x, offset, mask, samples, skip, out, weight, GUIDED)
     tl.store(x0_pointer + offset, x0, mask=mask)
     bits = ordered(x0)  # 0 where there is nothing
-    tl.atomic_max(state_pointer + picture * 4 + LARGEST, tl.max(bits, axis=0))
-    tally(bits, mask, counts_pointer, picture, SHIFT, DIGIT, BINS)
+    tl.atomic_max(state_pointer + image * 4 + LARGEST, tl.max(bits, axis=0))
+    tally(bits, mask, counts_pointer, image, SHIFT, DIGIT, BINS)
 
 
 @triton.jit
@@ -130,8 +130,8 @@ def finish(
     BLOCK: tl.constexpr,
 ):
     """x0 thresholded, where it lies, and x'."""
-    picture, offset, mask = numbers(n, BLOCK)
-    s = tl.load(s_pointer + picture)
+    image, offset, mask = numbers(n, BLOCK)
+    s = tl.load(s_pointer + image)
     x0 = clamped(tl.load(x0_pointer + offset, mask=mask, other=0.0), s) / s
     x = tl.load(x_pointer + offset, mask=mask, other=0.0)
     x_next = advanced(x, x0, previous_pointer, noise_pointer, offset, mask, c_x, c_x0, c_prev, c_noise)

@@ -1,9 +1,9 @@
-"""The main job end to end on a laptop: shards, embeddings, two stages, export, pictures, evaluation.
+"""The main job end to end on a laptop: shards, embeddings, two stages, export, images, evaluation.
 
     make quickstart            (or: python launch/quickstart.py)
 
 Every phase is a command that you could type yourself. The same command again goes on where it was interrupted, and
-draws new pictures. Results are in runs/quickstart: grid.png and report.json.
+draws new images. Results are in runs/quickstart: grid.png and report.json.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = Path("runs/quickstart")
-MODEL, PICTURES, EVALUATION = RUN / "model", RUN / "pictures", RUN / "evaluation"
+MODEL, IMAGES, EVALUATION = RUN / "model", RUN / "images", RUN / "evaluation"
 
 
 def processes() -> int:
@@ -68,7 +68,7 @@ def phases() -> list[tuple[str, list[str]]]:
         ("export", [*fastimagen, "export", "--run", str(RUN), "--out", str(MODEL)]),
         (
             "sample",
-            [*fastimagen, "sample", "--model", str(MODEL), "--captions", "launch/captions.txt", "--out", str(PICTURES)],
+            [*fastimagen, "sample", "--model", str(MODEL), "--captions", "launch/captions.txt", "--out", str(IMAGES)],
         ),
         ("evaluate", [*fastimagen, "evaluate", "--model", str(MODEL), "--data", "shapes", "--out", str(EVALUATION)]),
     ]
@@ -78,7 +78,7 @@ def main() -> int:
     os.chdir(ROOT)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see launch/train.py
     RUN.mkdir(parents=True, exist_ok=True)
-    for old in (MODEL, PICTURES, EVALUATION):  # made anew from the checkpoints
+    for old in (MODEL, IMAGES, EVALUATION):  # made anew from the checkpoints
         shutil.rmtree(old, ignore_errors=True)
     seconds = {}
     for name, command in phases():
@@ -94,7 +94,7 @@ def main() -> int:
     evaluation = json.loads((EVALUATION / "report.json").read_text())
     report = {"seconds": seconds, "total_seconds": round(sum(seconds.values()), 1), **evaluation}
     (RUN / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    shutil.copy(PICTURES / "grid.png", RUN / "grid.png")
+    shutil.copy(IMAGES / "grid.png", RUN / "grid.png")
     minutes = report["total_seconds"] / 60
     print(f"\nDone in {minutes:.1f} minutes. Look at {RUN / 'grid.png'}; figures are in {RUN / 'report.json'}.")
     return 0

@@ -338,12 +338,12 @@ def test_exporting_a_run_without_checkpoints_is_refused(
 
 
 def test_packing_no_images_is_refused(tmp_path: Path, refused: Callable[..., str]) -> None:
-    assert refused("shards", "folder", "images", "--out", "out") == "images is no folder of pictures"
+    assert refused("shards", "folder", "images", "--out", "out") == "images is no folder of images"
     assert refused("shards", "folder", "list.jsonl", "--out", "out") == "there is no manifest list.jsonl"
     (tmp_path / "images").mkdir()
     assert "nothing to pack for out" in refused("shards", "folder", "images", "--out", "out")
     (tmp_path / "images/a.txt").write_text("a caption of nothing")
-    assert "1 caption without picture" in refused("shards", "folder", "images", "--out", "out")
+    assert "1 caption without image" in refused("shards", "folder", "images", "--out", "out")
     error = refused("shards", "folder", "images", "--out", "out", "--shard-size", "0")
     assert "at least one sample" in error
     assert "size >= 16" in refused("shards", "shapes", "--out", "out", "--size", "8")

@@ -1,4 +1,4 @@
-"""Pictures: every kind of file to RGB, tensors and back, sizes, grids."""
+"""Images: every kind of file to RGB, tensors and back, sizes, grids."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def encode(image: Image.Image, format: str = "PNG", **options) -> bytes:
 
 
 def smooth(height: int, width: int) -> Image.Image:
-    """A picture without symmetry that JPEG hardly changes."""
+    """An image without symmetry that JPEG hardly changes."""
     y, x = np.mgrid[0:height, 0:width] / max(height, width)
     waves = [np.sin(5 * x + 3 * y), np.cos(4 * x * y + 1), np.sin(7 * y - 2 * x * x)]
     return Image.fromarray((np.stack(waves, axis=-1) * 100 + 128).astype(np.uint8))
@@ -48,10 +48,10 @@ def png(width: int, height: int, depth: int, color: int, rows: bytes, *chunks: t
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
-def test_color_picture_keeps_its_pixels(format):
-    picture = smooth(40, 56)
+def test_color_image_keeps_its_pixels(format):
+    image = smooth(40, 56)
     options = {"PNG": {}, "JPEG": {"quality": 98, "subsampling": 0}, "WEBP": {"lossless": True}}[format]
-    difference = np.abs(values(open_rgb(encode(picture, format, **options))) - values(picture))
+    difference = np.abs(values(open_rgb(encode(image, format, **options))) - values(image))
     assert difference.max() <= (4 if format == "JPEG" else 0)
 
 
@@ -63,20 +63,20 @@ def test_grey_becomes_three_equal_channels():
 
 
 def test_palette_with_a_transparent_color_shows_white():
-    picture = Image.new("P", (3, 1))
-    picture.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
-    picture.putdata([0, 1, 2])
-    assert values(open_rgb(encode(picture))).tolist() == [[[255, 0, 0], [0, 255, 0], [0, 0, 255]]]
-    transparent = encode(picture, transparency=1)
+    image = Image.new("P", (3, 1))
+    image.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
+    image.putdata([0, 1, 2])
+    assert values(open_rgb(encode(image))).tolist() == [[[255, 0, 0], [0, 255, 0], [0, 0, 255]]]
+    transparent = encode(image, transparency=1)
     assert values(open_rgb(transparent)).tolist() == [[[255, 0, 0], [255, 255, 255], [0, 0, 255]]]
 
 
 @pytest.mark.parametrize("mode, color", [("RGBA", (200, 100, 0)), ("LA", (60,))])
 @pytest.mark.parametrize("alpha", [0, 64, 128, 255])
 def test_transparency_is_laid_over_white(mode, color, alpha):
-    picture = Image.new(mode, (2, 2), (*color, alpha))
+    image = Image.new(mode, (2, 2), (*color, alpha))
     expected = [(value * alpha + 255 * (255 - alpha)) / 255 for value in (color * 3)[:3]]
-    assert np.abs(values(open_rgb(encode(picture)))[0, 0] - expected).max() <= 1
+    assert np.abs(values(open_rgb(encode(image)))[0, 0] - expected).max() <= 1
 
 
 def test_cmyk_jpeg_has_the_right_colors():
@@ -124,7 +124,7 @@ def test_exif_orientation_is_applied(orientation, format):
 @pytest.mark.parametrize("part", [0.0, 0.1, 0.5, 0.9])
 def test_truncated_files_are_one_line_errors(format, part):
     data = encode(smooth(64, 64), format)
-    with pytest.raises(ValueError, match="^unreadable picture: .") as error:
+    with pytest.raises(ValueError, match="^unreadable image: .") as error:
         open_rgb(data[: int(len(data) * part)])
     assert "\n" not in str(error.value)
 
@@ -138,20 +138,20 @@ def test_damage_never_raises_anything_but_valueerror(format, data):
     try:
         assert open_rgb(bytes(damaged)).mode == "RGB"
     except ValueError as error:
-        assert str(error).startswith("unreadable picture: ") and "\n" not in str(error)
+        assert str(error).startswith("unreadable image: ") and "\n" not in str(error)
 
 
 @pytest.mark.parametrize("side", [9_000, 100_000])
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_decompression_bombs_are_refused(side):
-    with pytest.raises(ValueError, match="unreadable picture: .*pixels"):
+    with pytest.raises(ValueError, match="unreadable image: .*pixels"):
         open_rgb(png(side, side, 8, 2, b""))
 
 
-def test_other_files_are_no_pictures():
-    with pytest.raises(ValueError, match="unreadable picture: none of JPEG, PNG"):
+def test_other_files_are_no_images():
+    with pytest.raises(ValueError, match="unreadable image: none of JPEG, PNG"):
         open_rgb(b"<html>404 Not Found</html>")
-    with pytest.raises(ValueError, match="unreadable picture: none of"):
+    with pytest.raises(ValueError, match="unreadable image: none of"):
         open_rgb(encode(smooth(8, 8), "TIFF"))
 
 
@@ -184,14 +184,14 @@ def test_to_uint8_rounds_and_clamps():
     assert to_uint8(images.bfloat16()).dtype == torch.uint8
 
 
-def test_pictures_that_are_none_are_refused():
+def test_images_that_are_none_are_refused():
     images = torch.zeros(3, 3, 4, 4)
     images[1, 0, 0, 0] = float("nan")
     images[2, 0, 0, 0] = float("inf")
     with pytest.raises(ValueError, match=r"\[1, 2\] of 3 hold NaN"):
         to_uint8(images)
     for wrong in (torch.zeros(3, 4, 4), torch.zeros(1, 4, 4, 4), torch.zeros(1, 3, 4, 4, dtype=torch.uint8)):
-        with pytest.raises(ValueError, match="expected floating point pictures"):
+        with pytest.raises(ValueError, match="expected floating point images"):
             to_uint8(wrong)
     for wrong in (Image.new("L", (4, 4)), np.zeros((4, 4, 3)), np.zeros((3, 4, 4), np.uint8)):
         with pytest.raises(ValueError, match="expected"):
@@ -209,36 +209,36 @@ def test_png_keeps_pixels(tmp_path):
 
 
 @pytest.mark.parametrize("height, width", [(120, 160), (160, 120), (300, 100), (30, 41)])
-def test_crop_is_the_middle_of_the_scaled_picture(height, width):
-    picture, size = smooth(height, width), 40
+def test_crop_is_the_middle_of_the_scaled_image(height, width):
+    image, size = smooth(height, width), 40
     scale = size / min(height, width)
-    result = values(resize_and_crop(picture, size))
+    result = values(resize_and_crop(image, size))
     assert result.shape == (size, size, 3)
-    # Independent: sample the analytic picture at the places where the pixels of the crop should lie.
-    source = values(picture)
+    # Independent: sample the analytic image at the places where the pixels of the crop should lie.
+    source = values(image)
     for i, j in ((0, 0), (0, 39), (20, 7), (39, 39)):
         y, x = ((n + 0.5 - size / 2) / scale + side / 2 - 0.5 for n, side in ((i, height), (j, width)))
         nearest = source[min(max(round(y), 0), height - 1), min(max(round(x), 0), width - 1)]
         assert np.abs(result[i, j] - nearest).max() <= 12
 
 
-def test_whole_picture_resized_first_gives_the_same():
-    picture = smooth(100, 200)
-    expected = picture.resize((100, 50), Image.Resampling.BICUBIC).crop((25, 0, 75, 50))
-    assert np.abs(values(resize_and_crop(picture, 50)) - values(expected)).max() <= 1
+def test_whole_image_resized_first_gives_the_same():
+    image = smooth(100, 200)
+    expected = image.resize((100, 50), Image.Resampling.BICUBIC).crop((25, 0, 75, 50))
+    assert np.abs(values(resize_and_crop(image, 50)) - values(expected)).max() <= 1
 
 
 @pytest.mark.parametrize("height, width", [(64, 64), (64, 90), (150, 200), (33, 50)])
 def test_window_is_a_part_of_the_square(height, width):
-    picture = smooth(height, width)
-    square = values(resize_and_crop(picture, 64))
-    window = values(resize_and_crop(picture, 64, crop=(10, 30, 32)))
+    image = smooth(height, width)
+    square = values(resize_and_crop(image, 64))
+    window = values(resize_and_crop(image, 64, crop=(10, 30, 32)))
     assert np.abs(window - square[10:42, 30:62]).max() <= (0 if height == 64 else 1)
 
 
-def test_fitting_pictures_are_not_resampled():
-    picture = smooth(32, 47)
-    assert (values(resize_and_crop(picture, 32)) == values(picture)[:, 7:39]).all()
+def test_fitting_images_are_not_resampled():
+    image = smooth(32, 47)
+    assert (values(resize_and_crop(image, 32)) == values(image)[:, 7:39]).all()
 
 
 @pytest.mark.parametrize("size, crop", [(0, "center"), (8, (0, 0, 9)), (8, (5, 0, 4)), (8, (-1, 0, 4)), (8, (0, 0, 0))])
@@ -265,26 +265,26 @@ def test_other_sizes_are_pillow_bicubic(side, size):
 
 
 def test_resize_refuses_what_is_not_square():
-    with pytest.raises(ValueError, match="expected square pictures"):
+    with pytest.raises(ValueError, match="expected square images"):
         resize(torch.zeros(1, 3, 8, 9), 4)
 
 
 # ---------------------------------------------------------------- grids
 
 
-def dark(picture: Image.Image) -> np.ndarray:
-    return (values(picture) < 200).any(axis=-1)
+def dark(image: Image.Image) -> np.ndarray:
+    return (values(image) < 200).any(axis=-1)
 
 
-def test_grid_shows_every_picture_and_every_caption():
+def test_grid_shows_every_image_and_every_caption():
     colors = torch.tensor([[1.0, -1, -1], [-1, 1, -1], [-1, -1, 1], [0, 0, 0], [1, 1, -1]])
     images = colors[:, :, None, None].expand(5, 3, 32, 32)
     long = "a very long caption that has to be broken into several lines of text " * 2
     captions = ["red", "green", long, "", "yellow"]
     plain, captioned = grid(images), grid(images, captions)
     for color in to_uint8(images)[:, 0, 0].tolist():
-        for picture in (plain, captioned):
-            assert (values(picture) == color).all(axis=-1).sum() >= 192 * 192 - 1
+        for image in (plain, captioned):
+            assert (values(image) == color).all(axis=-1).sum() >= 192 * 192 - 1
     assert captioned.width == plain.width and captioned.height > plain.height + 60
     text = dark(captioned) & (values(captioned).std(axis=-1) < 3) & (values(captioned)[..., 0] != 128)
     assert text.sum() > 200
@@ -296,12 +296,12 @@ def test_grid_layout_follows_columns_and_scale():
     wide, tall = grid(images, columns=6, scale=2), grid(images, columns=1, scale=2)
     assert wide.width > wide.height and tall.height > tall.width
     assert dark(wide).sum() == dark(tall).sum() == 6 * 16 * 16
-    assert dark(grid(torch.zeros(1, 3, 300, 300))).sum() == 300 * 300  # large pictures stay as they are
+    assert dark(grid(torch.zeros(1, 3, 300, 300))).sum() == 300 * 300  # large images stay as they are
 
 
 def test_endless_words_and_captions_stay_inside():
-    picture = grid(torch.ones(1, 3, 32, 32), ["w" * 3000])
-    assert picture.height < 192 + 200 and not dark(picture)[:, :8].any() and not dark(picture)[:, -8:].any()
+    image = grid(torch.ones(1, 3, 32, 32), ["w" * 3000])
+    assert image.height < 192 + 200 and not dark(image)[:, :8].any() and not dark(image)[:, -8:].any()
 
 
 @pytest.mark.parametrize("arguments", [dict(captions=["one"]), dict(columns=0), dict(scale=0)])

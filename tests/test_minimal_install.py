@@ -53,9 +53,9 @@ from fastimagen.cli import main
 
 model, text, out = map(Path, sys.argv[2:])
 pipe = ImagenPipeline.from_pretrained(model)
-pictures = pipe(text=TextEmbeddings.load(text), seeds=[3, 4])
-pictures.save(out / "python")
-pictures.grid().save(out / "grid.png")
+images = pipe(text=TextEmbeddings.load(text), seeds=[3, 4])
+images.save(out / "python")
+images.grid().save(out / "grid.png")
 sample = ["sample", "--model", str(model), "--seed", "3"]
 assert main([*sample, "--embeddings", str(text), "--out", str(out / "cli")]) == 0
 try:

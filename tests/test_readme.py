@@ -162,7 +162,7 @@ def _extras_installed(arguments: list[str]) -> list[str]:
 
 
 def link_problems(text: str, page: Path) -> list[str]:
-    """One line for every link or picture that leads nowhere in the repository; the web is not tried."""
+    """One line for every link or image that leads nowhere in the repository; the web is not tried."""
     found = []
     for match in LINK.finditer(FENCE.sub("", text)):
         target = match[1] or match[2]
@@ -221,7 +221,7 @@ def test_the_commands_are_understood(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)
-def test_links_and_pictures_are_there(page: Path) -> None:
+def test_links_and_images_are_there(page: Path) -> None:
     assert link_problems((ROOT / page).read_text(), page) == []
 
 

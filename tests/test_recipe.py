@@ -59,7 +59,10 @@ def test_the_recipe_reads_the_users_images() -> None:
     assert len(configs) == 1
     settings = json.loads((ROOT / configs.pop()).read_text())["fastimagen"]
     assert settings["data"]["shapes"] is None
-    assert (Path(settings["data"]["shards"]), Path(settings["data"]["validation"])) == (packed / "train", packed / "val")
+    assert (Path(settings["data"]["shards"]), Path(settings["data"]["validation"])) == (
+        packed / "train",
+        packed / "val",
+    )
     assert not Path(settings["text"]["encoder"]).parts[1:], "the encoder is named as on the hub, not a local folder"
     assert not any("--set" in words for words in commands)
 

@@ -18,7 +18,7 @@ from fastimagen import ops
 from ..harness.measure import Case, compiled
 
 GROUPS = 8
-SHAPES = (  # B, C, S: MinImagen Base and Super, the paper's networks, and what a single picture asks for
+SHAPES = (  # B, C, S: MinImagen Base and Super, the paper's networks, and what a single image asks for
     (32, 512, 64),
     (32, 1024, 32),
     (8, 128, 256),

@@ -68,12 +68,12 @@ def ours(
     update = Update(unet.parameters())
     if compile:
         unet.compile(dynamic=False)
-    pictures, text = images(batch, network.side, device), captions(batch, stage.config.unet.text_dim, device)
+    batch_images, text = images(batch, network.side, device), captions(batch, stage.config.unet.text_dim, device)
     generator = torch.Generator(device).manual_seed(0)
 
     def step() -> None:
         ops.set_backend(backend)
-        stage.training_loss(unet, pictures, text, generator).mean().backward()
+        stage.training_loss(unet, batch_images, text, generator).mean().backward()
         update()
 
     return step
@@ -120,12 +120,12 @@ def _foreign(
         update = Update(unet.parameters())
     else:
         adam = torch.optim.Adam(unet.parameters(), lr=1e-4)
-    pictures = images(batch, network.side, device) / 2 + 0.5  # theirs are in [0, 1]
+    batch_images = images(batch, network.side, device) / 2 + 0.5  # theirs are in [0, 1]
     text = captions(batch, network.stage().config.unet.text_dim, device)
 
     def step() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=improved):
-            loss = imagen(pictures, text_embeds=text.embeds, text_masks=text.mask, unet_number=number)
+            loss = imagen(batch_images, text_embeds=text.embeds, text_masks=text.mask, unet_number=number)
         loss.backward()
         if improved:
             update()

@@ -83,7 +83,7 @@ class Network:
 
 
 def _default() -> CascadeConfig:
-    """MinImagen's U-Net without arguments: 45 M parameters, self-attention over all 4,096 pixels of a picture."""
+    """MinImagen's U-Net without arguments: 45 M parameters, self-attention over all 4,096 pixels of an image."""
     return CascadeConfig(stages=(minimagen_stage("default64", 64, minimagen_config({})),))
 
 
@@ -119,7 +119,7 @@ def captions(batch: int, text_dim: int, device: torch.device) -> TextEmbeddings:
 
 
 def images(batch: int, side: int, device: torch.device) -> Tensor:
-    """Random pictures (B, 3, S, S) in [-1, 1]."""
+    """Random images (B, 3, S, S) in [-1, 1]."""
     return torch.rand(batch, 3, side, side, generator=torch.Generator().manual_seed(1)).to(device) * 2 - 1
 
 
@@ -136,7 +136,7 @@ def make_unet(config: UNetConfig, device: torch.device, dtype: torch.dtype) -> U
 
 
 def flops(config: UNetConfig, side: int, mode: str) -> float:
-    """Floating-point operations of convolutions, linear layers and attention for one picture, counted as they would
+    """Floating-point operations of convolutions, linear layers and attention for one image, counted as they would
     run; "training" is forward and backward."""
     before = ops.backend()
     ops.set_backend("torch")

@@ -36,7 +36,7 @@ def text(x: float, y: float, words: str, *, anchor: str = "start", color: str = 
 
 
 def steps(measured: Measured) -> str | None:
-    """Bars: pictures per second of whole training steps, relative to the fastest of each network."""
+    """Bars: images per second of whole training steps, relative to the fastest of each network."""
     groups: dict[str, list[Row]] = {}
     for device in [*measured.gpus, "cpu"]:
         for row in measured.of(device, op="training step", mode="training"):
@@ -57,7 +57,7 @@ def steps(measured: Measured) -> str | None:
                 text(264 + 400 * rate / fastest, y, f"{1000 * rate:.3g}/s"),
             ]
         y += 8
-    return page("Whole training steps, pictures per second", parts, height=int(y) + 20) if parts else None
+    return page("Whole training steps, images per second", parts, height=int(y) + 20) if parts else None
 
 
 def _log_axes(x: tuple[float, float], y: tuple[float, float], labels: tuple[str, str]):

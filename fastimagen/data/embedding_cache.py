@@ -44,7 +44,7 @@ class Encoder(Protocol):
 
 
 class Shard(Protocol):
-    """A tar of captioned pictures: path (or instead `url`), sample keys, and captions in their order."""
+    """A tar of captioned images: path (or instead `url`), sample keys, and captions in their order."""
 
     path: str | Path
     keys: list[str]

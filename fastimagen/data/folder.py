@@ -1,4 +1,4 @@
-"""A folder of pictures with captions beside them, or a list of both -> WebDataset tars as img2dataset's.
+"""A folder of images with captions beside them, or a list of both -> WebDataset tars as img2dataset's.
 
 A sample becomes KEY.jpg (or jpeg, png, webp; the bytes as they are), KEY.txt and KEY.json with the path it
 had. KEY is five digits for the shard and four or more for the place in it.
@@ -58,34 +58,34 @@ Item = tuple[str, Path, str]  # the path as the source names it, where it is, it
 
 
 def pack_folder(source: str | Path, out: str | Path, *, shard_size: int = 1000, validation: float = 0.0) -> PackReport:
-    """Packs all pictures below `source` whose caption is beside them: a/b.jpg and a/b.txt.
+    """Packs all images below `source` whose caption is beside them: a/b.jpg and a/b.txt.
 
-    They are shuffled, always in the same way, so that pictures of one folder do not fill whole shards.
+    They are shuffled, always in the same way, so that images of one folder do not fill whole shards.
     validation: share of the images, in [0, 1). Above 0, that share goes into `out`/val and the rest into `out`/train.
-    Skipped and reported: pictures without caption, captions without picture, empty or undecodable captions,
-    unreadable pictures.
+    Skipped and reported: images without caption, captions without image, empty or undecodable captions,
+    unreadable images.
     Raises ValueError if `source` is no folder, `out` is not empty or nothing is left to pack; then `out` is
     not touched.
     """
     root = Path(source)
     if not root.is_dir():
-        raise ValueError(f"{source} is no folder of pictures")
+        raise ValueError(f"{source} is no folder of images")
     require_empty(out)
     report = PackReport(Path(out))
     files = sorted(path for path in root.rglob("*") if path.is_file())
-    pictures = [path for path in files if path.suffix[1:].lower() in IMAGES]
-    captioned = {path.with_suffix("") for path in pictures}
+    images = [path for path in files if path.suffix[1:].lower() in IMAGES]
+    captioned = {path.with_suffix("") for path in images}
     captions = {path.with_suffix(""): path for path in files if path.suffix.lower() == ".txt"}
     for stem, path in captions.items():
         if stem not in captioned:
-            report.skip("caption without picture", path.relative_to(root))
-    order = np.argsort(random_bits(0, SAMPLES, (0, 0), len(pictures)), kind="stable")
+            report.skip("caption without image", path.relative_to(root))
+    order = np.argsort(random_bits(0, SAMPLES, (0, 0), len(images)), kind="stable")
 
     def items() -> Iterator[Item]:
-        for path in (pictures[i] for i in order):
+        for path in (images[i] for i in order):
             name, beside = str(path.relative_to(root)), captions.get(path.with_suffix(""))
             if beside is None:
-                report.skip("picture without caption", name)
+                report.skip("image without caption", name)
                 continue
             try:
                 caption = beside.read_text(encoding="utf-8-sig")
@@ -103,7 +103,7 @@ def pack_manifest(
     """Packs what a JSONL file lists, in its order: {"image": path from the file's folder, "caption": text}.
 
     validation: share of the images, in [0, 1). Above 0, that share goes into `out`/val and the rest into `out`/train.
-    Skipped and reported: missing, unreadable and other pictures, empty captions. Raises ValueError if the
+    Skipped and reported: missing, unreadable and other images, empty captions. Raises ValueError if the
     file is missing, a line is something else, `out` is not empty or nothing is left to pack; then `out` is
     not touched.
     """
@@ -123,7 +123,7 @@ def pack_manifest(
                 if path.suffix[1:].lower() not in IMAGES:
                     report.skip(f"none of {', '.join(IMAGES)}", name)
                 elif not path.is_file():
-                    report.skip("picture not found", name)
+                    report.skip("image not found", name)
                 else:
                     yield name, path, caption
 
@@ -190,7 +190,7 @@ def _write_shards(items: Iterable[Item], folder: Path, report: PackReport, shard
             try:
                 open_rgb(data)
             except ValueError as error:
-                report.skip("unreadable picture", f"{name}: {error}")
+                report.skip("unreadable image", f"{name}: {error}")
                 continue
             shard, index = divmod(packed, shard_size)
             writer.write(
@@ -204,6 +204,6 @@ def _write_shards(items: Iterable[Item], folder: Path, report: PackReport, shard
             packed += 1
     if not packed:
         reasons = ", ".join(f"{count} {reason}" for reason, count in report.skipped.items())
-        raise ValueError(f"nothing to pack for {report.folder}: {reasons or 'there are no pictures'}")
+        raise ValueError(f"nothing to pack for {report.folder}: {reasons or 'there are no images'}")
     report.packed += packed
     report.shards += -(-packed // shard_size)

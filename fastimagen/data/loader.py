@@ -1,4 +1,4 @@
-"""Tars -> batches of pictures and text embeddings, in an order that depends on the seed and the step alone.
+"""Tars -> batches of images and text embeddings, in an order that depends on the seed and the step alone.
 
 Global batch n holds positions n G .. (n + 1) G - 1 of the data order, whatever the number of ranks,
 micro-batches and threads; so a run resumes from its step number. Threads decode ahead (Pillow and numpy
@@ -27,7 +27,7 @@ from .shards import Shard
 logger = logging.getLogger(__name__)
 
 ENOUGH_READ = 100
-"""The share of bad pictures is judged from this many on; as many in a row end the run as well."""
+"""The share of bad images is judged from this many on; as many in a row end the run as well."""
 
 
 class Embeddings(Protocol):
@@ -43,7 +43,7 @@ class Batch:
     """b samples.
 
     images (b, 3, H, W) float32 in [-1, 1]; text, None if the loader has no embeddings; positions (b,) int64
-    in the data order; keys of the samples (of the replacement where a picture was unreadable).
+    in the data order; keys of the samples (of the replacement where an image was unreadable).
     """
 
     images: Tensor
@@ -60,7 +60,7 @@ class _Sample:
     key: str
     tokens: Tensor | None
     upscaled: bool
-    bad: list[tuple[int, int, str]]  # (shard, index, reason) of unreadable pictures that came before
+    bad: list[tuple[int, int, str]]  # (shard, index, reason) of unreadable images that came before
 
 
 Locate = Callable[[int], tuple[int, int]]  # position -> (shard, index)
@@ -70,16 +70,16 @@ class Loader:
     """The micro-batches of one rank.
 
     shards, caches: the tars and the text embeddings of each (None: no text); order: over their lengths.
-    size: of the square in the middle of a scaled picture; crop_size: of a random window of it, drawn from
+    size: of the square in the middle of a scaled image; crop_size: of a random window of it, drawn from
     (seed, position). global_batch: samples per optimizer step on all ranks, a multiple of
     world_size * micro_batch. threads: for decoding; prefetch: micro-batches made ahead.
 
-    An unreadable picture is replaced by the next readable sample of the order, and logged once. Training
+    An unreadable image is replaced by the next readable sample of the order, and logged once. Training
     stops when the share of bad samples (unreadable, or excluded by the index) is above max_bad_share: at once
-    if the index shows it, or when the pictures read so far, at least ENOUGH_READ, have more bad ones than
+    if the index shows it, or when the images read so far, at least ENOUGH_READ, have more bad ones than
     that share can explain by chance (three standard deviations). Data sets of fewer than ENOUGH_READ samples
     start whatever their index excludes.
-    counters: pictures read (tries), bad (unreadable), upscaled (smaller than size), by this rank so far;
+    counters: images read (tries), bad (unreadable), upscaled (smaller than size), by this rank so far;
     excluded: by the index, in all shards.
     Raises ValueError for sizes that do not fit together, and when it stops.
     """
@@ -109,7 +109,7 @@ class Loader:
                 f"{micro_batch} on {world_size} ranks"
             )
         if crop_size is not None and not 1 <= crop_size <= size:
-            raise ValueError(f"crops of {crop_size} from pictures of {size}")
+            raise ValueError(f"crops of {crop_size} from images of {size}")
         if caches is not None and [len(cache) for cache in caches] != order.sizes.tolist():
             raise ValueError("the text embeddings are not those of these shards: run fastimagen embed")
         self.shards, self.caches, self.order = shards, caches, order
@@ -182,7 +182,7 @@ class Loader:
         return pool.submit(self._assemble, images, positions, samples)
 
     def _read(self, position: int, locate: Locate, pixels: np.ndarray) -> _Sample:
-        """In a thread: writes the picture into `pixels` (3, H, W)."""
+        """In a thread: writes the image into `pixels` (3, H, W)."""
         bad = []
         for place in range(position, position + ENOUGH_READ):
             shard, index = locate(place)
@@ -195,7 +195,7 @@ class Loader:
             pixels[:] = to_tensor(resize_and_crop(image, self.size, crop=self._window(position))).numpy()
             tokens = None if self.caches is None else self.caches[shard][index]
             return _Sample(self.shards[shard].key(index), tokens, min(image.size) < self.size, bad)
-        raise ValueError(f"{len(bad)} pictures in a row are unreadable, first {self._describe(*bad[0])}")
+        raise ValueError(f"{len(bad)} images in a row are unreadable, first {self._describe(*bad[0])}")
 
     def _window(self, position: int) -> Literal["center"] | tuple[int, int, int]:
         if self.crop_size is None:
@@ -228,7 +228,7 @@ class Loader:
         if read >= ENOUGH_READ and bad > expected + 3 * math.sqrt(expected):
             first = "; ".join(list(self._bad.values())[:3])
             raise ValueError(
-                f"{bad} of {read} pictures read are unreadable, more than data.max_bad_share = "
+                f"{bad} of {read} images read are unreadable, more than data.max_bad_share = "
                 f"{self.max_bad_share} allows: {first}{' ...' if len(self._bad) > 3 else ''}"
             )
         return batch

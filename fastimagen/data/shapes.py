@@ -1,6 +1,6 @@
-"""Captioned shapes: a world small enough to learn on a laptop, with captions that say what is in the picture.
+"""Captioned shapes: a world small enough to learn on a laptop, with captions that say what is in the image.
 
-A picture and its caption are a pure function of (split, index, seed, size), whatever else was made. Some
+An image and its caption are a pure function of (split, index, seed, size), whatever else was made. Some
 pairs of colour and shape never occur in training; every caption of the split "unseen" names one, so that
 composition is measured and not memory. Lengths below are in pixels of a 64-pixel canvas; x grows to the
 right, y downwards.
@@ -71,17 +71,17 @@ UNSEEN_PAIRS = (
 SEEN_PAIRS = tuple(pair for pair in product(COLORS, SHAPES) if pair not in UNSEEN_PAIRS)
 SPLITS = ("train", "val", "seen", "unseen")
 HELD_OUT = {"val": 512, "seen": 500, "unseen": 500}
-"""Pictures of the other splits, whatever the number of training pictures."""
+"""Images of the other splits, whatever the number of training images."""
 
 CANVAS = 64
 SUPERSAMPLING = 4
 JITTER = 1.5  # of the centre, uniform to each side
 RADIUS_JITTER = 0.05  # relative, uniform to each side
 UNMENTIONED = 0.1  # share of training captions that leave out the size, and the same for the position
-TWO_OBJECTS = 4  # every fourth picture shows two objects
-VERSION = 2  # of scenes and pictures: raise it when anything above or below changes them
+TWO_OBJECTS = 4  # every fourth image shows two objects
+VERSION = 2  # of scenes and images: raise it when anything above or below changes them
 
-_STREAMS = ("picture", "mention", "object", "place", "ground", "first", "second", "two grounds", "relation", "order")
+_STREAMS = ("image", "mention", "object", "place", "ground", "first", "second", "two grounds", "relation", "order")
 
 
 @dataclass(frozen=True)
@@ -190,21 +190,21 @@ def scene(split: str, index: int, seed: int = 0) -> Scene:
 
 
 def sample(split: str, index: int, seed: int = 0, size: int = CANVAS) -> tuple[np.ndarray, str]:
-    """Picture (size, size, 3) uint8 and caption number `index` of a split. Raises ValueError like `scene`."""
+    """Image (size, size, 3) uint8 and caption number `index` of a split. Raises ValueError like `scene`."""
     drawn = scene(split, index, seed)
-    return render(drawn, size, _generator(seed, split, "picture", index)), caption(drawn)
+    return render(drawn, size, _generator(seed, split, "image", index)), caption(drawn)
 
 
 def _generator(seed: int, split: str, stream: str, number: int) -> np.random.Generator:
     if split not in SPLITS:
         raise ValueError(f'no split "{split}"; there are {", ".join(SPLITS)}')
     if seed < 0 or number < 0:
-        raise ValueError(f"seed and index of a picture are 0 or more, got seed {seed}, index {number}")
+        raise ValueError(f"seed and index of an image are 0 or more, got seed {seed}, index {number}")
     key = (seed, SPLITS.index(split), _STREAMS.index(stream), number)
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
 
 
-# ---------------------------------------------------------------- pictures
+# ---------------------------------------------------------------- images
 
 
 @lru_cache(maxsize=None)
@@ -267,7 +267,7 @@ def write_shards(
 ) -> None:
     """Write WebDataset shards out/train (count samples), out/val, out/seen, out/unseen: KEY.png, .txt, .json.
 
-    Complete or not at all. Shards of the same pictures are left as they are; raises ValueError if `out` holds
+    Complete or not at all. Shards of the same images are left as they are; raises ValueError if `out` holds
     anything else, and for counts and sizes that make no sense. progress(done, total) is called every 1000
     samples.
     """
@@ -303,7 +303,7 @@ def _write_split(folder: Path, split: str, count: int, size: int, seed: int, sha
     from webdataset import ShardWriter
 
     folder.mkdir(parents=True)
-    # Bytes in, fixed time stamps: the same pictures give the same tars. % is ShardWriter's own sign.
+    # Bytes in, fixed time stamps: the same images give the same tars. % is ShardWriter's own sign.
     pattern = str(folder).replace("%", "%%") + "/%05d.tar"
     with ShardWriter(pattern, maxcount=shard_size, maxsize=float("inf"), verbose=0, encoder=False, mtime=0) as writer:
         for index in range(count):
@@ -322,7 +322,7 @@ def _write_split(folder: Path, split: str, count: int, size: int, seed: int, sha
 
 
 def has_shards(out: str | Path, count: int, size: int, seed: int) -> bool:
-    """Whether `out` holds exactly these pictures, complete."""
+    """Whether `out` holds exactly these images, complete."""
     try:
         return json.loads((Path(out) / "shapes.json").read_text()) == _stamp(count, size, seed)
     except (OSError, ValueError):  # no such file, or not ours

@@ -1,4 +1,4 @@
-"""WebDataset tars as random-access collections of (picture, caption): an index of places, read with pread.
+"""WebDataset tars as random-access collections of (image, caption): an index of places, read with pread.
 
 A sample is all files of a tar that share a key, the path up to the first dot of the file's name (webdataset's
 rule). KEY.jpg, .jpeg, .png or .webp and KEY.txt make a sample, KEY.json is optional, other files are ignored.
@@ -32,7 +32,7 @@ from ..files import write_safetensors
 logger = logging.getLogger(__name__)
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
-"""Extensions of pictures, in any case."""
+"""Extensions of images, in any case."""
 
 FORMAT = "fastimagen.shard.1"
 BLOCK = 512  # bytes of a tar header; contents are padded to multiples of it
@@ -49,7 +49,7 @@ class Shard:
     """One local tar of n samples; their contents are read on request, from any thread.
 
     path: the tar; stamp: its size and time when it was indexed; places (n, 6) int64: offset and size in bytes
-    of picture, caption and json (size 0: no json); names (n,): keys as bytes; excluded: how many are no
+    of image, caption and json (size 0: no json); names (n,): keys as bytes; excluded: how many are no
     sample, by reason. Reading raises ValueError if the tar is not the same any more.
     """
 
@@ -72,7 +72,7 @@ class Shard:
         return _text(self.names[index])
 
     def image(self, index: int) -> bytes:
-        """The picture file of one sample, as stored."""
+        """The image file of one sample, as stored."""
         return self._read(index, 0)
 
     def caption(self, index: int) -> str:
@@ -129,8 +129,8 @@ def index_shard(path: str | Path) -> Shard:
     """Walks the headers of a tar, and reads its captions.
 
     Not samples, and counted: keys with "no image", "no caption", "empty caption" or a "caption not in UTF-8";
-    pictures with a "dot in the key", which webdataset's rule merges into one key; the "duplicate" second
-    picture or caption of a key. Raises ValueError, one line, if the file is missing, empty, truncated,
+    images with a "dot in the key", which webdataset's rule merges into one key; the "duplicate" second
+    image or caption of a key. Raises ValueError, one line, if the file is missing, empty, truncated,
     damaged or no plain tar.
     """
     try:

@@ -43,7 +43,7 @@ class Split:
         micro_batch: int,
         seed: int,
     ) -> Loader:
-        """A loader of training batches: pictures of `size`, or random crops of side `crop` from them."""
+        """A loader of training batches: images of `size`, or random crops of side `crop` from them."""
         order = Order([len(shard) for shard in self.shards], seed)
         return Loader(
             self.shards,
@@ -77,7 +77,7 @@ class Split:
     def examples(
         self, count: int, config: FastimagenConfig, *, size: int
     ) -> tuple[list[str], TextEmbeddings | None, Tensor]:
-        """The first `count` samples: captions, embeddings, pictures (n, 3, size, size)."""
+        """The first `count` samples: captions, embeddings, images (n, 3, size, size)."""
         count = min(count, len(self))
         batch = self.fixed_batch(config, range(count), size=size, crop=None)
         captions = [caption for shard in self.shards for caption in shard.captions()][:count]

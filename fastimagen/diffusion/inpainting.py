@@ -1,6 +1,6 @@
-"""Sampling that starts from a picture: img2img (SDEdit) and inpainting (RePaint), with any sampler.
+"""Sampling that starts from an image: img2img (SDEdit) and inpainting (RePaint), with any sampler.
 
-Letters: B batch, C channels, H height and width of the given picture, S side of a stage's pictures.
+Letters: B batch, C channels, H height and width of the given image, S side of a stage's images.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .schedule import Schedule
 
 @dataclass(frozen=True)
 class InitImage:
-    """A picture to start from, and which of its pixels stay.
+    """An image to start from, and which of its pixels stay.
 
     image (B, C, H, H) in [-1, 1]. strength in (0, 1] is the share of the sampling steps that are walked: at 1 only
     noise is left of what is drawn anew (Meng et al. 2022, section 3). mask (B, 1, H, H) is true where to draw, None
@@ -37,9 +37,9 @@ class InitImage:
     def __post_init__(self) -> None:
         shape = tuple(self.image.shape)
         if len(shape) != 4 or shape[2] != shape[3] or not self.image.is_floating_point():
-            raise ValueError(f"the given picture must be square and floating point (B, C, H, H), got {shape}")
+            raise ValueError(f"the given image must be square and floating point (B, C, H, H), got {shape}")
         if not bool((self.image.abs() <= 1).all()):
-            raise ValueError("the given picture must lie in [-1, 1]")
+            raise ValueError("the given image must lie in [-1, 1]")
         if not 0 < self.strength <= 1:
             raise ValueError(f"strength must lie in (0, 1], got {self.strength}")
         if min(self.num_resamples, self.jump_length) < 1:
@@ -49,11 +49,11 @@ class InitImage:
         if self.mask is not None:
             if self.mask.dtype != torch.bool or tuple(self.mask.shape) != (shape[0], 1, *shape[2:]):
                 raise ValueError(
-                    f"the mask of a picture {shape} must be bool {(shape[0], 1, *shape[2:])}, "
+                    f"the mask of an image {shape} must be bool {(shape[0], 1, *shape[2:])}, "
                     f"got {self.mask.dtype} {tuple(self.mask.shape)}"
                 )
             if not bool(self.mask.any(dim=(1, 2, 3)).all()):
-                raise ValueError("the mask leaves nothing to draw in one of the pictures")
+                raise ValueError("the mask leaves nothing to draw in one of the images")
 
     def __len__(self) -> int:
         return len(self.image)

@@ -1,4 +1,4 @@
-"""A network over overlapping tiles of a picture that is too large for it as a whole.
+"""A network over overlapping tiles of an image that is too large for it as a whole.
 
 Letters: B batch, C channels, H height, W width, S side of a tile.
 """
@@ -18,7 +18,7 @@ def in_tiles(network: Callable[..., Tensor], side: int, x: Tensor, **maps: Tenso
 
     Tiles of S x S overlap by at least a quarter. Where several cover a pixel their outputs are averaged, with weights
     that fall off towards a tile's border, so that no seam shows. What a network sees of its surroundings ends at the
-    tile: the picture differs a little from one that is drawn whole.
+    tile: the image differs a little from one that is drawn whole.
     """
     height, width = x.shape[-2:]
     window = _window(min(side, height), x)[:, None] * _window(min(side, width), x)  # (S, S)

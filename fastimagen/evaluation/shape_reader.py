@@ -1,8 +1,8 @@
 """Reads the attributes of captioned shapes back out of the pixels: plain image processing, no network.
 
-The background is the median of the picture's rim, objects are connected regions that differ from it, an
+The background is the median of the image's rim, objects are connected regions that differ from it, an
 object's shape is the ideal outline that overlaps most with it, and everything else follows from its area and
-centre. Square pictures of any size are read; lengths are in pixels of the 64-pixel canvas of `shapes`.
+centre. Square images of any size are read; lengths are in pixels of the 64-pixel canvas of `shapes`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from ..data.shapes import BACKGROUNDS, CANVAS, COLORS, POSITIONS, RADIUS, SHAPES, Scene, outline
 
 CONTRAST = 45.0  # least RGB distance of an object from the background; the palette's are 100 or more apart
-LEAST_AREA = 0.01  # share of the picture; the smallest object covers 0.04, and what is below is noise
+LEAST_AREA = 0.01  # share of the image; the smallest object covers 0.04, and what is below is noise
 FRAME = 32  # cells along the side of the frame in which outlines are compared
 REACH = 1.05  # half the side of that frame, for objects of area 1
 
@@ -37,14 +37,14 @@ class Found:
 
 @dataclass(frozen=True)
 class Reading:
-    """What is seen in a picture: its background and its objects, the largest first."""
+    """What is seen in an image: its background and its objects, the largest first."""
 
     objects: tuple[Found, ...]
     background: str
 
 
 def read(image: np.ndarray) -> Reading:
-    """Read a picture (size, size, 3) uint8. Raises ValueError for other arrays and for sizes below 16."""
+    """Read an image (size, size, 3) uint8. Raises ValueError for other arrays and for sizes below 16."""
     if image.dtype != np.uint8 or image.shape != (len(image), len(image), 3) or len(image) < 16:
         raise ValueError(f"expected pixels (size, size, 3) uint8 from 16 on, got {image.dtype} {image.shape}")
     pixels = image.astype(np.float32)
@@ -188,7 +188,7 @@ def _inside(corners: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def judge(image: np.ndarray, scene: Scene) -> dict[str, bool]:
-    """Which parts of a scene a picture shows, by key of `compare`. Raises ValueError like `read`."""
+    """Which parts of a scene an image shows, by key of `compare`. Raises ValueError like `read`."""
     return compare(read(image), scene)
 
 
@@ -240,7 +240,7 @@ def _agreement(seen, named) -> int:
 
 
 def accuracy(images: Sequence[np.ndarray] | np.ndarray, scenes: Sequence[Scene]) -> dict[str, dict]:
-    """How often pictures (N, H, W, 3) uint8 agree with their captions' scenes.
+    """How often images (N, H, W, 3) uint8 agree with their captions' scenes.
 
     Returns {"single": ..., "pair": ...} for captions of one and of two objects (a kind without captions is
     absent), each {"count": captions, KEY: {"mean", "error", "count"}} with the keys of `compare`: the share
@@ -248,7 +248,7 @@ def accuracy(images: Sequence[np.ndarray] | np.ndarray, scenes: Sequence[Scene])
     the numbers differ.
     """
     if len(images) != len(scenes):
-        raise ValueError(f"{len(images)} pictures cannot be judged by {len(scenes)} scenes")
+        raise ValueError(f"{len(images)} images cannot be judged by {len(scenes)} scenes")
     verdicts = defaultdict(lambda: defaultdict(list))
     for image, scene in zip(images, scenes):
         for key, right in judge(image, scene).items():

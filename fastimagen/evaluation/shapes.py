@@ -1,4 +1,4 @@
-"""How well pictures match their captions: the attributes of captioned shapes, read back out of the pixels.
+"""How well images match their captions: the attributes of captioned shapes, read back out of the pixels.
 
 No network is involved (shape_reader.py), so the figures cannot be flattered by a judge that knows the model.
 """
@@ -20,13 +20,13 @@ from ..images import grid, to_uint8
 from ..sampling.pipeline import ImagenPipeline
 from .shape_reader import accuracy
 
-GRID = 64  # pictures of a split shown in its grid
+GRID = 64  # images of a split shown in its grid
 
 
 def evaluate_shapes(
     pipe: ImagenPipeline, *, count: int = 200, seed: int = 0, out: Path | None = None, **sampling: Any
 ) -> dict[str, Any]:
-    """Sample the first `count` captions of the test splits "seen" and "unseen" and read the pictures.
+    """Sample the first `count` captions of the test splits "seen" and "unseen" and read the images.
 
     Seeds are seed, seed + 1, ...; `sampling` goes to the pipeline. Returns {"accuracy": {split: {"single", "pair"}},
     "sampling_seconds", "versions", ...}; with `out`, also writes it as report.json with a grid per split there. Raises

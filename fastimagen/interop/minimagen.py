@@ -210,8 +210,8 @@ A text-to-image cascade trained with MinImagen, converted from `{source}` by fas
 
 Text encoder: {encoder}
 
-Sampling defaults are MinImagen's: ancestral sampling over all {timesteps} timesteps, guidance 3. Pictures of
-super-resolution differ from MinImagen's own: it adds the augmentation noise before it brings the low-resolution picture
+Sampling defaults are MinImagen's: ancestral sampling over all {timesteps} timesteps, guidance 3. Images of
+super-resolution differ from MinImagen's own: it adds the augmentation noise before it brings the low-resolution image
 to [-1, 1], whereas its training does so afterwards, as the paper and fastimagen do.
 """
 

@@ -98,9 +98,9 @@ def _weight_gradient(x: Tensor, grad: Tensor, kernel: int, stride: int, padding:
     patches = patches.permute(0, 1, 2, 4, 5, 3)
     grad = grad.permute(0, 2, 3, 1)  # (B, H', W', O)
     rows = max(1, COLUMNS // (width * kernel * kernel * dim_in))
-    pictures = max(1, rows // height)
+    images = max(1, rows // height)
     out = grad.new_zeros(dim_out, kernel * kernel * dim_in)
-    for some_patches, some_grad in zip(patches.split(pictures), grad.split(pictures)):
+    for some_patches, some_grad in zip(patches.split(images), grad.split(images)):
         for columns, of in zip(some_patches.split(rows, dim=1), some_grad.split(rows, dim=1)):
             out.addmm_(of.reshape(-1, dim_out).t(), columns.reshape(-1, out.shape[1]))
     return out.unflatten(1, (kernel, kernel, dim_in)).permute(0, 3, 1, 2)

@@ -19,7 +19,7 @@ from .attention import AttentionPooling, Context, CrossAttention, SelfAttention,
 from .convolution import Conv2d
 from .layers import MultiScaleStem, Downsample, GroupNormSiLU, Sinusoidal, Upsample, ParallelConv
 
-NUM_FREQS = 3  # waves that show a pixel's place: half a period over the picture, a whole one, two
+NUM_FREQS = 3  # waves that show a pixel's place: half a period over the image, a whole one, two
 SKIP_SCALE = 2**-0.5  # Imagen, appendix B.1: skip connections are scaled
 
 

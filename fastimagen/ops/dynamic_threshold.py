@@ -8,7 +8,7 @@ from torch import Tensor
 from .dispatch import KERNEL_DTYPES, in_kernels, use_triton
 from .layout import dense, laid_as
 
-MOST = 2**31 - 1  # numbers of a picture, for the kernel
+MOST = 2**31 - 1  # numbers of an image, for the kernel
 
 
 def dynamic_threshold(x0: Tensor, percentile: float, *, floor: float = 1.0) -> Tensor:

@@ -1,4 +1,4 @@
-"""The memory layouts that kernels of pictures and feature maps take: contiguous, or channels_last."""
+"""The memory layouts that kernels of images and feature maps take: contiguous, or channels_last."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ A T5 encoder in Hugging Face's format: {layers} layers of width {dim}, {vocabula
 {captions} captions, and single characters).
 **Its weights are random (seed {seed}): it was never trained and knows nothing.**
 Captions of those words get distinct embeddings that depend on word order: enough for the built-in captioned
-shapes and for a first run without a download. For other pictures use a real T5 (`t5_small` ... `xxl1.1`).
+shapes and for a first run without a download. For other images use a real T5 (`t5_small` ... `xxl1.1`).
 Made by fastimagen's `build_tiny_t5`.
 """
 

@@ -53,23 +53,23 @@ def validation_loss(stage: Stage, engine: Any, ema: EMA, split: Split, config: C
 def sample_grid(
     stage: Stage, engine: Any, ema: EMA, split: Split, config: Config, device: torch.device, path: Path
 ) -> None:
-    """Save a captioned grid of pictures of this stage for fixed captions and seeds.
+    """Save a captioned grid of images of this stage for fixed captions and seeds.
 
-    A super-resolution stage enlarges the reduced validation pictures, so that the grid shows this stage alone.
+    A super-resolution stage enlarges the reduced validation images, so that the grid shows this stage alone.
     """
     unet = ema_unet(stage, engine, ema, device)
     settings = config.fastimagen.train
     captions, text, images = split.examples(settings.sample_count, config.fastimagen, size=stage.config.size)
     rank, world = dist.get_rank(), dist.get_world_size()
     mine = list(range(rank, len(captions), world))
-    pictures: Tensor | None = None
+    sampled: Tensor | None = None
     if mine:
         lowres = stage.shrink(images[mine]).to(device) if stage.config.unet.lowres else None
         texts = text[mine].to(device=device) if stage.config.unet.text_dim else None
-        pictures = stage.sample(unet, texts, mine, lowres=lowres).cpu()  # (n, C, S, S)
+        sampled = stage.sample(unet, texts, mine, lowres=lowres).cpu()  # (n, C, S, S)
     parts: list[Any] = [None] * world
-    dist.all_gather_object(parts, (mine, pictures))
+    dist.all_gather_object(parts, (mine, sampled))
     if rank == 0:
-        drawn = {index: picture for indices, rows in parts if indices for index, picture in zip(indices, rows)}
+        drawn = {index: image for indices, rows in parts if indices for index, image in zip(indices, rows)}
         path.parent.mkdir(parents=True, exist_ok=True)
         grid(torch.stack([drawn[index] for index in range(len(captions))]), captions).save(path)

@@ -1,4 +1,4 @@
-"""Packing folders and lists of pictures into shards."""
+"""Packing folders and lists of images into shards."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastimagen.data.folder import pack_folder, pack_manifest
 from fastimagen.data.shards import open_shards
 
 
-def picture(color, format="PNG") -> bytes:
+def image(color, format="PNG") -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (9, 7), color).save(buffer, format)
     return buffer.getvalue()
@@ -29,14 +29,14 @@ def write(folder, files: dict[str, bytes | str]):
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def images(tmp_path):
     files = {}
     for i in range(25):
         extension = ("png", "jpg", "JPEG", "webp")[i % 4]
-        data = picture((i, i, 9), {"png": "PNG", "webp": "WEBP"}.get(extension, "JPEG"))
+        data = image((i, i, 9), {"png": "PNG", "webp": "WEBP"}.get(extension, "JPEG"))
         stem = f"{'abc'[i % 3]}/deep/photo.{i}"
-        files |= {f"{stem}.{extension}": data, f"{stem}.txt": f" picture {i}\n"}
-    return write(tmp_path / "pictures", files)
+        files |= {f"{stem}.{extension}": data, f"{stem}.txt": f" image {i}\n"}
+    return write(tmp_path / "images", files)
 
 
 def stored(folder) -> dict[str, dict]:
@@ -45,24 +45,24 @@ def stored(folder) -> dict[str, dict]:
     return {json.loads(sample["json"])["path"]: sample for sample in samples}
 
 
-def test_everything_arrives_as_it_was(pictures, tmp_path):
-    report = pack_folder(pictures, tmp_path / "out", shard_size=10)
+def test_everything_arrives_as_it_was(images, tmp_path):
+    report = pack_folder(images, tmp_path / "out", shard_size=10)
     assert (report.packed, report.shards, report.skipped) == (25, 3, {})
     samples = stored(tmp_path / "out")
-    files = [path for path in pictures.rglob("*") if path.is_file() and path.suffix != ".txt"]
-    assert set(samples) == {str(path.relative_to(pictures)) for path in files}
+    files = [path for path in images.rglob("*") if path.is_file() and path.suffix != ".txt"]
+    assert set(samples) == {str(path.relative_to(images)) for path in files}
     for name, sample in samples.items():
-        assert sample[name.rpartition(".")[2].lower()] == (pictures / name).read_bytes()
-        assert sample["txt"].decode() == f"picture {name.split('.')[-2]}"
+        assert sample[name.rpartition(".")[2].lower()] == (images / name).read_bytes()
+        assert sample["txt"].decode() == f"image {name.split('.')[-2]}"
     keys = sorted(sample["__key__"] for sample in samples.values())
     assert keys == [f"{i // 10:05d}{i % 10:04d}" for i in range(25)]
     shards = open_shards(tmp_path / "out")
     assert [len(shard) for shard in shards] == [10, 10, 5] and not any(shard.excluded for shard in shards)
 
 
-def test_shards_are_mixed_and_the_same_every_time(pictures, tmp_path):
+def test_shards_are_mixed_and_the_same_every_time(images, tmp_path):
     for name in ("one", "two"):
-        pack_folder(pictures, tmp_path / name, shard_size=9)
+        pack_folder(images, tmp_path / name, shard_size=9)
     for path in (tmp_path / "one").iterdir():
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
     folders = [
@@ -73,7 +73,7 @@ def test_shards_are_mixed_and_the_same_every_time(pictures, tmp_path):
 
 
 def test_what_cannot_be_packed_is_listed(tmp_path, caplog):
-    good = picture("red")
+    good = image("red")
     source = write(
         tmp_path / "in",
         {
@@ -83,7 +83,7 @@ def test_what_cannot_be_packed_is_listed(tmp_path, caplog):
             "d/orphan.txt": "x",
             "empty.png": good,
             "empty.txt": " \n",
-            "broken.jpg": picture("red", "JPEG")[:100],
+            "broken.jpg": image("red", "JPEG")[:100],
             "broken.txt": "x",
             "latin.png": good,
             "latin.txt": "é".encode("latin-1"),
@@ -94,20 +94,20 @@ def test_what_cannot_be_packed_is_listed(tmp_path, caplog):
     report = pack_folder(source, tmp_path / "out")
     assert report.packed == 1 and list(stored(tmp_path / "out")) == ["a.png"]
     assert report.skipped == {
-        "caption without picture": 1,
-        "picture without caption": 10,
+        "caption without image": 1,
+        "image without caption": 10,
         "empty caption": 1,
-        "unreadable picture": 1,
+        "unreadable image": 1,
         "caption not in UTF-8": 1,
     }
-    assert len(report.examples["picture without caption"]) == 5
+    assert len(report.examples["image without caption"]) == 5
     assert report.examples["empty caption"] == ["empty.png"]
-    for part in ("1 samples in 1 shards", "unreadable picture: 1 (broken.jpg: ", "orphan.txt"):
+    for part in ("1 samples in 1 shards", "unreadable image: 1 (broken.jpg: ", "orphan.txt"):
         assert part in str(report)
 
 
 def test_nothing_to_pack_leaves_nothing(tmp_path):
-    source = write(tmp_path / "in", {"a.png": picture("red"), "b.txt": "x"})
+    source = write(tmp_path / "in", {"a.png": image("red"), "b.txt": "x"})
     for folder in (source, write(tmp_path / "none", {"c.md": "x"})):
         with pytest.raises(ValueError, match="nothing to pack"):
             pack_folder(folder, tmp_path / "out")
@@ -118,31 +118,31 @@ def test_nothing_to_pack_leaves_nothing(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["in", "none"]
 
 
-def test_an_interrupted_run_leaves_nothing(pictures, tmp_path, monkeypatch):
+def test_an_interrupted_run_leaves_nothing(images, tmp_path, monkeypatch):
     def interrupt(data, count=iter(range(9))):
         if next(count) == 7:
             raise KeyboardInterrupt
 
     monkeypatch.setattr("fastimagen.data.folder.open_rgb", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        pack_folder(pictures, tmp_path / "out")
-    assert os.listdir(tmp_path) == ["pictures"]
+        pack_folder(images, tmp_path / "out")
+    assert os.listdir(tmp_path) == ["images"]
 
 
-def test_only_empty_folders_are_written_to(pictures, tmp_path):
+def test_only_empty_folders_are_written_to(images, tmp_path):
     (tmp_path / "empty").mkdir()
-    assert pack_folder(pictures, tmp_path / "empty").packed == 25
+    assert pack_folder(images, tmp_path / "empty").packed == 25
     with pytest.raises(ValueError, match="is not empty"):
-        pack_folder(pictures, tmp_path / "empty")
+        pack_folder(images, tmp_path / "empty")
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match="is not empty"):
-        pack_folder(pictures, tmp_path / "file")
-    assert pack_folder(pictures, tmp_path / "new" / "100% odd {name}").packed == 25
+        pack_folder(images, tmp_path / "file")
+    assert pack_folder(images, tmp_path / "new" / "100% odd {name}").packed == 25
     assert len(stored(tmp_path / "new" / "100% odd {name}")) == 25
 
 
-def test_manifest_keeps_its_order(pictures, tmp_path):
-    names = sorted(str(path.relative_to(tmp_path)) for path in pictures.rglob("*.png"))[::-1]
+def test_manifest_keeps_its_order(images, tmp_path):
+    names = sorted(str(path.relative_to(tmp_path)) for path in images.rglob("*.png"))[::-1]
     lines = [json.dumps({"image": name, "caption": f"nr {i}", "more": 1}) for i, name in enumerate(names)]
     lines[2:2] = [
         "",
@@ -153,7 +153,7 @@ def test_manifest_keeps_its_order(pictures, tmp_path):
     ]
     (tmp_path / "list.jsonl").write_text("\n".join(lines))
     report = pack_manifest(tmp_path / "list.jsonl", tmp_path / "out", shard_size=4)
-    assert report.skipped == {"none of jpg, jpeg, png, webp": 1, "picture not found": 1, "empty caption": 1}
+    assert report.skipped == {"none of jpg, jpeg, png, webp": 1, "image not found": 1, "empty caption": 1}
     assert report.packed == len(names)
     samples = stored(tmp_path / "out")
     assert list(samples) == names
@@ -170,7 +170,7 @@ def test_manifest_keeps_its_order(pictures, tmp_path):
     ],
 )
 def test_broken_manifests_are_refused(tmp_path, line, message):
-    write(tmp_path, {"a.png": picture("red"), "list.jsonl": '{"image": "a.png", "caption": "x"}\n' + line})
+    write(tmp_path, {"a.png": image("red"), "list.jsonl": '{"image": "a.png", "caption": "x"}\n' + line})
     with pytest.raises(ValueError, match=message) as error:
         pack_manifest(tmp_path / "list.jsonl", tmp_path / "out")
     assert "\n" not in str(error.value) and sorted(os.listdir(tmp_path)) == ["a.png", "list.jsonl"]
@@ -178,21 +178,21 @@ def test_broken_manifests_are_refused(tmp_path, line, message):
         pack_manifest(tmp_path / "gone.jsonl", tmp_path / "out")
 
 
-def test_a_validation_share_holds_out_the_same_images_every_time(pictures, tmp_path):
-    report = pack_folder(pictures, tmp_path / "split", shard_size=10, validation=0.2)
+def test_a_validation_share_holds_out_the_same_images_every_time(images, tmp_path):
+    report = pack_folder(images, tmp_path / "split", shard_size=10, validation=0.2)
     assert (report.packed, report.held_out, report.shards) == (25, 5, 3)
     assert "5 of them held out for validation" in str(report)
     splits = {name: paths(tmp_path / "split" / name) for name in ("train", "val")}
     assert not splits["train"] & splits["val"]
     assert (len(splits["train"]), len(splits["val"])) == (20, 5)
-    pack_folder(pictures, tmp_path / "again", shard_size=7, validation=0.2)
+    pack_folder(images, tmp_path / "again", shard_size=7, validation=0.2)
     assert splits == {name: paths(tmp_path / "again" / name) for name in ("train", "val")}
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.0, 2.0])
-def test_a_validation_share_outside_its_range_is_refused(share, pictures, tmp_path):
+def test_a_validation_share_outside_its_range_is_refused(share, images, tmp_path):
     with pytest.raises(ValueError, match=r"validation share must lie in \[0, 1\)"):
-        pack_folder(pictures, tmp_path / "out", validation=share)
+        pack_folder(images, tmp_path / "out", validation=share)
     assert not (tmp_path / "out").exists()
 
 

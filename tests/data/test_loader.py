@@ -1,4 +1,4 @@
-"""The loader: the same batches for every way to split them, replacements for damaged pictures, clean ends."""
+"""The loader: the same batches for every way to split them, replacements for damaged images, clean ends."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from fastimagen.images import resize_and_crop, to_tensor
 WIDTH = 4
 
 
-def picture(number: int, side: int = 8) -> bytes:
-    """A picture whose color is its number."""
+def image(number: int, side: int = 8) -> bytes:
+    """An image whose color is its number."""
     buffer = io.BytesIO()
     Image.new("RGB", (side + 3, side), (number % 256, number // 256, 77)).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def make_shards(folder, sizes, bad=(), side=8):
-    """Shards of numbered samples (key = number); pictures whose number is in `bad` are damaged."""
+    """Shards of numbered samples (key = number); images whose number is in `bad` are damaged."""
     shards, number = [], 0
     for shard, size in enumerate(sizes):
         path = folder / f"{shard:03d}.tar"
         with tarfile.open(path, "w") as tar:
             for _ in range(size):
-                content = b"rubbish" if number in bad else picture(number, side)
+                content = b"rubbish" if number in bad else image(number, side)
                 for name, data in ((f"{number}.png", content), (f"{number}.txt", b"text")):
                     member = tarfile.TarInfo(name)
                     member.size = len(data)
@@ -71,7 +71,7 @@ def take(loader: Loader, start: int, count: int) -> list[Batch]:
 
 
 def numbers(batch: Batch) -> list[int]:
-    """What the pictures show."""
+    """What the images show."""
     colors = ((batch.images[:, :, 2, 2] + 1) * 127.5).round().int()  # (b, 3)
     assert (colors[:, 2] == 77).all()
     return (colors[:, 0] + 256 * colors[:, 1]).tolist()
@@ -107,7 +107,7 @@ def test_global_batches_do_not_depend_on_how_they_are_split(shards, world, micro
         assert found == expected and sum(map(len, batches)) == 12
 
 
-def test_picture_text_and_key_belong_together(shards):
+def test_image_text_and_key_belong_together(shards):
     for batch in take(make_loader(shards, micro_batch=6), 3, 20):
         keys = [int(key) for key in batch.keys]
         assert batch.images.shape == (6, 3, 8, 8) and batch.images.dtype == torch.float32 and len(batch) == 6
@@ -189,7 +189,7 @@ def test_random_windows_depend_on_the_position_alone(tmp_path):
     assert len(offsets) > 50 and min(rows) < 3 and max(rows) > 21 and min(columns) < 3 and max(columns) > 21
 
 
-def test_enlarged_pictures_are_counted(shards):
+def test_enlarged_images_are_counted(shards):
     loader = make_loader(shards, size=16)
     (batch,) = take(loader, 0, 1)
     assert batch.images.shape == (12, 3, 16, 16) and loader.counters["upscaled"] == 12
@@ -199,7 +199,7 @@ def test_enlarged_pictures_are_counted(shards):
 # ---------------------------------------------------------------- bad samples
 
 
-def test_damaged_pictures_are_replaced_alike_in_every_run(tmp_path, caplog):
+def test_damaged_images_are_replaced_alike_in_every_run(tmp_path, caplog):
     bad = {3, 17, 44, 45, 46, 90}
     shards = make_shards(tmp_path, [50, 30, 40], bad)
     order, total = Order([50, 30, 40], 5, block=2), 120
@@ -222,7 +222,7 @@ def test_damaged_pictures_are_replaced_alike_in_every_run(tmp_path, caplog):
     assert [key for batch in resumed for key in batch.keys] == batches[7].keys[8:]
 
 
-def test_one_bad_picture_of_two_does_not_stop(tmp_path):
+def test_one_bad_image_of_two_does_not_stop(tmp_path):
     loader = make_loader(make_shards(tmp_path, [2], bad={0}), global_batch=2, micro_batch=2)
     assert [key for batch in take(loader, 0, 3) for key in batch.keys] == ["1"] * 6
 
@@ -240,9 +240,9 @@ def test_chance_does_not_stop_but_a_larger_share_does(tmp_path):
         take(make_loader(rare, max_bad_share=0.0), 0, 100)
 
 
-def test_nothing_but_bad_pictures_ends(tmp_path):
+def test_nothing_but_bad_images_ends(tmp_path):
     loader = make_loader(make_shards(tmp_path, [5], bad=set(range(5))), max_bad_share=1.0)
-    with pytest.raises(ValueError, match='100 pictures in a row are unreadable, first "'):
+    with pytest.raises(ValueError, match='100 images in a row are unreadable, first "'):
         take(loader, 0, 1)
 
 
@@ -250,7 +250,7 @@ def test_what_the_index_excludes_counts(tmp_path):
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w") as tar:
         for i in range(200):
-            for name, data in ((f"{i}.png", picture(i)), (f"{i}.txt", b"" if i % 10 == 0 else b"text")):
+            for name, data in ((f"{i}.png", image(i)), (f"{i}.txt", b"" if i % 10 == 0 else b"text")):
                 member = tarfile.TarInfo(name)
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
@@ -292,7 +292,7 @@ def test_errors_of_threads_reach_the_consumer(shards):
     assert decoding_threads() == 0
 
 
-def test_a_vanished_shard_is_an_error_not_a_bad_picture(tmp_path):
+def test_a_vanished_shard_is_an_error_not_a_bad_image(tmp_path):
     shards = make_shards(tmp_path, [30])
     (tmp_path / "000.tar").write_bytes(b"")
     with pytest.raises(ValueError, match="has changed since"):

@@ -1,4 +1,4 @@
-"""Captioned shapes: what captions say, what pictures show, what the splits hold, how shards are written."""
+"""Captioned shapes: what captions say, what images show, what the splits hold, how shards are written."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_other_sentences_are_refused_in_one_line(text):
 # ---------------------------------------------------------------- splits
 
 
-def test_scenes_and_pictures_depend_on_their_number_alone():
+def test_scenes_and_images_depend_on_their_number_alone():
     forwards = [sample("train", i) for i in range(8)]
     backwards = [sample("train", i) for i in reversed(range(8))][::-1]
     for (image, text), (again, text_again) in zip(forwards, backwards):
@@ -156,7 +156,7 @@ def test_scenes_and_pictures_depend_on_their_number_alone():
     assert len({sample("train", i)[0].tobytes() for i in range(200)}) == 200
 
 
-def test_a_picture_shows_the_same_at_any_size():
+def test_a_image_shows_the_same_at_any_size():
     for i in range(12):
         full, half = sample("seen", i)[0], sample("seen", i, size=32)[0]
         reduced = np.asarray(Image.fromarray(full).reduce(2))
@@ -225,8 +225,8 @@ def test_unknown_splits_and_negative_numbers_are_refused(split, index, seed, wor
         sample(split, index, seed)
 
 
-def test_changed_pictures_need_a_new_version():
-    """Folders of another version count as other pictures: raise VERSION, then replace these figures."""
+def test_changed_images_need_a_new_version():
+    """Folders of another version count as other images: raise VERSION, then replace these figures."""
     texts = [sample("train", i)[1] for i in (0, 1, 3)]
     means = [[round(float(value)) for value in sample("train", i)[0].mean((0, 1))] for i in (0, 1, 3)]
     assert shapes.VERSION == 2
@@ -238,7 +238,7 @@ def test_changed_pictures_need_a_new_version():
     assert np.abs(np.subtract(means, [[250, 244, 239], [30, 14, 37], [236, 229, 238]])).max() <= 1
 
 
-# ---------------------------------------------------------------- pictures
+# ---------------------------------------------------------------- images
 
 
 def cover(image: np.ndarray, color: str, background: str) -> np.ndarray:
@@ -284,7 +284,7 @@ def test_every_large_shape_is_larger_than_every_small_one():
 
 @pytest.mark.parametrize("size", [32, 64])
 @pytest.mark.parametrize("shape", ["circle", "square", "cross"])  # their centroid is their middle
-def test_pictures_are_where_they_should_be(size, shape):
+def test_images_are_where_they_should_be(size, shape):
     errors = []
     for offset in np.random.default_rng(0).uniform(-1.5, 1.5, (40, 2)):
         image = render(Scene((Object("red", shape, "large", "center"),), "white"), size, Placed(offset))
@@ -351,7 +351,7 @@ def test_shards_are_read_by_webdataset_and_by_us(few, tmp_path):
     assert [path.name for path in out.parent.iterdir()] == ["shapes"]
 
 
-def test_the_same_pictures_are_the_same_bytes_and_left_alone(few, tmp_path):
+def test_the_same_images_are_the_same_bytes_and_left_alone(few, tmp_path):
     write_shards(tmp_path / "a", 9, 16)
     (tmp_path / "b").mkdir()  # an empty folder is as good as none
     write_shards(tmp_path / "b", 9, 16)

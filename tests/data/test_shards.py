@@ -31,7 +31,7 @@ def make_tar(path, files: dict[str, bytes], format=tarfile.USTAR_FORMAT):
 def sample_files(count: int, prefix: str = "", start: int = 0) -> dict[str, bytes]:
     files = {}
     for i in range(start, start + count):
-        files[f"{prefix}{i:05d}.jpg"] = b"picture %d " % i * (i + 1)
+        files[f"{prefix}{i:05d}.jpg"] = b"image %d " % i * (i + 1)
         files[f"{prefix}{i:05d}.txt"] = f"caption {i} ä".encode()
     return files
 
@@ -78,12 +78,12 @@ def test_what_is_no_sample_is_counted_by_reason(tmp_path):
         "latin.png": b"x",
         "latin.txt": "é".encode("latin-1"),
         "00001.png": b"second",
-        "00002.seg.png": b"a mask beside a picture is fine",
+        "00002.seg.png": b"a mask beside an image is fine",
         "__notes__": b"",
         "README": b"",
     }
     shard = index_shard(make_tar(tmp_path / "a.tar", files))
-    assert len(shard) == 3 and shard.image(1).startswith(b"picture 1")
+    assert len(shard) == 3 and shard.image(1).startswith(b"image 1")
     assert shard.excluded == {
         "no caption": 1,
         "no image": 2,
@@ -103,10 +103,10 @@ def test_keys_with_dots_are_merged_by_webdataset_and_counted(tmp_path):
 
 def test_files_of_a_key_need_not_be_neighbours(tmp_path):
     files = sample_files(3)
-    names = sorted(files, key=lambda name: name[-3:])  # all pictures first
+    names = sorted(files, key=lambda name: name[-3:])  # all images first
     shard = index_shard(make_tar(tmp_path / "a.tar", {name: files[name] for name in names}))
     assert len(shard) == 3
-    assert shard.image(2).startswith(b"picture 2") and shard.caption(2).startswith("caption 2")
+    assert shard.image(2).startswith(b"image 2") and shard.caption(2).startswith("caption 2")
 
 
 def test_links_and_folders_are_skipped(tmp_path):
@@ -131,7 +131,7 @@ def broken(tmp_path, what: str):
             "0 bytes": b"",
             "no files": bytes(10240),
             "cut in a header": whole[: 5 * 512 + 100],
-            "cut in a file": whole[: whole.index(b"picture 9") + 5],
+            "cut in a file": whole[: whole.index(b"image 9") + 5],
             "cut between files": whole[:end],
             "no tar": b"<html>" * 1000,
             "gzip": b"\x1f\x8b" + bytes(2000),
@@ -176,7 +176,7 @@ def test_many_threads_read_many_shards(tmp_path):
 
     def read(seed):
         for i in np.random.default_rng(seed).integers(0, 150, size=600):
-            if not shards[i].image(1).startswith(b"picture %d " % (2 * i + 1)):
+            if not shards[i].image(1).startswith(b"image %d " % (2 * i + 1)):
                 wrong.append(i)
 
     threads = [threading.Thread(target=read, args=(seed,)) for seed in range(4)]
@@ -217,7 +217,7 @@ def test_a_new_tar_under_an_old_name_is_never_read_with_the_old_index(tmp_path):
         old.caption(0)
 
 
-def test_tar_cut_after_indexing_is_an_error_not_a_bad_picture(tmp_path):
+def test_tar_cut_after_indexing_is_an_error_not_a_bad_image(tmp_path):
     path = make_tar(tmp_path / "a.tar", sample_files(3))
     shard = index_shard(path)
     os.truncate(path, 2000)

@@ -1,4 +1,4 @@
-"""Sampling that starts from pictures: img2img, inpainting, one stage alone; and captions to lead away from."""
+"""Sampling that starts from images: img2img, inpainting, one stage alone; and captions to lead away from."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def text(pipe: ImagenPipeline) -> TextEmbeddings:
     return pipe.encode(CAPTIONS)
 
 
-def picture(size: int, seed: int = 0, batch: int = 2) -> Tensor:
+def image(size: int, seed: int = 0, batch: int = 2) -> Tensor:
     return torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
@@ -51,11 +51,11 @@ def left_half(size: int, batch: int = 2) -> Tensor:
 @pytest.mark.parametrize("sampler", sorted(SAMPLERS))
 def test_full_strength_is_sampling_from_nothing(sampler: str, pipe: ImagenPipeline, text: TextEmbeddings) -> None:
     plain = pipe(text=text, sampler=sampler, steps=4).images
-    assert torch.equal(pipe(text=text, sampler=sampler, steps=4, init_image=InitImage(picture(16))).images, plain)
+    assert torch.equal(pipe(text=text, sampler=sampler, steps=4, init_image=InitImage(image(16))).images, plain)
 
 
-def test_less_strength_stays_nearer_to_the_picture(pipe: ImagenPipeline, text: TextEmbeddings) -> None:
-    start = picture(8)
+def test_less_strength_stays_nearer_to_the_image(pipe: ImagenPipeline, text: TextEmbeddings) -> None:
+    start = image(8)
     far = [
         (
             pipe(
@@ -72,14 +72,14 @@ def test_less_strength_stays_nearer_to_the_picture(pipe: ImagenPipeline, text: T
 
 
 def test_the_walk_begins_at_the_noise_of_its_strength() -> None:
-    """With a denoiser that knows nothing of the picture, what is left of it is alpha at the first time."""
+    """With a denoiser that knows nothing of the image, what is left of it is alpha at the first time."""
     seen: list[tuple[float, Tensor]] = []
 
     def denoise(x: Tensor, time: Tensor) -> Tensor:
         seen.append((time.item(), x))
         return torch.zeros_like(x)
 
-    times, init_image = SCHEDULE.grid(10), InitImage(picture(4, batch=1), strength=0.3)
+    times, init_image = SCHEDULE.grid(10), InitImage(image(4, batch=1), strength=0.3)
     sample_from_image(
         SAMPLERS["ddim"], denoise, init_image, times, schedule=SCHEDULE, noise=lambda step: torch.zeros(1, 3, 4, 4)
     )
@@ -93,7 +93,7 @@ def test_the_walk_begins_at_the_noise_of_its_strength() -> None:
 
 @pytest.mark.parametrize("sampler", sorted(SAMPLERS))
 def test_what_the_mask_keeps_is_kept_exactly(sampler: str, pipe: ImagenPipeline, text: TextEmbeddings) -> None:
-    init_image = InitImage(picture(16), left_half(16), num_resamples=2, jump_length=2)
+    init_image = InitImage(image(16), left_half(16), num_resamples=2, jump_length=2)
     drawn = pipe(text=text, sampler=sampler, steps=4, init_image=init_image).images
     assert torch.equal(drawn[..., 8:], init_image.image[..., 8:])
     assert not torch.isclose(drawn[..., :8], init_image.image[..., :8]).any(dim=1).all()
@@ -140,7 +140,7 @@ def test_what_is_drawn_fits_what_is_given() -> None:
 def test_a_smaller_stage_keeps_only_what_is_kept_whole() -> None:
     mask = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
     mask[..., 3, 5] = True
-    small = InitImage(picture(8, batch=1), mask).at(4, torch.device("cpu"))
+    small = InitImage(image(8, batch=1), mask).at(4, torch.device("cpu"))
     assert small.mask.nonzero().tolist() == [[0, 0, 1, 2]] and small.image.shape == (1, 3, 4, 4)
 
 
@@ -155,8 +155,8 @@ def test_the_stages_one_by_one_are_the_cascade(pipe: ImagenPipeline, text: TextE
     assert list(enlarged.record["stages"]) == ["sr"]
 
 
-def test_one_picture_serves_all_captions(pipe: ImagenPipeline, text: TextEmbeddings) -> None:
-    one = picture(8, batch=1)
+def test_one_image_serves_all_captions(pipe: ImagenPipeline, text: TextEmbeddings) -> None:
+    one = image(8, batch=1)
     both = pipe(text=text, lowres=one, start_at="sr").images
     assert torch.equal(both, pipe(text=text, lowres=one.expand(2, -1, -1, -1), start_at="sr").images)
 
@@ -170,13 +170,13 @@ def test_leading_away_from_the_caption_itself_leads_nowhere(pipe: ImagenPipeline
     )
 
 
-def test_a_negative_caption_changes_the_picture(pipe: ImagenPipeline) -> None:
+def test_a_negative_caption_changes_the_image(pipe: ImagenPipeline) -> None:
     plain, led = (pipe(CAPTIONS, guidance=3.0, negative=negative) for negative in (None, ["a green cross"]))
     assert not torch.allclose(plain.images, led.images, atol=1e-3)
     assert led.record["negative"] == ["a green cross"]
 
 
-# ---- a picture depends on its own row alone
+# ---- an image depends on its own row alone
 
 
 def test_batches_do_not_matter(pipe: ImagenPipeline, text: TextEmbeddings) -> None:
@@ -184,7 +184,7 @@ def test_batches_do_not_matter(pipe: ImagenPipeline, text: TextEmbeddings) -> No
         return pipe(
             text=text,
             negative=text[[1, 0]],
-            init_image=InitImage(picture(16), left_half(16), strength=0.5),
+            init_image=InitImage(image(16), left_half(16), strength=0.5),
             batch_size=batch_size,
             steps=4,
             guidance=2.0,
@@ -205,13 +205,13 @@ def test_batches_do_not_matter(pipe: ImagenPipeline, text: TextEmbeddings) -> No
         (dict(image=torch.full((1, 3, 8, 8), torch.nan)), r"must lie in \[-1, 1\]"),
         (dict(strength=0.0), r"strength must lie in \(0, 1\], got 0.0"),
         (dict(strength=1.1), r"strength must lie in \(0, 1\], got 1.1"),
-        (dict(mask=left_half(16, 1)), "the mask of a picture"),
+        (dict(mask=left_half(16, 1)), "the mask of an image"),
         (dict(mask=torch.zeros(1, 1, 8, 8)), "must be bool"),
         (dict(mask=torch.zeros(1, 1, 8, 8, dtype=torch.bool)), "nothing to draw"),
         (dict(num_resamples=0), "num_resamples and jump_length must be at least 1"),
     ],
 )
-def test_given_pictures_that_make_no_sense(arguments: dict, complaint: str) -> None:
+def test_given_images_that_make_no_sense(arguments: dict, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         InitImage(**{"image": torch.zeros(1, 3, 8, 8), **arguments})
 
@@ -221,12 +221,12 @@ def test_given_pictures_that_make_no_sense(arguments: dict, complaint: str) -> N
     [
         (dict(start_at="top"), 'start_at is the unknown stage "top"; the cascade has base, sr'),
         (dict(stop_at="top"), 'stop_at is the unknown stage "top"'),
-        (dict(start_at="sr", stop_at="base", lowres=picture(8)), "start_at sr comes after stop_at base"),
-        (dict(start_at="sr"), "stage sr enlarges a picture: give lowres"),
-        (dict(lowres=picture(8)), "stage base starts from noise, not from lowres"),
-        (dict(lowres=picture(8, batch=3), start_at="sr"), "3 lowres images for 2 images"),
-        (dict(lowres=picture(8) * 3, start_at="sr"), r"lowres must lie in \[-1, 1\]"),
-        (dict(init_image=InitImage(picture(8, batch=3))), "3 init images for 2 images"),
+        (dict(start_at="sr", stop_at="base", lowres=image(8)), "start_at sr comes after stop_at base"),
+        (dict(start_at="sr"), "stage sr enlarges an image: give lowres"),
+        (dict(lowres=image(8)), "stage base starts from noise, not from lowres"),
+        (dict(lowres=image(8, batch=3), start_at="sr"), "3 lowres images for 2 images"),
+        (dict(lowres=image(8) * 3, start_at="sr"), r"lowres must lie in \[-1, 1\]"),
+        (dict(init_image=InitImage(image(8, batch=3))), "3 init images for 2 images"),
         (dict(negative=["blue"], guidance=1.0), "negative captions need classifier-free guidance"),
         (dict(negative=["a", "b", "c"]), "3 negative captions for 2 images"),
         (dict(negative="blue"), "negative captions must be a list"),
@@ -241,7 +241,7 @@ def test_calls_that_make_no_sense(arguments: dict, complaint: str, pipe: ImagenP
 
 
 def test_inpainting_by_command(pipe: ImagenPipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    init_image, mask = picture(16, batch=1), left_half(16, 1)
+    init_image, mask = image(16, batch=1), left_half(16, 1)
     save_png(init_image[0], tmp_path / "init_image.png")
     save_png(mask[0].float().expand(3, -1, -1) * 2 - 1, tmp_path / "mask.png")
     out = tmp_path / "out"
@@ -272,7 +272,7 @@ def test_inpainting_by_command(pipe: ImagenPipeline, tmp_path: Path, capsys: pyt
     record = json.loads((out / "samples.json").read_text())
     assert record["init_image"] == {"mask": True, "strength": 1.0, "num_resamples": 5, "jump_length": 5}
     assert record["negative"] == ["a cross"]
-    save_png(picture(8, batch=1)[0], tmp_path / "small.png")
+    save_png(image(8, batch=1)[0], tmp_path / "small.png")
     for arguments, complaint in [
         (["--image", "small.png", "--mask", "mask.png"], "must have the same size"),
         (["--mask", "mask.png"], "--mask, --strength and --resamples need --image"),

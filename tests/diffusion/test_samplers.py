@@ -302,7 +302,7 @@ def test_noise_is_standard_normal_over_seeds_and_pixels() -> None:
     assert noise.flatten(1).mean(dim=0).abs().max() < 4.5 / math.sqrt(500)  # neighbouring seeds do not lean one way
 
 
-def test_seeds_keep_their_pictures_from_version_to_version() -> None:
+def test_seeds_keep_their_images_from_version_to_version() -> None:
     # First 8 bytes of blake2b("0/base/-1"), big-endian, halved.
     assert mix_seed(0, "base", -1) == 5398578872981705063
     seeds = {mix_seed(seed, stage, step) for seed in range(20) for stage in ("base", "sr") for step in range(-1, 20)}
@@ -387,11 +387,11 @@ def test_denoiser_scales_predicts_and_thresholds(kind: str, prediction: str) -> 
         expected = images
     elif kind == "static":
         expected = images.clamp(-1, 1)
-    else:  # Imagen, section 2.3: the quantile of each picture, but at least 1
+    else:  # Imagen, section 2.3: the quantile of each image, but at least 1
         expected = images.clone()
-        for picture in expected:
-            s = max(1.0, sorted_quantile(picture.abs().flatten(), 0.9))
-            picture.copy_(picture.clamp(-s, s) / s)
+        for image in expected:
+            s = max(1.0, sorted_quantile(image.abs().flatten(), 0.9))
+            image.copy_(image.clamp(-s, s) / s)
         assert expected[1].equal(images[1]) and expected[0].abs().max() == 1
     assert (found - expected).abs().max() < 1e-6
 
@@ -403,7 +403,7 @@ def sorted_quantile(values: Tensor, share: float) -> float:
     return (below[0] + (place - int(place)) * (below[1] - below[0])).item()
 
 
-def test_threshold_leaves_calm_pictures_alone() -> None:
+def test_threshold_leaves_calm_images_alone() -> None:
     calm = torch.rand(2, 3, 4, 4) * 2 - 1
     diffusion = Diffusion(ScheduleConfig(), ObjectiveConfig(prediction="x0"))
     for kind in ("dynamic", "static", "none"):

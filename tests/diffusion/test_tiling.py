@@ -1,4 +1,4 @@
-"""Pictures drawn tile by tile."""
+"""Images drawn tile by tile."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch.nn import functional as F
 from fastimagen.diffusion.tiling import in_tiles
 
 
-def picture(height: int, width: int) -> Tensor:
+def image(height: int, width: int) -> Tensor:
     return torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
 @pytest.mark.parametrize(("height", "width", "side"), [(64, 64, 16), (70, 33, 32), (16, 40, 16), (20, 20, 64)])
 def test_every_pixel_comes_from_its_own_place(height: int, width: int, side: int) -> None:
     """A network without surroundings cannot tell tiles from the whole."""
-    x, lowres = picture(height, width), picture(height, width).flip(0)
+    x, lowres = image(height, width), image(height, width).flip(0)
     sizes = []
 
     def network(x: Tensor, lowres: Tensor) -> Tensor:
@@ -31,14 +31,14 @@ def test_every_pixel_comes_from_its_own_place(height: int, width: int, side: int
 def test_no_seam() -> None:
     """Tiles that disagree by a constant each: the step between them is spread over the overlap."""
     calls = iter(range(100))
-    drawn = in_tiles(lambda x: torch.full_like(x, float(next(calls))), 32, picture(32, 104))  # 4 tiles, 24 apart
+    drawn = in_tiles(lambda x: torch.full_like(x, float(next(calls))), 32, image(32, 104))  # 4 tiles, 24 apart
     row = drawn[0, 0, 0]
     assert row[0] == 0 and row[-1] == 3
     assert (row.diff().abs() <= 1 / 8).all() and (row.diff() >= 0).all()
 
 
 def test_what_lies_far_from_borders_is_what_the_whole_would_be() -> None:
-    x = picture(96, 96)
+    x = image(96, 96)
     kernel = torch.randn(3, 3, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
     def network(x: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ def turned(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def moved(image: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    """The picture at matrix @ (x, y) from the middle, surrounded by its corner."""
+    """The image at matrix @ (x, y) from the middle, surrounded by its corner."""
     middle = np.full(2, 32)  # Pillow counts from the pixels' corners
     (a, b, c), (d, e, f) = np.column_stack([matrix, middle - matrix @ middle])
     return np.asarray(
@@ -96,7 +96,7 @@ def draw(text: str, seed: int = 0) -> np.ndarray:
 
 @pytest.mark.parametrize("harm, least", [(untouched, 0.99), (blurred, 0.98), (noisy, 0.98)])
 @pytest.mark.parametrize("split", SPLITS)
-def test_rendered_pictures_are_read_right(split, harm, least):
+def test_rendered_images_are_read_right(split, harm, least):
     images, scenes = samples(split, 100)
     rng = np.random.default_rng(0)
     figures = accuracy([harm(image, rng) for image in images], scenes)
@@ -119,7 +119,7 @@ def test_imperfect_shapes_are_read_right(harm):
 
 
 @pytest.mark.parametrize("size", [32, 128])
-def test_pictures_of_other_sizes_are_read_right(size):
+def test_images_of_other_sizes_are_read_right(size):
     figures = accuracy(*samples("seen", 60, size))
     assert figures["single"]["caption"]["mean"] >= 0.97 and figures["pair"]["caption"]["mean"] >= 0.93
 
@@ -293,7 +293,7 @@ def attributes(seen: Reading | Scene, kind: str) -> dict[str, object]:
 
 
 def chances(readings: list[Reading], scenes: list[Scene], kind: str) -> dict[str, float]:
-    """Expected accuracies when pictures know nothing about captions.
+    """Expected accuracies when images know nothing about captions.
 
     The sum over values v of (share of readings with v) x (share of captions with v): it allows for captions
     that are not uniform and for a reader that favours one answer. The relation has no such value, since it
@@ -311,13 +311,13 @@ def chances(readings: list[Reading], scenes: list[Scene], kind: str) -> dict[str
     return result
 
 
-@pytest.mark.parametrize("pictures", ["shuffled", "noise", "smooth noise"])
-def test_pictures_that_know_nothing_are_right_by_chance(pictures):
+@pytest.mark.parametrize("content", ["shuffled", "noise", "smooth noise"])
+def test_images_that_know_nothing_are_right_by_chance(content):
     rng = np.random.default_rng(1)
     images, scenes = samples("seen", 240)
-    if pictures != "shuffled":
+    if content != "shuffled":
         images = [rng.integers(0, 256, (64, 64, 3), dtype=np.uint8) for _ in images]
-    if pictures == "smooth noise":  # blobs of all colours, in which objects are found
+    if content == "smooth noise":  # blobs of all colours, in which objects are found
         coarse = [Image.fromarray(image[:6, :6]) for image in images]
         images = [np.asarray(image.resize((64, 64), Image.Resampling.BICUBIC)) for image in coarse]
     for kind, count in (("single", 1), ("pair", 2)):
@@ -331,7 +331,7 @@ def test_pictures_that_know_nothing_are_right_by_chance(pictures):
             mean = sum(verdict[key] for verdict in verdicts) / len(verdicts)
             error = math.sqrt(chance * (1 - chance) / len(verdicts))
             assert abs(mean - chance) <= 3 * error + 1e-12, (kind, key)
-        if pictures == "shuffled":  # the reader answers as captions do, so that chance is what it looks like
+        if content == "shuffled":  # the reader answers as captions do, so that chance is what it looks like
             sides = {"background": 1 / 3, "color": 1 / 8, "shape": 1 / 5, "size": 1 / 2, "position": 1 / 5}
             for key in sides.keys() & expected.keys():
                 assert abs(expected[key] - sides[key]) < 0.03, key
@@ -357,7 +357,7 @@ def test_accuracy_counts_what_captions_mention():
     assert figures["single"]["caption"] == share
     assert json.loads(json.dumps(figures)) == figures  # plain numbers, for the report
     assert accuracy([], []) == {}
-    with pytest.raises(ValueError, match="2 pictures .* 1 scenes"):
+    with pytest.raises(ValueError, match="2 images .* 1 scenes"):
         accuracy([image, image], [parse(texts[0])])
 
 
@@ -372,12 +372,12 @@ def test_accuracy_counts_what_captions_mention():
         np.zeros((0, 0, 3), np.uint8),
     ],
 )
-def test_what_is_no_picture_is_refused(image):
+def test_what_is_no_image_is_refused(image):
     with pytest.raises(ValueError, match="expected pixels"):
         read(image)
 
 
-def test_reading_does_not_depend_on_the_neighbours_or_change_the_picture():
+def test_reading_does_not_depend_on_the_neighbours_or_change_the_image():
     images, scenes = samples("unseen", 6)
     for image in images:
         image.setflags(write=False)

@@ -1,7 +1,7 @@
 """MinImagen's weights give MinImagen's outputs, and its training directories become models that sample.
 
 The golden files hold random weights, inputs and outputs of MinImagen 0.0.9's own U-Net: a base U-Net, an Efficient
-super-resolution U-Net, and a regular super-resolution U-Net of grey pictures with other arguments (half precision).
+super-resolution U-Net, and a regular super-resolution U-Net of grey images with other arguments (half precision).
 """
 
 from __future__ import annotations

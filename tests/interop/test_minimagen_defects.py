@@ -42,7 +42,7 @@ def sr_stage(**changes: Any) -> Stage:
     )
 
 
-def test_defect_2_sampling_and_training_noise_the_same_lowres_picture() -> None:
+def test_defect_2_sampling_and_training_noise_the_same_lowres_image() -> None:
     """A constant 0.6 reaches the network as alpha 0.6 plus sigma noise, in [-1, 1] before the noise, both times."""
     stage, spy = sr_stage(augmentation={"train_range": [0.2, 0.2], "sample_level": 0.2}), Spy()
     constant = torch.full((64, 3, 16, 16), 0.6)
@@ -56,7 +56,7 @@ def test_defect_2_sampling_and_training_noise_the_same_lowres_picture() -> None:
     assert torch.equal(trained["lowres_time"].float(), sampled["lowres_time"].float())
 
 
-def test_defect_5_a_flat_picture_trains_and_contrast_is_left_alone() -> None:
+def test_defect_5_a_flat_image_trains_and_contrast_is_left_alone() -> None:
     black = to_tensor(np.zeros((16, 16, 3), dtype=np.uint8))
     assert torch.equal(black, torch.full((3, 16, 16), -1.0))
     faint = to_tensor(np.full((16, 16, 3), 102, dtype=np.uint8))

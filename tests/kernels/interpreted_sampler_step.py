@@ -44,7 +44,7 @@ def test_any_mixture_of_layouts() -> None:
     assert case.run(output, x.contiguous(memory_format=last), extra)[0].is_contiguous(memory_format=last)
 
 
-def test_nan_stays_in_its_picture_and_is_seen() -> None:
+def test_nan_stays_in_its_image_and_is_seen() -> None:
     case = Case(None, "dynamic")
     output, x, extra = case.inputs()
     output[1, 0, 0, 0] = torch.nan

@@ -32,7 +32,7 @@ def plain(layer: Conv2d, x: Tensor) -> Tensor:
 def test_values_and_gradients_are_pytorchs(
     way: str, stride: int, columns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Blocks of one row, of several rows with a rest, of one picture and of all."""
+    """Blocks of one row, of several rows with a rest, of one image and of all."""
     monkeypatch.setattr(convolution, "COLUMNS", columns)
     dim_in, dim_out, kernel = WAYS[way]
     layer = Conv2d(dim_in, dim_out, kernel, stride=stride, padding=(kernel - 1) // 2).double()
@@ -49,7 +49,7 @@ def test_values_and_gradients_are_pytorchs(
 
 @pytest.mark.parametrize("way", ["wide", "many channels"])
 def test_layouts_and_frozen_parts(way: str) -> None:
-    """Contiguous pictures and gradients, expanded gradients, and a layer of which only some learns."""
+    """Contiguous images and gradients, expanded gradients, and a layer of which only some learns."""
     dim_in, dim_out, kernel = WAYS[way]
     layer = Conv2d(dim_in, dim_out, kernel, padding=kernel // 2).double()
     x = torch.randn(2, dim_in, 8, 8, dtype=torch.float64)

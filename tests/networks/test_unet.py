@@ -341,16 +341,16 @@ def test_output_is_channels_last_whatever_comes_in(name: str) -> None:
 @pytest.mark.parametrize("name", ["regular", "extra_block"])
 @torch.inference_mode()
 def test_patches_are_folded_into_channels_and_back(name: str) -> None:
-    """Stride 2 is a network of four times the channels on pictures of half the side."""
+    """Stride 2 is a network of four times the channels on images of half the side."""
     unet = network(**{**VARIANTS[name], "stem_stride": 2})
     folded = network(**{**VARIANTS[name], "stem_stride": 1, "channels": 12})
     folded.load_state_dict(unet.state_dict())
     given = inputs(unet)
-    pictures = {
+    images = {
         key: rearrange(value, "b c (h p) (w q) -> b (c p q) h w", p=2, q=2) if value.ndim == 4 else value
         for key, value in given.items()
     }
-    expected = rearrange(folded(**pictures, text=captions()), "b (c p q) h w -> b c (h p) (w q)", p=2, q=2)
+    expected = rearrange(folded(**images, text=captions()), "b (c p q) h w -> b c (h p) (w q)", p=2, q=2)
     torch.testing.assert_close(unet(**given, text=captions()), expected, rtol=0, atol=1e-5)
 
 

@@ -141,7 +141,7 @@ def test_defect_7_the_validation_loss_is_the_same_number_whenever_and_at_whateve
 
 
 def test_the_batch_is_gathered_from_micro_batches(runs: Path) -> None:
-    """8 pictures as 4 x 2: all of them were read."""
+    """8 images as 4 x 2: all of them were read."""
     training = [record for record in records(runs / "still8") if "loss" in record]
     assert [record["step"] for record in training] == [1] and training[0]["read"] >= 8
 
