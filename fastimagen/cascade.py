@@ -1,7 +1,4 @@
-"""The cascade: stages in order, each enlarging what the one before it drew (Imagen, sections 2.3 and 2.4).
-
-Letters: B batch, C channels, S side of the stage's images.
-"""
+"""The cascade: a base stage and the super-resolution stages that enlarge its images (Imagen, section 2.4)."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import CascadeConfig, SamplingConfig, StageConfig
+from .config import AugmentationConfig, CascadeConfig, SamplingConfig, StageConfig
 from .config_file import validate
 from .diffusion.guidance import Denoiser
 from .diffusion.inpainting import InitImage, sample_from_image
@@ -22,17 +19,19 @@ from .diffusion.samplers import SAMPLERS
 from .diffusion.schedule import make_schedule
 from .diffusion.tiling import in_tiles
 from .images import resize
+from .networks.conditioning import TextState
 from .networks.unet import UNet
 from .seeds import image_noise
 from .text.embeddings import TextEmbeddings
 
 Callback = Callable[[str, int, Tensor, Tensor], None]
+"""callback(stage, step, x, x0) after every step of the sampler."""
 
 
 class Stage:
-    """What one stage does with its U-Net: training loss and sampling. Holds no weights.
+    """Training loss and sampling of one stage, for a U-Net that the caller passes in. Has no trainable parameters.
 
-    `below` is the stage whose images this one enlarges, None for a base stage or a free-standing enlarger.
+    `below` is the stage whose images this one enlarges; None for a base stage, or for super-resolution on its own.
     """
 
     def __init__(self, config: StageConfig, below: StageConfig | None = None) -> None:
@@ -42,6 +41,11 @@ class Stage:
         self.lowres_size = below.size if below else None
         if config.augmentation:
             self.augmentation = make_schedule(config.augmentation.schedule)
+
+    @property
+    def _augmentation_config(self) -> AugmentationConfig:
+        assert self.config.augmentation is not None  # StageConfig demands it of super-resolution stages
+        return self.config.augmentation
 
     # ---- training
 
@@ -54,54 +58,56 @@ class Stage:
         *,
         drop_captions: bool = True,
     ) -> Tensor:
-        """Weighted loss per sample (B,) for images (B, C, S, S) in [-1, 1].
+        """Weighted loss per sample (B,) for images (B, C, H, W) in [-1, 1].
 
-        Times, noise, augmentation and caption dropout all come from `generator`, which lives on the images' device.
+        Times, noise, augmentation and caption dropout are drawn from `generator`, which is on the images' device.
         """
         batch = len(images)
         time = self.diffusion.training_times(batch, generator)  # (B,)
-        noise = _randn_like(images, generator)
+        noise = randn_like(images, generator)  # (B, C, H, W)
         condition: dict[str, Any] = {}
         if self.config.unet.lowres:
-            low, high = self.config.augmentation.train_range
-            level = low + (high - low) * torch.rand(batch, generator=generator, device=generator.device)
-            condition = self.lowres_condition(self.shrink(images), level, _randn_like(images, generator))
+            low, high = self._augmentation_config.train_range
+            level = low + (high - low) * torch.rand(batch, generator=generator, device=generator.device)  # (B,)
+            condition = self.lowres_condition(self.shrink(images), level, randn_like(images, generator))
         if text is not None:
-            kept = torch.rand(batch, generator=generator, device=generator.device)
+            uniform = torch.rand(batch, generator=generator, device=generator.device)  # (B,)
             dropout = self.config.objective.caption_dropout if drop_captions else 0.0
-            condition |= {"text": text, "keep_text": kept >= dropout}
-        x_t = self.diffusion.add_noise(images, noise, time)
+            condition |= {"text": text, "keep_text": uniform >= dropout}
+        x_t = self.diffusion.add_noise(images, noise, time)  # (B, C, H, W)
         output = unet(self.diffusion.network_input(x_t, time), self.diffusion.schedule.network_time(time), **condition)
-        return self.diffusion.loss(output, self.diffusion.target(images, noise, time), time)
+        return self.diffusion.loss(output, self.diffusion.target(images, noise, time), time)  # (B,)
 
     def shrink(self, images: Tensor) -> Tensor:
-        """The low-resolution version of images (B, C, S, S), or of crops of them, that the stage below would draw."""
+        """Images (B, C, H, W), or crops of them, at the resolution of the stage below: (B, C, h, w)."""
+        assert self.lowres_size is not None, "a stage without a stage below has no low-resolution size"
         side = images.shape[-1] * self.lowres_size // self.config.size
-        return resize(images, side)  # (B, C, side, side)
+        return resize(images, side)  # (B, C, h, w)
 
     def lowres_condition(self, lowres: Tensor, level: Tensor, noise: Tensor) -> dict[str, Tensor]:
-        """Resize lowres to noise's size, then noise it at `level` (B,) in [0, 1]: the U-Net's low-res arguments.
+        """The U-Net's low-resolution arguments: lowres (B, C, h, w), resized to noise (B, C, H, W) and noised.
 
-        The one path for training and sampling: images are in [-1, 1] before the noise comes (Imagen, section 2.4).
+        level (B,) in [0, 1] is the noise level of the augmentation (Imagen, section 2.4). Training and sampling share
+        this function; images are in [-1, 1] before noise is added.
         """
-        time = self.augmentation.training_times(level.double())
-        alpha, sigma = (c.to(noise)[:, None, None, None] for c in self.augmentation.alpha_sigma(time))
-        lowres = resize(lowres, noise.shape[-1])  # (B, C, S, S)
+        time = self.augmentation.training_times(level.double())  # (B,)
+        alpha, sigma = (c.to(noise)[:, None, None, None] for c in self.augmentation.alpha_sigma(time))  # (B, 1, 1, 1)
+        lowres = resize(lowres, noise.shape[-1])  # (B, C, H, W)
         return {"lowres": alpha * lowres + sigma * noise, "lowres_time": self.augmentation.network_time(time)}
 
     # ---- sampling
 
     def check_tile(self, tile: int | None) -> None:
-        """Raise ValueError if this stage cannot be drawn in tiles of that side."""
+        """Raise ValueError if this stage cannot sample in tiles of that size."""
         unet = self.config.unet
         if tile is None or tile >= self.config.size:
             return
         if tile % unet.stride:
             raise ValueError(
-                f"tile {tile} of stage {self.name} must be a multiple of {unet.stride}, its U-Net's stride"
+                f"tile {tile} of stage {self.name} must be a multiple of {unet.stride}, the stride of its U-Net"
             )
         if unet.positional_encoding:
-            raise ValueError(f"stage {self.name} knows every pixel's place: it cannot be drawn in tiles")
+            raise ValueError(f"stage {self.name} has a positional encoding of the whole image: it cannot use tiles")
 
     @torch.inference_mode()
     def sample(
@@ -116,38 +122,43 @@ class Stage:
         sampling: SamplingConfig | None = None,
         callback: Callback | None = None,
     ) -> Tensor:
-        """Images (B, C, S, S) in [-1, 1], fp32, image i a function of (caption i, seeds[i], lowres[i]).
+        """Images (B, C, H, W) in [-1, 1], fp32. Image i is a function of caption i, seeds[i] and lowres[i].
 
-        lowres (B, C, s, s) in [-1, 1] for super-resolution; negative captions that guidance leads away from, in place
-        of none; `init_image` to start from an image; `sampling` overrides the stage's own settings.
+        lowres (B, C, h, w) in [-1, 1] is the input of super-resolution. negative: captions in place of the null text in
+        guidance. init_image: starts from an image. sampling: overrides the stage's own settings.
         """
         sampling = sampling or self.config.sampling
         device = next(unet.parameters()).device
         shape = (self.config.unet.channels, self.config.size, self.config.size)
         condition: dict[str, Tensor] = {}
         if self.config.unet.lowres:
-            level = torch.full((len(seeds),), self.config.augmentation.sample_level, dtype=torch.float64, device=device)
-            noise = image_noise(seeds, shape, stage=f"{self.name}/augmentation", step=0, device=device)
+            assert lowres is not None, "a super-resolution stage needs lowres"
+            sample_level = self._augmentation_config.sample_level
+            level = torch.full((len(seeds),), sample_level, dtype=torch.float64, device=device)  # (B,)
+            noise = image_noise(seeds, shape, stage=f"{self.name}/augmentation", step=0, device=device)  # (B, C, H, W)
             condition = self.lowres_condition(lowres.to(noise), level, noise)
         denoise = self._denoiser(unet, text, negative, condition, sampling)
 
         def step_noise(step: int) -> Tensor:
-            return image_noise(seeds, shape, stage=self.name, step=step, device=device)
+            return image_noise(seeds, shape, stage=self.name, step=step, device=device)  # (B, C, H, W)
 
-        schedule, walk = self.diffusion.schedule, SAMPLERS[sampling.sampler]
-        times = schedule.grid(sampling.steps)
-        shown = callback and (lambda step, x, x0: callback(self.name, step, x, x0))
+        def stage_callback(step: int, x: Tensor, x0: Tensor) -> None:
+            if callback is not None:
+                callback(self.name, step, x, x0)
+
+        schedule, sample_fn = self.diffusion.schedule, SAMPLERS[sampling.sampler]
+        times = schedule.sampling_times(sampling.steps)  # (steps + 1,)
         if init_image is None:
-            x = walk(denoise, step_noise(-1), times, schedule=schedule, noise=step_noise, callback=shown)
+            x = sample_fn(denoise, step_noise(-1), times, schedule=schedule, noise=step_noise, callback=stage_callback)
         else:
             x = sample_from_image(
-                walk,
+                sample_fn,
                 denoise,
                 init_image.at(self.config.size, device),
                 times,
                 schedule=schedule,
                 noise=step_noise,
-                callback=shown,
+                callback=stage_callback,
             )
         return x.clamp(-1, 1)
 
@@ -159,27 +170,38 @@ class Stage:
         condition: dict[str, Tensor],
         sampling: SamplingConfig,
     ) -> Denoiser:
-        """The U-Net as a denoiser: captions, encoded once for all steps, low-res image and guidance built in."""
+        """The U-Net as a denoiser with guidance; captions are encoded once for all steps."""
         weight = None if text is None or sampling.guidance == 1.0 else sampling.guidance
-        if text is None:
-            state = None
-        elif weight is None:
-            state = unet.encode_text(text)
-        elif negative is None:
-            rows = torch.arange(len(text), device=text.embeds.device).repeat(2)  # (2B,)
-            state = unet.encode_text(text[rows], torch.arange(len(rows), device=rows.device) < len(text))
-        else:
-            state = unet.encode_text(TextEmbeddings.cat([text, negative.to(device=text.embeds.device)]))
+        state = _encode(unet, text, negative, guided=weight is not None)
         if weight is not None:
-            condition = {name: torch.cat([value, value]) for name, value in condition.items()}
-        if sampling.tile is None or sampling.tile >= self.config.size:
+            condition = {name: torch.cat([value, value]) for name, value in condition.items()}  # (2B, ...)
+        tile = sampling.tile
+        if tile is None or tile >= self.config.size:
             return Denoiser(partial(unet, text=state, **condition), self.diffusion, sampling, guidance=weight)
-        maps = {name: condition.pop(name) for name in ("lowres",) if name in condition}
+        maps = {name: value for name, value in condition.items() if name == "lowres"}  # cut into tiles like x
+        others = {name: value for name, value in condition.items() if name != "lowres"}
 
         def network(x: Tensor, time: Tensor) -> Tensor:
-            return in_tiles(lambda x, **cut: unet(x, time, text=state, **condition, **cut), sampling.tile, x, **maps)
+            def on_tile(x_tile: Tensor, **map_tiles: Tensor) -> Tensor:
+                return unet(x_tile, time, text=state, **others, **map_tiles)
+
+            return in_tiles(on_tile, tile, x, **maps)
 
         return Denoiser(network, self.diffusion, sampling, guidance=weight)
+
+
+def _encode(
+    unet: UNet, text: TextEmbeddings | None, negative: TextEmbeddings | None, *, guided: bool
+) -> TextState | None:
+    """Text for all steps: (B,) captions, or with guidance (2B,): captions, then null text or negative captions."""
+    if text is None:
+        return None
+    if not guided:
+        return unet.encode_text(text)
+    if negative is not None:
+        return unet.encode_text(TextEmbeddings.cat([text, negative.to(device=text.embeds.device)]))
+    rows = torch.arange(len(text), device=text.embeds.device).repeat(2)  # (2B,)
+    return unet.encode_text(text[rows], torch.arange(len(rows), device=rows.device) < len(text))
 
 
 class Cascade(nn.Module):
@@ -193,8 +215,11 @@ class Cascade(nn.Module):
 
     @property
     def text_dim(self) -> int | None:
-        """Width of the text embeddings that the stages read; None for an unconditional cascade."""
-        return next((stage.unet.text_dim for stage in self.config.stages if stage.unet.text_dim), None)
+        """Width E of the text embeddings that the stages read; None for an unconditional cascade."""
+        for stage in self.config.stages:
+            if stage.unet.text_dim is not None:
+                return stage.unet.text_dim
+        return None
 
     def sample(
         self,
@@ -210,31 +235,34 @@ class Cascade(nn.Module):
         callback: Callback | None = None,
         device: torch.device | None = None,
     ) -> Tensor:
-        """Run the stages from start_at to stop_at: images (B, C, S, S) of the last of them, in [-1, 1].
+        """Run the stages from start_at to stop_at: images (B, C, H, W) of the last one, in [-1, 1].
 
-        lowres (B, C, s, s) in [-1, 1] is what a super-resolution stage enlarges when it comes first. A given image
-        without mask is where the first stage starts; with a mask, all stages keep its pixels. With a device, every
-        U-Net is there only while its stage runs. Raises ValueError for what does not fit.
+        lowres (B, C, h, w) in [-1, 1] is the input of a super-resolution stage that runs first. An init image without
+        mask is the start of the first stage; with a mask, every stage keeps the known region. With `device`, offloading
+        is on: a U-Net is on that device only while its stage runs. Raises ValueError for arguments that do not fit.
         """
         images = lowres
         for index, stage in enumerate(self.running(start_at, stop_at, lowres)):
-            reads = stage.config.unet.text_dim is not None
+            reads_text = stage.config.unet.text_dim is not None
+            starts_from_image = init_image is not None and (index == 0 or init_image.mask is not None)
             unet = self.unets[stage.name]
-            with _visiting(unet, device) if device else nullcontext():
+            assert isinstance(unet, UNet)
+            with _on_device(unet, device) if device else nullcontext():
                 images = stage.sample(
                     unet,
-                    text if reads else None,
+                    text if reads_text else None,
                     seeds,
                     lowres=images,
-                    negative=negative if reads else None,
+                    negative=negative if reads_text else None,
                     sampling=settings[stage.name],
-                    init_image=init_image if init_image and (index == 0 or init_image.mask is not None) else None,
+                    init_image=init_image if starts_from_image else None,
                     callback=callback,
                 )
+        assert images is not None  # at least one stage ran
         return images
 
     def running(self, start_at: str | None, stop_at: str | None, lowres: Tensor | None) -> list[Stage]:
-        """The stages from start_at to stop_at, None being the first and the last. Raises ValueError as `sample`."""
+        """The stages from start_at to stop_at; None is the first and the last. Raises ValueError as `sample`."""
         names = [stage.name for stage in self.stages]
         for key, name in (("start_at", start_at), ("stop_at", stop_at)):
             if name is not None and name not in names:
@@ -246,39 +274,47 @@ class Cascade(nn.Module):
         if enlarges and lowres is None:
             raise ValueError(f"stage {names[first]} enlarges an image: give lowres")
         if lowres is not None and not enlarges:
-            raise ValueError(f"stage {names[first]} starts from noise, not from lowres: say which stage to start_at")
+            raise ValueError(
+                f"stage {names[first]} starts from noise and takes no lowres: set start_at to a later stage"
+            )
         return self.stages[first : last + 1]
 
     def settings(self, **overrides: Any) -> dict[str, SamplingConfig]:
-        """Sampling settings by stage: the configured ones with overrides, each None (keep), one value for all stages,
-        or a mapping from stage name to value. Raises ValueError for unknown stages and values out of range."""
+        """Sampling settings by stage, with overrides of single fields.
+
+        An override is one value for all stages, a mapping from stage names to values, or None, which keeps the stage's
+        own value. Raises ValueError for unknown stages and values out of range.
+        """
         names = [stage.name for stage in self.stages]
         for field, value in overrides.items():
-            if isinstance(value, Mapping) and (unknown := sorted(set(value) - set(names))):
+            unknown = sorted(set(value) - set(names)) if isinstance(value, Mapping) else []
+            if unknown:
                 raise ValueError(f"{field} is given for unknown stage {unknown[0]}; the cascade has {', '.join(names)}")
         settings = {}
         for stage in self.stages:
-            chosen = {
-                field: value.get(stage.name) if isinstance(value, Mapping) else value
-                for field, value in overrides.items()
-            }
-            merged = stage.config.sampling.model_dump() | {k: v for k, v in chosen.items() if v is not None}
-            settings[stage.name] = validate(SamplingConfig, merged, f"sampling of {stage.name}")
-            stage.diffusion.schedule.grid(settings[stage.name].steps)  # refuses more steps than the schedule has
-            stage.check_tile(settings[stage.name].tile)
+            values = stage.config.sampling.model_dump()
+            for field, value in overrides.items():
+                own = value.get(stage.name) if isinstance(value, Mapping) else value
+                if own is not None:
+                    values[field] = own
+            chosen = validate(SamplingConfig, values, f"sampling of {stage.name}")
+            stage.diffusion.schedule.sampling_times(chosen.steps)  # raises for more steps than the schedule has
+            stage.check_tile(chosen.tile)
+            settings[stage.name] = chosen
         return settings
 
 
 @contextmanager
-def _visiting(unet: UNet, device: torch.device) -> Iterator[None]:
-    """The U-Net on `device`, and afterwards where it was."""
-    home = next(unet.parameters()).device
+def _on_device(unet: UNet, device: torch.device) -> Iterator[None]:
+    """Move the U-Net to `device`, and back at the end."""
+    original_device = next(unet.parameters()).device
     unet.to(device)
     try:
         yield
     finally:
-        unet.to(home)
+        unet.to(original_device)
 
 
-def _randn_like(images: Tensor, generator: torch.Generator) -> Tensor:
+def randn_like(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Standard normal noise of the images' shape and dtype."""
     return torch.randn(images.shape, generator=generator, device=images.device, dtype=images.dtype)

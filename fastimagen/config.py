@@ -348,7 +348,7 @@ class TrainConfig(Section):
     """The training loop."""
 
     run: str = "runs/train"
-    """Run directory; --run overrides it."""
+    """Run directory; --run-dir overrides it."""
     seed: int = Field(0, ge=0)
     """Seed of initial weights, data order, times, noise and dropout."""
     steps: int = Field(1000, ge=1)

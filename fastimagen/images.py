@@ -1,7 +1,4 @@
-"""Images at the edges of the model: files -> RGB -> tensors in [-1, 1] -> PNG files and captioned grids.
-
-Letters: B images, C channels, H height, W width.
-"""
+"""Images before and after the model: files -> RGB -> tensors in [-1, 1] -> PNG files and captioned grids."""
 
 from __future__ import annotations
 
@@ -19,11 +16,13 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from .files import first_line
+
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-"""What `open_rgb` reads, by content and not by name; Pillow knows more, some through outside programs."""
+"""Formats that `open_rgb` reads, recognized by content. Pillow reads more, some of them through external programs."""
 
 MAX_PIXELS = 1 << 26
-"""Larger images are refused: 8192 x 8192."""
+"""8192 x 8192; larger images are refused, because a small file can decode to gigabytes."""
 
 DECODE_ERRORS = (
     OSError,
@@ -38,7 +37,10 @@ DECODE_ERRORS = (
     Image.DecompressionBombError,
     Image.DecompressionBombWarning,
 )
-"""What Pillow's decoders raise when they meet damaged files."""
+"""Exceptions that Pillow's decoders raise for damaged files."""
+
+ORIENTATION_TAG = 0x0112
+"""EXIF tag of the orientation; 1 is upright."""
 
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -49,21 +51,20 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""EXIF orientation (tag 0x0112) -> what turns the stored pixels upright."""
+"""EXIF orientation -> the transpose that turns the stored pixels upright."""
 
 
 # ---------------------------------------------------------------- files and tensors
 
 
 def open_rgb(data: bytes, *, at_least: int | None = None) -> Image.Image:
-    """Decodes an image file into 8-bit RGB, upright.
+    """Decode an image file to 8-bit RGB, upright.
 
-    Grey, palette and CMYK are converted (CMYK by formula: ICC profiles are not applied); transparency is laid
-    over white; 16-bit grey is scaled to 8 bits; the EXIF orientation is applied; of an animation the first
-    image is taken.
-    at_least: a JPEG with sides of 3, 6 or 12 times this and more is decoded at 1/2, 1/4 or 1/8 of its size:
-    for `resize_and_crop` to this size that is about twice as fast, and off by less than 1/255 (RMS).
-    Raises ValueError, one line, for anything damaged, truncated, too large (MAX_PIXELS) or not an image.
+    Grey, palette and CMYK are converted (CMYK by formula; ICC profiles are not applied). Transparent pixels are blended
+    with white. 16-bit grey is scaled to 8 bits. The EXIF orientation is applied. An animation gives its first frame.
+    at_least: a JPEG whose sides are at least 3, 6 or 12 times this is decoded at 1/2, 1/4 or 1/8 of its size. For
+    `resize_and_crop` to this size that is about twice as fast and differs by less than 1/255 (RMS).
+    Raises ValueError with one line for data that is damaged, truncated, too large (MAX_PIXELS) or not an image.
     """
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -72,13 +73,13 @@ def open_rgb(data: bytes, *, at_least: int | None = None) -> Image.Image:
         if at_least is not None:
             image.draft(None, (math.ceil(1.5 * at_least),) * 2)
         image.load()
-        turn = UPRIGHT.get(image.getexif().get(0x0112))
+        turn = UPRIGHT.get(image.getexif().get(ORIENTATION_TAG, 1))
         rgb = _to_rgb(image)
         return rgb if turn is None else rgb.transpose(turn)
     except Image.UnidentifiedImageError as error:
         raise ValueError(f"unreadable image: none of {', '.join(FORMATS)}") from error
     except DECODE_ERRORS as error:
-        raise ValueError(f"unreadable image: {str(error).strip().partition(chr(10))[0]}") from error
+        raise ValueError(f"unreadable image: {first_line(error)}") from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -106,7 +107,7 @@ def to_tensor(image: Image.Image | np.ndarray) -> Tensor:
     pixels = np.asarray(image)  # (H, W, 3)
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
         raise ValueError(f"expected uint8 pixels (H, W, 3), got {pixels.dtype} {pixels.shape}")
-    # numpy, since torch would start a team of OpenMP threads for each thread that decodes.
+    # NumPy, because torch would start OpenMP threads in every decoding thread.
     values = np.ascontiguousarray(pixels.transpose(2, 0, 1)).astype(np.float32)  # (3, H, W)
     values /= np.float32(127.5)
     values -= 1
@@ -116,15 +117,15 @@ def to_tensor(image: Image.Image | np.ndarray) -> Tensor:
 def to_uint8(images: Tensor) -> Tensor:
     """Images (B, 3, H, W) in [-1, 1] as uint8 (B, H, W, 3), rounded; values beyond the range are clamped.
 
-    Raises ValueError for other shapes, and for NaN or infinity rather than turning them into black.
+    Raises ValueError for other shapes and for NaN or infinity, which would otherwise become black.
     """
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise ValueError(f"expected floating point images (B, 3, H, W), got {images.dtype} {tuple(images.shape)}")
     finite = images.isfinite().flatten(1).all(dim=1)  # (B,)
     if not finite.all():
         broken = (~finite).nonzero().flatten().tolist()
-        raise ValueError(f"images {broken} of {len(images)} hold NaN or infinity")
-    bytes_ = (images.float() + 1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+        raise ValueError(f"images {broken} of {len(images)} contain NaN or infinity")
+    bytes_ = (images.float() + 1).mul(127.5).round().clamp(0, 255).to(torch.uint8)  # (B, 3, H, W)
     return bytes_.permute(0, 2, 3, 1).contiguous()  # (B, H, W, 3)
 
 
@@ -134,7 +135,7 @@ def to_pil(image: Tensor) -> Image.Image:
 
 
 def save_png(image: Tensor | Image.Image, path: str | Path) -> None:
-    """Writes an image, (3, H, W) in [-1, 1] or PIL, as PNG, and its folder. Raises as `to_uint8` does."""
+    """Write an image, (3, H, W) in [-1, 1] or PIL, as PNG; creates the folder. Raises ValueError as `to_uint8` does."""
     pil = image if isinstance(image, Image.Image) else to_pil(image)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     pil.save(path, format="PNG")
@@ -146,32 +147,30 @@ def save_png(image: Tensor | Image.Image, path: str | Path) -> None:
 def resize_and_crop(
     image: Image.Image, size: int, *, crop: Literal["center"] | tuple[int, int, int] = "center"
 ) -> Image.Image:
-    """Scales the smallest side to `size`, keeping the aspect ratio, and cuts out a square; never mirrors.
+    """Scale the smaller side to `size`, keeping the aspect ratio, and crop a square. Never mirrors.
 
-    crop: "center" gives the (size, size) square in the middle; (top, left, side) a smaller window of that
-    square. Bicubic, antialiased when shrinking. Smaller images are enlarged: count them where that matters.
-    Raises ValueError for sizes and windows that make no sense.
+    crop: "center" is the (size, size) square in the middle; (top, left, side) is a crop of that square. Bicubic, with
+    antialiasing when shrinking. Smaller images are enlarged. Raises ValueError for a crop outside of the square.
     """
     top, left, side = (0, 0, size) if crop == "center" else crop
     if size < 1 or side < 1 or min(top, left) < 0 or max(top, left) + side > size:
-        raise ValueError(f"no window {crop} in an image of size {size}")
+        raise ValueError(f"crop {crop} is outside of an image of size {size}")
     width, height = image.size
     smallest = min(width, height)
-    if smallest == size:  # no resampling: whole pixels
+    if smallest == size:  # whole pixels: no resampling
         x, y = (width - size) // 2 + left, (height - size) // 2 + top
         return image if (width, height) == (side, side) else image.crop((x, y, x + side, y + side))
     pixel = smallest / size  # source pixels per pixel of the result
-    x, y = (width - smallest) / 2 + left * pixel, (height - smallest) / 2 + top * pixel
-    box = (x, y, min(x + side * pixel, width), min(y + side * pixel, height))  # min: rounding errors
+    x0, y0 = (width - smallest) / 2 + left * pixel, (height - smallest) / 2 + top * pixel
+    box = (x0, y0, min(x0 + side * pixel, width), min(y0 + side * pixel, height))  # min against rounding errors
     return image.resize((side, side), Image.Resampling.BICUBIC, box=box)
 
 
 def resize(images: Tensor, size: int) -> Tensor:
-    """Square images (B, C, H, H) in [-1, 1] at another size, (B, C, size, size), antialiased, same dtype.
+    """Square images (B, C, H, H) in [-1, 1] at another size: (B, C, size, size), antialiased, same dtype.
 
-    Shrinking by a whole number averages areas; anything else is bicubic, clamped to [-1, 1]. The cascade
-    makes the low-resolution images of training and enlarges those of sampling with this. Raises ValueError
-    if not square.
+    Shrinking by an integer factor averages areas; everything else is bicubic, clamped to [-1, 1]. The cascade uses it
+    for the low-resolution images of training and of sampling. Raises ValueError for images that are not square.
     """
     if images.ndim != 4 or images.shape[2] != images.shape[3] or size < 1:
         raise ValueError(f"expected square images (B, C, H, H) and a size, got {tuple(images.shape)} and {size}")
@@ -180,41 +179,45 @@ def resize(images: Tensor, size: int) -> Tensor:
         return images
     if side % size == 0:
         return F.avg_pool2d(images.float(), side // size).to(images.dtype)  # (B, C, size, size)
-    resized = F.interpolate(images.float(), (size, size), mode="bicubic", antialias=True)
+    resized = F.interpolate(images.float(), (size, size), mode="bicubic", antialias=True)  # (B, C, size, size)
     return resized.clamp(-1, 1).to(images.dtype)  # (B, C, size, size)
 
 
 # ---------------------------------------------------------------- grids
 
-READABLE = 192
-"""Images narrower than this are enlarged in grids."""
+MIN_GRID_TILE = 192
+"""Images narrower than this, in pixels, are enlarged in grids, so that captions fit below them."""
+
+MIN_FONT_SIZE = 13
+"""Pixels; smaller letters are hard to read."""
 
 MAX_LINES = 6
-"""Lines of a caption in grids; the rest becomes an ellipsis."""
+"""Lines of a caption in a grid; the rest becomes an ellipsis."""
 
 
 def grid(
     images: Tensor, captions: Sequence[str] | None = None, columns: int | None = None, scale: int | None = None
 ) -> Image.Image:
-    """Images (B, 3, H, W) in [-1, 1] side by side on white, row by row, each above its caption.
+    """Images (B, 3, H, W) in [-1, 1] in rows on white, each above its caption.
 
-    columns: None is one row up to 4 images, else about square; scale: whole-number enlargement without
-    smoothing, None enlarges small images to READABLE pixels. Raises ValueError as `to_uint8` does, and if
-    there is not one caption for each image.
+    columns: None is one row for up to 4 images, otherwise about a square. scale: integer enlargement without smoothing;
+    None enlarges small images to MIN_GRID_TILE pixels. Raises ValueError as `to_uint8` does, and unless there is one
+    caption for each image.
     """
     pixels = to_uint8(images).cpu().numpy()  # (B, H, W, 3)
     count, height, width = pixels.shape[:3]
     captions = [""] * count if captions is None else captions
     if not count or len(captions) != count:
-        raise ValueError(f"a grid of {count} images and {len(captions)} captions")
+        raise ValueError(f"a grid needs one caption for each image, got {count} images and {len(captions)} captions")
     if columns is None:
         columns = count if count <= 4 else math.ceil(math.sqrt(count))
     columns = min(count, columns)
-    scale = math.ceil(READABLE / width) if scale is None else scale
+    scale = math.ceil(MIN_GRID_TILE / width) if scale is None else scale
     if columns < 1 or scale < 1:
-        raise ValueError(f"a grid needs at least one column and a scale of 1, got {columns} and {scale}")
+        raise ValueError(f"columns and scale of a grid must be at least 1, got {columns} and {scale}")
     width, height = width * scale, height * scale
-    font = ImageFont.load_default(max(13, round(math.sqrt(width))))
+    font = ImageFont.load_default(max(MIN_FONT_SIZE, round(math.sqrt(width))))
+    assert isinstance(font, ImageFont.FreeTypeFont)  # Pillow's default since 10.1, where FreeType is built in
     line = round(1.3 * font.size)
     margin = max(12, width // 12)
     texts = [_wrap(caption, font, width) for caption in captions]
@@ -232,14 +235,14 @@ def grid(
             image = Image.fromarray(pixels[i]).resize((width, height), Image.Resampling.NEAREST)
             canvas.paste(image, (left, top))
             for number, text in enumerate(texts[i]):
-                place = left, top + height + line // 3 + number * line
-                draw.text(place, text, fill=(48, 48, 48), font=font)
+                position = left, top + height + line // 3 + number * line
+                draw.text(position, text, fill=(48, 48, 48), font=font)
         top += height + space + margin
     return canvas
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """Breaks text into at most MAX_LINES lines of at most `width` pixels; long words are cut up."""
+    """Break text into at most MAX_LINES lines of at most `width` pixels; long words are broken too."""
     lines: list[str] = []
     for word in text.split():
         if len(lines) > MAX_LINES:

@@ -194,10 +194,10 @@ def minimagen_test(text_dim: int = 512) -> CascadeConfig:
     )
 
 
-# The paper's networks. Imagen publishes channels, residual blocks and parameter counts (2 B, 600 M, 400 M). Networks of
-# these sizes in NVIDIA NeMo (2.10 B, 646 M, 427 M) add the skips of Efficient U-Nets where ours concatenate them, and
-# go down at a level's own width where our regular U-Net still has that of the level above. So that the counts agree, the
-# deepest levels here have more blocks (base64) or fewer (sr1024) than those tables.
+# The paper's networks. Imagen publishes channels, residual blocks and parameter counts (2 B, 600 M, 400 M). Networks
+# of these sizes in NVIDIA NeMo (2.10 B, 646 M, 427 M) add the skips of Efficient U-Nets where ours concatenate them,
+# and go down at a level's own width where our regular U-Net still has that of the level above. So that the counts
+# agree, the deepest levels here have more blocks (base64) or fewer (sr1024) than those tables.
 
 
 def paper_base64(text_dim: int = 4096) -> UNetConfig:

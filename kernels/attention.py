@@ -2,27 +2,28 @@
 
     s = c q.k,  c = scale * log2(e);    p = 2^(s - lse),  lse = log2 sum 2^s;    out = sum p v
 
-The keys come from three places and are never put together: the null key starts the online softmax (m = c q.k0, l = 1,
-acc = v0), then come the first `lengths[b]` text keys, which end the loop early, then the image keys.
+The three sources of keys are never concatenated: the null key starts the online softmax (m = c q.k0, l = 1, acc = v0),
+then follow the first `lengths[b]` text keys, and then the image keys.
 
-Heads fold into rows: the G query heads that share a key head are rows of one matrix, row r = head r % G of token
-r // G, so that keys are read once for all of them and their gradients need no sum over heads. G is H for one key head
-(multi-query), 1 for a key head each.
+The G query heads that share a key head are rows of one matrix: row r is head r % G of token r // G. So keys are read
+once for all of these heads, and their gradients need no sum over heads. G is A for one key head (multi-query) and 1 for
+one key head per query head.
 
 Backward, with delta = sum_d dout * out of each row (Dao et al. 2022, FlashAttention, appendix B.4):
 
     dp = dout.v,  ds = p (dp - delta);    dq = scale * sum ds k,  dk = scale * sum ds q,  dv = sum p dout
 
-One kernel goes over the keys of a block of rows for dq, and leaves delta and the block's share of the null gradients;
-one goes over the rows of a block of keys for dk and dv, where keys are few in several splits, which are then added in
-order. No atomics; the same input gives the same bits.
+One kernel iterates over the keys of a block of rows for dq; it also stores delta and the block's part of the null
+gradients. Another one iterates over the rows of a block of keys for dk and dv. If there are few keys, it splits the
+rows, and a third kernel adds the splits in order. No atomics; the same input gives the same bits.
 
-Letters: B batch, N queries, S image keys, L text keys, H heads, K key heads, G = H / K, D channels per head, padded to
-DP. A tensor goes to a kernel as a tuple (pointer, strides of batch, token and head over 8); channels are contiguous.
-"""
+J is the number of image keys, A that of query heads, A_kv (K in the code) that of key heads, G = A / A_kv; D is
+padded to DP. A tensor is passed to a kernel as a tuple (pointer, strides of batch, token and head divided by 8);
+channels are contiguous."""
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import triton
@@ -36,7 +37,9 @@ from .device import architecture
 
 
 @triton.jit
-def place(x, sample, head, start, count, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr):
+def tile_pointers(
+    x, sample, head, start, count, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr
+):
     """Pointers (ROWS, DP) to the rows of x from `start` on, and which exist: rows below `count`, channels below D."""
     token_stride = x[2] * 8  # so Triton sees that rows are aligned, and reads 8 channels at once
     head_stride = x[3] * 8
@@ -52,7 +55,7 @@ def place(x, sample, head, start, count, G: tl.constexpr, D: tl.constexpr, DP: t
 
 
 @triton.jit
-def read(
+def load_tile(
     x,
     sample,
     head,
@@ -66,7 +69,7 @@ def read(
     UPCAST: tl.constexpr,
 ):
     """A tile (ROWS, DP) of x, zero where there is nothing; WHOLE promises that all its rows exist."""
-    pointers, exists = place(x, sample, head, start, count, G, D, DP, ROWS)
+    pointers, exists = tile_pointers(x, sample, head, start, count, G, D, DP, ROWS)
     if WHOLE and D == DP:
         tile = tl.load(pointers)
     elif WHOLE:
@@ -77,30 +80,30 @@ def read(
 
 
 @triton.jit
-def halves(x, ROWS: tl.constexpr, DP: tl.constexpr):
+def split_channels(x, ROWS: tl.constexpr, DP: tl.constexpr):
     return tl.split(tl.permute(tl.reshape(x, [ROWS, 2, DP // 2]), [0, 2, 1]))
 
 
 @triton.jit
-def product(a, b, A: tl.constexpr, B: tl.constexpr, DP: tl.constexpr):
+def dot_transposed(a, b, A: tl.constexpr, B: tl.constexpr, DP: tl.constexpr):
     """a (A, DP) times b (B, DP) transposed."""
     if a.dtype == tl.float32 and DP > 32:  # without tensor cores, a thread holds its rows in full: 32 channels at once
-        a0, a1 = halves(a, A, DP)
-        b0, b1 = halves(b, B, DP)
-        return product(a0, b0, A, B, DP // 2) + product(a1, b1, A, B, DP // 2)
+        a0, a1 = split_channels(a, A, DP)
+        b0, b1 = split_channels(b, B, DP)
+        return dot_transposed(a0, b0, A, B, DP // 2) + dot_transposed(a1, b1, A, B, DP // 2)
     else:
         return tl.dot(a, tl.trans(b), input_precision="ieee")
 
 
 @triton.jit
-def read_null(pointer, head, head_stride, D: tl.constexpr, DP: tl.constexpr):
+def load_null(pointer, head, head_stride, D: tl.constexpr, DP: tl.constexpr):
     """The null key or value of a key head, (1, DP) in fp32."""
     channel = tl.arange(0, DP)
     return tl.load(pointer + head * head_stride + channel, channel < D, 0.0).to(tl.float32)[None, :]
 
 
 @triton.jit
-def text_length(lengths, sample, context):
+def num_text_keys(lengths, sample, context):
     """How many of a sample's text keys count."""
     if lengths is None:
         return context
@@ -121,7 +124,7 @@ def attend(
     start,
     count,
     m,
-    l,
+    denom,
     acc,
     c,
     D: tl.constexpr,
@@ -132,15 +135,15 @@ def attend(
     UPCAST: tl.constexpr,
 ):
     """One step of the online softmax, over KEYS keys."""
-    s = product(q, read(k, sample, head, start, count, 1, D, DP, KEYS, WHOLE, UPCAST), ROWS, KEYS, DP)
+    s = dot_transposed(q, load_tile(k, sample, head, start, count, 1, D, DP, KEYS, WHOLE, UPCAST), ROWS, KEYS, DP)
     if not WHOLE:
         s = tl.where((start + tl.arange(0, KEYS) < count)[None, :], s, float("-inf"))
     highest = tl.maximum(m, tl.max(s, axis=1) * c)
     p = tl.math.exp2(s * c - highest[:, None])
     fade = tl.math.exp2(m - highest)
-    values = read(v, sample, head, start, count, 1, D, DP, KEYS, WHOLE, UPCAST)
+    values = load_tile(v, sample, head, start, count, 1, D, DP, KEYS, WHOLE, UPCAST)
     acc = tl.dot(p.to(values.dtype), values, acc * fade[:, None], input_precision="ieee")
-    return highest, l * fade + tl.sum(p, axis=1), acc
+    return highest, denom * fade + tl.sum(p, axis=1), acc
 
 
 @triton.jit
@@ -152,7 +155,7 @@ def attend_all(
     head,
     count,
     m,
-    l,
+    denom,
     acc,
     c,
     D: tl.constexpr,
@@ -163,36 +166,36 @@ def attend_all(
 ):
     whole = count // KEYS * KEYS
     for start in range(0, whole, KEYS):
-        m, l, acc = attend(q, k, v, sample, head, start, count, m, l, acc, c, D, DP, ROWS, KEYS, True, UPCAST)
+        m, denom, acc = attend(q, k, v, sample, head, start, count, m, denom, acc, c, D, DP, ROWS, KEYS, True, UPCAST)
     if whole < count:
-        m, l, acc = attend(q, k, v, sample, head, whole, count, m, l, acc, c, D, DP, ROWS, KEYS, False, UPCAST)
-    return m, l, acc
+        m, denom, acc = attend(q, k, v, sample, head, whole, count, m, denom, acc, c, D, DP, ROWS, KEYS, False, UPCAST)
+    return m, denom, acc
 
 
 @triton.jit(do_not_specialize=["rows", "keys", "context"])
-def forward(
-    q,
-    k,
-    v,
-    null_k,
-    null_v,
-    context_k,
-    context_v,
-    lengths,
-    out,
-    lse,
-    null_stride,
-    rows,
-    keys,
-    context,
-    c,
-    K: tl.constexpr,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-    UPCAST: tl.constexpr,
+def attention_forward_kernel(
+    q,  # queries (B, N, A, D) as (pointer, strides / 8)
+    k,  # image keys (B, J, A_kv, D), or None
+    v,  # image values, as k
+    null_k,  # (D,) or (A_kv, D), or None
+    null_v,  # as null_k
+    context_k,  # text keys (B, L, A_kv, D), or None
+    context_v,  # text values, as context_k
+    lengths,  # (B,) text keys used of each sample, or None
+    out,  # (B, N, A, D)
+    lse,  # (B, A_kv, N G) fp32, log2 of the softmax denominators
+    null_stride,  # elements between heads of null_k; 0 if shared
+    rows,  # N G, rows of one sample and key head
+    keys,  # J, image keys
+    context,  # L, text keys
+    c,  # scale * log2(e)
+    K: tl.constexpr,  # A_kv, key heads
+    G: tl.constexpr,  # query heads per key head
+    D: tl.constexpr,  # channels per head
+    DP: tl.constexpr,  # D padded to a power of two
+    ROWS: tl.constexpr,  # rows of a tile
+    KEYS: tl.constexpr,  # keys of a tile
+    UPCAST: tl.constexpr,  # load as fp32: the interpreter has no bf16
 ):
     """out and lse (B, K, N * G) of ROWS rows."""
     blocks = tl.cdiv(rows, ROWS)
@@ -200,26 +203,26 @@ def forward(
     index = (tl.program_id(0) // blocks).to(tl.int64)  # of sample and key head
     sample = index // K
     head = index % K
-    queries = read(q, sample, head, start, rows, G, D, DP, ROWS, False, UPCAST)
+    queries = load_tile(q, sample, head, start, rows, G, D, DP, ROWS, False, UPCAST)
     if null_k is not None:
-        m = tl.sum(queries.to(tl.float32) * read_null(null_k, head, null_stride, D, DP), axis=1) * c
-        l = tl.full([ROWS], 1.0, tl.float32)
-        acc = tl.zeros([ROWS, DP], tl.float32) + read_null(null_v, head, null_stride, D, DP)
+        m = tl.sum(queries.to(tl.float32) * load_null(null_k, head, null_stride, D, DP), axis=1) * c
+        denom = tl.full([ROWS], 1.0, tl.float32)
+        acc = tl.zeros([ROWS, DP], tl.float32) + load_null(null_v, head, null_stride, D, DP)
     else:
         m = tl.full([ROWS], float("-inf"), tl.float32)
-        l = tl.zeros([ROWS], tl.float32)
+        denom = tl.zeros([ROWS], tl.float32)
         acc = tl.zeros([ROWS, DP], tl.float32)
     if context_k is not None:
-        count = text_length(lengths, sample, context)
-        m, l, acc = attend_all(
-            queries, context_k, context_v, sample, head, count, m, l, acc, c, D, DP, ROWS, KEYS, UPCAST
+        count = num_text_keys(lengths, sample, context)
+        m, denom, acc = attend_all(
+            queries, context_k, context_v, sample, head, count, m, denom, acc, c, D, DP, ROWS, KEYS, UPCAST
         )
     if k is not None:
-        m, l, acc = attend_all(queries, k, v, sample, head, keys, m, l, acc, c, D, DP, ROWS, KEYS, UPCAST)
+        m, denom, acc = attend_all(queries, k, v, sample, head, keys, m, denom, acc, c, D, DP, ROWS, KEYS, UPCAST)
     row = start + tl.arange(0, ROWS)
-    total = tl.where(l > 0, l, 1.0)  # a row without any key: zeros
-    tl.store(lse + index * rows + row, tl.where(l > 0, m + tl.math.log2(total), 0.0), row < rows)
-    pointers, exists = place(out, sample, head, start, rows, G, D, DP, ROWS)
+    total = tl.where(denom > 0, denom, 1.0)  # a row without any key: zeros
+    tl.store(lse + index * rows + row, tl.where(denom > 0, m + tl.math.log2(total), 0.0), row < rows)
+    pointers, exists = tile_pointers(out, sample, head, start, rows, G, D, DP, ROWS)
     tl.store(pointers, acc / total[:, None], exists)
 
 
@@ -247,12 +250,12 @@ def add_to_dq(
     WHOLE: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    keys = read(k, sample, head, start, count, 1, D, DP, KEYS, WHOLE, UPCAST)
-    values = read(v, sample, head, start, count, 1, D, DP, KEYS, WHOLE, UPCAST)
-    p = tl.math.exp2(product(q, keys, ROWS, KEYS, DP) * c - lse[:, None])
+    keys = load_tile(k, sample, head, start, count, 1, D, DP, KEYS, WHOLE, UPCAST)
+    values = load_tile(v, sample, head, start, count, 1, D, DP, KEYS, WHOLE, UPCAST)
+    p = tl.math.exp2(dot_transposed(q, keys, ROWS, KEYS, DP) * c - lse[:, None])
     if not WHOLE:  # s = 0 is no small number where all others are far below
         p = tl.where((start + tl.arange(0, KEYS) < count)[None, :], p, 0.0)
-    ds = p * (product(dout, values, ROWS, KEYS, DP) - delta[:, None])
+    ds = p * (dot_transposed(dout, values, ROWS, KEYS, DP) - delta[:, None])
     return tl.dot(ds.to(keys.dtype), keys, dq, input_precision="ieee")
 
 
@@ -284,34 +287,34 @@ def add_all_to_dq(
 
 
 @triton.jit(do_not_specialize=["rows", "keys", "context"])
-def backward_rows(
-    q,
-    k,
-    v,
-    null_k,
-    null_v,
-    context_k,
-    context_v,
-    lengths,
-    out,
-    lse,
-    dout,
-    dq,
-    delta,
-    dnull,
-    null_stride,
-    rows,
-    keys,
-    context,
-    c,
-    scale,
-    K: tl.constexpr,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-    UPCAST: tl.constexpr,
+def attention_backward_rows_kernel(
+    q,  # queries (B, N, A, D) as (pointer, strides / 8)
+    k,  # image keys (B, J, A_kv, D), or None
+    v,  # image values, as k
+    null_k,  # (D,) or (A_kv, D), or None
+    null_v,  # as null_k
+    context_k,  # text keys (B, L, A_kv, D), or None
+    context_v,  # text values, as context_k
+    lengths,  # (B,) text keys used of each sample, or None
+    out,  # (B, N, A, D)
+    lse,  # (B, A_kv, N G) fp32, log2 of the softmax denominators
+    dout,  # (B, N, A, D)
+    dq,  # (B, N, A, D)
+    delta,  # (B, A_kv, N G) fp32, row sums of dout * out
+    dnull,  # (2, B, A_kv, blocks, D) fp32, or None
+    null_stride,  # elements between heads of null_k; 0 if shared
+    rows,  # N G, rows of one sample and key head
+    keys,  # J, image keys
+    context,  # L, text keys
+    c,  # scale * log2(e)
+    scale,  # of the logits
+    K: tl.constexpr,  # A_kv, key heads
+    G: tl.constexpr,  # query heads per key head
+    D: tl.constexpr,  # channels per head
+    DP: tl.constexpr,  # D padded to a power of two
+    ROWS: tl.constexpr,  # rows of a tile
+    KEYS: tl.constexpr,  # keys of a tile
+    UPCAST: tl.constexpr,  # load as fp32: the interpreter has no bf16
 ):
     """dq and delta (B, K, N * G) of ROWS rows, and their part of dnull (2, B, K, blocks, D)."""
     blocks = tl.cdiv(rows, ROWS)
@@ -320,17 +323,17 @@ def backward_rows(
     sample = index // K
     head = index % K
     row = start + tl.arange(0, ROWS)
-    queries = read(q, sample, head, start, rows, G, D, DP, ROWS, False, UPCAST)
-    grads = read(dout, sample, head, start, rows, G, D, DP, ROWS, False, UPCAST)
-    results = read(out, sample, head, start, rows, G, D, DP, ROWS, False, UPCAST)
+    queries = load_tile(q, sample, head, start, rows, G, D, DP, ROWS, False, UPCAST)
+    grads = load_tile(dout, sample, head, start, rows, G, D, DP, ROWS, False, UPCAST)
+    results = load_tile(out, sample, head, start, rows, G, D, DP, ROWS, False, UPCAST)
     deltas = tl.sum(grads.to(tl.float32) * results.to(tl.float32), axis=1)
     tl.store(delta + index * rows + row, deltas, row < rows)
     lses = tl.load(lse + index * rows + row, row < rows, 0.0)
     acc = tl.zeros([ROWS, DP], tl.float32)
     if null_k is not None:
-        key = read_null(null_k, head, null_stride, D, DP)
+        key = load_null(null_k, head, null_stride, D, DP)
         p = tl.math.exp2(tl.sum(queries.to(tl.float32) * key, axis=1) * c - lses)
-        dp = tl.sum(grads.to(tl.float32) * read_null(null_v, head, null_stride, D, DP), axis=1)
+        dp = tl.sum(grads.to(tl.float32) * load_null(null_v, head, null_stride, D, DP), axis=1)
         ds = p * (dp - deltas)
         acc += ds[:, None] * key
         channel = tl.arange(0, DP)
@@ -339,13 +342,13 @@ def backward_rows(
         part += tl.num_programs(0).to(tl.int64) * D
         tl.store(part, tl.sum(p[:, None] * grads.to(tl.float32), axis=0), channel < D)
     if context_k is not None:
-        count = text_length(lengths, sample, context)
+        count = num_text_keys(lengths, sample, context)
         acc = add_all_to_dq(
             queries, grads, lses, deltas, context_k, context_v, sample, head, count, acc, c, D, DP, ROWS, KEYS, UPCAST
         )
     if k is not None:
         acc = add_all_to_dq(queries, grads, lses, deltas, k, v, sample, head, keys, acc, c, D, DP, ROWS, KEYS, UPCAST)
-    pointers, exists = place(dq, sample, head, start, rows, G, D, DP, ROWS)
+    pointers, exists = tile_pointers(dq, sample, head, start, rows, G, D, DP, ROWS)
     tl.store(pointers, acc * scale, exists)
 
 
@@ -374,13 +377,13 @@ def add_to_dk_dv(
 ):
     """What ROWS rows add. Rows that do not exist have q = dout = 0 and add nothing."""
     row = start + tl.arange(0, ROWS)
-    queries = read(q, sample, head, start, rows, G, D, DP, ROWS, WHOLE, UPCAST)
+    queries = load_tile(q, sample, head, start, rows, G, D, DP, ROWS, WHOLE, UPCAST)
     lses = tl.load(lse + row, row < rows, 0.0)
-    p = tl.math.exp2(product(k, queries, KEYS, ROWS, DP) * c - lses[None, :])  # (KEYS, ROWS)
-    grads = read(dout, sample, head, start, rows, G, D, DP, ROWS, WHOLE, UPCAST)
+    p = tl.math.exp2(dot_transposed(k, queries, KEYS, ROWS, DP) * c - lses[None, :])  # (KEYS, ROWS)
+    grads = load_tile(dout, sample, head, start, rows, G, D, DP, ROWS, WHOLE, UPCAST)
     dv = tl.dot(p.to(grads.dtype), grads, dv, input_precision="ieee")
     deltas = tl.load(delta + row, row < rows, 0.0)
-    ds = p * (product(v, grads, KEYS, ROWS, DP) - deltas[None, :])
+    ds = p * (dot_transposed(v, grads, KEYS, ROWS, DP) - deltas[None, :])
     return tl.dot(ds.to(queries.dtype), queries, dk, input_precision="ieee"), dv
 
 
@@ -412,8 +415,8 @@ def backward_block(
     UPCAST: tl.constexpr,
 ):
     """dk and dv of KEYS of `size` keys, from the rows first to last. Keys from `count` on do not count: zeros."""
-    keys = read(k, sample, head, start, count, 1, D, DP, KEYS, False, UPCAST)
-    values = read(v, sample, head, start, count, 1, D, DP, KEYS, False, UPCAST)
+    keys = load_tile(k, sample, head, start, count, 1, D, DP, KEYS, False, UPCAST)
+    values = load_tile(v, sample, head, start, count, 1, D, DP, KEYS, False, UPCAST)
     acc_k = tl.zeros([KEYS, DP], tl.float32)
     acc_v = tl.zeros([KEYS, DP], tl.float32)
     last = tl.where(start < count, last, first)
@@ -465,47 +468,47 @@ def backward_block(
             UPCAST,
         )
     counts = (start + tl.arange(0, KEYS) < count)[:, None]
-    pointers, exists = place(dk, sample, head, start, size, 1, D, DP, KEYS)
+    pointers, exists = tile_pointers(dk, sample, head, start, size, 1, D, DP, KEYS)
     tl.store(pointers, tl.where(counts, acc_k * scale, 0.0), exists)
-    pointers, exists = place(dv, sample, head, start, size, 1, D, DP, KEYS)
+    pointers, exists = tile_pointers(dv, sample, head, start, size, 1, D, DP, KEYS)
     tl.store(pointers, tl.where(counts, acc_v, 0.0), exists)
 
 
 @triton.jit
-def shifted(x, offset):
+def with_offset(x, offset):
     return x[0] + offset, x[1], x[2], x[3]
 
 
 @triton.jit(do_not_specialize=["rows", "keys", "context", "chunk", "splits", "total"])
-def backward_keys(
-    q,
-    k,
-    v,
-    context_k,
-    context_v,
-    lengths,
-    lse,
-    dout,
-    delta,
-    dk,
-    dv,
-    dcontext_k,
-    dcontext_v,
-    rows,
-    keys,
-    context,
-    chunk,
-    splits,
-    total,
-    c,
-    scale,
-    K: tl.constexpr,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-    UPCAST: tl.constexpr,
+def attention_backward_keys_kernel(
+    q,  # queries (B, N, A, D) as (pointer, strides / 8)
+    k,  # image keys (B, J, A_kv, D), or None
+    v,  # image values, as k
+    context_k,  # text keys (B, L, A_kv, D), or None
+    context_v,  # text values, as context_k
+    lengths,  # (B,) text keys used of each sample, or None
+    lse,  # (B, A_kv, N G) fp32, log2 of the softmax denominators
+    dout,  # (B, N, A, D)
+    delta,  # (B, A_kv, N G) fp32, row sums of dout * out
+    dk,  # (B, J, A_kv, D), or one split of parts
+    dv,  # as dk
+    dcontext_k,  # (B, L, A_kv, D), or one split of parts
+    dcontext_v,  # as dcontext_k
+    rows,  # N G, rows of one sample and key head
+    keys,  # J, image keys
+    context,  # L, text keys
+    chunk,  # rows of a split
+    splits,  # splits of the rows
+    total,  # elements of dk, dv, dcontext_k and dcontext_v together
+    c,  # scale * log2(e)
+    scale,  # of the logits
+    K: tl.constexpr,  # A_kv, key heads
+    G: tl.constexpr,  # query heads per key head
+    D: tl.constexpr,  # channels per head
+    DP: tl.constexpr,  # D padded to a power of two
+    ROWS: tl.constexpr,  # rows of a tile
+    KEYS: tl.constexpr,  # keys of a tile
+    UPCAST: tl.constexpr,  # load as fp32: the interpreter has no bf16
 ):
     """Gradients of KEYS text or image keys from `chunk` rows; split i writes them i * total elements further on."""
     context_blocks = tl.cdiv(context, KEYS)
@@ -526,15 +529,15 @@ def backward_keys(
                 q,
                 context_k,
                 context_v,
-                shifted(dcontext_k, shift),
-                shifted(dcontext_v, shift),
+                with_offset(dcontext_k, shift),
+                with_offset(dcontext_v, shift),
                 lse,
                 delta,
                 dout,
                 sample,
                 head,
                 block * KEYS,
-                text_length(lengths, sample, context),
+                num_text_keys(lengths, sample, context),
                 context,
                 first,
                 last,
@@ -554,8 +557,8 @@ def backward_keys(
                 q,
                 k,
                 v,
-                shifted(dk, shift),
-                shifted(dv, shift),
+                with_offset(dk, shift),
+                with_offset(dv, shift),
                 lse,
                 delta,
                 dout,
@@ -579,7 +582,18 @@ def backward_keys(
 
 
 @triton.jit(do_not_specialize=["splits", "total", "image", "text"])
-def add_splits(parts, dk, dv, dcontext_k, dcontext_v, splits, total, image, text, BLOCK: tl.constexpr):
+def attention_add_splits_kernel(
+    parts,  # (splits, total) fp32
+    dk,  # (B, J, A_kv, D), or one split of parts
+    dv,  # as dk
+    dcontext_k,  # (B, L, A_kv, D), or one split of parts
+    dcontext_v,  # as dcontext_k
+    splits,  # splits of the rows
+    total,  # elements of dk, dv, dcontext_k and dcontext_v together
+    image,  # elements of dk
+    text,  # elements of dcontext_k
+    BLOCK: tl.constexpr,  # elements of a program
+):
     """parts (splits, total) added over the splits, in order; total is dk, dv, dcontext_k, dcontext_v in a row."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros([BLOCK], tl.float32)
@@ -611,11 +625,18 @@ def strided(x: Tensor | None) -> tuple | None:
     return x, *(stride // 8 for stride in strides)
 
 
+def num_key_heads(k: Tensor | None, context_k: Tensor | None, null_k: Tensor | None) -> int:
+    """A_kv of the keys that are present."""
+    for key in (k, context_k):
+        if key is not None:
+            return key.shape[2]
+    assert null_k is not None
+    return 1 if null_k.dim() == 1 else null_k.shape[0]
+
+
 def geometry(q: Tensor, k: Tensor | None, context_k: Tensor | None, null_k: Tensor | None) -> dict[str, int]:
-    """What all kernels are told of the shapes."""
-    kv_heads = next((key.shape[2] for key in (k, context_k) if key is not None), None)
-    if kv_heads is None:
-        kv_heads = 1 if null_k.dim() == 1 else null_k.shape[0]
+    """The constants that all kernels get from the shapes."""
+    kv_heads = num_key_heads(k, context_k, null_k)
     width = q.shape[3]
     return dict(
         K=kv_heads,
@@ -657,7 +678,7 @@ def attention_forward(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, shape["K"], rows, dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
-        forward[(triton.cdiv(rows, tile.rows) * batch * shape["K"],)](
+        attention_forward_kernel[(triton.cdiv(rows, tile.rows) * batch * shape["K"],)](
             strided(q),
             strided(k),
             strided(v),
@@ -696,7 +717,7 @@ def attention_backward(
     lse: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """dq, dk, dv, dnull (2, *null_k.shape), dcontext_k, dcontext_v; None for what there is not. dout (B, N, H, D)."""
+    """dq, dk, dv, dnull (2, *null_k.shape), dcontext_k, dcontext_v; None for absent inputs. dout (B, N, A, D)."""
     shape = geometry(q, k, context_k, null_k)
     batch, queries = q.shape[:2]
     rows, programs = queries * shape["G"], batch * shape["K"]
@@ -704,14 +725,15 @@ def attention_backward(
     blocks = triton.cdiv(rows, tile.rows)
     inputs = tuple(map(strided, (q, k, v)))
     context = tuple(map(strided, (context_k, context_v)))
-    dout, c = strided(dout), scale * math.log2(math.e)
+    strided_dout, c = strided(dout), scale * math.log2(math.e)
+    assert strided_dout is not None
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     delta = torch.empty_like(lse)
     dnull = None
     if null_k is not None:
         dnull = torch.empty(2, batch, shape["K"], blocks, q.shape[3], dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
-        backward_rows[(blocks * programs,)](
+        attention_backward_rows_kernel[(blocks * programs,)](
             *inputs,
             null_k,
             null_v,
@@ -719,7 +741,7 @@ def attention_backward(
             lengths,
             strided(out),
             lse,
-            dout,
+            strided_dout,
             strided(dq),
             delta,
             dnull,
@@ -735,10 +757,13 @@ def attention_backward(
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
-        dkeys = launch_backward_keys(inputs, context, lengths, lse, dout, delta, rows, c, scale, shape)
+        dk, dv, dcontext_k, dcontext_v = launch_backward_keys(
+            inputs, context, lengths, lse, strided_dout, delta, rows, c, scale, shape
+        )
     if dnull is not None:
+        assert null_k is not None
         dnull = dnull.sum((1, 2, 3) if null_k.dim() == 1 else (1, 3)).to(null_k.dtype)  # (2, D) or (2, K, D)
-    return dq, *dkeys[:2], dnull, *dkeys[2:]
+    return dq, dk, dv, dnull, dcontext_k, dcontext_v
 
 
 def launch_backward_keys(
@@ -773,7 +798,7 @@ def launch_backward_keys(
             None if x is None else part.view(x.shape)
             for x, part in zip(grads, parts[0].split([image, image, text, text]))
         ]
-    backward_keys[(programs * splits,)](
+    attention_backward_keys_kernel[(programs * splits,)](
         *inputs,
         *context,
         lengths,
@@ -796,7 +821,7 @@ def launch_backward_keys(
         num_stages=tile.stages,
     )
     if splits > 1:
-        add_splits[(triton.cdiv(total, 1024),)](parts, *grads, splits, total, image, text, BLOCK=1024)
+        attention_add_splits_kernel[(triton.cdiv(total, 1024),)](parts, *grads, splits, total, image, text, BLOCK=1024)
     return grads
 
 
@@ -806,7 +831,7 @@ def shipped() -> Iterator[tuple[str, Callable[[], object]]]:
         for width in (64, 128, 32, 16):
             for tokens in (64, 1024) if dtype == torch.bfloat16 else (1024,):
                 label = f"{str(dtype).removeprefix('torch.')} D={width} {tokens} tokens"
-                yield label, lambda arguments=(dtype, width, tokens): train(*arguments)
+                yield label, partial(train, dtype, width, tokens)
 
 
 def train(dtype: torch.dtype, width: int, tokens: int) -> None:
@@ -815,7 +840,7 @@ def train(dtype: torch.dtype, width: int, tokens: int) -> None:
     batch = 2 if tokens == 64 else 64
     q, k = (torch.empty(batch, tokens, heads, width, dtype=dtype, device="meta") for heads in (8, 1))
     context = torch.empty(batch, 258, 1, width, dtype=dtype, device="meta")
-    null, lengths = torch.empty(2, width, device="meta"), torch.empty(batch, dtype=torch.int64, device="meta")
-    inputs = (q, k, k, *null, context, context, lengths)
+    null, lengths = torch.empty(width, device="meta"), torch.empty(batch, dtype=torch.int64, device="meta")
+    inputs = (q, k, k, null, null, context, context, lengths)
     out, lse = attention_forward(*inputs, width**-0.5)
     attention_backward(out, *inputs, out, lse, width**-0.5)

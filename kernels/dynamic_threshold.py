@@ -1,15 +1,15 @@
 """Dynamic thresholding of images x (B, N numbers each): s = max(quantile(|x|, p), floor), y = clamp(x, -s, s) / s.
 
 The bits of |x| in fp32, read as integers, are ordered as the numbers are: 31 of them, the digits 11 + 10 + 10. Each
-digit takes one pass over x that counts the values of every bin among those that share the digits already known, and
-one program for each image that walks the counts to the bin of the wanted rank. After three digits the order
-statistic of the lower rank is known to the bit. The next one is the same number if it is tied; else the next bin of
-the last count that is not empty; else the least of all numbers with larger first digits, which the last pass has kept.
+digit takes one pass over x, which counts the values of every bin among those that share the digits found so far, and
+one program per image, which finds the bin of the wanted rank in the counts. After three digits the lower order
+statistic is known exactly. The upper one is the same number if that is tied; otherwise it is in the next bin of the
+last count that is not empty, or it is the least of all numbers with larger first digits, which the last pass stored.
 
-No sort, no limit on N but 2^31 - 1, no wait for the GPU. Counts and minima are integers, so the order of the atomic
-operations cannot be seen. A NaN, either sign, makes its image NaN: its bits are larger than those of infinity.
+No sort, no host synchronisation, N up to 2^31 - 1. Counts and minima are integers, so the order of the atomic
+operations does not matter. A NaN of either sign makes its image NaN: its bits are larger than those of infinity.
 
-Launches: 3 counts, 3 walks, 1 application; x is read 4 times and written once.
+Launches: 3 counts, 3 searches, 1 application; x is read 4 times and written once.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,30 +20,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 4096  # numbers of a program
+BLOCK = 4096  # elements of a program
 BINS = 2048
 SHIFTS, DIGITS = (20, 10, 0), (11, 10, 10)  # bits below each digit, bits in it
-INFINITY = 0x7F800000  # its bits; a NaN's are larger
-NOTHING = 0x7FFFFFFF
+INFINITY_BITS = tl.constexpr(0x7F800000)  # of +infinity in fp32; those of a NaN are larger
+MAX_INT32 = tl.constexpr(0x7FFFFFFF)  # also the mask of the magnitude bits
 
-# What is known of an image: columns of `state`, int32.
+# Columns of `state`, int32: the digits found so far, the rank within them, the least bits above, the largest bits.
 PREFIX, RANK, ABOVE, LARGEST = (tl.constexpr(column) for column in range(4))
-COLUMNS = 4
+STATE_COLUMNS = tl.constexpr(4)
 
 
 @triton.jit
-def magnitudes(x_pointer, offset, mask):
+def load_magnitude_bits(x_pointer, offset, mask):
     """The bits of |x| as int32, ordered as the numbers are."""
-    return ordered(tl.load(x_pointer + offset, mask=mask, other=0.0).to(tl.float32))
+    return magnitude_bits(tl.load(x_pointer + offset, mask=mask, other=0.0).to(tl.float32))
 
 
 @triton.jit
-def ordered(x):
-    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+def magnitude_bits(x):
+    return x.to(tl.int32, bitcast=True) & MAX_INT32
 
 
 @triton.jit
-def tally(bits, chosen, counts_pointer, image, SHIFT: tl.constexpr, DIGIT: tl.constexpr, BINS: tl.constexpr):
+def count_digits(bits, chosen, counts_pointer, image, SHIFT: tl.constexpr, DIGIT: tl.constexpr, BINS: tl.constexpr):
     """Add the chosen numbers to the counts (B, BINS) of their digit."""
     counts = tl.histogram((bits >> SHIFT) & ((1 << DIGIT) - 1), BINS, mask=chosen)
     bins = tl.arange(0, BINS)
@@ -51,24 +51,24 @@ def tally(bits, chosen, counts_pointer, image, SHIFT: tl.constexpr, DIGIT: tl.co
 
 
 @triton.jit
-def count(
-    x_pointer,
-    counts_pointer,
-    state_pointer,
-    n,
-    SHIFT: tl.constexpr,
-    DIGIT: tl.constexpr,
-    BINS: tl.constexpr,
-    FIRST: tl.constexpr,
-    LAST: tl.constexpr,
-    BLOCK: tl.constexpr,
+def dynamic_threshold_count_kernel(
+    x_pointer,  # (B, N)
+    counts_pointer,  # (B, BINS) int32
+    state_pointer,  # (B, STATE_COLUMNS) int32
+    n,  # N, elements of an image
+    SHIFT: tl.constexpr,  # bits below the digit
+    DIGIT: tl.constexpr,  # bits of the digit
+    BINS: tl.constexpr,  # counters, 2 ** DIGIT or more
+    FIRST: tl.constexpr,  # whether this is the first digit
+    LAST: tl.constexpr,  # whether this is the last digit
+    BLOCK: tl.constexpr,  # elements of a program
 ):
     """counts (B, BINS) of one digit; the first pass keeps the largest bits, the last the least beyond the prefix."""
     image = tl.program_id(1).to(tl.int64)
     offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offset < n
-    bits = magnitudes(x_pointer + image * n, offset, mask)
-    state = state_pointer + image * 4
+    bits = load_magnitude_bits(x_pointer + image * n, offset, mask)
+    state = state_pointer + image * STATE_COLUMNS
     if FIRST:
         tl.atomic_max(state + LARGEST, tl.max(bits, axis=0))
         chosen = mask
@@ -77,27 +77,27 @@ def count(
         prefix = tl.load(state + PREFIX)
         chosen = mask & (above == prefix)
         if LAST:
-            tl.atomic_min(state + ABOVE, tl.min(tl.where(mask & (above > prefix), bits, 0x7FFFFFFF), axis=0))
-    tally(bits, chosen, counts_pointer, image, SHIFT, DIGIT, BINS)
+            tl.atomic_min(state + ABOVE, tl.min(tl.where(mask & (above > prefix), bits, MAX_INT32), axis=0))
+    count_digits(bits, chosen, counts_pointer, image, SHIFT, DIGIT, BINS)
 
 
 @triton.jit
-def walk(
-    counts_pointer,
-    state_pointer,
-    s_pointer,
-    fraction,
-    floor,
-    DIGIT: tl.constexpr,
-    BINS: tl.constexpr,
-    LAST: tl.constexpr,
+def dynamic_threshold_search_kernel(
+    counts_pointer,  # (B, BINS) int32
+    state_pointer,  # (B, STATE_COLUMNS) int32
+    s_pointer,  # (B,) fp32, thresholds
+    fraction,  # of the way from the lower to the upper order statistic
+    floor,  # least threshold
+    DIGIT: tl.constexpr,  # bits of the digit
+    BINS: tl.constexpr,  # counters, 2 ** DIGIT or more
+    LAST: tl.constexpr,  # whether this is the last digit
 ):
     """From the counts of a digit to the prefix with it; in the end to the threshold s (B,)."""
     image = tl.program_id(0).to(tl.int64)
     bins = tl.arange(0, BINS)
     counts = tl.load(counts_pointer + image * BINS + bins)
     upto = tl.cumsum(counts, axis=0)
-    state = state_pointer + image * 4
+    state = state_pointer + image * STATE_COLUMNS
     rank = tl.load(state + RANK)
     digit = tl.min(tl.where(upto > rank, bins, BINS), axis=0)
     before = tl.sum(tl.where(bins < digit, counts, 0), axis=0)
@@ -107,10 +107,10 @@ def walk(
         tl.store(state + RANK, rank - before)
     else:
         tied = tl.sum(tl.where(bins == digit, counts, 0), axis=0) > rank - before + 1
-        following = tl.min(tl.where((bins > digit) & (counts > 0), bins, BINS), axis=0)
+        next_bin = tl.min(tl.where((bins > digit) & (counts > 0), bins, BINS), axis=0)
         beyond = tl.load(state + ABOVE)
-        upper = tl.where(following < BINS, prefix - digit + following, beyond)
-        upper = tl.where(tied | (upper == 0x7FFFFFFF), prefix, upper)  # the largest of all has no next
+        upper = tl.where(next_bin < BINS, prefix - digit + next_bin, beyond)
+        upper = tl.where(tied | (upper == MAX_INT32), prefix, upper)  # the largest of all has no next
         low = prefix.to(tl.float32, bitcast=True)
         high = upper.to(tl.float32, bitcast=True)
         # Lerp from the nearer end, as PyTorch does; equal ends stay what they are, infinite ones too.
@@ -119,25 +119,31 @@ def walk(
         quantile = tl.where((fraction == 0) | (low == high), low, quantile)
         s = tl.where(quantile > floor, quantile, floor)
         largest = tl.load(state + LARGEST)
-        s = tl.where(largest > 0x7F800000, float("nan"), s)
+        s = tl.where(largest > INFINITY_BITS, float("nan"), s)
         tl.store(s_pointer + image, s)
 
 
 @triton.jit
-def clamped(x, s):
+def clamp_symmetric(x, s):
     """x in [-s, s]; a NaN stays one."""
     return tl.where(x > s, s, tl.where(x < -s, -s, x))
 
 
 @triton.jit
-def apply(x_pointer, s_pointer, y_pointer, n, BLOCK: tl.constexpr):
+def dynamic_threshold_apply_kernel(
+    x_pointer,  # (B, N)
+    s_pointer,  # (B,) fp32, thresholds
+    y_pointer,  # (B, N)
+    n,  # N, elements of an image
+    BLOCK: tl.constexpr,  # elements of a program
+):
     """y = clamp(x, -s, s) / s."""
     image = tl.program_id(1).to(tl.int64)
     offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offset < n
     x = tl.load(x_pointer + image * n + offset, mask=mask, other=0.0).to(tl.float32)
     s = tl.load(s_pointer + image)
-    y = clamped(x, s) / s
+    y = clamp_symmetric(x, s) / s
     tl.store(y_pointer + image * n + offset, y.to(y_pointer.dtype.element_ty), mask=mask)
 
 
@@ -154,8 +160,8 @@ class Selection:
     def __init__(self, batch: int, n: int, percentile: float, floor: float, device: torch.device) -> None:
         rank, self.fraction = quantile_rank(n, percentile)
         self.n, self.floor = n, floor
-        self.state = torch.empty(batch, COLUMNS, dtype=torch.int32, device=device)
-        for column, value in ((PREFIX, 0), (RANK, rank), (ABOVE, NOTHING), (LARGEST, 0)):
+        self.state = torch.empty(batch, STATE_COLUMNS.value, dtype=torch.int32, device=device)
+        for column, value in ((PREFIX, 0), (RANK, rank), (ABOVE, MAX_INT32.value), (LARGEST, 0)):
             self.state[:, column.value].fill_(value)
         self.counts = torch.zeros(len(DIGITS), batch, BINS, dtype=torch.int32, device=device)
         self.s = torch.empty(batch, dtype=torch.float32, device=device)
@@ -166,7 +172,7 @@ class Selection:
         for step, (shift, digit) in enumerate(zip(SHIFTS, DIGITS)):
             last = step == len(DIGITS) - 1
             if step >= counted:
-                count[self.grid](
+                dynamic_threshold_count_kernel[self.grid](
                     x,
                     self.counts[step],
                     self.state,
@@ -179,7 +185,7 @@ class Selection:
                     BLOCK=BLOCK,
                     num_warps=8,
                 )
-            walk[(len(self.s),)](
+            dynamic_threshold_search_kernel[(len(self.s),)](
                 self.counts[step],
                 self.state,
                 self.s,
@@ -198,7 +204,7 @@ def dynamic_threshold(x: Tensor, percentile: float, floor: float) -> Tensor:
     n, y = x[0].numel(), torch.empty_like(x)
     with torch.cuda.device_of(x):
         selection = Selection(len(x), n, percentile, floor, x.device)
-        apply[selection.grid](x, selection.run(x), y, n, BLOCK=BLOCK, num_warps=8)
+        dynamic_threshold_apply_kernel[selection.grid](x, selection.run(x), y, n, BLOCK=BLOCK, num_warps=8)
     return y
 
 

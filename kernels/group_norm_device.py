@@ -10,7 +10,7 @@ import triton.language as tl
 
 
 @triton.jit
-def place(index, chunks, C: tl.constexpr, CPG: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr):
+def program_position(index, chunks, C: tl.constexpr, CPG: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr):
     """(block, chunk, sample) of a program: neighbours share their pixels."""
     BLOCKS: tl.constexpr = tl.cdiv(C // CPG, GROUPS) * tl.cdiv(CPG, WIDTH)
     return index % BLOCKS, index // BLOCKS % chunks, (index // BLOCKS // chunks).to(tl.int64)
@@ -38,7 +38,7 @@ def tile(start, channel, valid, pixels, C: tl.constexpr, ROWS: tl.constexpr, CHA
 
 
 @triton.jit
-def read(pointer, offset, mask):
+def load_masked(pointer, offset, mask):
     return tl.load(pointer + offset, mask, 0.0).to(tl.float32)
 
 
@@ -57,12 +57,12 @@ def to_columns(v, GROUPS: tl.constexpr, WIDTH: tl.constexpr):
 @triton.jit
 def affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride, n, channel, valid):
     """gain and offset of every column."""
-    gain = read(weight_ptr, channel, valid)
-    offset = read(bias_ptr, channel, valid)
+    gain = load_masked(weight_ptr, channel, valid)
+    offset = load_masked(bias_ptr, channel, valid)
     if scale_ptr is not None:
-        factor = 1 + read(scale_ptr, n * scale_stride + channel, valid)
+        factor = 1 + load_masked(scale_ptr, n * scale_stride + channel, valid)
         gain = gain * factor
-        offset = offset * factor + read(shift_ptr, n * shift_stride + channel, valid)
+        offset = offset * factor + load_masked(shift_ptr, n * shift_stride + channel, valid)
     return gain, offset
 
 
@@ -108,7 +108,7 @@ def merge(count, mean, m2):
 
 
 @triton.jit
-def parts_of(
+def part_pointers(
     n, block, chunks, C: tl.constexpr, CPG: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr
 ):
     """Groups (GROUPS,) of a block, the offsets (GROUPS, PARTS) of their parts, and which exist."""
@@ -120,7 +120,7 @@ def parts_of(
 
 
 @triton.jit
-def write_part(
+def store_part(
     pointer,
     value,
     n,

@@ -21,11 +21,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dynamic_threshold import BINS, BLOCK, DIGITS, LARGEST, SHIFTS, Selection, clamped, ordered, tally
+from .dynamic_threshold import (
+    BINS,
+    BLOCK,
+    DIGITS,
+    LARGEST,
+    SHIFTS,
+    STATE_COLUMNS,
+    Selection,
+    clamp_symmetric,
+    count_digits,
+    magnitude_bits,
+)
 
 
 @triton.jit
-def numbers(n, BLOCK: tl.constexpr):
+def element_offsets(n, BLOCK: tl.constexpr):
     """This program's image, the places of its numbers, and which of them exist."""
     image = tl.program_id(1).to(tl.int64)
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -33,7 +44,7 @@ def numbers(n, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def recovered(output_pointer, x, offset, mask, samples, skip, out, weight, GUIDED: tl.constexpr):
+def compute_x0(output_pointer, x, offset, mask, samples, skip, out, weight, GUIDED: tl.constexpr):
     """x0 before thresholding. With guidance, output is (2B, N): `samples` numbers with captions, then those without."""
     output = tl.load(output_pointer + offset, mask=mask, other=0.0).to(tl.float32)
     if GUIDED:
@@ -44,7 +55,7 @@ def recovered(output_pointer, x, offset, mask, samples, skip, out, weight, GUIDE
 
 
 @triton.jit
-def advanced(x, x0, previous_pointer, noise_pointer, offset, mask, c_x, c_x0, c_prev, c_noise):
+def compute_x_next(x, x0, previous_pointer, noise_pointer, offset, mask, c_x, c_x0, c_prev, c_noise):
     """x'."""
     x_next = c_x * x + c_x0 * x0
     if previous_pointer is not None:
@@ -55,88 +66,88 @@ def advanced(x, x0, previous_pointer, noise_pointer, offset, mask, c_x, c_x0, c_
 
 
 @triton.jit
-def step(
-    output_pointer,
-    x_pointer,
-    previous_pointer,
-    noise_pointer,
-    x0_pointer,
-    following_pointer,
-    n,
-    samples,
-    skip,
-    out,
-    weight,
-    c_x,
-    c_x0,
-    c_prev,
-    c_noise,
-    GUIDED: tl.constexpr,
-    STATIC: tl.constexpr,
-    BLOCK: tl.constexpr,
+def sampler_step_kernel(
+    output_pointer,  # (B, N), or (2 B, N) with guidance
+    x_pointer,  # (B, N) fp32
+    previous_pointer,  # (B, N), or None
+    noise_pointer,  # (B, N), or None
+    x0_pointer,  # (B, N) fp32
+    x_next_pointer,  # (B, N) fp32
+    n,  # N, elements of an image
+    samples,  # B
+    skip,  # x0 = skip x + out F
+    out,  # x0 = skip x + out F
+    weight,  # guidance weight
+    c_x,  # x_next = c_x x + c_x0 x0 + c_prev previous + c_noise noise
+    c_x0,  # see c_x
+    c_prev,  # see c_x
+    c_noise,  # see c_x
+    GUIDED: tl.constexpr,  # whether output has both halves
+    STATIC: tl.constexpr,  # whether x0 is clamp_symmetric to [-1, 1]
+    BLOCK: tl.constexpr,  # elements of a program
 ):
     """Everything, where no quantile is asked for."""
-    _, offset, mask = numbers(n, BLOCK)
+    _, offset, mask = element_offsets(n, BLOCK)
     x = tl.load(x_pointer + offset, mask=mask, other=0.0)
-    x0 = recovered(output_pointer, x, offset, mask, samples, skip, out, weight, GUIDED)
+    x0 = compute_x0(output_pointer, x, offset, mask, samples, skip, out, weight, GUIDED)
     if STATIC:
-        x0 = clamped(x0, 1.0)
-    x_next = advanced(x, x0, previous_pointer, noise_pointer, offset, mask, c_x, c_x0, c_prev, c_noise)
+        x0 = clamp_symmetric(x0, 1.0)
+    x_next = compute_x_next(x, x0, previous_pointer, noise_pointer, offset, mask, c_x, c_x0, c_prev, c_noise)
     tl.store(x0_pointer + offset, x0, mask=mask)
-    tl.store(following_pointer + offset, x_next, mask=mask)
+    tl.store(x_next_pointer + offset, x_next, mask=mask)
 
 
 @triton.jit
-def recover(
-    output_pointer,
-    x_pointer,
-    x0_pointer,
-    counts_pointer,
-    state_pointer,
-    n,
-    samples,
-    skip,
-    out,
-    weight,
-    GUIDED: tl.constexpr,
-    SHIFT: tl.constexpr,
-    DIGIT: tl.constexpr,
-    BINS: tl.constexpr,
-    BLOCK: tl.constexpr,
+def sampler_step_x0_kernel(
+    output_pointer,  # (B, N), or (2 B, N) with guidance
+    x_pointer,  # (B, N) fp32
+    x0_pointer,  # (B, N) fp32
+    counts_pointer,  # (B, BINS) int32
+    state_pointer,  # (B, STATE_COLUMNS) int32
+    n,  # N, elements of an image
+    samples,  # B
+    skip,  # x0 = skip x + out F
+    out,  # x0 = skip x + out F
+    weight,  # guidance weight
+    GUIDED: tl.constexpr,  # whether output has both halves
+    SHIFT: tl.constexpr,  # bits below the first digit
+    DIGIT: tl.constexpr,  # bits of the first digit
+    BINS: tl.constexpr,  # counters
+    BLOCK: tl.constexpr,  # elements of a program
 ):
     """x0 before thresholding, and the first pass of the selection over it."""
-    image, offset, mask = numbers(n, BLOCK)
+    image, offset, mask = element_offsets(n, BLOCK)
     x = tl.load(x_pointer + offset, mask=mask, other=0.0)
-    x0 = recovered(output_pointer, x, offset, mask, samples, skip, out, weight, GUIDED)
+    x0 = compute_x0(output_pointer, x, offset, mask, samples, skip, out, weight, GUIDED)
     tl.store(x0_pointer + offset, x0, mask=mask)
-    bits = ordered(x0)  # 0 where there is nothing
-    tl.atomic_max(state_pointer + image * 4 + LARGEST, tl.max(bits, axis=0))
-    tally(bits, mask, counts_pointer, image, SHIFT, DIGIT, BINS)
+    bits = magnitude_bits(x0)  # 0 where there is nothing
+    tl.atomic_max(state_pointer + image * STATE_COLUMNS + LARGEST, tl.max(bits, axis=0))
+    count_digits(bits, mask, counts_pointer, image, SHIFT, DIGIT, BINS)
 
 
 @triton.jit
-def finish(
-    x_pointer,
-    s_pointer,
-    previous_pointer,
-    noise_pointer,
-    x0_pointer,
-    following_pointer,
-    n,
-    c_x,
-    c_x0,
-    c_prev,
-    c_noise,
-    BLOCK: tl.constexpr,
+def sampler_step_finish_kernel(
+    x_pointer,  # (B, N) fp32
+    s_pointer,  # (B,) fp32, thresholds
+    previous_pointer,  # (B, N), or None
+    noise_pointer,  # (B, N), or None
+    x0_pointer,  # (B, N) fp32
+    x_next_pointer,  # (B, N) fp32
+    n,  # N, elements of an image
+    c_x,  # x_next = c_x x + c_x0 x0 + c_prev previous + c_noise noise
+    c_x0,  # see c_x
+    c_prev,  # see c_x
+    c_noise,  # see c_x
+    BLOCK: tl.constexpr,  # elements of a program
 ):
     """x0 thresholded, where it lies, and x'."""
-    image, offset, mask = numbers(n, BLOCK)
+    image, offset, mask = element_offsets(n, BLOCK)
     s = tl.load(s_pointer + image)
-    x0 = clamped(tl.load(x0_pointer + offset, mask=mask, other=0.0), s) / s
+    x0 = clamp_symmetric(tl.load(x0_pointer + offset, mask=mask, other=0.0), s) / s
     x = tl.load(x_pointer + offset, mask=mask, other=0.0)
-    x_next = advanced(x, x0, previous_pointer, noise_pointer, offset, mask, c_x, c_x0, c_prev, c_noise)
+    x_next = compute_x_next(x, x0, previous_pointer, noise_pointer, offset, mask, c_x, c_x0, c_prev, c_noise)
     tl.store(x0_pointer + offset, x0, mask=mask)
-    tl.store(following_pointer + offset, x_next, mask=mask)
+    tl.store(x_next_pointer + offset, x_next, mask=mask)
 
 
 def sampler_step(
@@ -157,7 +168,7 @@ def sampler_step(
     x0, x_next = torch.empty_like(x), torch.empty_like(x)
     with torch.cuda.device_of(x):
         if threshold != "dynamic":
-            step[(triton.cdiv(n, BLOCK), len(x))](
+            sampler_step_kernel[(triton.cdiv(n, BLOCK), len(x))](
                 output,
                 x,
                 previous,
@@ -176,7 +187,7 @@ def sampler_step(
             )
             return x_next, x0
         selection = Selection(len(x), n, percentile, 1.0, x.device)
-        recover[selection.grid](
+        sampler_step_x0_kernel[selection.grid](
             output,
             x,
             x0,
@@ -194,7 +205,9 @@ def sampler_step(
             num_warps=8,
         )
         s = selection.run(x0, counted=1)
-        finish[selection.grid](x, s, previous, noise, x0, x_next, n, *update, BLOCK=BLOCK, num_warps=8)
+        sampler_step_finish_kernel[selection.grid](
+            x, s, previous, noise, x0, x_next, n, *update, BLOCK=BLOCK, num_warps=8
+        )
     return x_next, x0
 
 

@@ -1,9 +1,9 @@
-"""The main job end to end on a laptop: shards, embeddings, two stages, export, images, evaluation.
+"""All of fastimagen end to end on a laptop: shards, embeddings, training of two stages, export, sampling, evaluation.
 
     make quickstart            (or: python launch/quickstart.py)
 
-Every phase is a command that you could type yourself. The same command again goes on where it was interrupted, and
-draws new images. Results are in runs/quickstart: grid.png and report.json.
+Every phase is a command that you can run yourself. Rerun the quickstart to resume it after an interruption; images are
+sampled again. Results are in runs/quickstart: grid.png and report.json.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MODEL, IMAGES, EVALUATION = RUN / "model", RUN / "images", RUN / "evaluation"
 
 
 def processes() -> int:
-    """One per GPU or, of a CPU's cores, for two: threads gain nothing on networks this small."""
+    """One process per GPU; on a CPU up to two, since threads do not speed up networks of this size."""
     import torch
 
     return torch.cuda.device_count() or min(2, torch.get_num_threads())
@@ -78,7 +78,7 @@ def main() -> int:
     os.chdir(ROOT)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see launch/train.py
     RUN.mkdir(parents=True, exist_ok=True)
-    for old in (MODEL, IMAGES, EVALUATION):  # made anew from the checkpoints
+    for old in (MODEL, IMAGES, EVALUATION):  # written again from the checkpoints
         shutil.rmtree(old, ignore_errors=True)
     seconds = {}
     for name, command in phases():
@@ -86,9 +86,7 @@ def main() -> int:
         began = time.perf_counter()
         status = subprocess.run(command).returncode
         if status:
-            print(
-                f"quickstart: {name} ended with status {status}; the same command goes on from there", file=sys.stderr
-            )
+            print(f"quickstart: {name} ended with status {status}; rerun the command to resume", file=sys.stderr)
             return status
         seconds[name] = round(time.perf_counter() - began, 1)
     evaluation = json.loads((EVALUATION / "report.json").read_text())

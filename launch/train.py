@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from fastimagen.config_file import load_config
     from fastimagen.logs import configure_logging
-    from fastimagen.train.trainer import TrainingDiverged, TrainingInterrupted, Trainer
+    from fastimagen.train.trainer import Trainer, TrainingDiverged, TrainingInterrupted
 
     configure_logging()
     try:

@@ -327,7 +327,8 @@ def test_exporting_a_run_without_checkpoints_is_refused(
     toy_config: dict, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     assert (
-        refused("export", "--run", "run", "--out", "model") == "run is no run directory: there is no config.json in it"
+        refused("export", "--run", "run", "--out", "model")
+        == "run is not a run directory: there is no config.json in it"
     )
     write_toy_run(tmp_path / "run", toy_config, stages=("base",))
     assert refused("export", "--run", "run", "--out", "model") == "run: stage sr has no checkpoint yet; train it first"

@@ -83,7 +83,7 @@ def plain_loop(
     level = torch.full((len(seeds),), 0.1, device=device)
     condition = {} if lowres is None else stage.lowres_condition(lowres, level, noise)
     dropped = torch.zeros(len(seeds), dtype=torch.bool, device=device)
-    times, x = diffusion.schedule.grid(settings.steps), noise
+    times, x = diffusion.schedule.sampling_times(settings.steps), noise
     for now, then in zip(times, times[1:]):
         shown, time_ = diffusion.network_input(x, now), diffusion.schedule.network_time(now).to(device).expand(len(x))
         with_caption = unet(shown, time_, text=text, **condition).float()

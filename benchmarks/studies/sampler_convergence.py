@@ -64,7 +64,7 @@ def distance(name: str, steps: int, schedule: Schedule) -> float:
     def noise(step: int) -> Tensor:  # evenly spread too, in random order: far less scatter than independent draws
         return normal[torch.randperm(samples, generator=generator)]
 
-    x = SAMPLERS[name](denoiser(schedule), noise(-1), schedule.grid(steps), schedule=schedule, noise=noise)
+    x = SAMPLERS[name](denoiser(schedule), noise(-1), schedule.sampling_times(steps), schedule=schedule, noise=noise)
     return (x.sort().values - data_quantiles(ranks)).abs().mean().item()
 
 

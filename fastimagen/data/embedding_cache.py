@@ -1,9 +1,9 @@
-"""The cache of text embeddings: one safetensors file per shard and encoder, beside the tar, never inside it.
+"""The cache of text embeddings: one safetensors file per shard and encoder, next to the tar.
 
-tokens (T, D) bfloat16: the tokens of all distinct captions of the shard, one after another, without padding
-offsets (N + 1,) int64: distinct caption n is tokens[offsets[n]:offsets[n + 1]]
+tokens (sum of lengths, E) bfloat16: the tokens of all distinct captions of the shard, without padding
+offsets (number of distinct captions + 1,) int64: distinct caption n is tokens[offsets[n]:offsets[n + 1]]
 rows (S,) int64: the distinct caption of each of the shard's S samples;  keys: their names, JSON as uint8
-Header: the encoder's identity, hash of keys and captions, schema. Whatever differs on reading is an error.
+Header: the encoder's identity, the hash of keys and captions, the schema. A difference on reading is an error.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
-from urllib.parse import urlsplit
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -33,7 +32,7 @@ REBUILD = "fastimagen embed --config CONFIG"
 
 
 class Encoder(Protocol):
-    """What the cache needs of a text encoder; `fastimagen.text.T5Encoder` is one."""
+    """The part of a text encoder that the cache uses; T5Encoder is one."""
 
     dim: int
     truncated: int
@@ -44,10 +43,13 @@ class Encoder(Protocol):
 
 
 class Shard(Protocol):
-    """A tar of captioned images: path (or instead `url`), sample keys, and captions in their order."""
+    """The part of a shard that the cache uses; data.shards.Shard is one."""
 
-    path: str | Path
-    keys: list[str]
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def keys(self) -> list[str]: ...
 
     def captions(self) -> list[str]: ...
 
@@ -60,17 +62,12 @@ def captions_hash(keys: Sequence[str], captions: Sequence[str]) -> str:
 def cache_path(tar_path: str | Path, identity: Mapping[str, str] | str, cache_dir: str | Path | None = None) -> Path:
     """FOLDER/STEM.ENCODER.safetensors, where FOLDER is `cache_dir` or the folder of the tar.
 
-    identity: of the encoder, or its "encoder" entry alone. Raises ValueError for a URL without cache_dir.
+    identity: of the encoder, or its "encoder" entry.
     """
     encoder = identity if isinstance(identity, str) else identity["encoder"]
     slug = re.sub(r"[^\w.-]", "-", encoder.replace("/", "--"))
-    tar = str(tar_path)
-    if "://" in tar:
-        if cache_dir is None:
-            raise ValueError(f"{tar} is remote: set text.cache to the folder that takes its embedding cache")
-        tar = urlsplit(tar).path
-    folder = Path(tar).parent if cache_dir is None else Path(cache_dir)
-    return folder / f"{Path(tar).stem}.{slug}.safetensors"
+    folder = Path(tar_path).parent if cache_dir is None else Path(cache_dir)
+    return folder / f"{Path(tar_path).stem}.{slug}.safetensors"
 
 
 # ---------------------------------------------------------------- writing
@@ -79,7 +76,7 @@ def cache_path(tar_path: str | Path, identity: Mapping[str, str] | str, cache_di
 def write_cache(
     path: str | Path, keys: Sequence[str], captions: Sequence[str], encoder: Encoder, batch_size: int
 ) -> None:
-    """Encodes the captions of a shard, each distinct one once, and writes them to `path` whole or not at all.
+    """Encode the captions of a shard, each distinct one once, and write them to `path` atomically.
 
     keys, captions: S each. Raises ValueError if their numbers differ or an embedding is not finite.
     """
@@ -89,18 +86,18 @@ def write_cache(
     texts = list(distinct)
     tokens: list[Tensor] = [torch.empty(0, encoder.dim)] * len(texts)
     already_truncated = encoder.truncated
-    order = sorted(range(len(texts)), key=lambda row: len(texts[row]))  # like lengths: little padding
+    order = sorted(range(len(texts)), key=lambda row: len(texts[row]))  # similar lengths: little padding
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         encoded = encoder.encode([texts[row] for row in batch], batch_size)
         for row, caption_tokens in zip(batch, encoded.to(device="cpu", dtype=torch.bfloat16).unpadded()):
             if not caption_tokens.isfinite().all():
                 raise ValueError(f"the text encoder gave infinite or NaN embeddings for {texts[row]!r:.80}")
-            tokens[row] = caption_tokens.clone()  # (L, D); a copy, or it would keep the padded batch alive
-    lengths = torch.tensor([len(caption_tokens) for caption_tokens in tokens], dtype=torch.int64)
+            tokens[row] = caption_tokens.clone()  # (L, E); a copy, because a view keeps the padded batch in memory
+    lengths = torch.tensor([len(caption_tokens) for caption_tokens in tokens], dtype=torch.int64)  # (number,)
     tensors = {
-        "tokens": torch.cat([torch.empty(0, encoder.dim, dtype=torch.bfloat16), *tokens]),  # (T, D)
-        "offsets": torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]),  # (N + 1,)
+        "tokens": torch.cat([torch.empty(0, encoder.dim, dtype=torch.bfloat16), *tokens]),  # (sum of lengths, E)
+        "offsets": torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]),  # (number + 1,)
         "rows": torch.tensor([distinct[caption] for caption in captions], dtype=torch.int64),  # (S,)
         "keys": torch.from_numpy(np.frombuffer(json.dumps(list(keys)).encode(), dtype=np.uint8).copy()),
     }
@@ -119,15 +116,20 @@ def write_cache(
 
 @dataclass(frozen=True)
 class EmbedReport:
-    """What `embed_shards` did: shards written and kept; in both together samples (captions), distinct
-    captions cut to max_length (truncated), samples without caption (empty) and tokens stored."""
+    """What `embed_shards` did; the last four count written and kept shards."""
 
     written: int = 0
+    """Shards encoded."""
     kept: int = 0
+    """Shards whose cache was complete already."""
     captions: int = 0
+    """Samples."""
     truncated: int = 0
+    """Distinct captions cut to the encoder's max_length."""
     empty: int = 0
+    """Samples with an empty caption."""
     tokens: int = 0
+    """Tokens stored."""
 
 
 def embed_shards(
@@ -140,28 +142,28 @@ def embed_shards(
     world_size: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> EmbedReport:
-    """Makes the caches of shards rank, rank + world_size, ... of `shards`; those that fit already are kept.
+    """Write the caches of shards rank, rank + world_size, ... of `shards`; caches that match are kept.
 
-    A cache of the same encoder name that does not fit is replaced; the log says why. To resume, call again.
+    A cache of the same encoder name that does not match is replaced; the log says why. To resume, call it again.
     progress(done, total) counts this rank's shards. Raises ValueError if two shards share a cache file, or as
     `write_cache` does.
     """
     identity = encoder.identity()
-    paths = [cache_path(_place(shard), identity, cache_dir) for shard in shards]
+    paths = [cache_path(shard.path, identity, cache_dir) for shard in shards]
     _refuse_collisions(shards, paths)
     counts = dict.fromkeys(EmbedReport.__dataclass_fields__, 0)
     mine = range(rank, len(shards), world_size)
     for done, index in enumerate(mine, start=1):
         keys, captions = list(shards[index].keys), list(shards[index].captions())
-        expected = dict(identity=identity, keys=keys, captions_hash=captions_hash(keys, captions))
-        cache = _open_fitting(paths[index], **expected)
+        samples_hash = captions_hash(keys, captions)
+        cache = _open_matching(paths[index], identity, keys, samples_hash)
         counts["written" if cache is None else "kept"] += 1
         if cache is None:
             write_cache(paths[index], keys, captions, encoder, batch_size)
-            cache = open_cache(paths[index], **expected)
+            cache = open_cache(paths[index], identity=identity, keys=keys, captions_hash=samples_hash)
         empty = sum(not caption.strip() for caption in captions)
         if empty:
-            logger.warning("%s: %d of %d captions are empty", _place(shards[index]), empty, len(captions))
+            logger.warning("%s: %d of %d captions are empty", shards[index].path, empty, len(captions))
         for name, more in (
             ("captions", len(keys)),
             ("truncated", cache.truncated),
@@ -174,28 +176,27 @@ def embed_shards(
     return EmbedReport(**counts)
 
 
-def _place(shard: Shard) -> str | Path:
-    return getattr(shard, "path", None) or shard.url
-
-
 def _refuse_collisions(shards: Sequence[Shard], paths: Iterable[Path]) -> None:
     owner: dict[Path, Shard] = {}
     for shard, path in zip(shards, paths):
         other = owner.setdefault(path, shard)
         if other is not shard:
             raise ValueError(
-                f"shards {_place(other)} and {_place(shard)} would share the embedding cache "
-                f"{path}: give them different names, or leave text.cache unset"
+                f"shards {other.path} and {shard.path} would share the embedding cache "
+                f"{path}: give them different names, or set text.cache to null"
             )
 
 
-def _open_fitting(path: Path, **expected: Any) -> EmbeddingCache | None:
+def _open_matching(
+    path: Path, identity: Mapping[str, str], keys: Sequence[str], samples_hash: str
+) -> EmbeddingCache | None:
+    """The cache if it is complete and belongs to these samples; None if it must be written."""
     if not path.exists():
         return None
     try:
-        return open_cache(path, **expected)
+        return open_cache(path, identity=identity, keys=keys, captions_hash=samples_hash)
     except ValueError as error:
-        logger.info("writing %s anew: %s", path, error)
+        logger.info("replacing %s: %s", path, error)
         return None
 
 
@@ -203,9 +204,9 @@ def _open_fitting(path: Path, **expected: Any) -> EmbeddingCache | None:
 
 
 class EmbeddingCache:
-    """Embeddings of a shard's samples, memory-mapped: cache[i] reads the tokens of sample i and nothing else.
+    """Embeddings of a shard's samples, memory-mapped: cache[i] reads the tokens of sample i only.
 
-    Threads may share it; unpickling opens the file again. Made by `open_cache`, which checks the file.
+    Threads may share it; unpickling opens the file again. `open_cache` constructs it after checking the file.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -215,7 +216,7 @@ class EmbeddingCache:
         file = safe_open(os.fspath(path), framework="pt")
         self.metadata: dict[str, str] = file.metadata() or {}
         if self.metadata.get("schema") != SCHEMA:
-            raise ValueError(f"{self.path} is no embedding cache of schema {SCHEMA}")
+            raise ValueError(f"{self.path} is not an embedding cache of schema {SCHEMA}")
         self.tokens = file.get_slice("tokens")
         self.offsets: np.ndarray = file.get_tensor("offsets").numpy()
         self.rows: np.ndarray = file.get_tensor("rows").numpy()
@@ -226,7 +227,7 @@ class EmbeddingCache:
 
     @property
     def dim(self) -> int:
-        """Width D of the embeddings."""
+        """Width E of the embeddings."""
         return int(self.metadata["dim"])
 
     @property
@@ -242,23 +243,22 @@ class EmbeddingCache:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Tensor:
-        """Embeddings of sample `index`, (L, D) bfloat16, no padding. Raises IndexError beyond the last."""
+        """Embeddings (L, E) of sample `index`, bfloat16, without padding. Raises IndexError beyond the last sample."""
         row = self.rows[index]
-        # a copy: a view would drag the whole mapped file along when a batch goes to another process
-        return self.tokens[int(self.offsets[row]) : int(self.offsets[row + 1])].clone()  # (L, D)
+        # A copy: a view would take the whole mapped file along when a batch goes to another process.
+        return self.tokens[int(self.offsets[row]) : int(self.offsets[row + 1])].clone()  # (L, E)
 
 
 def open_cache(
     path: str | Path, *, identity: Mapping[str, str], keys: Sequence[str], captions_hash: str, rebuild: str = REBUILD
 ) -> EmbeddingCache:
-    """Opens a shard's cache after checking that it is whole and was made by this encoder from these captions.
+    """Open a shard's cache after checking that it is complete and belongs to this encoder and these captions.
 
-    identity: `T5Encoder.identity()` or `encoder_identity(...)`; keys, captions_hash: of the shard as it is.
-    Raises ValueError that says in one line what differs and that the command `rebuild` makes the cache anew.
-    """
+    identity: `T5Encoder.identity()` or `encoder_identity(...)`; keys, captions_hash: of the shard now. Raises
+    ValueError with one line that says what differs and which command rebuilds the cache (`rebuild`)."""
     from safetensors import SafetensorError
 
-    advice = f"; make it anew: {rebuild}"
+    advice = f"; rebuild it with: {rebuild}"
     try:
         cache = EmbeddingCache(path)
     except FileNotFoundError as error:
@@ -273,7 +273,7 @@ def open_cache(
             raise ValueError(f"embedding cache {path} was made with {name} {found}, this run has {wanted}{advice}")
     if cache.metadata.get("samples") != captions_hash:
         difference = _difference(cache.keys(), keys)
-        raise ValueError(f"embedding cache {path} is of other samples: {difference}{advice}")
+        raise ValueError(f"embedding cache {path} belongs to other samples: {difference}{advice}")
     if not _is_consistent(cache):
         raise ValueError(f"embedding cache {path} is damaged: its tables contradict each other{advice}")
     return cache
@@ -281,7 +281,7 @@ def open_cache(
 
 def _difference(found: Sequence[str], wanted: Sequence[str]) -> str:
     if len(found) != len(wanted):
-        return f"it holds {len(found)}, the shard {len(wanted)}"
+        return f"it has {len(found)}, the shard has {len(wanted)}"
     for old, new in zip(found, wanted):
         if old != new:
             return f'sample "{new}" of the shard was "{old}"'

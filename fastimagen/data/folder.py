@@ -17,7 +17,8 @@ import numpy as np
 
 from ..files import atomic_folder, require_empty
 from ..images import open_rgb
-from .order import SAMPLES, random_bits
+from ..seeds import random_bits
+from .order import SAMPLES
 from .shards import IMAGES
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..config import UNetConfig
 from ..images import open_rgb, resize_and_crop, to_tensor
 from ..text.embeddings import TextEmbeddings
 from .order import CROPS, Order, random_bits
@@ -35,15 +36,15 @@ class Embeddings(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Tensor: ...  # (L, D), not padded
+    def __getitem__(self, index: int) -> Tensor: ...  # (L, E), not padded
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """b samples.
+    """B samples.
 
-    images (b, 3, H, W) float32 in [-1, 1]; text, None if the loader has no embeddings; positions (b,) int64
-    in the data order; keys of the samples (of the replacement where an image was unreadable).
+    images (B, 3, H, W) float32 in [-1, 1]; text is None if the loader has no embeddings; positions (B,) int64 in the
+    data order; keys of the samples (of the replacement if an image was unreadable).
     """
 
     images: Tensor
@@ -53,6 +54,13 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def text_for(self, unet: UNetConfig, device: torch.device) -> TextEmbeddings | None:
+        """The embeddings on `device`, or None for a U-Net without text path."""
+        if unet.text_dim is None:
+            return None
+        assert self.text is not None, "a text-conditioned U-Net needs a loader with embeddings"
+        return self.text.to(device=device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,10 +140,10 @@ class Loader:
                 f"data.max_bad_share = {max_bad_share} allows"
             )
 
-    def batches(self, start_step: int) -> Iterator[Batch]:
-        """This rank's micro-batches from optimizer step `start_step` on, without end.
+    def batches(self, start_step: int) -> Generator[Batch, None, None]:
+        """This rank's micro-batches from optimizer step `start_step` on, endlessly.
 
-        Close the iterator to end the decoding threads; their errors are raised here.
+        Closing the generator ends the decoding threads; errors in them are raised here.
         """
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
         pending: deque[Future[tuple[Batch, list[_Sample]]]] = deque()
@@ -208,8 +216,10 @@ class Loader:
         self, images: Tensor, positions: Sequence[int], futures: list[Future[_Sample]]
     ) -> tuple[Batch, list[_Sample]]:
         samples = [future.result() for future in futures]
-        tokens = [sample.tokens for sample in samples]
-        text = None if self.caches is None else TextEmbeddings.from_list(tokens)
+        text = None
+        if self.caches is not None:
+            text = TextEmbeddings.from_list([sample.tokens for sample in samples if sample.tokens is not None])
+            assert len(text) == len(samples)
         where = torch.tensor(list(positions), dtype=torch.int64)  # (b,)
         return Batch(images, text, where, [sample.key for sample in samples]), samples
 

@@ -1,7 +1,7 @@
-"""The order of the data as a pure function of (seed, epoch, position): a number is all it takes to resume.
+"""The order of the data, a pure function of (seed, epoch, position): a checkpoint stores one number to resume.
 
-Every epoch permutes the shards, takes them in blocks of a few, and permutes the samples inside each block. So
-any position is found without making the whole order, and reading touches few shards at a time.
+Every epoch permutes the shards, groups them into blocks of a few shards, and permutes the samples within each block. So
+a position is found without computing the whole order, and reading opens few shards at a time.
 """
 
 from __future__ import annotations
@@ -11,32 +11,27 @@ from functools import lru_cache
 
 import numpy as np
 
+from ..seeds import random_bits
+
 SHARDS, SAMPLES, CROPS = range(3)
-"""Independent streams of random numbers."""
-
-
-def random_bits(seed: int, stream: int, place: tuple[int, int], count: int) -> np.ndarray:
-    """`count` random uint64 that depend on seed, stream and place alone (Philox, Salmon et al. 2011).
-
-    Raw output of the generator: numpy promises that it stays the same, and not so for its permutations.
-    """
-    key = np.array([seed & 0xFFFF_FFFF_FFFF_FFFF, stream], dtype=np.uint64)
-    counter = np.array([0, 0, *place], dtype=np.uint64)
-    return np.random.Philox(key=key, counter=counter).random_raw(count)
+"""Streams of random numbers, independent of each other."""
 
 
 class Order:
     """order[position] -> (shard, index) for any position >= 0; position // total is the epoch.
 
-    sizes: samples of each shard; block: shards whose samples are mixed. Each epoch holds every sample once.
-    Threads may share it. Raises ValueError if there are no samples.
+    sizes: number of samples of each shard; block: number of shards whose samples are mixed. Each epoch contains every
+    sample once. Threads may share an Order. Raises ValueError if there are no samples.
     """
 
     def __init__(self, sizes: Sequence[int], seed: int, block: int = 4) -> None:
         self.sizes = np.array(sizes, dtype=np.int64)
         self.total = int(self.sizes.sum())
         if not self.total or self.sizes.min() < 0 or block < 1:
-            raise ValueError(f"no order of {self.total} samples in {len(self.sizes)} shards, {block} a block")
+            raise ValueError(
+                f"a data order needs samples and a block of at least 1: got {self.total} samples in "
+                f"{len(self.sizes)} shards, block {block}"
+            )
         self.seed = seed
         self.block = block
         self._shards = lru_cache(maxsize=2)(self._permute_shards)
@@ -44,12 +39,12 @@ class Order:
 
     def __getitem__(self, position: int) -> tuple[int, int]:
         if position < 0:
-            raise IndexError(f"position {position} of the data order")
-        epoch, place = divmod(int(position), self.total)
+            raise IndexError(f"position {position} of the data order is negative")
+        epoch, offset_in_epoch = divmod(int(position), self.total)
         _, starts = self._shards(epoch)
-        block = int(np.searchsorted(starts, place, side="right")) - 1
+        block = int(np.searchsorted(starts, offset_in_epoch, side="right")) - 1
         shards, indices = self._samples(epoch, block)
-        offset = place - int(starts[block])
+        offset = offset_in_epoch - int(starts[block])
         return int(shards[offset]), int(indices[offset])
 
     def _permute_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,27 +1,27 @@
-"""Captioned shapes: a world small enough to learn on a laptop, with captions that say what is in the image.
+"""Captioned shapes: a data set that a small model learns on a laptop, with captions that describe the image.
 
-An image and its caption are a pure function of (split, index, seed, size), whatever else was made. Some
-pairs of colour and shape never occur in training; every caption of the split "unseen" names one, so that
-composition is measured and not memory. Lengths below are in pixels of a 64-pixel canvas; x grows to the
-right, y downwards.
-"""
+An image and its caption are a pure function of (split, index, seed, size). Some pairs of colour and shape never occur
+in training; every caption of the split "unseen" names one of them, so that this split measures composition and not
+memory. Lengths are in pixels of a 64-pixel canvas; x increases to the right, y downwards."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-import shutil
-import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cache
 from io import BytesIO
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+from ..files import atomic_folder, require_empty
+from ..seeds import numpy_generator
 
 COLORS: dict[str, tuple[int, int, int]] = {
     "red": (220, 25, 25),
@@ -71,22 +71,22 @@ UNSEEN_PAIRS = (
 SEEN_PAIRS = tuple(pair for pair in product(COLORS, SHAPES) if pair not in UNSEEN_PAIRS)
 SPLITS = ("train", "val", "seen", "unseen")
 HELD_OUT = {"val": 512, "seen": 500, "unseen": 500}
-"""Images of the other splits, whatever the number of training images."""
+"""Number of images of the other splits; it does not depend on the number of training images."""
 
 CANVAS = 64
 SUPERSAMPLING = 4
 JITTER = 1.5  # of the centre, uniform to each side
 RADIUS_JITTER = 0.05  # relative, uniform to each side
-UNMENTIONED = 0.1  # share of training captions that leave out the size, and the same for the position
+UNMENTIONED = 0.1  # share of training captions without size, and the same share without position
 TWO_OBJECTS = 4  # every fourth image shows two objects
-VERSION = 2  # of scenes and images: raise it when anything above or below changes them
+VERSION = 2  # of scenes and images: increase it with every change that alters them
 
 _STREAMS = ("image", "mention", "object", "place", "ground", "first", "second", "two grounds", "relation", "order")
 
 
 @dataclass(frozen=True)
 class Object:
-    """One shape; what the caption does not mention is None, and so are size and position of two objects."""
+    """One shape. Attributes that the caption does not mention are None; with two objects, so are size and position."""
 
     color: str
     shape: str
@@ -96,7 +96,7 @@ class Object:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a caption says: one object, or two and how the first lies to the second, on a background."""
+    """What a caption says: one object, or two and the relation of the first to the second, on a background."""
 
     objects: tuple[Object, ...]
     background: str
@@ -121,7 +121,7 @@ def _a(noun: str) -> str:
     return f"an {noun}" if noun.startswith("orange") else f"a {noun}"
 
 
-def _one_of(words) -> str:
+def _one_of(words: Iterable[str]) -> str:
     return f"({'|'.join(words)})"
 
 
@@ -151,7 +151,7 @@ def parse(text: str) -> Scene:
             f'not a caption of the shapes: {text!r}; one is "a large red circle on the left of a white background"'
         )
     if len(set(scene.objects)) < len(scene.objects):
-        raise ValueError(f"two objects of the shapes are never alike: {text!r}")
+        raise ValueError(f"two objects of a caption must differ in colour or shape: {text!r}")
     return scene
 
 
@@ -161,14 +161,13 @@ def parse(text: str) -> Scene:
 def scene(split: str, index: int, seed: int = 0) -> Scene:
     """Scene number `index` of a split: a pure function of its arguments.
 
-    Each attribute takes all its values equally often, in shuffled runs, so that a split is balanced wherever
-    it ends. Test captions ("seen", "unseen") of one object mention everything. Raises ValueError for an
-    unknown split and for a negative index or seed.
-    """
+    Each attribute takes all its values equally often, in shuffled runs, so that every prefix of a split is balanced.
+    Test captions ("seen", "unseen") of one object mention all attributes. Raises ValueError for an unknown split and
+    for a negative index or seed."""
 
-    def draw(choices: Sequence, stream: str):
-        run, place = divmod(number, len(choices))
-        return choices[_generator(seed, split, stream, run).permutation(len(choices))[place]]
+    def draw(choices: Sequence[Any], stream: str) -> Any:
+        run, offset = divmod(number, len(choices))
+        return choices[_generator(seed, split, stream, run).permutation(len(choices))[offset]]
 
     firsts = UNSEEN_PAIRS if split == "unseen" else SEEN_PAIRS
     group, within = divmod(index, TWO_OBJECTS)
@@ -183,14 +182,14 @@ def scene(split: str, index: int, seed: int = 0) -> Scene:
     number = group
     first = draw(firsts, "first")
     second = draw([pair for pair in SEEN_PAIRS if pair != first], "second")
-    if split == "unseen" and draw((False, True), "order"):  # the new pair in either place
+    if split == "unseen" and draw((False, True), "order"):  # the unseen pair comes first or second
         first, second = second, first
     background, relation = draw([*BACKGROUNDS], "two grounds"), draw([*RELATIONS], "relation")
     return Scene((Object(*first), Object(*second)), background, relation)
 
 
 def sample(split: str, index: int, seed: int = 0, size: int = CANVAS) -> tuple[np.ndarray, str]:
-    """Image (size, size, 3) uint8 and caption number `index` of a split. Raises ValueError like `scene`."""
+    """Image (size, size, 3) uint8 and caption number `index` of a split. Raises ValueError as `scene` does."""
     drawn = scene(split, index, seed)
     return render(drawn, size, _generator(seed, split, "image", index)), caption(drawn)
 
@@ -199,19 +198,19 @@ def _generator(seed: int, split: str, stream: str, number: int) -> np.random.Gen
     if split not in SPLITS:
         raise ValueError(f'no split "{split}"; there are {", ".join(SPLITS)}')
     if seed < 0 or number < 0:
-        raise ValueError(f"seed and index of an image are 0 or more, got seed {seed}, index {number}")
+        raise ValueError(f"seed and index of an image must not be negative, got seed {seed}, index {number}")
     key = (seed, SPLITS.index(split), _STREAMS.index(stream), number)
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
+    return numpy_generator(*key)
 
 
 # ---------------------------------------------------------------- images
 
 
-@lru_cache(maxsize=None)
+@cache
 def outline(shape: str) -> np.ndarray:
     """Corners (n, 2) of a shape of radius 1, (x, y) around the middle of what it spans; the circle has 64.
 
-    The factors bring the areas as close (1.8 to 2.7) as room allows, so that size and shape are not mixed up.
+    The factors make the areas similar (1.8 to 2.7), so that size and shape are not confused.
     """
     if shape == "circle":
         corners = _regular(64, 0.92)
@@ -224,7 +223,7 @@ def outline(shape: str) -> np.ndarray:
     else:
         arm, half = 1.0, 0.38
         corner = np.array([(-half, -arm), (half, -arm), (half, -half)])
-        quarter = np.array([(0, 1), (-1, 0)])  # (x, y) @ quarter: a turn to the right
+        quarter = np.array([(0, 1), (-1, 0)])  # (x, y) @ quarter turns by 90 degrees
         corners = np.concatenate([corner @ np.linalg.matrix_power(quarter, turns) for turns in range(4)])
     return corners - (corners.min(0) + corners.max(0)) / 2
 
@@ -267,9 +266,8 @@ def write_shards(
 ) -> None:
     """Write WebDataset shards out/train (count samples), out/val, out/seen, out/unseen: KEY.png, .txt, .json.
 
-    Complete or not at all. Shards of the same images are left as they are; raises ValueError if `out` holds
-    anything else, and for counts and sizes that make no sense. progress(done, total) is called every 1000
-    samples.
+    Complete or not at all. Existing shards of the same images are kept. Raises ValueError if `out` contains anything
+    else, and for counts and sizes out of range. progress(done, total) is called every 1000 samples.
     """
     if count < 1 or size < 16 or seed < 0 or not 1 <= shard_size <= 10000:
         raise ValueError(
@@ -279,31 +277,25 @@ def write_shards(
     out = Path(out).resolve()
     if has_shards(out, count, size, seed):
         return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(
-            f"{out} is not empty and does not hold these shapes: choose another folder, or remove it first"
-        )
-    aside = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.partial"
+    require_empty(out)
     counts = {split: HELD_OUT.get(split, count) for split in SPLITS}
-    before, total = 0, sum(counts.values())
-    try:
+    done, total = 0, sum(counts.values())
+    with atomic_folder(out) as temporary:
         for split in SPLITS:
-            for done in _write_split(aside / split, split, counts[split], size, seed, shard_size):
-                if progress and (before + done) % 1000 == 0:
-                    progress(before + done, total)
-            before += counts[split]
-        (aside / "shapes.json").write_text(json.dumps(_stamp(count, size, seed)) + "\n")
-        aside.replace(out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+            for _ in _write_split(temporary / split, split, counts[split], size, seed, shard_size):
+                done += 1
+                if progress and done % 1000 == 0:
+                    progress(done, total)
+        (temporary / "shapes.json").write_text(json.dumps(_stamp(count, size, seed)) + "\n")
 
 
-def _write_split(folder: Path, split: str, count: int, size: int, seed: int, shard_size: int):
+def _write_split(folder: Path, split: str, count: int, size: int, seed: int, shard_size: int) -> Iterator[int]:
+    """Write one split; yields the number of samples written so far."""
     """Write the shards of one split; yields the number of samples written so far."""
     from webdataset import ShardWriter
 
     folder.mkdir(parents=True)
-    # Bytes in, fixed time stamps: the same images give the same tars. % is ShardWriter's own sign.
+    # Encoded bytes and fixed time stamps: the same images give the same tars. ShardWriter formats its pattern with %.
     pattern = str(folder).replace("%", "%%") + "/%05d.tar"
     with ShardWriter(pattern, maxcount=shard_size, maxsize=float("inf"), verbose=0, encoder=False, mtime=0) as writer:
         for index in range(count):
@@ -325,7 +317,7 @@ def has_shards(out: str | Path, count: int, size: int, seed: int) -> bool:
     """Whether `out` holds exactly these images, complete."""
     try:
         return json.loads((Path(out) / "shapes.json").read_text()) == _stamp(count, size, seed)
-    except (OSError, ValueError):  # no such file, or not ours
+    except (OSError, ValueError):  # missing, or another file
         return False
 
 

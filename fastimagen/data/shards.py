@@ -278,7 +278,7 @@ def list_shards(source: str | Path | Sequence[str | Path]) -> list[str]:
             raise ValueError(f"no *.tar in the folder {pattern}")
         return shards
     if "{" in pattern and not os.path.exists(pattern):
-        from braceexpand import UnbalancedBracesError, braceexpand
+        from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]  # stubs lack the error
 
         try:
             expanded = list(braceexpand(pattern))

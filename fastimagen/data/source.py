@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..config import FastimagenConfig
 from ..text.embeddings import TextEmbeddings
-from ..text.t5 import T5Encoder, encoder_identity, text_width
+from ..text.t5 import T5_NAMES, T5Encoder, encoder_identity, is_random_encoder, text_width
 from ..text.tiny_t5 import build_tiny_t5
 from .embedding_cache import EmbeddingCache, EmbedReport, cache_path, captions_hash, embed_shards, open_cache
 from .loader import Batch, Loader
@@ -19,6 +19,7 @@ from .shards import Shard, open_shards
 
 Say = Callable[[str], None]
 TINY_T5_WIDTH = 64
+SHORT_NAMES = f"{next(iter(T5_NAMES))} ... {list(T5_NAMES)[-1]}, or a folder"
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,45 @@ def open_split(source: str | tuple[str, ...], config: FastimagenConfig, *, with_
     return Split(shards, caches)
 
 
+def check_data(config: FastimagenConfig) -> None:
+    """Raise ValueError, with one line that says what to change, if data and text encoder do not belong together.
+
+    data.shapes renders the built-in shapes, so the shards must be these; and only they work with the built-in text
+    encoder, whose weights are random. Opens no shards.
+    """
+    data, encoder = config.data, config.text.encoder
+    if data.shapes is not None:
+        shards = data.shards if isinstance(data.shards, str) else ""
+        if Path(shards).name != "train":
+            raise ValueError(f"fastimagen.data.shapes renders FOLDER/train: set data.shards to it, not {data.shards!r}")
+        if Path(shards).exists() and not _are_shapes(shards):
+            raise ValueError(
+                f"fastimagen.data.shapes renders the built-in shapes, but {shards} contains other shards: "
+                f"set fastimagen.data.shapes to null and fastimagen.text.encoder to a trained T5 ({SHORT_NAMES})"
+            )
+    elif is_random_encoder(encoder) and not all(map(_are_shapes, _sources(config))):
+        raise ValueError(
+            f"the text encoder {encoder} has random weights and is for the built-in shapes only: "
+            f"set fastimagen.text.encoder to a trained T5 ({SHORT_NAMES})"
+        )
+
+
+def _sources(config: FastimagenConfig) -> list[str]:
+    """Where the training and validation shards are."""
+    sources: list[str] = []
+    for source in (config.data.shards, config.data.validation or ()):
+        sources += [source] if isinstance(source, str) else source
+    return sources
+
+
+def _are_shapes(source: str) -> bool:
+    """Whether a folder of shards is a split of the built-in shapes: shapes.json is written beside the splits."""
+    return (Path(source).parent / "shapes.json").is_file()
+
+
 def embed_all(config: FastimagenConfig, *, say: Say, rank: int = 0, world_size: int = 1) -> EmbedReport:
-    """Fill the embedding caches of training and validation shards; what is complete is kept."""
+    """Fill the embedding caches of training and validation shards; complete ones are kept. Raises as `check_data`."""
+    check_data(config)
     text = config.text
     sources = [source for source in (config.data.shards, config.data.validation) if source]
     shards = [shard for source in sources for shard in open_shards(source, cache=config.data.cache)]
@@ -129,10 +167,8 @@ def prepare_shapes(config: FastimagenConfig, *, say: Say) -> None:
     shapes = config.data.shapes
     if shapes is None:
         return
-    if not isinstance(config.data.shards, str) or Path(config.data.shards).name != "train":
-        raise ValueError(
-            f"data.shapes makes FOLDER/train, so data.shards must be one such folder, not {config.data.shards!r}"
-        )
+    check_data(config)
+    assert isinstance(config.data.shards, str)
     folder, encoder = Path(config.data.shards).parent, Path(config.text.encoder)
     if not has_shards(folder, shapes.count, shapes.size, shapes.seed):
         say(f"{folder}: rendering {shapes.count} captioned shapes of {shapes.size}x{shapes.size}")

@@ -1,4 +1,4 @@
-"""From a network to the `denoise(x, time) -> x0` that samplers call: guidance, prediction type and thresholding."""
+"""From a network to the denoiser that samplers call: guidance, prediction type and thresholding."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Network = Callable[[Tensor, Tensor], Tensor]
 
 
 class Denoiser:
-    """`denoise(x, time) -> x0` around `network(network_input, network_time) -> output`; `step` goes on from there.
+    """`denoise(x, time) -> x0` around `network(model_input, network_time) -> output`; `step` adds the sampler's step.
 
-    With a guidance weight (Imagen, section 2.2) the network runs both halves in one batch: it gets x (2B, C, H, W) and
-    time (2B,), captions kept in the first B rows, dropped or negative in the rest. Guidance acts on its output; since
-    x0 is affine in it with the same coefficients in both halves, that equals guidance on epsilon or x0. Without one
-    (None) it gets x (B, C, H, W).
+    With a guidance weight (Imagen, section 2.2) the network computes both halves in one batch: it gets x (2B, C, H, W)
+    and time (2B,), with captions in the first B rows and null text or negative captions in the others. Guidance acts on
+    the network's output. x0 is affine in the output with the same coefficients in both halves, so this equals guidance
+    on epsilon or on x0. Without a guidance weight (None) the network gets x (B, C, H, W).
     """
 
     def __init__(
@@ -36,18 +36,17 @@ class Denoiser:
     def step(
         self, x: Tensor, time: Tensor, update: Update, *, previous: Tensor | None = None, noise: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """(x_next, x0): the sampler's step, by `ops.sampler_step`."""
-        skip, out, scale = (float(c) for c in self.diffusion.coefficients(time))
-        shown = x if scale == 1 else scale * x
+        """(x_next, x0), each (B, C, H, W): everything behind the network in one op, `ops.sampler_step`."""
+        c_skip, c_out, c_in = (float(c) for c in self.diffusion.coefficients(time))
+        model_input = x if c_in == 1 else c_in * x
         if self.guidance is not None:
-            shown = torch.cat([shown, shown])  # (2B, C, H, W)
-        network_time = shown.new_full(
-            (len(shown),), float(self.diffusion.schedule.network_time(time)), dtype=torch.float32
-        )
+            model_input = torch.cat([model_input, model_input])  # (2B, C, H, W)
+        network_time = float(self.diffusion.schedule.network_time(time))
+        times = model_input.new_full((len(model_input),), network_time, dtype=torch.float32)  # (B,) or (2B,)
         return ops.sampler_step(
-            self.network(shown, network_time),
+            self.network(model_input, times),
             x,
-            (skip, out),
+            (c_skip, c_out),
             update,
             guidance=self.guidance,
             threshold=self.sampling.threshold,

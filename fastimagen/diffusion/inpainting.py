@@ -1,7 +1,4 @@
-"""Sampling that starts from an image: img2img (SDEdit) and inpainting (RePaint), with any sampler.
-
-Letters: B batch, C channels, H height and width of the given image, S side of a stage's images.
-"""
+"""Sampling that starts from an image, with any sampler: img2img (SDEdit) and inpainting (RePaint)."""
 
 from __future__ import annotations
 
@@ -12,34 +9,40 @@ from itertools import count
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..images import resize
-from .samplers import Denoise, Noise, Update, advance
+from .samplers import Callback, Denoise, Noise, Update, take_step
 from .schedule import Schedule
 
 
 @dataclass(frozen=True)
 class InitImage:
-    """An image to start from, and which of its pixels stay.
+    """An image to start from, and an inpainting mask.
 
-    image (B, C, H, H) in [-1, 1]. strength in (0, 1] is the share of the sampling steps that are walked: at 1 only
-    noise is left of what is drawn anew (Meng et al. 2022, section 3). mask (B, 1, H, H) is true where to draw, None
-    everywhere. With a mask every stretch of `jump_length` steps is walked `num_resamples` times, noised back in between (Lugmayr
-    et al. 2022, section 4.2), so that what is drawn and what is given agree. Raises ValueError for what does not fit.
+    Raises ValueError for shapes, dtypes and values that are not allowed.
     """
 
     image: Tensor
+    """(B, C, H, H) floating point in [-1, 1]."""
     mask: Tensor | None = None
+    """(B, 1, H, H) bool, true where to sample and false in the known region; None samples everywhere."""
     strength: float = 1.0
+    """Share of the sampling steps that run, in (0, 1]; SDEdit's t_0 (Meng et al. 2022, section 3). At 1 sampling starts
+    from pure noise."""
     num_resamples: int = 5
+    """With a mask: how often each interval is sampled, so that the sampled and the known region agree (Lugmayr et al.
+    2022, section 4.2)."""
     jump_length: int = 5
+    """With a mask: steps per interval. RePaint uses 10 of 250 steps, and 10 resamples; with the 20 to 50 steps of
+    DPM-Solver++ an interval of 5 leaves several of them."""
 
     def __post_init__(self) -> None:
         shape = tuple(self.image.shape)
         if len(shape) != 4 or shape[2] != shape[3] or not self.image.is_floating_point():
-            raise ValueError(f"the given image must be square and floating point (B, C, H, H), got {shape}")
+            raise ValueError(f"the init image must be square and floating point (B, C, H, H), got {shape}")
         if not bool((self.image.abs() <= 1).all()):
-            raise ValueError("the given image must lie in [-1, 1]")
+            raise ValueError("the init image must lie in [-1, 1]")
         if not 0 < self.strength <= 1:
             raise ValueError(f"strength must lie in (0, 1], got {self.strength}")
         if min(self.num_resamples, self.jump_length) < 1:
@@ -47,65 +50,69 @@ class InitImage:
                 f"num_resamples and jump_length must be at least 1, got {self.num_resamples} and {self.jump_length}"
             )
         if self.mask is not None:
-            if self.mask.dtype != torch.bool or tuple(self.mask.shape) != (shape[0], 1, *shape[2:]):
+            expected = (shape[0], 1, *shape[2:])
+            if self.mask.dtype != torch.bool or tuple(self.mask.shape) != expected:
                 raise ValueError(
-                    f"the mask of an image {shape} must be bool {(shape[0], 1, *shape[2:])}, "
+                    f"the inpainting mask of an image {shape} must be bool {expected}, "
                     f"got {self.mask.dtype} {tuple(self.mask.shape)}"
                 )
             if not bool(self.mask.any(dim=(1, 2, 3)).all()):
-                raise ValueError("the mask leaves nothing to draw in one of the images")
+                raise ValueError("the inpainting mask of at least one image is empty: it must be true where to sample")
 
     def __len__(self) -> int:
         return len(self.image)
 
     def settings(self) -> dict[str, float | int | bool]:
         """What samples.json records."""
-        painted = (
-            {"num_resamples": self.num_resamples, "jump_length": self.jump_length} if self.mask is not None else {}
-        )
-        return {"mask": self.mask is not None, "strength": self.strength, **painted}
+        record: dict[str, float | int | bool] = {"mask": self.mask is not None, "strength": self.strength}
+        if self.mask is not None:
+            record |= {"num_resamples": self.num_resamples, "jump_length": self.jump_length}
+        return record
 
     def __getitem__(self, rows: slice | list[int]) -> InitImage:
         return replace(self, image=self.image[rows], mask=None if self.mask is None else self.mask[rows])
 
     def at(self, size: int, device: torch.device) -> InitImage:
-        """The same for a stage of size S, fp32: a pixel is kept where all that it shows is kept."""
-        image, mask = resize(self.image.to(device).float(), size), self.mask  # (B, C, S, S)
-        if mask is not None and mask.shape[-1] != size:
-            drawn = mask.to(device).float()
-            if mask.shape[-1] > size:
-                drawn = torch.nn.functional.adaptive_max_pool2d(drawn, size)
-            else:
-                drawn = torch.nn.functional.interpolate(drawn, (size, size), mode="area")
-            mask = drawn > 0  # (B, 1, S, S)
-        return replace(self, image=image, mask=None if mask is None else mask.to(device))
+        """The same for a stage of `size` pixels, fp32. A pixel is known if all pixels that it covers are known."""
+        image = resize(self.image.to(device).float(), size)  # (B, C, size, size)
+        if self.mask is None:
+            return replace(self, image=image)
+        sampled = self.mask.to(device).float()  # (B, 1, H, H)
+        if sampled.shape[-1] > size:
+            sampled = F.adaptive_max_pool2d(sampled, size)  # (B, 1, size, size)
+        elif sampled.shape[-1] < size:
+            sampled = F.interpolate(sampled, (size, size), mode="area")  # (B, 1, size, size)
+        return replace(self, image=image, mask=sampled > 0)
 
     def with_known_region(self, denoise: Denoise) -> Denoise:
-        """`denoise` with the kept pixels put into every x0."""
+        """`denoise` with the known region copied into every x0."""
         return denoise if self.mask is None else KnownRegionDenoiser(denoise, self.image, self.mask)
 
     def intervals(self, steps: int) -> Iterator[tuple[int, int]]:
-        """(first, last) step of every stretch to walk, in order; one that repeats begins by noising back."""
+        """(first, last) step of every interval to sample, in order. A repeated interval starts with added noise."""
         first = steps - max(1, round(self.strength * steps))
         length, times = (self.jump_length, self.num_resamples) if self.mask is not None else (steps, 1)
         for start in range(first, steps, length):
-            yield from [(start, min(start + length, steps))] * times
+            for _ in range(times):
+                yield start, min(start + length, steps)
 
 
 class KnownRegionDenoiser:
-    """A denoiser that knows x0 (B, C, S, S) of the pixels where the mask (B, 1, S, S) is false."""
+    """A denoiser whose x0 (B, C, H, H) is `image` wherever the mask (B, 1, H, H) is false."""
 
     def __init__(self, denoise: Denoise, image: Tensor, mask: Tensor) -> None:
         self.denoise, self.image, self.mask = denoise, image, mask
 
     def __call__(self, x: Tensor, time: Tensor) -> Tensor:
-        return torch.where(self.mask, self.denoise(x, time), self.image.to(x.dtype))
+        return torch.where(self.mask, self.denoise(x, time), self.image.to(x.dtype))  # (B, C, H, H)
 
-    def step(self, x: Tensor, time: Tensor, update: Update, **inputs: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(x_next, x0): steps are linear in x0, so what is put right there is put right in x_next."""
-        x_next, x0 = advance(self.denoise, x, time, update, **inputs)
-        kept = torch.where(self.mask, x0, self.image.to(x.dtype))
-        return x_next + update.c_x0 * (kept - x0), kept
+    def step(
+        self, x: Tensor, time: Tensor, update: Update, *, previous: Tensor | None = None, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(x_next, x0). A step is linear in x0, so a change of x0 changes x_next by c_x0 times as much."""
+        x_next, x0 = take_step(self.denoise, x, time, update, previous=previous, noise=noise)
+        known = torch.where(self.mask, x0, self.image.to(x.dtype))  # (B, C, H, H)
+        return x_next + update.c_x0 * (known - x0), known
 
 
 def sample_from_image(
@@ -116,43 +123,51 @@ def sample_from_image(
     *,
     schedule: Schedule,
     noise: Noise,
-    callback: Callable[[int, Tensor, Tensor], None] | None = None,
+    callback: Callback | None = None,
 ) -> Tensor:
-    """As a sampler of samplers.py, from `init_image` at the stage's size, down to the clean image at the end of `times`.
+    """Run a sampler of samplers.py from `init_image`, at the stage's size, to the clean image: (B, C, H, H).
 
-    noise(-1) begins; every further draw is of the next number, however often a stretch is walked.
+    noise(-1) starts; every further draw has the next number, however often an interval is repeated.
     """
     denoise = init_image.with_known_region(denoise)
+    image, mask = init_image.image, init_image.mask
     draws = count()
-    x, here = None, None
+    x, x_step = image, -1  # x is at times[x_step] from the first interval on
     for first, last in init_image.intervals(len(times) - 1):
-        if x is None:
-            x = _noised(init_image.image, times[first], noise(-1), schedule)
-            if first == 0:  # full strength: nothing shows through where something is drawn
-                x = noise(-1) if init_image.mask is None else torch.where(init_image.mask, noise(-1), x)
-        elif here != first:
-            x = _noised_further(x, times[here], times[first], noise(next(draws)), schedule)
+        if x_step < 0:
+            x = add_noise(image, times[first], noise(-1), schedule)
+            if first == 0:  # full strength: no trace of the image where there is something to sample
+                x = noise(-1) if mask is None else torch.where(mask, noise(-1), x)
+        elif x_step != first:
+            x = add_more_noise(x, times[x_step], times[first], noise(next(draws)), schedule)
         x = sampler(
             denoise,
             x,
             times[first : last + 1],
             schedule=schedule,
             noise=lambda step: noise(next(draws)),
-            callback=callback and (lambda step, x, x0, first=first: callback(first + step, x, x0)),
+            callback=_shifted(callback, first),
         )
-        here = last
-    return x if init_image.mask is None else torch.where(init_image.mask, x, init_image.image)  # steps round
+        x_step = last
+    return x if mask is None else torch.where(mask, x, image)  # exactly the known region, without rounding
 
 
-def _noised(image: Tensor, time: Tensor, noise: Tensor, schedule: Schedule) -> Tensor:
-    """alpha image + sigma noise at `time`."""
+def _shifted(callback: Callback | None, first: int) -> Callback | None:
+    """A callback that counts the steps of an interval from `first`."""
+    if callback is None:
+        return None
+    return lambda step, x, x0: callback(first + step, x, x0)
+
+
+def add_noise(image: Tensor, time: Tensor, noise: Tensor, schedule: Schedule) -> Tensor:
+    """alpha image + sigma noise at `time` (Ho et al. 2020, eq. 4)."""
     alpha, sigma = (value.item() for value in schedule.alpha_sigma(time))
     return alpha * image.to(noise) + sigma * noise
 
 
-def _noised_further(x: Tensor, time: Tensor, later: Tensor, noise: Tensor, schedule: Schedule) -> Tensor:
-    """From `time` back to the noisier `later`: x_t given x_s (Kingma et al. 2021, section 2.1)."""
+def add_more_noise(x: Tensor, time: Tensor, noisier: Tensor, noise: Tensor, schedule: Schedule) -> Tensor:
+    """From x_s at `time` to x_t at the noisier time (Kingma et al. 2021, section 3.1: q(z_t | z_s))."""
     alpha_s, sigma_s = (value.item() for value in schedule.alpha_sigma(time))
-    alpha_t, sigma_t = (value.item() for value in schedule.alpha_sigma(later))
+    alpha_t, sigma_t = (value.item() for value in schedule.alpha_sigma(noisier))
     ratio = alpha_t / alpha_s
     return ratio * x + math.sqrt(max(sigma_t**2 - ratio**2 * sigma_s**2, 0.0)) * noise

@@ -1,7 +1,7 @@
 """The diffusion process of one stage: noising, training target and loss, and x0 from a network output.
 
 Every prediction type is one affine map, x0 = c_skip x_t + c_out F(c_in x_t) (Karras et al. 2022, eq. 7, in the
-variance-preserving scale), where F is the network. Letters: B batch, C channels, H height, W width.
+variance-preserving scale), where F is the network.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ def expand(coefficient: Tensor, like: Tensor) -> Tensor:
 
 
 class Diffusion:
-    """Forward process and objective of a stage. Holds no tensors that train.
+    """Forward process and objective of a stage. Has no trainable parameters.
 
-    Raises ValueError for epsilon prediction on a schedule that reaches alpha = 0, where x0 cannot be recovered.
+    Raises ValueError for a prediction type that cannot recover x0 at alpha = 0 on a schedule that reaches it.
     """
 
     def __init__(self, schedule: ScheduleConfig, objective: ObjectiveConfig) -> None:
         self.schedule = make_schedule(schedule)
         self.objective = objective
-        alpha, _ = self.schedule.alpha_sigma(self.schedule.grid(1)[:1])
+        alpha, _ = self.schedule.alpha_sigma(self.schedule.sampling_times(1)[:1])
         if objective.prediction in ("epsilon", "edm") and alpha.item() == 0:
             raise ValueError(
                 f'prediction "{objective.prediction}" needs alpha > 0 at every step, but the '
@@ -40,7 +40,7 @@ class Diffusion:
     def training_times(self, batch: int, generator: torch.Generator) -> Tensor:
         """Random times (B,) on the generator's device: uniform, or with log-normal noise levels sigma / alpha.
 
-        Log-normal levels beyond the schedule's become its first or last time.
+        Noise levels outside of the schedule's range become its first or last time.
         """
         uniform = torch.rand(batch, generator=generator, device=generator.device, dtype=torch.float64)
         if self.objective.times == "uniform":
@@ -69,19 +69,21 @@ class Diffusion:
         return alpha * data**2 / total**2, sigma * data / total, 1 / total
 
     def network_input(self, x_t: Tensor, time: Tensor) -> Tensor:
-        """c_in x_t: what the U-Net is shown."""
+        """c_in x_t (B, C, H, W), the input of the U-Net."""
         return expand(self.coefficients(time)[2], x_t) * x_t
 
     def x0(self, output: Tensor, x_t: Tensor, time: Tensor) -> Tensor:
-        """The denoised image that a network output stands for, in at least fp32."""
-        if self.objective.prediction == "epsilon":  # (x_t - sigma epsilon) / alpha: one rounding less than the table
+        """The denoised image (B, C, H, W) from a network output, in at least fp32."""
+        if (
+            self.objective.prediction == "epsilon"
+        ):  # (x_t - sigma epsilon) / alpha rounds once less than c_skip and c_out
             alpha, sigma = (expand(c, x_t) for c in self.schedule.alpha_sigma(time))
             return (x_t - sigma * output) / alpha
         c_skip, c_out, _ = (expand(c, x_t) for c in self.coefficients(time))
         return c_skip * x_t + c_out * output
 
     def target(self, x0: Tensor, noise: Tensor, time: Tensor) -> Tensor:
-        """What the network should output for x_t = alpha x_0 + sigma noise."""
+        """The output (B, C, H, W) that the network is trained to give for x_t = alpha x_0 + sigma noise."""
         if self.objective.prediction == "epsilon":
             return noise
         if self.objective.prediction == "x0":

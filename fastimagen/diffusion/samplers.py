@@ -1,23 +1,22 @@
-"""Samplers: plain functions of one signature that walk a descending grid of times from noise to image.
+"""Samplers: plain functions of one signature that integrate from noise to an image.
 
     sample(denoise, x, times, *, schedule, noise=None, callback=None) -> Tensor
 
-x (B, C, H, W) is noise at times[0]; `denoise(x, time) -> x0` has prediction type, guidance and thresholding applied
-already; times (steps + 1,) ends at the clean image, as schedule.grid does, or earlier; `noise(step) -> (B, C, H, W)`
-feeds the stochastic sampler; `callback(step, x, x0)` sees every intermediate state. alpha = 0 is a valid start.
-
-All of them go on linearly, x_next = c_x x + c_x0 x0 + c_prev previous + c_noise noise: they differ in the numbers, an
-`Update`. A denoiser that has a method `step` (guidance.Denoiser) makes x0 and x_next in one.
+x (B, C, H, W) is noise at times[0]. `denoise(x, time) -> x0` includes the prediction type, guidance and thresholding.
+times (steps + 1,) descends to the clean image, as Schedule.sampling_times does, or stops earlier. `noise(step)` returns
+the noise (B, C, H, W) of a stochastic sampler. `callback(step, x, x0)` sees the state after every step. alpha = 0 is a
+valid start. Subscript t is the start of a step and s its end: alpha_t, sigma_t, alpha_s, sigma_s.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from ..ops.sampler_step import sampler_step_reference
 from .schedule import Schedule
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
@@ -26,7 +25,7 @@ Callback = Callable[[int, Tensor, Tensor], None]
 
 
 class Update(NamedTuple):
-    """x_next = c_x x + c_x0 x0 + c_prev previous + c_noise noise."""
+    """Coefficients of a sampler's step: x_next = c_x x + c_x0 x0 + c_prev previous + c_noise noise."""
 
     c_x: float
     c_x0: float
@@ -34,7 +33,18 @@ class Update(NamedTuple):
     c_noise: float = 0.0
 
 
-def advance(
+@runtime_checkable
+class SteppingDenoiser(Protocol):
+    """A denoiser that computes x0 and the sampler's step together, as guidance.Denoiser does in one fused op."""
+
+    def __call__(self, x: Tensor, time: Tensor) -> Tensor: ...
+
+    def step(
+        self, x: Tensor, time: Tensor, update: Update, *, previous: Tensor | None = None, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+def take_step(
     denoise: Denoise,
     x: Tensor,
     time: Tensor,
@@ -43,26 +53,30 @@ def advance(
     previous: Tensor | None = None,
     noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(x_next, x0) from x at `time`."""
-    if hasattr(denoise, "step"):
+    """(x_next, x0), each (B, C, H, W), from x at `time`; `denoise` may be any function of x and time."""
+    if isinstance(denoise, SteppingDenoiser):
         return denoise.step(x, time, update, previous=previous, noise=noise)
-    x0 = denoise(x, time)
-    x_next = update.c_x * x + update.c_x0 * x0
-    if previous is not None:
-        x_next = x_next + update.c_prev * previous
-    if noise is not None:
-        x_next = x_next + update.c_noise * noise
-    return x_next, x0
+    return sampler_step_reference(
+        denoise(x, time),
+        x,
+        (0.0, 1.0),  # the output is x0 itself
+        update,
+        guidance=None,
+        threshold="none",
+        percentile=1.0,
+        previous=previous,
+        noise=noise,
+    )
 
 
-def _levels(schedule: Schedule, times: Tensor) -> list[tuple[float, float]]:
-    """(alpha, sigma) of every time of the grid as Python numbers: one transfer before the loop, none inside."""
+def alpha_sigma_pairs(schedule: Schedule, times: Tensor) -> list[tuple[float, float]]:
+    """(alpha, sigma) at every time as Python numbers: one host synchronisation before the loop, none inside."""
     alpha, sigma = schedule.alpha_sigma(times)
     return list(zip(alpha.tolist(), sigma.tolist()))
 
 
-def _log_ratio(alpha: float, sigma: float) -> float:
-    """log(alpha / sigma): half the log-SNR, minus infinity for pure noise and infinity for the clean image."""
+def half_logsnr(alpha: float, sigma: float) -> float:
+    """log(alpha / sigma): minus infinity for pure noise, infinity for the clean image."""
     if min(alpha, sigma) == 0:
         return math.inf if alpha > 0 else -math.inf
     return math.log(alpha / sigma)
@@ -77,21 +91,24 @@ def sample_ddpm(
     noise: Noise | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
-    """Ancestral sampling with the small posterior variance (DDPM, eq. 6-7), on any subset of the steps."""
+    """Ancestral sampling from the posterior with its lower variance (Ho et al. 2020, eq. 6-7), on any subset of times.
+
+    Raises ValueError without `noise`.
+    """
     if noise is None:
         raise ValueError("ddpm is stochastic: give noise(step)")
-    levels = _levels(schedule, times)
+    pairs = alpha_sigma_pairs(schedule, times)
     for step in range(len(times) - 1):
-        (alpha_t, sigma_t), (alpha_s, sigma_s) = levels[step], levels[step + 1]
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = pairs[step], pairs[step + 1]
         ratio = alpha_t / alpha_s
-        step_variance = sigma_t**2 - ratio**2 * sigma_s**2
+        step_variance = sigma_t**2 - ratio**2 * sigma_s**2  # of x_t given x_s
         update = Update(
             c_x=ratio * sigma_s**2 / sigma_t**2,
             c_x0=alpha_s * step_variance / sigma_t**2,
             c_noise=math.sqrt(max(step_variance, 0.0)) * sigma_s / sigma_t,
         )
-        # No noise on the way to the clean image.
-        x, x0 = advance(denoise, x, times[step], update, noise=noise(step) if sigma_s > 0 else None)
+        step_noise = noise(step) if sigma_s > 0 else None  # the step to the clean image is deterministic
+        x, x0 = take_step(denoise, x, times[step], update, noise=step_noise)
         if callback:
             callback(step, x, x0)
     return x
@@ -107,16 +124,16 @@ def sample_ddim(
     callback: Callback | None = None,
 ) -> Tensor:
     """Deterministic DDIM (Song et al. 2021, eq. 12 with eta = 0): first order on the probability-flow ODE."""
-    levels = _levels(schedule, times)
+    pairs = alpha_sigma_pairs(schedule, times)
     for step in range(len(times) - 1):
-        x, x0 = advance(denoise, x, times[step], _ddim(levels[step], levels[step + 1]))
+        x, x0 = take_step(denoise, x, times[step], ddim_update(pairs[step], pairs[step + 1]))
         if callback:
             callback(step, x, x0)
     return x
 
 
-def _ddim(start: tuple[float, float], stop: tuple[float, float]) -> Update:
-    """alpha_s x0 + sigma_s epsilon, with epsilon = (x - alpha_t x0) / sigma_t."""
+def ddim_update(start: tuple[float, float], stop: tuple[float, float]) -> Update:
+    """x_s = alpha_s x0 + sigma_s epsilon, with epsilon = (x_t - alpha_t x0) / sigma_t."""
     (alpha_t, sigma_t), (alpha_s, sigma_s) = start, stop
     return Update(c_x=sigma_s / sigma_t, c_x0=alpha_s - sigma_s / sigma_t * alpha_t)
 
@@ -130,24 +147,24 @@ def sample_dpmpp_2m(
     noise: Noise | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
-    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): second order, one evaluation a step.
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): second order, one network evaluation per step.
 
-    The first step and one onto the clean image are of first order: there is no history before the one, and the
-    other reaches infinitely far in log-SNR. The order of the whole stays two, but for a logarithm on an even grid.
+    The first step and a step to the clean image are first order: the former has no previous x0, the latter is infinite
+    in log-SNR. The order of the whole is two up to a logarithm if times are evenly spaced.
     """
-    levels = _levels(schedule, times)
-    log_ratio = [_log_ratio(alpha, sigma) for alpha, sigma in levels]
+    pairs = alpha_sigma_pairs(schedule, times)
+    log_ratio = [half_logsnr(alpha, sigma) for alpha, sigma in pairs]
     previous = None
     for step in range(len(times) - 1):
-        (_, sigma_t), (alpha_s, sigma_s) = levels[step], levels[step + 1]
-        width = log_ratio[step + 1] - log_ratio[step]
-        c_x0, c_prev = -alpha_s * math.expm1(-width), 0.0
-        if previous is not None and width < math.inf:
-            r = (log_ratio[step] - log_ratio[step - 1]) / width
-            c_x0, c_prev = c_x0 + c_x0 / (2 * r), -c_x0 / (2 * r)  # of x0 + (x0 - previous) / (2 r)
-        x, x0 = advance(
-            denoise, x, times[step], Update(sigma_s / sigma_t, c_x0, c_prev), previous=previous if c_prev else None
-        )
+        (_, sigma_t), (alpha_s, sigma_s) = pairs[step], pairs[step + 1]
+        h = log_ratio[step + 1] - log_ratio[step]
+        # x_s = (sigma_s / sigma_t) x_t - alpha_s (exp(-h) - 1) D, with D = x0 in the first order
+        c_x0, c_prev = -alpha_s * math.expm1(-h), 0.0
+        if previous is not None and h < math.inf:
+            r = (log_ratio[step] - log_ratio[step - 1]) / h  # D = x0 + (x0 - previous) / (2 r)
+            c_x0, c_prev = c_x0 + c_x0 / (2 * r), -c_x0 / (2 * r)
+        update = Update(sigma_s / sigma_t, c_x0, c_prev)
+        x, x0 = take_step(denoise, x, times[step], update, previous=previous if c_prev else None)
         previous = x0
         if callback:
             callback(step, x, x0)
@@ -165,19 +182,20 @@ def sample_heun(
 ) -> Tensor:
     """Heun's method on dx/dphi = v, where tan(phi) = sigma / alpha (Salimans and Ho 2022, appendix D).
 
-    Second order, two evaluations a step: DDIM predicts, the mean of v at both ends corrects. A step onto the clean
-    image is DDIM's alone. Differs from Karras et al. 2022, algorithm 1, which steps in sigma / alpha: that variable
-    runs away where alpha is small, and on an even grid of times the first corrections do more harm than good.
+    Second order, two network evaluations per step: DDIM predicts, the mean of v at both ends corrects. A step to the
+    clean image is DDIM only. Differs from Karras et al. 2022, algorithm 1, which steps in sigma / alpha: that variable
+    diverges where alpha is small, so that with evenly spaced times the first corrections increase the error.
     """
-    levels = _levels(schedule, times)
+    pairs = alpha_sigma_pairs(schedule, times)
     for step in range(len(times) - 1):
-        (alpha_t, sigma_t), (alpha_s, sigma_s) = levels[step], levels[step + 1]
-        predicted, x0 = advance(denoise, x, times[step], _ddim(levels[step], levels[step + 1]))
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = pairs[step], pairs[step + 1]
+        predicted, x0 = take_step(denoise, x, times[step], ddim_update(pairs[step], pairs[step + 1]))
         if sigma_s > 0:
-            half = (math.atan2(sigma_t, alpha_t) - math.atan2(sigma_s, alpha_s)) / 2
-            start = x - half / sigma_t * (alpha_t * x - x0)  # v = (alpha x - x0) / sigma at both ends
+            half = (math.atan2(sigma_t, alpha_t) - math.atan2(sigma_s, alpha_s)) / 2  # of the step in phi
+            # x_s = x_t - half (v_t + v_s), with v = (alpha x - x0) / sigma at both ends
+            start = x - half / sigma_t * (alpha_t * x - x0)
             update = Update(c_x=-half * alpha_s / sigma_s, c_x0=half / sigma_s, c_prev=1.0)
-            x, _ = advance(denoise, predicted, times[step + 1], update, previous=start)
+            x, _ = take_step(denoise, predicted, times[step + 1], update, previous=start)
         else:
             x = predicted
         if callback:

@@ -30,7 +30,7 @@ class Schedule(Protocol):
     def network_time(self, time: Tensor) -> Tensor:
         """The number that the U-Net's sinusoidal embedding sees: float32."""
 
-    def grid(self, steps: int) -> Tensor:
+    def sampling_times(self, steps: int) -> Tensor:
         """Descending times (steps + 1,) from the noisiest to -1, the clean image, float64, on the CPU."""
 
 
@@ -38,17 +38,19 @@ def make_schedule(config: ScheduleConfig) -> Schedule:
     """The schedule that a configuration describes."""
     if config.name == "cosine":
         return Cosine(config.shift, config.logsnr_range)
+    assert config.timesteps is not None  # ScheduleConfig demands it of the linear schedule
     return Linear(config.timesteps)
 
 
 class Cosine:
     """log-SNR = -2 log(shift tan(angle)) in continuous time (Hoogeboom et al. 2023; Kingma et al. 2021, bounded).
 
-    Without bounds angle = pi t / 2, so that for shift 1 alpha = cos(pi t / 2). Bounds, which hold after the shift, do
-    not clip: they shorten the angle's way at both ends, and t stays uniform along it. So the log-SNR falls strictly
-    and meets both bounds exactly. That moves little: no angle by more than 0.0006 at -15 and 15 with shift 1.
+    Without bounds angle = pi t / 2, so that alpha = cos(pi t / 2) for shift 1. The bounds apply after the shift. They
+    do not clip the log-SNR: they shorten the range of angles at both ends, and t stays uniform over that range. So
+    the log-SNR decreases strictly and reaches both bounds exactly. With bounds of -15 and 15 and shift 1, no angle
+    changes by more than 0.0006.
 
-    Raises ValueError for bounds so far out that float64 angles cannot tell them from alpha = 0 or sigma = 0.
+    Raises ValueError for bounds so wide that float64 angles cannot distinguish them from alpha = 0 or sigma = 0.
     """
 
     def __init__(self, shift: float = 1.0, logsnr_range: tuple[float, float] = (-15.0, 15.0)) -> None:
@@ -80,16 +82,16 @@ class Cosine:
     def network_time(self, time: Tensor) -> Tensor:
         return (1000 * time).float()
 
-    def grid(self, steps: int) -> Tensor:
+    def sampling_times(self, steps: int) -> Tensor:
         times = torch.linspace(1, 0, steps + 1, dtype=torch.float64, device="cpu")
-        times[-1] = -1  # time 0 still has the noise of the upper bound
+        times[-1] = -1  # the clean image: time 0 still has the noise of the upper bound
         return times
 
 
 class Linear:
     """DDPM's T discrete steps with linear betas, rescaled from T = 1000 (Ho et al. 2020; MinImagen).
 
-    With T = 20 the last beta is 1 and the last step pure noise, alpha = 0. Raises ValueError for fewer.
+    With T = 20 the last beta is 1 and the last step is pure noise, alpha = 0. Raises ValueError for fewer steps.
     """
 
     def __init__(self, timesteps: int) -> None:
@@ -97,9 +99,9 @@ class Linear:
         if 0.02 * scale > 1:
             raise ValueError(f"the linear schedule needs at least 20 timesteps, got {timesteps}: betas exceed 1")
         self.timesteps = timesteps
-        # On the CPU even where networks are being built on another device, or on none ("meta").
+        # On the CPU even under torch.device("meta") or another default device.
         betas = torch.linspace(1e-4 * scale, 0.02 * scale, timesteps, dtype=torch.float64, device="cpu")
-        # Index t + 1, so that the clean image, t = -1, is entry 0.
+        # Indexed by t + 1: entry 0 is the clean image, t = -1.
         self.alpha_bar = torch.cat([betas.new_ones(1), torch.cumprod(1 - betas, dim=0)])  # (T + 1,)
 
     def alpha_sigma(self, time: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,8 +118,8 @@ class Linear:
     def network_time(self, time: Tensor) -> Tensor:
         return time.float()
 
-    def grid(self, steps: int) -> Tensor:
+    def sampling_times(self, steps: int) -> Tensor:
         if steps > self.timesteps:
             raise ValueError(f"{steps} sampling steps, but the schedule has {self.timesteps} timesteps")
-        # Respaced: T-1 first, -1 (clean) last; all T steps when steps = T.
+        # Evenly respaced from T - 1 to -1, the clean image; all T steps if steps = T.
         return torch.linspace(self.timesteps - 1, -1, steps + 1, dtype=torch.float64, device="cpu").round()

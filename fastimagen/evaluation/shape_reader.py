@@ -1,26 +1,26 @@
-"""Reads the attributes of captioned shapes back out of the pixels: plain image processing, no network.
+"""Reads the attributes of captioned shapes from the pixels, by image processing without a network.
 
-The background is the median of the image's rim, objects are connected regions that differ from it, an
-object's shape is the ideal outline that overlaps most with it, and everything else follows from its area and
-centre. Square images of any size are read; lengths are in pixels of the 64-pixel canvas of `shapes`.
-"""
+The background colour is the median of the image's border. Objects are connected regions that differ from it. An
+object's shape is the ideal outline that overlaps most with it; size and position follow from its area and centre.
+Images are square, of any size; lengths are in pixels of the 64-pixel canvas of `shapes`."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
-from ..data.shapes import BACKGROUNDS, CANVAS, COLORS, POSITIONS, RADIUS, SHAPES, Scene, outline
+from ..data.shapes import BACKGROUNDS, CANVAS, COLORS, POSITIONS, RADIUS, SHAPES, Object, Scene, outline
 
-CONTRAST = 45.0  # least RGB distance of an object from the background; the palette's are 100 or more apart
-LEAST_AREA = 0.01  # share of the image; the smallest object covers 0.04, and what is below is noise
-FRAME = 32  # cells along the side of the frame in which outlines are compared
-REACH = 1.05  # half the side of that frame, for objects of area 1
+MIN_CONTRAST = 45.0  # RGB distance of an object from the background; colours of the palette differ by at least 100
+MIN_AREA = 0.01  # share of the image; the smallest object covers 0.04, smaller regions are noise
+FRAME_CELLS = 32  # per side of the frame in which outlines are compared
+FRAME_HALF_SIDE = 1.05  # of an object of area 1: every ideal outline fits in
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Reading:
-    """What is seen in an image: its background and its objects, the largest first."""
+    """The background and the objects of an image, the largest object first."""
 
     objects: tuple[Found, ...]
     background: str
@@ -46,45 +46,49 @@ class Reading:
 def read(image: np.ndarray) -> Reading:
     """Read an image (size, size, 3) uint8. Raises ValueError for other arrays and for sizes below 16."""
     if image.dtype != np.uint8 or image.shape != (len(image), len(image), 3) or len(image) < 16:
-        raise ValueError(f"expected pixels (size, size, 3) uint8 from 16 on, got {image.dtype} {image.shape}")
+        raise ValueError(
+            f"expected pixels (size, size, 3) uint8 with a size of at least 16, got {image.dtype} {image.shape}"
+        )
     pixels = image.astype(np.float32)
     rim = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])  # (4 size, 3)
     ground = np.median(rim, axis=0)
     contrast = np.linalg.norm(pixels - ground, axis=2)  # (size, size)
-    labels = components(contrast > CONTRAST)
+    labels = components(contrast > MIN_CONTRAST)
     strong = np.zeros(labels.shape, dtype=bool)
-    for label in _large(labels):  # at half its contrast a region falls apart where only haze joins objects
+    for label in _large(labels):  # at half its contrast, objects that only blur connects become separate regions
         inside = labels == label
         strong |= inside & (contrast > 0.5 * np.quantile(contrast[inside], 0.9))
     labels = components(strong)
-    found = tuple(read_json_object(pixels, ground, contrast, labels, label) for label in _large(labels))
+    found = tuple(_describe_region(pixels, ground, contrast, labels, label) for label in _large(labels))
     return Reading(found, _nearest(ground, BACKGROUNDS))
 
 
 def _large(labels: np.ndarray) -> list[int]:
-    """The regions that may be objects, the largest first."""
+    """Labels of the regions that are large enough for an object, the largest first."""
     names, areas = np.unique(labels[labels >= 0], return_counts=True)
-    return [int(name) for area, name in sorted(zip(-areas, names)) if -area >= LEAST_AREA * labels.size]
+    return [int(name) for area, name in sorted(zip(-areas, names)) if -area >= MIN_AREA * labels.size]
 
 
-def read_json_object(
+def _describe_region(
     pixels: np.ndarray, ground: np.ndarray, contrast: np.ndarray, labels: np.ndarray, label: int
 ) -> Found:
     inside = labels == label  # (size, size)
-    core = pixels[inside & (contrast >= np.quantile(contrast[inside], 0.7))]  # (n, 3), not the mixed ones
+    core = pixels[
+        inside & (contrast >= np.quantile(contrast[inside], 0.7))
+    ]  # (n, 3), without pixels mixed with the background
     # The pixel nearest to the median, since the median of several colours may be that of the background.
     color = core[np.argmin(np.linalg.norm(core - np.median(core, axis=0), axis=1))]
-    # Share of the object in each pixel, if pixels are mixtures of background and object; steeper around one
-    # half, which leaves a blurred outline where it is and takes the haze away.
+    # Share of the object in each pixel, taken as a mixture of background and object. The slope of 2 around one half
+    # keeps a blurred outline in its place and removes faint halos.
     mixture = (pixels - ground) @ (color - ground) / np.sum((color - ground) ** 2)  # (size, size)
     share = np.clip(2 * (mixture - 0.5) + 0.5, 0, 1)
-    share[~_grown(_grown(_grown(inside))) | (~inside & (labels >= 0))] = 0
+    share[~_dilate(_dilate(_dilate(inside))) | (~inside & (labels >= 0))] = 0
     area = float(share.sum())
     centers = np.arange(len(share)) + 0.5
     x, y = float(share.sum(0) @ centers) / area, float(share.sum(1) @ centers) / area
 
-    spots = _spots()  # (FRAME,)
-    window = _at(share, y + math.sqrt(area) * spots, x + math.sqrt(area) * spots)  # (FRAME, FRAME)
+    offsets = _cell_centers()  # (FRAME_CELLS,)
+    window = _at(share, y + math.sqrt(area) * offsets, x + math.sqrt(area) * offsets)  # (FRAME_CELLS, FRAME_CELLS)
     ideals = _ideals()
     shape = min(SHAPES, key=lambda name: np.abs(window - ideals[name].mask).sum())
 
@@ -97,7 +101,7 @@ def read_json_object(
     return Found(_nearest(color, COLORS), shape, size, position, middle, radius)
 
 
-def _nearest(value: np.ndarray, named: dict[str, tuple[float, ...]]) -> str:
+def _nearest(value: np.ndarray, named: Mapping[str, Sequence[float]]) -> str:
     return min(named, key=lambda name: float(np.sum((value - named[name]) ** 2)))
 
 
@@ -107,27 +111,26 @@ def _nearest(value: np.ndarray, named: dict[str, tuple[float, ...]]) -> str:
 def components(mask: np.ndarray) -> np.ndarray:
     """Connected regions (4 neighbours) of a mask (H, W): labels (H, W) int64, -1 outside.
 
-    A region's label is the flat index of its first pixel. Each round takes the least label around and then
-    jumps to the label of that label, so that rounds grow with the bends of a region and hardly with its
-    length.
+    A region's label is the flat index of its first pixel. Each round takes the smallest label among the neighbours and
+    then the label of that label (pointer jumping), so the number of rounds depends on a region's bends, not its length.
     """
     height, width = mask.shape
-    nowhere = height * width
-    labels = np.full((height + 2, width + 2), nowhere)
+    no_label = height * width
+    labels = np.full((height + 2, width + 2), no_label)
     inner = labels[1:-1, 1:-1]
     inner[mask] = np.flatnonzero(mask)
     while True:
         before = inner[mask]
-        least = np.minimum(
+        smallest = np.minimum(
             np.minimum(labels[:-2, 1:-1], labels[2:, 1:-1]), np.minimum(labels[1:-1, :-2], labels[1:-1, 2:])
         )
-        inner[mask] = np.minimum(before, least[mask])
+        inner[mask] = np.minimum(before, smallest[mask])
         inner[mask] = inner.reshape(-1)[inner[mask]]
         if np.array_equal(before, inner[mask]):
             return np.where(mask, inner, -1)
 
 
-def _grown(mask: np.ndarray) -> np.ndarray:
+def _dilate(mask: np.ndarray) -> np.ndarray:
     """The mask and its 4 neighbours."""
     grown = mask.copy()
     grown[1:] |= mask[:-1]
@@ -148,7 +151,7 @@ def _at(image: np.ndarray, ys: np.ndarray, xs: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Ideal:
-    mask: np.ndarray  # (FRAME, FRAME) in [0, 1], of area 1 around its centroid
+    mask: np.ndarray  # (FRAME_CELLS, FRAME_CELLS) in [0, 1], of area 1 around its centroid
     area: float  # at radius 1
     centroid: np.ndarray  # (2,) at radius 1
 
@@ -163,16 +166,16 @@ def _ideals() -> dict[str, _Ideal]:
         cross = x * y2 - x2 * y  # the shoelace formula
         area = float(cross.sum()) / 2
         centroid = np.array([((x + x2) * cross).sum(), ((y + y2) * cross).sum()]) / (6 * area)
-        fine = (np.arange(4 * FRAME) + 0.5) / (2 * FRAME) * REACH - REACH
+        fine = (np.arange(4 * FRAME_CELLS) + 0.5) / (2 * FRAME_CELLS) * FRAME_HALF_SIDE - FRAME_HALF_SIDE
         inside = _inside((corners - centroid) / math.sqrt(area), *np.meshgrid(fine, fine))
-        mask = inside.reshape(FRAME, 4, FRAME, 4).mean(axis=(1, 3))
+        mask = inside.reshape(FRAME_CELLS, 4, FRAME_CELLS, 4).mean(axis=(1, 3))
         ideals[shape] = _Ideal(mask, area, centroid)
     return ideals
 
 
-def _spots() -> np.ndarray:
-    """Where the frame samples an object of area 1 around its centroid: the middles of its cells, (FRAME,)."""
-    return (np.arange(FRAME) + 0.5) / FRAME * 2 * REACH - REACH
+def _cell_centers() -> np.ndarray:
+    """Centres of the frame's cells along one side, relative to the centroid of an object of area 1: (FRAME_CELLS,)."""
+    return (np.arange(FRAME_CELLS) + 0.5) / FRAME_CELLS * 2 * FRAME_HALF_SIDE - FRAME_HALF_SIDE
 
 
 def _inside(corners: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -188,19 +191,18 @@ def _inside(corners: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def judge(image: np.ndarray, scene: Scene) -> dict[str, bool]:
-    """Which parts of a scene an image shows, by key of `compare`. Raises ValueError like `read`."""
+    """Which parts of a scene an image shows, by key of `compare`. Raises ValueError as `read` does."""
     return compare(read(image), scene)
 
 
 def compare(reading: Reading, scene: Scene) -> dict[str, bool]:
-    """Which parts of a scene a reading agrees with.
+    """Which parts of a scene agree with a reading.
 
-    Always "number" (as many objects as named) and "background". One object: "color", "shape" and, if
-    mentioned, "size" and "position", each of the largest object seen. Two objects, judged on the two largest
-    seen (all wrong if there are fewer): "colors" and "shapes", the two colours and the two shapes in any
-    order; "binding", each colour on its shape; "relation", the objects lie along the right axis and their
-    colours and shapes fit the named sides better than the opposite ones. "caption": all of these.
-    """
+    Always "number" (of objects) and "background". One object: "color", "shape" and, if the caption mentions them,
+    "size" and "position", all of the largest object found. Two objects, compared with the two largest found (all
+    wrong if there are fewer): "colors" and "shapes" in any order; "binding", each colour with its shape; "relation",
+    the objects lie along the right axis and match the named sides better than the opposite ones. "caption": all of
+    these."""
     seen = reading.objects[: len(scene.objects)]
     verdict = {
         "number": len(reading.objects) == len(scene.objects),
@@ -221,11 +223,13 @@ def compare(reading: Reading, scene: Scene) -> dict[str, bool]:
     return verdict
 
 
-def _same(seen, named, attribute) -> bool:
+def _same(seen: Sequence[Found], named: Sequence[Object], attribute: Callable[[Any], Any]) -> bool:
+    """Whether an attribute has the same values in both, in any order."""
     return sorted(map(attribute, seen)) == sorted(map(attribute, named))
 
 
 def _related(seen: Sequence[Found], scene: Scene) -> bool:
+    """Whether two objects are in the relation that the caption names."""
     (x1, y1), (x2, y2) = (thing.middle for thing in seen)
     sideways = scene.relation in ("to the left of", "to the right of")
     if sideways != (abs(x1 - x2) > abs(y1 - y2)):
@@ -235,21 +239,21 @@ def _related(seen: Sequence[Found], scene: Scene) -> bool:
     return _agreement(seen_order, named_order) > _agreement(seen_order[::-1], named_order)
 
 
-def _agreement(seen, named) -> int:
+def _agreement(seen: Sequence[Found], named: Sequence[Object]) -> int:
+    """Number of colours and shapes that agree, object by object."""
     return sum((a.color == b.color) + (a.shape == b.shape) for a, b in zip(seen, named))
 
 
 def accuracy(images: Sequence[np.ndarray] | np.ndarray, scenes: Sequence[Scene]) -> dict[str, dict]:
-    """How often images (N, H, W, 3) uint8 agree with their captions' scenes.
+    """How often images (B, H, W, 3) uint8 agree with their captions' scenes.
 
-    Returns {"single": ..., "pair": ...} for captions of one and of two objects (a kind without captions is
-    absent), each {"count": captions, KEY: {"mean", "error", "count"}} with the keys of `compare`: the share
-    that agrees, its binomial standard error and the number of captions that mention it. Raises ValueError if
-    the numbers differ.
-    """
+    Returns {"single": ..., "pair": ...} for captions of one and of two objects; a kind without captions is absent.
+    Each is {"count": captions, KEY: {"mean", "error", "count"}} with the keys of `compare`: the share that agrees,
+    its binomial standard error and the number of captions that mention it. Raises ValueError unless there is one
+    scene per image."""
     if len(images) != len(scenes):
-        raise ValueError(f"{len(images)} images cannot be judged by {len(scenes)} scenes")
-    verdicts = defaultdict(lambda: defaultdict(list))
+        raise ValueError(f"there must be one scene for each image, got {len(images)} images and {len(scenes)} scenes")
+    verdicts: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
     for image, scene in zip(images, scenes):
         for key, right in judge(image, scene).items():
             verdicts["single" if len(scene.objects) == 1 else "pair"][key].append(right)

@@ -1,11 +1,7 @@
-"""How well images match their captions: the attributes of captioned shapes, read back out of the pixels.
-
-No network is involved (shape_reader.py), so the figures cannot be flattered by a judge that knows the model.
-"""
+"""How well images match the captions of the built-in shapes; shape_reader.py reads the pixels without a network."""
 
 from __future__ import annotations
 
-import json
 import platform
 import time
 from pathlib import Path
@@ -15,22 +11,22 @@ import torch
 
 from .. import __version__
 from ..data.shapes import caption, scene
-from ..files import require_empty
+from ..files import require_empty, write_json
 from ..images import grid, to_uint8
 from ..sampling.pipeline import ImagenPipeline
 from .shape_reader import accuracy
 
-GRID = 64  # images of a split shown in its grid
+MAX_GRID_IMAGES = 64  # of each split, in its grid
 
 
 def evaluate_shapes(
     pipe: ImagenPipeline, *, count: int = 200, seed: int = 0, out: Path | None = None, **sampling: Any
 ) -> dict[str, Any]:
-    """Sample the first `count` captions of the test splits "seen" and "unseen" and read the images.
+    """Sample the first `count` captions of the test splits "seen" and "unseen", and read the images' attributes.
 
-    Seeds are seed, seed + 1, ...; `sampling` goes to the pipeline. Returns {"accuracy": {split: {"single", "pair"}},
-    "sampling_seconds", "versions", ...}; with `out`, also writes it as report.json with a grid per split there. Raises
-    ValueError if `out` is not empty or `count` is below 1.
+    Seeds are seed, seed + 1, ...; `sampling` are keywords of the pipeline. Returns {"accuracy": {split: {"single",
+    "pair"}}, "sampling_seconds", "versions", ...} and, with `out`, writes it to report.json, with a grid of each split.
+    Raises ValueError if `out` is not empty or `count` is below 1.
     """
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}")
@@ -45,11 +41,11 @@ def evaluate_shapes(
         images = pipe(captions, seeds=range(seed, seed + count), **sampling).images
         report["accuracy"][split] = accuracy(to_uint8(images).numpy(), scenes)
         if out is not None:
-            grid(images[:GRID], captions[:GRID]).save(out / f"{split}.png")
+            grid(images[:MAX_GRID_IMAGES], captions[:MAX_GRID_IMAGES]).save(out / f"{split}.png")
     report["sampling_seconds"] = round(time.perf_counter() - began, 1)
     report["versions"] = {"fastimagen": __version__, "torch": torch.__version__, "python": platform.python_version()}
     if out is not None:
-        (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+        write_json(out / "report.json", report)
     return report
 
 

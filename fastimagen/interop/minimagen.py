@@ -122,7 +122,7 @@ def rename_minimagen(key: str) -> str | None:
 
 
 def unet_from_minimagen(state_dict: dict[str, Tensor], unet_kwargs: dict[str, Any], *, name: str = "U-Net") -> UNet:
-    """MinImagen's U-Net as ours, in fp32, with the same outputs.
+    """MinImagen's U-Net as a UNet in fp32, with the same outputs.
 
     Where unet_kwargs and the weights disagree about channels, the low-resolution input or the width of the text
     (MinImagen records the last two wrongly for super-resolution), the weights win and a line of the log, which begins
@@ -135,14 +135,14 @@ def unet_from_minimagen(state_dict: dict[str, Tensor], unet_kwargs: dict[str, An
     expected = {name: tuple(p.shape) for name, p in unet.named_parameters()}
     weights, wrong = {}, []
     for key, value in state_dict.items():
-        name = rename_minimagen(key)
-        if name is None:
+        own_name = rename_minimagen(key)
+        if own_name is None:
             if value.any():
                 wrong.append(f"{key}: a LayerNorm offset that is not zero")
-        elif name not in expected:
+        elif own_name not in expected:
             wrong.append(f"unexpected {key}")
         else:
-            weights[name] = _reshape(value, expected[name])
+            weights[own_name] = _reshape(value, expected[own_name])
             if tuple(weights[name].shape) != expected[name]:
                 wrong.append(f"{key}: shape {tuple(value.shape)} does not fit {name} {expected[name]}")
     wrong += [f"nothing for {name} {expected[name]}" for name in expected.keys() - weights.keys()]
@@ -255,7 +255,9 @@ def import_minimagen(source: str | Path, out: str | Path) -> Path:
         millions = sum(weight.numel() for weight in weights[name].values()) / 1e6
         rows.append(f"| {name} | {size}x{size} | {millions:.2f} M | {checkpoint.relative_to(source)} |")
     cascade = validate(CascadeConfig, {"stages": stages}, str(where))
-    encoder = _text_encoder(imagen["text_encoder_name"], stages[0].unet.text_dim, where)
+    text_dim = stages[0].unet.text_dim
+    assert text_dim is not None  # MinImagen's U-Nets always read text
+    encoder = _text_encoder(imagen["text_encoder_name"], text_dim, where)
     card = CARD.format(
         name=out.name,
         source=source.name,
@@ -270,7 +272,7 @@ def import_minimagen(source: str | Path, out: str | Path) -> Path:
 def _unet_files(source: Path) -> list[tuple[Path, Path]]:
     """(parameters, weights) of every U-Net in order."""
     if not (source / "parameters").is_dir():
-        raise ValueError(f"{source} is no MinImagen training directory: there is no folder parameters in it")
+        raise ValueError(f"{source} is not a MinImagen training directory: it has no folder parameters")
     numbers = {
         folder: {
             int(match[1])
@@ -298,7 +300,9 @@ def _unet_files(source: Path) -> list[tuple[Path, Path]]:
             if checkpoint is None:
                 raise ValueError(f"{source} holds no weights of unet_{index}, neither in state_dicts nor in tmp")
             logger.warning("unet_%d has no best weights in state_dicts: taking the latest, %s", index, checkpoint)
-        files.append((_only_one(source / "parameters", f"unet_{index}_*.json"), checkpoint))
+        parameters = _only_one(source / "parameters", f"unet_{index}_*.json")
+        assert parameters is not None  # found above
+        files.append((parameters, checkpoint))
     return files
 
 

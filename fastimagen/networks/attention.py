@@ -1,42 +1,52 @@
-"""Attention modules of the U-Net; all arithmetic over keys is ops.attention.
-
-Letters: B batch, N image tokens (H * W), L text tokens, R time tokens, C channels, H heads, D channels per head,
-K width of the conditioning tokens.
-"""
+"""Attention modules of the U-Net; all arithmetic over keys is in ops.attention."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from .. import ops
 from ..config import UNetConfig
 
-QK_SCALE = 8.0  # logit scale of l2-normalised queries and keys, times the learned scales per channel
+QK_SCALE = 8.0
+"""Scale of the logits of l2-normalized queries and keys, as in imagen-pytorch. Cosines alone are too small for a sharp
+softmax; the learned scales per channel adapt it."""
 
 
 @dataclass(frozen=True)
 class Context:
-    """What blocks are conditioned on beside the time vector.
+    """What blocks are conditioned on besides the time vector.
 
-    time_tokens (B, R, K); text_lengths (B,), or None where all text tokens count; text_kv: keys and values of the
-    text for every attention that reads it, by its slot, empty without text. They do not depend on time, so a sampler
-    computes them once for all steps.
+    time_tokens (B, R, K). text_lengths (B,), or None if all text tokens count. text_kv: keys and values of the text for
+    every attention that reads it, by its slot; empty without text. The text's keys and values do not depend on time, so
+    a sampler computes them once for all steps.
     """
 
     time_tokens: Tensor
     text_lengths: Tensor | None
     text_kv: tuple[tuple[Tensor, Tensor], ...]
 
+    def text_sources(self, slot: int | None) -> dict[str, Tensor | None]:
+        """The arguments of ops.attention for the text that attention `slot` reads; none without text."""
+        if slot is None or not self.text_kv:
+            return {}
+        text_k, text_v = self.text_kv[slot]
+        return {"context_k": text_k, "context_v": text_v, "context_lengths": self.text_lengths}
 
-class _Heads(nn.Module):
-    """What both attentions share: the norms around, queries, output, and optional q/k normalisation."""
 
-    def __init__(self, config: UNetConfig, dim: int, heads: int) -> None:
+class TextAttention(nn.Module):
+    """The common part of self- and cross-attention: norms, queries, output, null key and optional q/k normalization.
+
+    The learned null key lets a query attend to nothing (as in MinImagen). Subclasses read text through `project_text`
+    if `slot` is not None.
+    """
+
+    def __init__(self, config: UNetConfig, dim: int, heads: int, slot: int | None) -> None:
         super().__init__()
-        self.heads, self.head_dim = heads, config.head_dim
+        self.heads, self.head_dim, self.slot = heads, config.head_dim, slot
         inner = heads * config.head_dim
         self.norm = nn.LayerNorm(dim, bias=False)
         self.to_q = nn.Linear(dim, inner, bias=False)
@@ -47,108 +57,117 @@ class _Heads(nn.Module):
         if config.zero_init:
             nn.init.zeros_(self.norm_out.weight)
 
-    def attend(self, x: Tensor, **sources: Tensor | None) -> Tensor:
-        """x (B, N, C) already normalised -> (B, N, C)."""
-        q = self.to_q(x).unflatten(-1, (self.heads, self.head_dim))  # (B, N, H, D)
-        normalise = (
-            {} if self.qk_scales is None else {"qk_scales": (self.qk_scales[0], self.qk_scales[1]), "scale": QK_SCALE}
+    def project_text(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values, each (B, L, A_kv, D), of text tokens (B, L, K)."""
+        raise NotImplementedError
+
+    def attend(self, x: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+        """Normalized x (B, N, C) attends to k and v (B, J, A_kv, D), to the text and to the null key: (B, N, C)."""
+        q = rearrange(self.to_q(x), "b n (heads d) -> b n heads d", heads=self.heads)  # (B, N, A, D)
+        qk_scales = None if self.qk_scales is None else (self.qk_scales[0], self.qk_scales[1])
+        out = ops.attention(
+            q,
+            k,
+            v,
+            null_k=self.null_kv[0],
+            null_v=self.null_kv[1],
+            qk_scales=qk_scales,
+            scale=None if qk_scales is None else QK_SCALE,
+            **context.text_sources(self.slot),
         )
-        out = ops.attention(q, null_k=self.null_kv[0], null_v=self.null_kv[1], **sources, **normalise)
-        return self.norm_out(self.to_out(out.flatten(2)))
+        out = rearrange(out, "b n heads d -> b n (heads d)")  # (B, N, A D)
+        return self.norm_out(self.to_out(out))  # (B, N, C)
 
 
-class SelfAttention(_Heads):
-    """Multi-query self-attention with a learned null key, and the text as further keys where the config says so."""
+class SelfAttention(TextAttention):
+    """Multi-query self-attention; text tokens are further keys if slot is not None (Imagen, appendix B.1)."""
 
     def __init__(self, config: UNetConfig, dim: int, slot: int | None) -> None:
-        super().__init__(config, dim, config.heads)
+        super().__init__(config, dim, config.heads, slot)
         self.to_kv = nn.Linear(dim, 2 * config.head_dim, bias=False)
-        self.slot = slot
         if slot is not None:
             cond_dim = config.cond_dim or config.dim
             self.text_to_kv = nn.Sequential(nn.LayerNorm(cond_dim), nn.Linear(cond_dim, 2 * config.head_dim))
 
     def project_text(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, L, 1, D) of text tokens (B, L, K)."""
-        return self.text_to_kv(tokens).unflatten(-1, (2, 1, self.head_dim)).unbind(2)
+        """Keys and values, each (B, L, 1, D), of text tokens (B, L, K)."""
+        k, v = rearrange(self.text_to_kv(tokens), "b l (kv d) -> b l kv 1 d", kv=2).unbind(2)  # (B, L, 1, D) each
+        return k, v
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
+        """x (B, N, C) -> (B, N, C)."""
         x = self.norm(x)
-        k, v = self.to_kv(x).unflatten(-1, (2, 1, self.head_dim)).unbind(2)  # 2 x (B, N, 1, D)
-        if self.slot is None or not context.text_kv:
-            return self.attend(x, k=k, v=v)
-        text_k, text_v = context.text_kv[self.slot]
-        return self.attend(x, k=k, v=v, context_k=text_k, context_v=text_v, context_lengths=context.text_lengths)
+        k, v = rearrange(self.to_kv(x), "b n (kv d) -> b n kv 1 d", kv=2).unbind(2)  # (B, N, 1, D) each
+        return self.attend(x, k, v, context)
 
 
-class CrossAttention(_Heads):
-    """Multi-head attention from image tokens to time tokens and text, with a learned null key."""
+class CrossAttention(TextAttention):
+    """Multi-head attention from image tokens to time tokens and text (Imagen, section 2.5)."""
 
     def __init__(self, config: UNetConfig, dim: int, slot: int | None) -> None:
-        super().__init__(config, dim, config.cross_heads or config.heads)
+        super().__init__(config, dim, config.cross_heads or config.heads, slot)
         self.to_kv = nn.Linear(config.cond_dim or config.dim, 2 * self.heads * self.head_dim, bias=False)
-        self.slot = slot
 
     def project_text(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, L, H, D) of conditioning tokens (B, L, K)."""
-        return self.to_kv(tokens).unflatten(-1, (2, self.heads, self.head_dim)).unbind(2)
+        """Keys and values, each (B, L, A, D), of conditioning tokens (B, L, K)."""
+        kv = rearrange(self.to_kv(tokens), "b l (kv heads d) -> b l kv heads d", kv=2, heads=self.heads)
+        k, v = kv.unbind(2)  # (B, L, A, D) each
+        return k, v
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        k, v = self.project_text(context.time_tokens)  # 2 x (B, R, H, D)
-        if self.slot is None or not context.text_kv:
-            return self.attend(self.norm(x), k=k, v=v)
-        text_k, text_v = context.text_kv[self.slot]
-        return self.attend(
-            self.norm(x), k=k, v=v, context_k=text_k, context_v=text_v, context_lengths=context.text_lengths
-        )
+        """x (B, N, C) -> (B, N, C)."""
+        k, v = self.project_text(context.time_tokens)  # (B, R, A, D) each
+        return self.attend(self.norm(x), k, v, context)
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention and channel feed-forward, each residual, on a feature map (B, C, H, W)."""
+    """Self-attention and feed-forward, each residual, on a feature map (B, C, H, W).
+
+    The feed-forward network has a second LayerNorm before its output layer, as MinImagen's has.
+    """
 
     def __init__(self, config: UNetConfig, dim: int, slot: int | None) -> None:
         super().__init__()
         self.attention = SelfAttention(config, dim, slot)
+        hidden = nn.Linear(dim, 2 * dim, bias=False)
+        output = nn.Linear(2 * dim, dim, bias=False)
         self.feed_forward = nn.Sequential(
-            nn.LayerNorm(dim, bias=False),
-            nn.Linear(dim, 2 * dim, bias=False),
-            nn.GELU(),
-            nn.LayerNorm(2 * dim, bias=False),
-            nn.Linear(2 * dim, dim, bias=False),
+            nn.LayerNorm(dim, bias=False), hidden, nn.GELU(), nn.LayerNorm(2 * dim, bias=False), output
         )
         if config.zero_init:
-            nn.init.zeros_(self.feed_forward[-1].weight)
+            nn.init.zeros_(output.weight)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         tokens = to_tokens(x)  # (B, N, C)
         tokens = tokens + self.attention(tokens, context)
         tokens = tokens + self.feed_forward(tokens)
-        return to_map(tokens, x)
+        return to_map(tokens, x)  # (B, C, H, W)
 
 
 class AttentionPooling(nn.Module):
-    """Text tokens (B, L, K) -> (B, K): one learned query per head over the real tokens (Imagen, section 2.3)."""
+    """Text tokens (B, L, K) -> (B, K): one learned query per head attends to the real tokens (Imagen, section 2.5)."""
 
     def __init__(self, dim: int, heads: int, head_dim: int) -> None:
         super().__init__()
-        self.head_dim = head_dim
+        self.heads = heads
         self.query = nn.Parameter(torch.randn(heads, head_dim))
         self.norm = nn.LayerNorm(dim)
         self.to_kv = nn.Linear(dim, 2 * heads * head_dim, bias=False)
         self.to_out = nn.Linear(heads * head_dim, dim, bias=False)
 
     def forward(self, tokens: Tensor, lengths: Tensor | None) -> Tensor:
-        k, v = self.to_kv(self.norm(tokens)).unflatten(-1, (2, -1, self.head_dim)).unbind(2)  # 2 x (B, L, H, D)
-        query = self.query.expand(len(tokens), 1, -1, -1).to(k.dtype)
-        pooled = ops.attention(query, context_k=k, context_v=v, context_lengths=lengths)  # (B, 1, H, D)
-        return self.to_out(pooled.flatten(1))  # (B, K)
+        kv = rearrange(self.to_kv(self.norm(tokens)), "b l (kv heads d) -> b l kv heads d", kv=2, heads=self.heads)
+        k, v = kv.unbind(2)  # (B, L, A, D) each
+        query = repeat(self.query, "heads d -> b 1 heads d", b=len(tokens)).to(k.dtype)  # (B, 1, A, D)
+        pooled = ops.attention(query, context_k=k, context_v=v, context_lengths=lengths)  # (B, 1, A, D)
+        return self.to_out(rearrange(pooled, "b 1 heads d -> b (heads d)"))  # (B, K)
 
 
 def to_tokens(x: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, H * W, C); a view when x is channels_last."""
-    return x.permute(0, 2, 3, 1).flatten(1, 2)
+    """(B, C, H, W) -> (B, N, C); a view if x is channels_last."""
+    return rearrange(x, "b c h w -> b (h w) c")  # (B, N, C)
 
 
 def to_map(tokens: Tensor, like: Tensor) -> Tensor:
-    """(B, H * W, C) -> (B, C, H, W) channels_last, height and width taken from `like`."""
-    return tokens.unflatten(1, like.shape[-2:]).permute(0, 3, 1, 2)
+    """(B, N, C) -> (B, C, H, W) channels_last, with height and width of `like`."""
+    return rearrange(tokens, "b (h w) c -> b c h w", h=like.shape[2], w=like.shape[3])  # (B, C, H, W)

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from torch import nn
 
+from .blocks import ResBlock
+from .conditioning import TextConditioning, TimeEmbedding
 from .convolution import Conv2d
-from .unet import ResBlock, TextConditioning, TimeEmbedding, UNet
+from .unet import UNet
 
 
 def muon_parameters(unet: UNet) -> set[str]:
     """Names of the parameters that Muon updates: weight matrices of linear layers and convolutions.
 
-    Muon orthogonalizes updates, which is meant for matrices that map one feature space to another (Jordan et al. 2024,
-    "Muon: an optimizer for hidden layers"). Adam updates all other parameters: biases, norms, null tokens, null keys and
-    values, pooled queries and scales per channel. Like the embedding layers of that source, the layers that act on the
-    time embedding and on the pooled text also stay with Adam: their input is one vector per sample.
-    """
+    Muon orthogonalizes updates, which is meant for matrices that map one feature space to another (Jordan et al.
+    2024, "Muon: an optimizer for hidden layers"). Adam updates all other parameters: biases, norms, null tokens, null
+    keys and values, pooled queries and scales per channel. Like the embedding layers of that source, the layers that
+    act on the time embedding and on the pooled text also stay with Adam: their input is one vector per sample."""
     vector_layers: set[nn.Module] = set()
     for module in unet.modules():
         if isinstance(module, TimeEmbedding):

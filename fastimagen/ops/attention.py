@@ -1,6 +1,6 @@
 """Attention over image keys, text keys and a learned null key.
 
-Letters: B batch, N queries, S image keys, L text keys, S' all keys, H heads, K key heads, D channels per head.
+J is the number of keys (of one source, or of all), A the number of query heads, A_kv that of key heads.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from .dispatch import KERNEL_DTYPES, backend, no_xformers, use_triton
 
 
 class Keys(NamedTuple):
-    """All keys of a call: one dtype, one number of heads, normalised where that was asked for. None is absent.
+    """All keys of a call, with one dtype and one number of heads; None is an absent source.
 
-    k, v (B, S, K, D); null_k, null_v (D,) or (K, D), in whatever dtype their owner keeps them; context_k, context_v
-    (B, L, K, D); lengths (B,).
+    k, v (B, J, A_kv, D); null_k, null_v (D,) or (A_kv, D), in any dtype; context_k, context_v (B, L, A_kv, D);
+    lengths (B,).
     """
 
     k: Tensor | None
@@ -46,13 +46,12 @@ def attention(
 ) -> Tensor:
     """Attention over up to three sources of keys at once: a learned null key, context (text), and k.
 
-    q (B, N, H, D); k, v (B, S, K, D) with K in {1, H}, absent in pure cross-attention; null_k, null_v (D,), shared
-    by heads, or (K, D); context_k, context_v (B, L, K, D), of which the first context_lengths[b] count (0 allowed,
-    None is all). qk_scales = (q_scale, k_scale), each (D,): l2-normalise q and every key, then scale channels.
-    Logits are scaled by `scale`, by default D^-0.5. A row without any key gives zeros. Returns (B, N, H, D) in q's
-    dtype, or in autocast's. The kernels take D from 16 to 128 in steps of 8; plain PyTorch takes any.
-    Raises ValueError for arguments that do not fit together.
-    """
+    q (B, N, A, D). k, v (B, J, A_kv, D) with A_kv in {1, A}; absent in pure cross-attention. null_k, null_v (D,),
+    shared by all heads, or (A_kv, D). context_k, context_v (B, L, A_kv, D): only the first context_lengths[b] tokens
+    are used (0 is allowed, None uses all). qk_scales = (q_scale, k_scale), each (D,): l2-normalizes q and all keys,
+    then scales their channels. Logits are multiplied by `scale`, by default D^-0.5. A query without any key gives
+    zeros. Returns (B, N, A, D) in q's dtype, or in autocast's. Kernels need D from 16 to 128 in steps of 8; PyTorch
+    takes any D. Raises ValueError for arguments that do not fit together."""
     keys = Keys(k, v, null_k, null_v, context_k, context_v, context_lengths)
     _check(q, keys)
     device = q.device.type
@@ -62,7 +61,7 @@ def attention(
     q, keys = _prepare(q, keys, qk_scales)
     if backend() == "xformers":
         return _xformers(q, keys, scale)
-    # Exact fp32 products have no tensor cores to run on, and a PyTorch tuned for the units that are left.
+    # Exact fp32 products do not run on tensor cores, and PyTorch is tuned for the other units. Not measured.
     slower = "float32 is faster there" if q.dtype == torch.float32 else None
     if use_triton("attention", q, _unsupported(q, scale), slower):
         return fused(q, *keys, scale)
@@ -123,26 +122,28 @@ def _no_xformers_for(q: Tensor) -> str | None:
 
 
 def _prepare(q: Tensor, keys: Keys, qk_scales: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Keys]:
-    """Keys of q's dtype and of one number of heads; q and keys normalised.
+    """Keys in q's dtype and with one number of heads; q and keys normalized if qk_scales are given.
 
-    Normalisation is PyTorch's for every backend: in the kernels each block of queries would normalise all keys anew.
+    PyTorch normalizes for every backend: in a kernel each block of queries would normalize all keys again.
     """
     heads = max(_heads(key) for key in (keys.k, keys.context_k, keys.null_k) if key is not None)
     k, v, context_k, context_v = (
-        None if x is None else x.to(q.dtype).expand(-1, -1, heads, -1)
+        None if x is None else x.to(q.dtype).expand(-1, -1, heads, -1)  # (B, J, A_kv, D)
         for x in (keys.k, keys.v, keys.context_k, keys.context_v)
     )
     null_k, null_v = (x if x is None or x.dim() == 1 else x.expand(heads, -1) for x in (keys.null_k, keys.null_v))
     if qk_scales is not None:
-        q, k, context_k, null_k = (
-            None if x is None else (F.normalize(x, dim=-1) * scale).to(q.dtype)
-            for x, scale in ((q, qk_scales[0]), *((key, qk_scales[1]) for key in (k, context_k, null_k)))
+        q_scale, k_scale = qk_scales
+        dtype = q.dtype
+        q = (F.normalize(q, dim=-1) * q_scale).to(dtype)  # (B, N, A, D)
+        k, context_k, null_k = (
+            None if x is None else (F.normalize(x, dim=-1) * k_scale).to(dtype) for x in (k, context_k, null_k)
         )
     return q, Keys(k, v, null_k, null_v, context_k, context_v, keys.lengths)
 
 
 def _concatenated(q: Tensor, keys: Keys) -> tuple[Tensor, Tensor, Tensor | None]:
-    """k, v (B, S', K, D) in the order null, context, image, and mask (B, S') of those that count, None if all do."""
+    """k and v (B, J, A_kv, D) in the order null key, text, image; mask (B, J) of real keys, or None if all are real."""
     batch, width = q.shape[0], q.shape[3]
     heads = next((key.shape[2] for key in (keys.k, keys.context_k) if key is not None), 1)
     if keys.null_k is not None and keys.null_k.dim() == 2:
@@ -155,9 +156,10 @@ def _concatenated(q: Tensor, keys: Keys) -> tuple[Tensor, Tensor, Tensor | None]
     if keys.lengths is None:
         return k, v, None
     first = 0 if keys.null_k is None else 1
-    position = torch.arange(k.shape[1], device=q.device) - first
+    assert keys.context_k is not None
+    position = torch.arange(k.shape[1], device=q.device) - first  # (J,)
     mask = (position < keys.lengths[:, None]) | (position >= keys.context_k.shape[1]) | (position < 0)
-    return k, v, mask
+    return k, v, mask  # (B, J, A_kv, D) twice, (B, J)
 
 
 def _heads(key: Tensor) -> int:
@@ -166,7 +168,7 @@ def _heads(key: Tensor) -> int:
 
 def _check(q: Tensor, keys: Keys) -> None:
     if q.dim() != 4:
-        raise ValueError(f"attention takes q (B, N, H, D), got {tuple(q.shape)}")
+        raise ValueError(f"attention takes q (B, N, A, D), got {tuple(q.shape)}")
     batch, _, heads, width = q.shape
     if keys.k is None and keys.null_k is None and keys.context_k is None:
         raise ValueError("attention needs at least one of k, null_k and context_k")
@@ -176,8 +178,8 @@ def _check(q: Tensor, keys: Keys) -> None:
         ("context_k and context_v", keys.context_k, keys.context_v),
     ):
         if (key is None) != (value is None):
-            raise ValueError(f"{names} go together")
-        if key is None:
+            raise ValueError(f"{names} must be given together")
+        if key is None or value is None:
             continue
         if key.shape != value.shape:
             raise ValueError(f"{names} must have one shape, got {tuple(key.shape)} and {tuple(value.shape)}")
@@ -190,7 +192,7 @@ def _check(q: Tensor, keys: Keys) -> None:
             raise ValueError(f"{names} must be {wanted} for q {tuple(q.shape)}, got {tuple(key.shape)}")
     if keys.lengths is not None:
         if keys.context_k is None:
-            raise ValueError("context_lengths without context_k")
+            raise ValueError("context_lengths needs context_k")
         if keys.lengths.shape != (batch,) or keys.lengths.dtype not in (torch.int32, torch.int64):
             raise ValueError(
                 f"context_lengths must be ({batch},) int32 or int64, got {tuple(keys.lengths.shape)} "
@@ -199,7 +201,7 @@ def _check(q: Tensor, keys: Keys) -> None:
 
 
 def _unsupported(q: Tensor, scale: float) -> str | None:
-    """Why the kernels cannot take these, or None."""
+    """Why the kernels cannot take these arguments; None if they can."""
     if q.dtype not in KERNEL_DTYPES:
         return f"the kernel takes float32, bfloat16 and float16, not {_name(q.dtype)}"
     if q.shape[-1] % 8 or not 16 <= q.shape[-1] <= 128:

@@ -1,4 +1,4 @@
-"""Who computes the fused ops: plain PyTorch, our Triton kernels, or xFormers (attention alone)."""
+"""Which backend computes the fused ops: plain PyTorch, the Triton kernels, or xFormers (attention only)."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _requested = "auto"
 
 
 def set_backend(name: str) -> None:
-    """Choose who computes the fused ops, in this process from now on.
+    """Choose the backend of the fused ops in this process.
 
-    "auto" takes the Triton kernels for CUDA tensors, and plain PyTorch for what they cannot do, saying so once;
-    "triton" takes them always: on CPU tensors in Triton's interpreter, which TRITON_INTERPRET=1 must have chosen
-    before the start; "torch" never does; "xformers" computes attention with xFormers and the rest as "auto".
-    Raises ValueError for another name and for what cannot run here, with the reason.
-    """
+    "auto" uses the Triton kernels for CUDA tensors, and plain PyTorch for calls that they do not support, which is
+    logged once. "triton" always uses them; on CPU tensors they run in Triton's interpreter, which needs
+    TRITON_INTERPRET=1 in the environment from the start. "torch" uses plain PyTorch. "xformers" computes attention
+    with xFormers and everything else as "auto". Raises ValueError for another name, and with the reason for a backend
+    that cannot run here."""
     if name not in BACKENDS:
         raise ValueError(f'no backend "{name}"; there are {", ".join(BACKENDS)}')
     if name == "triton" and (reason := no_triton()):
@@ -38,16 +38,15 @@ def set_backend(name: str) -> None:
 
 
 def backend() -> str:
-    """What `set_backend` was told last; "auto" from the start."""
+    """The backend that was chosen last; "auto" at the start."""
     return _requested
 
 
 def use_triton(op: str, tensor: Tensor, unsupported: str | None = None, slower: str | None = None) -> bool:
     """Whether the Triton kernels compute this call of `op` on `tensor`'s device.
 
-    `unsupported` says why they cannot take these arguments, `slower` why "auto" should not. Raises ValueError where
-    "triton" was asked for and cannot.
-    """
+    `unsupported`: why they cannot take these arguments. `slower`: why "auto" should not use them. Raises ValueError
+    if the backend is "triton" and they cannot run."""
     if _requested == "torch":
         return False
     if _requested == "triton":
@@ -64,16 +63,16 @@ def use_triton(op: str, tensor: Tensor, unsupported: str | None = None, slower: 
 
 
 def in_kernels(tensor: Tensor) -> bool:
-    """Whether an operator that was called runs the kernels on `tensor`: on a GPU, or in the interpreter."""
+    """Whether a registered operator runs the kernels for `tensor`: on a GPU, or in Triton's interpreter."""
     return tensor.is_cuda or (_requested == "triton" and interpreting())
 
 
 def _constant_in_graphs(function: Callable) -> Callable:
-    """Let torch.compile call `function` while it traces, and keep the answer.
+    """Let torch.compile call `function` while tracing and treat the result as a constant.
 
-    As torch.compiler.assume_constant_result, which would import the compiler with this module.
+    The same as torch.compiler.assume_constant_result, which would import the compiler with this module.
     """
-    function._dynamo_marked_constant = True
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compile reads it
     return function
 
 
@@ -90,7 +89,7 @@ def _announce(message: str) -> None:
 
 @_constant_in_graphs
 def interpreting() -> bool:
-    """Whether Triton kernels run in its interpreter, on CPU tensors."""
+    """Whether Triton kernels run in Triton's interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -103,7 +102,7 @@ def no_triton() -> str | None:
 @cache
 def _no_triton() -> str | None:
     if find_spec("triton") is None:
-        return "triton is not installed (pip install fastimagen[kernels])"
+        return "triton is not installed (pip install --editable '.[kernels]')"
     if find_spec("fastimagen_kernels") is None:
         return "the kernels of fastimagen are not installed"
     if not torch.cuda.is_available() and not interpreting():
@@ -124,12 +123,12 @@ def no_xformers() -> str | None:
 @cache
 def _no_xformers() -> str | None:
     if find_spec("xformers") is None:
-        return "xformers is not installed (pip install fastimagen[xformers])"
+        return "xformers is not installed (pip install --editable '.[xformers]')"
     if not torch.cuda.is_available():
         return "xformers needs a GPU"
     try:
         importlib.import_module("xformers.ops")
-    except (ImportError, OSError, RuntimeError) as error:  # built for another PyTorch, or another CUDA
+    except (ImportError, OSError, RuntimeError) as error:  # built for another PyTorch or CUDA version
         first_line = str(error).partition("\n")[0]
         return f"xformers cannot be imported: {first_line}"
     return None

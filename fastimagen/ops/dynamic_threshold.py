@@ -8,7 +8,7 @@ from torch import Tensor
 from .dispatch import KERNEL_DTYPES, in_kernels, use_triton
 from .layout import dense, laid_as
 
-MOST = 2**31 - 1  # numbers of an image, for the kernel
+MAX_ELEMENTS = 2**31 - 1  # of an image: the kernel counts in int32
 
 
 def dynamic_threshold(x0: Tensor, percentile: float, *, floor: float = 1.0) -> Tensor:
@@ -24,7 +24,7 @@ def dynamic_threshold(x0: Tensor, percentile: float, *, floor: float = 1.0) -> T
         raise ValueError(f"percentile must lie in [0, 1], got {percentile}")
     if not floor > 0:
         raise ValueError(f"floor must be positive, got {floor}")
-    if x0.dim() < 2 or not x0[:1].numel() and len(x0):
+    if x0.dim() < 2 or (not x0[:1].numel() and len(x0)):
         raise ValueError(f"dynamic_threshold takes samples (B, ...) that are not empty, got {tuple(x0.shape)}")
     if x0.dtype not in (*KERNEL_DTYPES, torch.float64):
         raise ValueError(f"dynamic_threshold takes floating point samples, got {x0.dtype}")
@@ -62,10 +62,12 @@ def dynamic_threshold_unsupported(x0: Tensor) -> str | None:
         return f"the kernel takes float32, bfloat16 and float16, not {str(x0.dtype).removeprefix('torch.')}"
     if not x0.numel():
         return "there are no samples"
-    return None if x0[0].numel() <= MOST else f"a sample of {x0[0].numel()} numbers is larger than {MOST}"
+    return (
+        None if x0[0].numel() <= MAX_ELEMENTS else f"a sample of {x0[0].numel()} numbers is larger than {MAX_ELEMENTS}"
+    )
 
 
-# ------------------------------------------------------------------------------------- the operator
+# ---- the operator
 
 
 @torch.library.custom_op("fastimagen::dynamic_threshold", mutates_args=())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -26,9 +28,8 @@ def group_norm_silu(
     """y = act(GroupNorm(x) * (1 + scale) + shift); act is "silu" or "none" (Imagen's residual blocks, appendix B).
 
     x (B, C, H, W), contiguous or channels_last; y has its layout and dtype, under autocast too. weight, bias (C,);
-    scale, shift (B, C), both or neither. The kernels compute in fp32 whatever the inputs are, and keep x and its
-    statistics for the backward pass, nothing else. Raises ValueError for shapes that do not fit and another activation.
-    """
+    scale, shift (B, C), both or neither. The kernels compute in fp32 and save only x and its statistics for the
+    backward pass. Raises ValueError for shapes that do not fit and for another activation."""
     _check(x, weight, bias, num_groups, scale, shift, activation)
     if use_triton("group_norm_silu", x, _unsupported(x, weight, bias, scale, shift)):
         return _forward(x, weight, bias, scale, shift, num_groups, eps, activation)[0]
@@ -51,6 +52,7 @@ def group_norm_silu_reference(
     """`group_norm_silu` in plain PyTorch, differentiable by PyTorch."""
     y = torch.group_norm(x, num_groups, weight.to(x.dtype), bias.to(x.dtype), eps)
     if scale is not None:
+        assert shift is not None
         scale, shift = scale.to(y.dtype)[:, :, None, None], shift.to(y.dtype)[:, :, None, None]  # (B, C, 1, 1)
         y = torch.addcmul(shift, y, scale + 1)
     return (F.silu(y) if activation == "silu" else y).to(x.dtype)
@@ -85,14 +87,16 @@ def _check(
 
 
 def _unsupported(*tensors: Tensor | None) -> str | None:
-    """Why the kernels cannot take these, or None."""
+    """Why the kernels cannot take these tensors, x first; None if they can."""
     wrong = [tensor.dtype for tensor in tensors if tensor is not None and tensor.dtype not in KERNEL_DTYPES]
     if wrong:
         return f"the kernel takes float32, bfloat16 and float16, not {str(wrong[0]).removeprefix('torch.')}"
-    return None if tensors[0].numel() else "x is empty"
+    x = tensors[0]
+    assert x is not None
+    return None if x.numel() else "x is empty"
 
 
-# ------------------------------------------------------------------------------------- the operator
+# ---- the operator
 
 
 @torch.library.custom_op("fastimagen::group_norm_silu", mutates_args=())
@@ -229,13 +233,13 @@ def _(
     return torch.empty_like(dense(x)), torch.empty_like(weight), torch.empty_like(bias), dscale, dshift
 
 
-def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, weight, bias, scale, shift, ctx.num_groups, _, ctx.activation = inputs
     _, mean, rstd = output
     ctx.save_for_backward(x, weight, bias, scale, shift, mean, rstd)
 
 
-def _differentiate(ctx: torch.autograd.function.FunctionCtx, dy: Tensor, _dmean: Tensor, _drstd: Tensor) -> tuple:
+def _differentiate(ctx: Any, dy: Tensor, _dmean: Tensor, _drstd: Tensor) -> tuple:
     dx, dweight, dbias, dscale, dshift = _backward(dy, *ctx.saved_tensors, ctx.num_groups, ctx.activation)
     film = ctx.saved_tensors[3] is not None
     return dx, dweight, dbias, dscale if film else None, dshift if film else None, None, None, None

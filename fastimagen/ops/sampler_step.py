@@ -1,4 +1,4 @@
-"""A sampler's step behind the U-Net. Letters: B batch, C channels, H height, W width."""
+"""Everything of a sampler's step that follows the U-Net."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def _unsupported(output: Tensor, x: Tensor) -> str | None:
     return dynamic_threshold_unsupported(x)
 
 
-# ------------------------------------------------------------------------------------- the operator
+# ---- the operator
 
 
 @torch.library.custom_op("fastimagen::sampler_step", mutates_args=())
@@ -123,7 +123,7 @@ def _operator(
     x = dense(x)
     recovery, update = (skip, out), (c_x, c_x0, c_prev, c_noise)
     if not in_kernels(x):
-        results = sampler_step_reference(
+        x_next, x0 = sampler_step_reference(
             output,
             x,
             recovery,
@@ -134,10 +134,11 @@ def _operator(
             previous=previous,
             noise=noise,
         )
-        return tuple(laid_as(x, result) for result in results)
+        return laid_as(x, x_next), laid_as(x, x0)
     from fastimagen_kernels import sampler_step as kernels
 
-    output, previous, noise = (None if tensor is None else laid_as(x, tensor) for tensor in (output, previous, noise))
+    output = laid_as(x, output)
+    previous, noise = (None if tensor is None else laid_as(x, tensor) for tensor in (previous, noise))
     return kernels.sampler_step(output, x, previous, noise, recovery, update, guidance, threshold, percentile)
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..files import first_line
+from ..files import first_line, read_json_object
 from .embeddings import TextEmbeddings
 
 if TYPE_CHECKING:
@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 
 PREPROCESSING = "nfc-strip-1"
 """Name of what `preprocess` does and of how special tokens are refused; part of every encoder's identity."""
+
+RANDOM_WEIGHTS = "fastimagen_random_weights"
+"""Key in the config.json of the built-in text encoder."""
 
 T5_NAMES: dict[str, tuple[str, int]] = {
     "t5_small": ("google-t5/t5-small", 512),
@@ -58,6 +61,12 @@ def text_width(name_or_path: str | Path) -> int:
             if str(name_or_path) in (short, hub, hub.removeprefix("google-t5/")):
                 return width
     return _width(_locate(name_or_path, None)[1])
+
+
+def is_random_encoder(name_or_path: str | Path) -> bool:
+    """Whether this is the folder of a built-in text encoder, whose weights are random (tiny_t5.py)."""
+    config = Path(name_or_path) / "config.json"
+    return config.is_file() and bool(read_json_object(config).get(RANDOM_WEIGHTS))
 
 
 def encoder_identity(name_or_path: str | Path, *, revision: str | None = None, max_length: int = 256) -> dict[str, str]:
@@ -245,7 +254,9 @@ def _locate(name_or_path: str | Path, revision: str | None) -> tuple[str, Path, 
 def _hub_file(name: str, file: str, revision: str | None) -> Path:
     from transformers.utils import cached_file
 
-    return Path(cached_file(name, file, revision=revision))
+    path = cached_file(name, file, revision=revision)
+    assert path is not None  # cached_file raises OSError for a missing file
+    return Path(path)
 
 
 def _tokenizer_file(name: str, config: Path, *, revision: str | None) -> Path:

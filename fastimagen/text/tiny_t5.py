@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..files import atomic_folder, require_empty
-from .t5 import need, preprocess
+from .t5 import RANDOM_WEIGHTS, need, preprocess
 
 if TYPE_CHECKING:
     from transformers import T5EncoderModel
@@ -67,6 +67,7 @@ def build_tiny_t5(
         dropout_rate=0.0,
         is_encoder_decoder=False,
         use_cache=False,
+        **{RANDOM_WEIGHTS: True},
     )
     with torch.random.fork_rng(devices=[]):  # the constructor draws weights of its own
         model = transformers.T5EncoderModel(config)

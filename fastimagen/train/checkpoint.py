@@ -1,13 +1,12 @@
-"""Checkpoints of a stage: written aside, then renamed, so that one that has its name is complete.
+"""Checkpoints of a stage, written to a temporary folder and renamed: a checkpoint with its final name is complete.
 
-``checkpoints/<stage>/step-00000500/`` holds DeepSpeed's own sharded files (``deepspeed/``), the EMA weights by
-parameter name (``ema.safetensors``, fp32) and ``state.json``. Whatever lacks the name is a remnant and is removed.
+``checkpoints/<stage>/step-00000500/`` contains DeepSpeed's sharded files (``deepspeed/``), the EMA weights by parameter
+name (``ema.safetensors``, fp32) and ``state.json``. Folders with another name are incomplete checkpoints.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from ..files import first_line, read_json_object, sync
 from .ema import EMA
 from .engine import gather_fp32, scatter_fp32
 
@@ -33,40 +33,41 @@ def newest(folder: Path) -> Path | None:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """state.json of a checkpoint: step, stage configuration, world size, running sums."""
-    return json.loads((checkpoint / "state.json").read_text())
+    """state.json of a checkpoint: step, stage configuration, world size, averages since the last record."""
+    return read_json_object(checkpoint / "state.json")
 
 
 def save(folder: Path, engine: Any, ema: EMA, state: dict[str, Any], keep: int) -> Path:
-    """Write the checkpoint of step state["step"], then drop all but the last `keep`. Every process calls it.
+    """Write the checkpoint of step state["step"], then remove all but the last `keep`. All ranks call it.
 
-    Raises OSError on all processes when one of them cannot write (a full disk, say); nothing older is touched then.
+    Raises OSError on all ranks if one of them cannot write, for example because the disk is full; older checkpoints are
+    then kept.
     """
     from safetensors.torch import save_file
 
     final = folder / f"step-{state['step']:08d}"
-    aside = folder / f".{final.name}.partial"
+    temporary = folder / f".{final.name}.partial"
     rank = dist.get_rank()
     if rank == 0:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
     dist.barrier()
     problem = None
     with ema.swapped():
         average = gather_fp32(engine)
     try:
-        engine.save_checkpoint(str(aside), tag="deepspeed", save_latest=False)
+        engine.save_checkpoint(str(temporary), tag="deepspeed", save_latest=False)
         if rank == 0:
-            save_file(average, aside / "ema.safetensors", metadata={"format": "pt"})
-            (aside / "state.json").write_text(json.dumps(state, indent=2))
+            save_file(average, temporary / "ema.safetensors", metadata={"format": "pt"})
+            (temporary / "state.json").write_text(json.dumps(state, indent=2))
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         problem = error
-    _fail_together(problem, aside)
+    _fail_together(problem, temporary)
     if rank == 0:
-        _sync(aside)
+        _sync_tree(temporary)
         shutil.rmtree(final, ignore_errors=True)
-        aside.rename(final)
-        _sync_folder(folder)
+        temporary.rename(final)
+        sync(folder)
         for old in checkpoints(folder)[:-keep]:
             shutil.rmtree(old)
     dist.barrier()
@@ -74,9 +75,9 @@ def save(folder: Path, engine: Any, ema: EMA, state: dict[str, Any], keep: int) 
 
 
 def load(checkpoint: Path, engine: Any, ema: EMA) -> dict[str, Any]:
-    """Bring engine and EMA to the state of a checkpoint; returns its state. Every process calls it.
+    """Restore engine and EMA from a checkpoint; returns its state.json. All ranks call it.
 
-    Raises ValueError when it was written by another number of processes.
+    Raises ValueError if another number of processes wrote it.
     """
     from safetensors.torch import load_file
 
@@ -84,46 +85,38 @@ def load(checkpoint: Path, engine: Any, ema: EMA) -> dict[str, Any]:
     if state["world_size"] != dist.get_world_size():
         raise ValueError(
             f"{checkpoint} was written by {state['world_size']} processes, this run has "
-            f"{dist.get_world_size()}: start as many, or start a new run from exported weights"
+            f"{dist.get_world_size()}: start the same number, or start a new run from exported weights "
+            f"(train.stages.NAME.init_from)"
         )
-    with ema.swapped():  # the shards stand for the average while its values come in by name
+    with ema.swapped():  # scatter_fp32 writes into the master shards
         scatter_fp32(engine, load_file(checkpoint / "ema.safetensors"))
     path, _ = engine.load_checkpoint(str(checkpoint), tag="deepspeed")
     if path is None:
-        raise ValueError(f"{checkpoint} holds no DeepSpeed state")
+        raise ValueError(f"{checkpoint} contains no DeepSpeed state")
     return state
 
 
 def remove_incomplete(folder: Path) -> None:
-    """Delete what a killed save left behind."""
-    for remnant in folder.glob(".step-*.partial"):
-        shutil.rmtree(remnant)
+    """Remove the incomplete checkpoints that interrupted saves left."""
+    for incomplete in folder.glob(".step-*.partial"):
+        shutil.rmtree(incomplete)
 
 
-def _fail_together(problem: Exception | None, aside: Path) -> None:
-    """Raise on every process if one of them has a problem: nobody waits in a barrier for one that has gone."""
+def _fail_together(problem: Exception | None, temporary: Path) -> None:
+    """Raise OSError on all ranks if one of them has a problem, so that none waits in a barrier."""
     problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, None if problem is None else str(problem).splitlines()[0])
+    dist.all_gather_object(problems, None if problem is None else first_line(problem))
     first = next((text for text in problems if text), None)
     if first is not None:
         if dist.get_rank() == 0:
-            shutil.rmtree(aside, ignore_errors=True)
-        raise OSError(f"cannot write checkpoint {aside.parent}: {first}; older checkpoints are untouched") from problem
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(
+            f"cannot write checkpoint {temporary.parent}: {first}; older checkpoints are untouched"
+        ) from problem
 
 
-def _sync(folder: Path) -> None:
-    """fsync every file below, so that the rename never becomes durable before the content."""
+def _sync_tree(folder: Path) -> None:
+    """fsync everything in a folder: the content must be on the disk before the rename is."""
     for path in folder.rglob("*"):
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
-        else:
-            _sync_folder(path)
-    _sync_folder(folder)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+        sync(path)
+    sync(folder)

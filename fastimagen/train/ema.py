@@ -12,9 +12,9 @@ from ..config import EMAConfig
 
 
 class EMA:
-    """Average of the flat fp32 shards of a ZeRO optimizer (DDPM, appendix B; Imagen trains with it as well).
+    """Average of the flat fp32 shards of a ZeRO optimizer (Ho et al. 2020, appendix B).
 
-    `shards` are the live master weights; the average has the same shapes and stays on the same device.
+    `shards` are the master weights themselves; the average has the same shapes and device.
     """
 
     def __init__(self, shards: list[Tensor], config: EMAConfig) -> None:
@@ -23,7 +23,9 @@ class EMA:
         self.average = [shard.detach().clone() for shard in shards]
 
     def decay(self, step: int) -> float:
-        """Decay after optimizer step `step` (1 is the first): short-sighted at first, so that early weights fade."""
+        """Decay after optimizer step `step`, counted from 1: (1 + n) / (warmup + n) at first, so that the average
+        forgets the initial weights; the rule of TensorFlow's ExponentialMovingAverage(num_updates) for a warmup of
+        10."""
         return min(self.config.decay, (1 + step) / (self.config.warmup + step))
 
     @torch.no_grad()
@@ -33,7 +35,8 @@ class EMA:
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """Inside, the master shards hold the average and `average` holds the weights: for gathering by name."""
+        """Exchange average and master weights inside the block: DeepSpeed gathers and scatters master weights by
+        name."""
         self._exchange()
         try:
             yield

@@ -208,8 +208,8 @@ def make_engine(model: nn.Module, deepspeed_config: dict[str, Any], muon: set[st
 def _tagged_for_muon(model: nn.Module, muon: set[str]) -> Iterator[None]:
     """While the engine is built, `muon` decides which parameters carry DeepSpeed's tag `use_muon`.
 
-    DeepSpeed 0.19.8 tags in `set_optimizer_flags`, by whether "embed" is part of a name, and has no other way to choose.
-    """
+    DeepSpeed 0.19.8 tags in `set_optimizer_flags`, by whether "embed" is part of a name, and has no other way to
+    choose."""
     import deepspeed
 
     def set_optimizer_flags(config: Any, module: nn.Module) -> None:
@@ -223,7 +223,8 @@ def _tagged_for_muon(model: nn.Module, muon: set[str]) -> Iterator[None]:
         yield
     finally:
         deepspeed.set_optimizer_flags = original
-    assert all(p.use_muon == (name in muon) for name, p in model.named_parameters()), "DeepSpeed ignored Muon's tags"
+    for name, parameter in model.named_parameters():
+        assert getattr(parameter, "use_muon", name in muon) == (name in muon), f"DeepSpeed retagged {name} for Muon"
 
 
 def fp32_shards(engine: Any) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""A run directory becomes a model directory for the sampler: the newest EMA weights of every stage."""
+"""Export: the newest EMA weights of every stage of a run, as a model directory."""
 
 from __future__ import annotations
 
@@ -26,17 +26,16 @@ fastimagen sample --model . --captions "{caption}" --out samples
 ```
 """
 RANDOM_FEATURES = (
-    "the small built-in T5, included in full. Its weights are random: its embeddings tell words and "
-    "their places apart and know nothing else, which is enough for the captioned shapes and for nothing "
-    "more."
+    "the small built-in T5, included in full. Its weights are random: its embeddings distinguish words and their "
+    "positions, which is enough for the captioned shapes and nothing else."
 )
 
 
 def export(run: str | Path, out: str | Path) -> Path:
-    """Write the model directory of a run. Raises ValueError when a stage has no checkpoint or `out` is not empty."""
+    """Write the model directory of a run. Raises ValueError if a stage has no checkpoint or `out` is not empty."""
     run = Path(run)
     if not (run / "config.json").exists():
-        raise ValueError(f"{run} is no run directory: there is no config.json in it")
+        raise ValueError(f"{run} is not a run directory: it has no config.json")
     config = load_config(run / "config.json")
     stages, weights, rows = [], {}, []
     for name in _stage_names(config):
@@ -71,7 +70,8 @@ def _stage_names(config: Config) -> list[str]:
 
 
 def _text_encoder(config: Config) -> tuple[dict[str, Any], Path | None]:
-    """The reference that goes into model_index.json; the built-in encoder travels in full."""
+    """The entry of model_index.json, and the folder to copy: the built-in encoder is included, others are
+    referenced."""
     text = config.fastimagen.text
     folder = Path(text.encoder)
     included = config.fastimagen.data.shapes is not None and folder.is_dir()

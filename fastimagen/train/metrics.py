@@ -1,9 +1,8 @@
-"""metrics.jsonl, the console line and DeepSpeed's monitors: one record, shown three ways."""
+"""Metrics: each record goes to metrics.jsonl, to the console and to DeepSpeed's monitors."""
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -13,11 +12,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..files import atomic_file
+
 
 class Metrics:
-    """Writes records on rank 0; on other ranks it does nothing.
+    """Writes records on rank 0 and does nothing on other ranks.
 
-    A resumed run first drops the lines of its stage that lie beyond the checkpoint, so that no step stands twice.
+    A resumed run first removes the records of its stage that are later than the checkpoint, so that no step is recorded
+    twice.
     """
 
     def __init__(self, run_dir: Path, *, stage: str, steps: int, start: int, rank: int, monitor: Any) -> None:
@@ -26,14 +28,14 @@ class Metrics:
         self.bar = None
         if rank == 0:
             _drop_after(self.path, stage, start)
-            self.file = open(self.path, "a")
+            self.file = open(self.path, "a")  # noqa: SIM115 - closed by close()
             if sys.stderr.isatty():
                 from tqdm import tqdm
 
                 self.bar = tqdm(total=steps, initial=start, desc=stage, unit="step", dynamic_ncols=True)
 
     def write(self, step: int, **values: Any) -> None:
-        """One record of `step`: {"stage", "step", "time", **values}."""
+        """Write one record: {"stage", "step", "time", **values}."""
         if self.rank:
             return
         record = {"stage": self.stage, "step": step, "time": round(time.time(), 3), **values}
@@ -45,17 +47,17 @@ class Metrics:
         self.say(f"{self.stage} {step}/{self.steps}  " + "  ".join(_show(key, value) for key, value in numbers.items()))
 
     def say(self, line: str) -> None:
-        """A line on the console, above the progress bar if there is one."""
+        """Print a line on the console, above the progress bar if there is one."""
         if self.rank == 0:
             self.bar.write(line) if self.bar else print(line, flush=True)
 
     def advance(self) -> None:
-        """One step done."""
+        """Advance the progress bar by one step."""
         if self.bar:
             self.bar.update()
 
     def close(self) -> None:
-        """Flush and close; the object is of no use afterwards."""
+        """Flush and close the file and the progress bar."""
         if self.rank == 0:
             self.file.close()
             if self.bar:
@@ -67,7 +69,7 @@ def _show(key: str, value: float) -> str:
 
 
 def _drop_after(path: Path, stage: str, start: int) -> None:
-    """Keep the lines of other stages and those up to step `start`; a half-written last line goes too."""
+    """Keep the records of other stages and those up to step `start`; remove an incomplete last line."""
     if not path.exists():
         return
     kept = []
@@ -75,19 +77,18 @@ def _drop_after(path: Path, stage: str, start: int) -> None:
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
-            continue  # the line that a kill cut in two: its step is beyond the checkpoint
+            continue  # a kill interrupted its write, so its step is later than the checkpoint
         if record["stage"] != stage or record["step"] <= start:
             kept.append(line + "\n")
-    aside = path.with_suffix(".partial")
-    aside.write_text("".join(kept))
-    os.replace(aside, path)
+    with atomic_file(path) as temporary:
+        temporary.write_text("".join(kept))
 
 
 class MetricAverager:
-    """Sums since the last record: loss on the device, without waiting for it, and time spent waiting for data.
+    """Averages since the last record: the loss, summed on the device without host synchronisation, and the data wait.
 
-    A checkpoint keeps the sums of all processes, so that the next record of a resumed run is what it would have been.
-    """
+    A checkpoint contains the sums of all ranks, so that the next record of a resumed run is that of an uninterrupted
+    one."""
 
     def __init__(self, device: torch.device, loss_sum: float = 0.0, steps: int = 0) -> None:
         self.loss = torch.tensor(loss_sum, dtype=torch.float64, device=device)
@@ -96,18 +97,18 @@ class MetricAverager:
 
     @classmethod
     def resume(cls, device: torch.device, state: dict[str, Any], rank: int) -> MetricAverager:
-        """The window that `state()` described, as this process had it."""
+        """The averager of this rank from `state()`."""
         return cls(device, state["loss_sums"][rank], state["steps"])
 
     def add(self, loss: Tensor, images: int, data_wait: float) -> None:
-        """One optimizer step: mean loss over its images on this process."""
+        """Add an optimizer step: mean loss of this rank, images of all ranks, seconds spent waiting for data."""
         self.loss += loss.detach().double()
         self.steps += 1
         self.images += images
         self.data_wait += data_wait
 
     def state(self) -> dict[str, Any]:
-        """The sums of all processes, by rank. Every process calls it."""
+        """The sums of all ranks. All ranks call it."""
         sums: list[float] = [0.0] * dist.get_world_size()
         dist.all_gather_object(sums, self.loss.item())
         return {"loss_sums": sums, "steps": self.steps}

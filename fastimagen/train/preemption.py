@@ -1,4 +1,5 @@
-"""When to stop: signals, a vanished launcher, and the agreement of all processes; and the lock of a run directory."""
+"""Preemption: signals and the death of the launcher stop all ranks after the same step. Also the run directory's
+lock."""
 
 from __future__ import annotations
 
@@ -17,9 +18,9 @@ LAUNCHERS = ("deepspeed", "torchrun", "torch.distributed", "torch/distributed")
 
 
 class StopRequest:
-    """Notices SIGTERM, SIGINT, SIGUSR1 and the death of the launcher; `should_stop()` is the answer of all processes.
+    """Records SIGTERM, SIGINT, SIGUSR1 and the death of the launcher; `should_stop` is the same on all ranks.
 
-    A second SIGINT interrupts at once. Use as a context manager: the old handlers come back at the end.
+    A second SIGINT interrupts immediately. As a context manager it restores the old signal handlers at the end.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -27,7 +28,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.reason: str | None = None
         self.launchers = _launchers()
-        # A gloo group beside NCCL: the agreement travels over the CPU and never waits for the GPU.
+        # A gloo group beside NCCL: a collective on the CPU needs no host synchronisation.
         self.group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
 
     def __enter__(self) -> StopRequest:
@@ -44,14 +45,14 @@ class StopRequest:
         self.reason = signal.Signals(number).name
 
     def should_stop(self) -> str | None:
-        """The reason to stop if any process has one, else None. Every process must call it, once a step."""
+        """The reason to stop if any rank has one, otherwise None. All ranks must call it, once per step."""
         if self.reason is None and any(_gone(process) for process in self.launchers):
-            self.reason = "the launcher is gone"
+            self.reason = "the launcher has died"
         if self.group is None:
             return self.reason
         flag = torch.tensor([int(self.reason is not None)])
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.group)
-        return (self.reason or "another process was told to stop") if flag.item() else None
+        return (self.reason or "another rank was told to stop") if flag.item() else None
 
 
 def _gone(process) -> bool:
@@ -80,18 +81,18 @@ def _launchers() -> list:
 
 
 def lock_run(run_dir: Path) -> IO[str]:
-    """Hold the run directory against a second writer until the process ends, however it ends.
+    """Lock the run directory against other writers until the returned file is closed or the process ends.
 
-    Raises ValueError naming the holder. The file stays; the kernel forgets the lock with the process.
+    Raises ValueError that names the holder. The file .lock stays; the kernel releases the lock with the process.
     """
-    handle = open(run_dir / ".lock", "a+")
+    handle = open(run_dir / ".lock", "a+")  # noqa: SIM115 - held open: closing it releases the lock
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         handle.seek(0)
         raise ValueError(
-            f"{run_dir} is being written by {handle.read().strip() or 'another process'}; "
-            f"wait for it, or choose another --run"
+            f"{run_dir} is in use by {handle.read().strip() or 'another process'}: "
+            f"wait until it ends, or choose another --run-dir"
         ) from None
     handle.truncate(0)
     handle.write(f"process {os.getpid()} on {socket.gethostname()}\n")

@@ -1,4 +1,4 @@
-"""What happens before the first step: which stages, which weights, and whether a checkpoint fits."""
+"""Before the first step: the stages to train, their initial weights, and whether a checkpoint matches them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..sampling.model_directory import load_weights
 
 
 def plan(config: Config, stage: str = "all") -> tuple[CascadeConfig, list[StageConfig]]:
-    """The cascade that a configuration names, and the stages to train now: one by name, or "all".
+    """The cascade of a configuration, and the stages to train: one by name, or "all".
 
     Raises ValueError for unknown presets, stage names and stages under train.stages that the cascade does not have.
     """
@@ -32,7 +32,7 @@ def plan(config: Config, stage: str = "all") -> tuple[CascadeConfig, list[StageC
 
 
 def initial_unet(config: StageConfig, *, seed: int, init_from: str | None = None) -> UNet:
-    """A U-Net with seeded random weights, the same on every process, or with the weights of an exported model.
+    """A U-Net with seeded random weights, the same on all ranks, or with the weights of an exported model.
 
     Raises ValueError when the exported weights are of another architecture.
     """
@@ -48,14 +48,14 @@ def initial_unet(config: StageConfig, *, seed: int, init_from: str | None = None
 
 
 def check_same_stage(saved: dict[str, Any], config: StageConfig, where: Path) -> None:
-    """Refuse to resume a stage whose network or diffusion process has changed; sampling settings may differ."""
+    """Raise ValueError if network or diffusion process differ from those of a checkpoint; sampling settings may."""
     now = flatten(config.model_dump(mode="json", exclude={"sampling"}))
     then = flatten({key: value for key, value in saved.items() if key != "sampling"})
     differing = sorted(key for key in now.keys() | then.keys() if now.get(key) != then.get(key))
     if differing:
         raise ValueError(
-            f"{where} is of another architecture: {', '.join(differing[:5])} differ; use another --run, "
-            f"or set them back"
+            f"{where} belongs to another architecture: {', '.join(differing[:5])} differ; use another --run-dir, "
+            f"or restore these settings"
         )
 
 

@@ -1,4 +1,4 @@
-"""Looking at a stage while it trains: validation loss and sample grids, both on EMA weights."""
+"""Validation loss and sample grids of a stage in training, both with EMA weights."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from ..seeds import mix_seed
 from .ema import EMA
 from .engine import gather_fp32
 
-CHUNK = 32  # validation samples that share a generator: the loss does not depend on processes or batch size
+CHUNK_SIZE = 32  # validation samples per random generator: the loss does not depend on ranks or batch size
 
 
 def ema_unet(stage: Stage, engine: Any, ema: EMA, device: torch.device) -> UNet:
-    """A U-Net of its own with the EMA weights, in the dtype of the engine's. Every process calls it."""
+    """A separate U-Net with the EMA weights, in the dtype of the engine's weights. All ranks call it."""
     with ema.swapped():
         weights = gather_fp32(engine)
     with torch.device("meta"):
@@ -34,16 +34,16 @@ def ema_unet(stage: Stage, engine: Any, ema: EMA, device: torch.device) -> UNet:
 
 @torch.no_grad()
 def validation_loss(stage: Stage, engine: Any, ema: EMA, split: Split, config: Config, device: torch.device) -> float:
-    """Mean loss over the first validation samples: EMA weights, no caption dropout, the same times and noise always."""
+    """Mean loss of the first validation samples, without caption dropout, with the same times and noise every time."""
     unet = ema_unet(stage, engine, ema, device)
     settings = config.fastimagen.train
     count = min(settings.validation_samples, len(split))
     total = torch.zeros((), dtype=torch.float64, device=device)
-    chunks = [range(first, min(first + CHUNK, count)) for first in range(0, count, CHUNK)]
+    chunks = [range(first, min(first + CHUNK_SIZE, count)) for first in range(0, count, CHUNK_SIZE)]
     for index in range(dist.get_rank(), len(chunks), dist.get_world_size()):
         batch = split.fixed_batch(config.fastimagen, chunks[index], size=stage.config.size, crop=stage.config.crop)
         generator = torch.Generator(device).manual_seed(mix_seed(settings.seed, stage.name, "validation", index))
-        text = batch.text.to(device=device) if stage.config.unet.text_dim else None
+        text = batch.text_for(stage.config.unet, device)
         loss = stage.training_loss(unet, batch.images.to(device), text, generator, drop_captions=False)
         total += loss.double().sum()
     dist.all_reduce(total)
@@ -53,23 +53,30 @@ def validation_loss(stage: Stage, engine: Any, ema: EMA, split: Split, config: C
 def sample_grid(
     stage: Stage, engine: Any, ema: EMA, split: Split, config: Config, device: torch.device, path: Path
 ) -> None:
-    """Save a captioned grid of images of this stage for fixed captions and seeds.
+    """Save a captioned grid of images of this stage for fixed captions and seeds. All ranks call it.
 
-    A super-resolution stage enlarges the reduced validation images, so that the grid shows this stage alone.
-    """
+    A super-resolution stage enlarges validation images that were reduced to the size of the stage below, so that the
+    grid shows this stage only."""
     unet = ema_unet(stage, engine, ema, device)
     settings = config.fastimagen.train
     captions, text, images = split.examples(settings.sample_count, config.fastimagen, size=stage.config.size)
-    rank, world = dist.get_rank(), dist.get_world_size()
-    mine = list(range(rank, len(captions), world))
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    own = list(range(rank, len(captions), world_size))
     sampled: Tensor | None = None
-    if mine:
-        lowres = stage.shrink(images[mine]).to(device) if stage.config.unet.lowres else None
-        texts = text[mine].to(device=device) if stage.config.unet.text_dim else None
-        sampled = stage.sample(unet, texts, mine, lowres=lowres).cpu()  # (n, C, S, S)
-    parts: list[Any] = [None] * world
-    dist.all_gather_object(parts, (mine, sampled))
+    if own:
+        lowres = stage.shrink(images[own]).to(device) if stage.config.unet.lowres else None
+        own_text = None
+        if stage.config.unet.text_dim is not None:
+            assert text is not None
+            own_text = text[own].to(device=device)
+        sampled = stage.sample(unet, own_text, own, lowres=lowres).cpu()  # (n, C, H, W)
+    parts: list[Any] = [None] * world_size
+    dist.all_gather_object(parts, (own, sampled))
     if rank == 0:
-        drawn = {index: image for indices, rows in parts if indices for index, image in zip(indices, rows)}
+        by_index: dict[int, Tensor] = {}
+        for indices, rows in parts:
+            if indices:
+                by_index |= zip(indices, rows)
         path.parent.mkdir(parents=True, exist_ok=True)
-        grid(torch.stack([drawn[index] for index in range(len(captions))]), captions).save(path)
+        ordered = torch.stack([by_index[index] for index in range(len(captions))])  # (B, C, H, W)
+        grid(ordered, captions).save(path)

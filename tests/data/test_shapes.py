@@ -369,7 +369,7 @@ def test_a_folder_that_holds_something_else_is_refused_and_kept(few, tmp_path, m
     kept = contents(out)
     for other in [(10, 16, 0), (9, 32, 0), (9, 16, 1)]:
         assert not has_shards(out, *other)
-        with pytest.raises(ValueError, match="is not empty and does not hold these shapes") as error:
+        with pytest.raises(ValueError, match="is not empty: choose another folder") as error:
             write_shards(out, *other)
         assert "\n" not in str(error.value) and str(out) in str(error.value)
     monkeypatch.setattr(shapes, "VERSION", shapes.VERSION + 1)

@@ -79,7 +79,7 @@ def test_the_walk_begins_at_the_noise_of_its_strength() -> None:
         seen.append((time.item(), x))
         return torch.zeros_like(x)
 
-    times, init_image = SCHEDULE.grid(10), InitImage(image(4, batch=1), strength=0.3)
+    times, init_image = SCHEDULE.sampling_times(10), InitImage(image(4, batch=1), strength=0.3)
     sample_from_image(
         SAMPLERS["ddim"], denoise, init_image, times, schedule=SCHEDULE, noise=lambda step: torch.zeros(1, 3, 4, 4)
     )
@@ -126,7 +126,7 @@ def test_what_is_drawn_fits_what_is_given() -> None:
             SAMPLERS["ddpm"],
             denoise,
             init_image,
-            SCHEDULE.grid(30),
+            SCHEDULE.sampling_times(30),
             schedule=SCHEDULE,
             noise=lambda step: torch.randn(batch, 1, 2, 2, generator=generator),
         )[:, 0, 0, 0]
@@ -205,9 +205,9 @@ def test_batches_do_not_matter(pipe: ImagenPipeline, text: TextEmbeddings) -> No
         (dict(image=torch.full((1, 3, 8, 8), torch.nan)), r"must lie in \[-1, 1\]"),
         (dict(strength=0.0), r"strength must lie in \(0, 1\], got 0.0"),
         (dict(strength=1.1), r"strength must lie in \(0, 1\], got 1.1"),
-        (dict(mask=left_half(16, 1)), "the mask of an image"),
+        (dict(mask=left_half(16, 1)), "the inpainting mask of an image"),
         (dict(mask=torch.zeros(1, 1, 8, 8)), "must be bool"),
-        (dict(mask=torch.zeros(1, 1, 8, 8, dtype=torch.bool)), "nothing to draw"),
+        (dict(mask=torch.zeros(1, 1, 8, 8, dtype=torch.bool)), "is empty"),
         (dict(num_resamples=0), "num_resamples and jump_length must be at least 1"),
     ],
 )
@@ -223,7 +223,7 @@ def test_given_images_that_make_no_sense(arguments: dict, complaint: str) -> Non
         (dict(stop_at="top"), 'stop_at is the unknown stage "top"'),
         (dict(start_at="sr", stop_at="base", lowres=image(8)), "start_at sr comes after stop_at base"),
         (dict(start_at="sr"), "stage sr enlarges an image: give lowres"),
-        (dict(lowres=image(8)), "stage base starts from noise, not from lowres"),
+        (dict(lowres=image(8)), "stage base starts from noise and takes no lowres"),
         (dict(lowres=image(8, batch=3), start_at="sr"), "3 lowres images for 2 images"),
         (dict(lowres=image(8) * 3, start_at="sr"), r"lowres must lie in \[-1, 1\]"),
         (dict(init_image=InitImage(image(8, batch=3))), "3 init images for 2 images"),

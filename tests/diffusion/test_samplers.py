@@ -96,7 +96,7 @@ def test_order_of_convergence_away_from_the_ends(name: str, expected: int) -> No
 def test_order_of_convergence_from_noise_to_image(name: str, low: float, high: float) -> None:
     """The multistep method loses a logarithm at either end, where even steps in t never get short in log-SNR."""
     schedule = make_schedule(ScheduleConfig(logsnr_range=(-40.0, 40.0)))
-    errors = [flow_error(name, SMOOTH, schedule, schedule.grid(steps)) for steps in (64, 128, 256)]
+    errors = [flow_error(name, SMOOTH, schedule, schedule.sampling_times(steps)) for steps in (64, 128, 256)]
     assert low < order(errors) < high
     assert errors[-1] < (3e-3 if name == "ddim" else 2e-4)
 
@@ -115,7 +115,7 @@ def test_no_noise_is_left_whatever_the_bounds(name: str, steps: int) -> None:
         result = SAMPLERS[name](
             lambda x, time: torch.full_like(x, 0.3),
             x,
-            schedule.grid(steps),
+            schedule.sampling_times(steps),
             schedule=schedule,
             noise=lambda step: torch.ones_like(x),
         )
@@ -137,7 +137,7 @@ def test_few_evaluations_are_enough(name: str, evaluations: int, allowed: float,
         return denoise(x, time)
 
     x = torch.special.ndtri(QUANTILES)
-    result = SAMPLERS[name](counted, x, schedule.grid(steps), schedule=schedule)
+    result = SAMPLERS[name](counted, x, schedule.sampling_times(steps), schedule=schedule)
     error = (result - SHARP.flow(x, level(schedule, 1.0))).abs().mean().item()
     assert len(calls) == evaluations and min(calls) >= 0
     assert error < allowed
@@ -155,7 +155,7 @@ def test_the_right_distribution_is_reached(name: str) -> None:
     result = SAMPLERS[name](
         SMOOTH.denoise(schedule),
         x,
-        schedule.grid(steps),
+        schedule.sampling_times(steps),
         schedule=schedule,
         noise=lambda step: torch.randn(x.shape, generator=generator, dtype=torch.float64),
     )
@@ -172,7 +172,11 @@ def test_ddpm_is_equation_7_over_all_steps() -> None:
     noise = torch.randn(timesteps, 100, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     start = torch.special.ndtri(QUANTILES[::5])
     result = sample_ddpm(
-        SHARP.denoise(schedule), start, schedule.grid(timesteps), schedule=schedule, noise=lambda step: noise[step]
+        SHARP.denoise(schedule),
+        start,
+        schedule.sampling_times(timesteps),
+        schedule=schedule,
+        noise=lambda step: noise[step],
     )
     betas = [1e-4 * 20 + (0.02 - 1e-4) * 20 * step / (timesteps - 1) for step in range(timesteps)]
     x = start
@@ -188,7 +192,7 @@ def test_ddpm_is_equation_7_over_all_steps() -> None:
 def test_ddim_is_equation_12() -> None:
     schedule = make_schedule(ScheduleConfig(name="linear", timesteps=100))
     x = start = torch.special.ndtri(QUANTILES)
-    times = schedule.grid(5)
+    times = schedule.sampling_times(5)
     result = SAMPLERS["ddim"](SHARP.denoise(schedule), start, times, schedule=schedule)
     for time, then in zip(times.tolist(), times.tolist()[1:]):
         (alpha, sigma), (alpha_then, sigma_then) = level(schedule, time), level(schedule, then)
@@ -236,7 +240,7 @@ def _sample_finite(name: str, config: ScheduleConfig, prediction: str) -> None:
         result = SAMPLERS[name](
             denoise,
             x,
-            diffusion.schedule.grid(steps),
+            diffusion.schedule.sampling_times(steps),
             schedule=diffusion.schedule,
             noise=lambda step: torch.randn(x.shape, generator=generator),
         )
@@ -252,7 +256,7 @@ def test_callbacks_see_every_step(name: str) -> None:
     result = SAMPLERS[name](
         SMOOTH.denoise(schedule),
         x,
-        schedule.grid(5),
+        schedule.sampling_times(5),
         schedule=schedule,
         noise=lambda step: torch.zeros_like(x),
         callback=lambda *state: seen.append(state),
@@ -268,10 +272,10 @@ def test_ddpm_asks_for_noise() -> None:
         asked.append(step)
         return torch.zeros_like(QUANTILES)
 
-    sample_ddpm(SMOOTH.denoise(schedule), QUANTILES, schedule.grid(4), schedule=schedule, noise=noise)
+    sample_ddpm(SMOOTH.denoise(schedule), QUANTILES, schedule.sampling_times(4), schedule=schedule, noise=noise)
     assert asked == [0, 1, 2]  # none on the way to the clean image
     with pytest.raises(ValueError, match="ddpm is stochastic"):
-        sample_ddpm(SMOOTH.denoise(schedule), QUANTILES, schedule.grid(2), schedule=schedule)
+        sample_ddpm(SMOOTH.denoise(schedule), QUANTILES, schedule.sampling_times(2), schedule=schedule)
 
 
 # ---- seeds
@@ -357,7 +361,7 @@ def test_a_denoiser_that_steps_goes_where_a_plain_one_does(name: str, x: Tensor)
         return SAMPLERS[name](
             denoise,
             x,
-            diffusion.schedule.grid(6),
+            diffusion.schedule.sampling_times(6),
             schedule=diffusion.schedule,
             noise=lambda step: torch.full_like(x, 0.1 * step),
         )

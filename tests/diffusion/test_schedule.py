@@ -108,21 +108,21 @@ def test_network_time() -> None:
 
 
 def test_cosine_grid_is_even_and_ends_clean() -> None:
-    grid = cosine().grid(4)
+    grid = cosine().sampling_times(4)
     assert grid.dtype == torch.float64
     assert grid.tolist() == [1.0, 0.75, 0.5, 0.25, -1.0]
-    assert cosine().grid(1).tolist() == [1.0, -1.0]
+    assert cosine().sampling_times(1).tolist() == [1.0, -1.0]
 
 
 def test_linear_grid_is_respaced_and_ends_clean() -> None:
-    assert linear(1000).grid(4).tolist() == [999.0, 749.0, 499.0, 249.0, -1.0]
-    assert linear(1000).grid(3).tolist() == [999.0, 666.0, 332.0, -1.0]  # rounded to nearest
-    assert linear(1000).grid(1).tolist() == [999.0, -1.0]
+    assert linear(1000).sampling_times(4).tolist() == [999.0, 749.0, 499.0, 249.0, -1.0]
+    assert linear(1000).sampling_times(3).tolist() == [999.0, 666.0, 332.0, -1.0]  # rounded to nearest
+    assert linear(1000).sampling_times(1).tolist() == [999.0, -1.0]
     for timesteps in (20, 25, 50, 1000):
-        assert linear(timesteps).grid(timesteps).tolist() == list(range(timesteps - 1, -2, -1))
+        assert linear(timesteps).sampling_times(timesteps).tolist() == list(range(timesteps - 1, -2, -1))
     for timesteps in (20, 37, 64):
         for steps in range(1, timesteps + 1):  # no step twice, whatever the rounding
-            grid = linear(timesteps).grid(steps)
+            grid = linear(timesteps).sampling_times(steps)
             assert (grid.diff() <= -1).all() and grid[0] == timesteps - 1 and grid[-1] == -1
 
 
@@ -160,7 +160,7 @@ def test_fewer_than_20_linear_timesteps_are_refused() -> None:
 
 def test_more_steps_than_the_schedule_has_are_refused() -> None:
     with pytest.raises(ValueError, match="26 sampling steps, but the schedule has 25 timesteps"):
-        linear(25).grid(26)
+        linear(25).sampling_times(26)
 
 
 @pytest.mark.parametrize(
@@ -183,6 +183,6 @@ def test_bounds_beyond_float64_are_refused(shift: float, bounds: tuple[float, fl
 def test_schedules_survive_the_meta_device(config: ScheduleConfig) -> None:
     with torch.device("meta"):  # where networks are built before their weights are read
         schedule = make_schedule(config)
-        grid = schedule.grid(5)
+        grid = schedule.sampling_times(5)
     alpha, _ = schedule.alpha_sigma(grid)
     assert alpha.device.type == "cpu" and alpha.isfinite().all()

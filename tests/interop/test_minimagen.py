@@ -344,7 +344,7 @@ def test_unknown_text_encoder_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_is_no_training_directory_is_refused(training: Path, tmp_path: Path) -> None:
-    assert "is no MinImagen training directory" in refused(tmp_path / "nowhere", tmp_path)
+    assert "is not a MinImagen training directory" in refused(tmp_path / "nowhere", tmp_path)
     only(training, "parameters/unet_1*").unlink()
     assert "weights of unet_1, but no parameters/unet_1_params_*.json" in refused(training, tmp_path)
     only(training, "state_dicts/unet_0*").rename(training / "tmp/unet_1_tmp.pth")

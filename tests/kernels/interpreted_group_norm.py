@@ -34,7 +34,7 @@ def cut_small(monkeypatch: pytest.MonkeyPatch, one_pass: bool) -> None:
     monkeypatch.setattr(kernels, "ONE_PASS", 1 << 20 if one_pass else 0)
     monkeypatch.setattr(kernels, "SECTOR", 0)
     monkeypatch.setattr(kernels, "TILE", {"forward": 256, "backward": 128})
-    monkeypatch.setattr(kernels, "LAST_COLUMNS", 16)
+    monkeypatch.setattr(kernels, "CHANNELS_LAST_WIDTH", 16)
     monkeypatch.setattr(kernels, "PROGRAMS", 8)
 
 
@@ -207,7 +207,7 @@ def test_offsets_beyond_32_bits(last: bool, tmp_path: Path, monkeypatch: pytest.
     constants = dict(C=channels, CPG=channels, CHANNELS_LAST=last, **cut.constants)
     pixels, tiles = side * side, cut.tiles
     parts = torch.full((2, batch, 1, cut.parts), math.nan)
-    launch(kernels.partial_statistics, False, x, *parts, pixels, chunks, tiles, **constants)
+    launch(kernels.group_norm_silu_statistics_kernel, False, x, *parts, pixels, chunks, tiles, **constants)
     count = true.numel()
     assert_close(
         {"mean": parts[0, -1, 0, -1], "m2": parts[1, -1, 0, -1]},
@@ -217,7 +217,7 @@ def test_offsets_beyond_32_bits(last: bool, tmp_path: Path, monkeypatch: pytest.
     vectors, one, zero = (torch.ones(channels), torch.zeros(channels), None, None), torch.ones(2), torch.zeros(2)
     parts[0], parts[1] = 0, count  # mean 0 and deviation 1
     launch(
-        kernels.apply_forward,
+        kernels.group_norm_silu_forward_kernel,
         True,
         x,
         y,
@@ -240,13 +240,26 @@ def test_offsets_beyond_32_bits(last: bool, tmp_path: Path, monkeypatch: pytest.
     sums = torch.full((2, batch, chunks, channels), math.nan)
     saved = (*vectors, zero, one)
     launch(
-        kernels.partial_sums, False, x, x, *saved, *sums, *parts, 0, 0, pixels, chunks, tiles, **constants, SILU=False
+        kernels.group_norm_silu_backward_sums_kernel,
+        False,
+        x,
+        x,
+        *saved,
+        *sums,
+        *parts,
+        0,
+        0,
+        pixels,
+        chunks,
+        tiles,
+        **constants,
+        SILU=False,
     )
     assert_close({"s2": sums[1, -1, -1, block]}, {"s2": true.square().sum(dim=1)})
 
     parts[:] = 0
     launch(
-        kernels.apply_backward,
+        kernels.group_norm_silu_backward_kernel,
         True,
         x,
         x,

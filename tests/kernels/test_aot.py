@@ -16,14 +16,16 @@ EVERYWHERE = ["sm_80", "sm_90", "sm_100", "gfx942"]
             "group_norm",
             EVERYWHERE,
             "bfloat16 channels_last",
-            "one_pass_forward partial_statistics apply_forward one_pass_backward partial_sums apply_backward "
-            "vector_gradients",
+            "group_norm_silu_one_pass_forward_kernel group_norm_silu_statistics_kernel group_norm_silu_forward_kernel "
+            "group_norm_silu_one_pass_backward_kernel group_norm_silu_backward_sums_kernel "
+            "group_norm_silu_backward_kernel group_norm_silu_vector_gradients_kernel",
         ),
         (
             "dynamic_threshold,sampler_step",
             EVERYWHERE,
             "bfloat16|dynamic|static",
-            "count walk apply step recover finish",
+            "dynamic_threshold_count_kernel dynamic_threshold_search_kernel dynamic_threshold_apply_kernel "
+            "sampler_step_kernel sampler_step_x0_kernel sampler_step_finish_kernel",
         ),
     ],
 )

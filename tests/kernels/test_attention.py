@@ -13,6 +13,8 @@ from tests.kernels.interpreting import run_interpreted
 
 pytest.importorskip("triton")
 
+PASSES = ("forward", "backward_rows", "backward_keys")  # that have tiles
+KERNELS = {f"attention_{name}_kernel" for name in (*PASSES, "add_splits")}
 MATRIX_INSTRUCTION = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
 
 
@@ -22,7 +24,7 @@ def test_in_the_interpreter() -> None:
 
 def check(row: dict[str, Any]) -> None:
     assert row["shared_bytes"] <= SHARED_LIMIT[row["target"]], row
-    if row["label"].startswith("bfloat16") and row["kernel"] != "add_splits":
+    if row["label"].startswith("bfloat16") and row["kernel"] != "attention_add_splits_kernel":
         assert row["instructions"].get(MATRIX_INSTRUCTION[row["target"]]), row
     if row["target"] == "sm_90" and not (row["label"].startswith("float32 D=128")):
         assert row["spills"] == 0, row
@@ -30,8 +32,10 @@ def check(row: dict[str, Any]) -> None:
 
 def test_heads_of_64_compile_for_hopper() -> None:
     rows = compiled("attention", ["sm_90"], "bfloat16 D=64")
-    assert {row["kernel"] for row in rows} == {"forward", "backward_rows", "backward_keys", "add_splits"}
-    assert len({row["constants"]["ROWS"] for row in rows if row["kernel"] == "forward"}) == 2  # few rows, many rows
+    assert {row["kernel"] for row in rows} == KERNELS
+    assert (
+        len({row["constants"]["ROWS"] for row in rows if row["kernel"] == "attention_forward_kernel"}) == 2
+    )  # few rows, many rows
     for row in rows:
         check(row)
 
@@ -57,7 +61,7 @@ def test_the_table_of_registers_is_of_the_tiles_as_they_stand() -> None:
     measured = {
         (
             "float32" if row["label"].startswith("float32") else row["target"],
-            row["kernel"],
+            row["kernel"].removeprefix("attention_").removesuffix("_kernel"),
             row["constants"].get("ROWS"),
             row["constants"].get("KEYS"),
             row["num_warps"],

@@ -152,9 +152,9 @@ def test_how_xformers_is_called(case: Case, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"q": torch.ones(2, 4, 16)}, r"attention takes q \(B, N, H, D\), got \(2, 4, 16\)"),
+        ({"q": torch.ones(2, 4, 16)}, r"attention takes q \(B, N, A, D\), got \(2, 4, 16\)"),
         ({"k": None, "v": None}, "attention needs at least one of k, null_k and context_k"),
-        ({"v": None}, "k and v go together"),
+        ({"v": None}, "k and v must be given together"),
         ({"v": torch.ones(2, 3, 1, 16)}, r"k and v must have one shape, got \(2, 5, 1, 16\) and \(2, 3, 1, 16\)"),
         (
             dict.fromkeys("kv", torch.ones(2, 5, 3, 16)),
@@ -164,7 +164,7 @@ def test_how_xformers_is_called(case: Case, monkeypatch: pytest.MonkeyPatch) -> 
             dict.fromkeys(("null_k", "null_v"), torch.ones(8)),
             r"null_k and null_v must be \(16,\) or \(1 or 2, 16\) for q",
         ),
-        ({"context_lengths": torch.ones(2)}, "context_lengths without context_k"),
+        ({"context_lengths": torch.ones(2)}, "context_lengths needs context_k"),
         (
             dict.fromkeys(("context_k", "context_v"), torch.ones(2, 5, 1, 16)) | {"context_lengths": torch.ones(2)},
             r"context_lengths must be \(2,\) int32 or int64, got \(2,\) float32",

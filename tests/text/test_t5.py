@@ -19,8 +19,8 @@ from fastimagen.text.t5 import T5Encoder, encoder_identity, text_width
 from fastimagen.text.tiny_t5 import build_tiny_t5
 
 ROOT = Path(__file__).resolve().parents[2]
-COLORS = "red green blue yellow purple orange white black".split()
-SHAPES = "circle square triangle star ring".split()
+COLORS = ["red", "green", "blue", "yellow", "purple", "orange", "white", "black"]
+SHAPES = ["circle", "square", "triangle", "star", "ring"]
 PLACES = ["in the center", "at the top left", "at the top right", "at the bottom left", "at the bottom right"]
 COMBINATIONS = list(itertools.product(["small", "large"], range(8), SHAPES, PLACES, range(8)))
 CAPTIONS = [

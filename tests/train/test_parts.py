@@ -21,7 +21,7 @@ from torch import Tensor
 from fastimagen.config import EMAConfig, StageConfig
 from fastimagen.seeds import mix_seed
 from fastimagen.train.ema import EMA
-from fastimagen.train.metrics import Metrics, MetricAverager
+from fastimagen.train.metrics import MetricAverager, Metrics
 from fastimagen.train.preemption import StopRequest, lock_run
 from fastimagen.train.stage_setup import initial_unet
 from tests.conftest import ROOT, TOY_STAGES, toy_tree
@@ -270,7 +270,7 @@ def test_a_second_interrupt_does_not_wait(one_process: None) -> None:
 
 def test_a_run_directory_has_one_writer(tmp_path: Path) -> None:
     held = lock_run(tmp_path)
-    message = f"is being written by process {os.getpid()} on .*; wait for it, or choose another"
+    message = f"is in use by process {os.getpid()} on .*: wait until it ends, or choose another"
     with pytest.raises(ValueError, match=message):
         lock_run(tmp_path)
     held.close()

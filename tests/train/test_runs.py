@@ -18,7 +18,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = [sys.executable, str(ROOT / "launch/train.py")]
-TRY_AGAIN = 75
+EXIT_INTERRUPTED = 75
 
 
 def start(config: Path, run: Path, *extra: str, launcher: list[str] | None = None, **kwargs: Any) -> subprocess.Popen:
@@ -125,7 +125,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     process = start(config, run)
     wait_for(lambda: lines(run) >= 2, process)
     process.send_signal(number)
-    assert "the same command resumes" in finish(process, TRY_AGAIN)
+    assert "rerun the command to resume" in finish(process, EXIT_INTERRUPTED)
     assert list(run.glob("checkpoints/base/step-*"))
     finish(start(config, run))
     assert records(run) == records(uninterrupted)
@@ -158,7 +158,7 @@ def test_two_ranks_train_through_the_deepspeed_launcher_and_stop_when_it_is_gone
         assert time.monotonic() < deadline, "the ranks went on without their launcher"
         time.sleep(0.1)
     state = json.loads(next(run.glob("checkpoints/base/step-*/state.json")).read_text())
-    assert state["world_size"] == 2 and len(state["window"]["loss_sums"]) == 2
+    assert state["world_size"] == 2 and len(state["averages"]["loss_sums"]) == 2
     # One process cannot take over from two, and says so.
     output = finish(start(config, run, "--stage", "base"), 1)
     assert "was written by 2 processes" in output.splitlines()[-1]
@@ -169,7 +169,7 @@ def test_a_second_writer_is_refused(toy_config: dict, write_config: Callable, tm
     config, run = write_config(toy_config), tmp_path / "run"
     first = start(config, run)
     wait_for(lambda: lines(run) >= 1, first)
-    assert f"is being written by process {first.pid}" in finish(start(config, run), 1).splitlines()[-1]
+    assert f"is in use by process {first.pid}" in finish(start(config, run), 1).splitlines()[-1]
     first.kill()
     first.communicate()
 
