@@ -28,6 +28,7 @@ setup(
     # installs as fastimagen_kernels, because Hugging Face publishes a package called `kernels`.
     packages=["fastimagen", *(f"fastimagen.{name}" for name in PACKAGES), "fastimagen_kernels"],
     package_dir={"fastimagen_kernels": "kernels"},
+    package_data={"fastimagen": ["py.typed"]},
     install_requires=["torch>=2.11", "safetensors>=0.5", "numpy>=1.26", "einops>=0.8", "pydantic>=2.10", "pillow>=11"],
     extras_require={
         "text": TEXT,

@@ -10,7 +10,6 @@ installed (benchmarks/harness/peers.py says how); its networks have the shapes, 
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import subprocess
 import sys
@@ -26,8 +25,7 @@ import torch
 from fastimagen.cascade import Cascade
 from fastimagen.presets import minimagen_test, shapes
 
-from .cases import attention, group_norm, sampling, step
-from .cases import dynamic_threshold as threshold
+from .cases import attention, dynamic_threshold, group_norm, sampling, step
 from .harness import networks, peers
 from .harness.checkout import ROOT
 from .harness.measure import Bench, ProviderUnavailable
@@ -62,10 +60,7 @@ def training(bench: Bench) -> None:
             network.batch * networks.flops(network.stage().config.unet, network.side, "training") for network in chain
         )
         for name, times in bench.time(works, seconds=12).items():  # ten rounds of the small ones: their times scatter
-            before = os.times()
             parts = step.breakdown(partial(works[name].call, None), CPU)
-            after = os.times()
-            system, user = after.system - before.system, after.user - before.user
             bench.add(
                 op="training step",
                 shape=shape,
@@ -77,7 +72,7 @@ def training(bench: Bench) -> None:
                 images=chain[0].batch,
                 flops=amount,
                 parts=parts,
-                system_share=system / (system + user),
+                system_share=times.system_share,
             )
 
 
@@ -118,7 +113,7 @@ def peak_of(shape: str, name: str) -> None:
     """In a process of its own: two steps, then "before peak" in bytes on standard output."""
     before = _peak()
     if name == "MinImagen":
-        peers._minimagen()
+        peers.import_minimagen()
         before = _peak()
     steps = [PROVIDERS[name](network, network.batch, CPU) for network in SETS[shape]]
     for _ in range(2):
@@ -132,7 +127,7 @@ def _peak() -> int:
 
 
 def guided(bench: Bench) -> None:
-    """The test pair draws two images with guidance 3, ancestral sampling, as many steps in both."""
+    """The test pair samples two images with guidance 3 and ancestral sampling, with the same number of steps."""
     works: dict[str, Work] = {}
     names = {
         "op": "guided sampling",
@@ -151,7 +146,14 @@ def guided(bench: Bench) -> None:
         captions_given = {"text_embeds": text.embeds, "text_masks": text.mask}
         works["MinImagen"] = Work(lambda _: imagen.sample(**captions_given, cond_scale=3.0))
     for name, times in bench.time(works).items():
-        bench.add(**names, provider=name, ms=times[:3], timer=times.timer, images=2)
+        bench.add(
+            **names,
+            provider=name,
+            ms=times[:3],
+            timer=times.timer,
+            images=2,
+            system_share=times.system_share,
+        )
 
 
 def _cascade(padding: str) -> Cascade:
@@ -166,7 +168,7 @@ def _sample_ours(cascade: Cascade, text: object, _: None) -> torch.Tensor:
 
 def single_ops(bench: Bench) -> None:
     """Attention, GroupNorm and thresholding at sizes of small networks."""
-    bench.run(threshold.cases(CPU, shapes=((16, 64), (4, 256), (1, 1024))))
+    bench.run(dynamic_threshold.cases(CPU, shapes=((16, 64), (4, 256), (1, 1024))))
     bench.run(group_norm.cases(CPU, shapes=((2, 128, 64), (8, 256, 16))))
     bench.run(attention.cases(CPU, sides=(16,), batches=(2,)))
 

@@ -147,8 +147,7 @@ def measure(groups: list[str], options: argparse.Namespace) -> int:
 
 def measurements(bench: object) -> dict[str, Callable[[], None]]:
     """What each group measures on a GPU."""
-    from .cases import attention, group_norm, sampling, step
-    from .cases import dynamic_threshold as threshold
+    from .cases import attention, dynamic_threshold, group_norm, sampling, step
     from .harness import networks
 
     device = bench.device
@@ -156,7 +155,7 @@ def measurements(bench: object) -> dict[str, Callable[[], None]]:
         "step": lambda: step.run(bench, [networks.BASE64], step.EAGER),
         "attention": lambda: bench.run(attention.cases(device)),
         "group_norm": lambda: bench.run(group_norm.cases(device)),
-        "threshold": lambda: bench.run(threshold.cases(device)),
+        "threshold": lambda: bench.run(dynamic_threshold.cases(device)),
         "compiled_step": lambda: step.run(bench, [networks.BASE64], step.COMPILED),
         "compilers": lambda: (
             bench.run(group_norm.cases(device, shapes=group_norm.SHAPES[:4], compilers=True)),
@@ -169,8 +168,7 @@ def measurements(bench: object) -> dict[str, Callable[[], None]]:
 
 def toys(bench: object) -> dict[str, Callable[[], None]]:
     """The same groups at sizes for a moment on a CPU."""
-    from .cases import attention, group_norm, sampling, step
-    from .cases import dynamic_threshold as threshold
+    from .cases import attention, dynamic_threshold, group_norm, sampling, step
     from .harness import networks
 
     device = bench.device
@@ -179,7 +177,7 @@ def toys(bench: object) -> dict[str, Callable[[], None]]:
         "step": lambda: step.run(bench, [networks.TOY], step.EAGER),
         "attention": lambda: bench.run(attention.cases(device, **few)),
         "group_norm": lambda: bench.run(group_norm.cases(device, shapes=((2, 16, 4),))),
-        "threshold": lambda: bench.run(threshold.cases(device, shapes=((2, 8),))),
+        "threshold": lambda: bench.run(dynamic_threshold.cases(device, shapes=((2, 8),))),
         "compiled_step": lambda: step.run(bench, [networks.TOY], step.COMPILED),
         "compilers": lambda: (
             bench.run(group_norm.cases(device, shapes=((2, 16, 4),), compilers=True)),

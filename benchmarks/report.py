@@ -2,9 +2,8 @@
 
     python -m benchmarks.report [--check]
 
-A page says where a table goes: between `<!-- benchmarks: NAME -->` and `<!-- end of benchmarks -->` everything is
-generated, here alone. Rows that were measured with other kernels than those in the tree are marked as stale.
-"""
+Everything between `<!-- benchmarks: NAME -->` and `<!-- end of benchmarks -->` is generated. Rows that were measured
+with other kernels than those in the tree are marked as stale."""
 
 from __future__ import annotations
 
@@ -15,36 +14,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from .harness import svg
-from .harness.rows import ROOT, Row, folder, is_stale, key, read_all
+from .harness.checkout import ROOT
+from .harness.rows import Measured, Row, folder, is_stale, read_all
 
 PAGES = ("README.md", "docs/benchmarks.md")
 MARKED = re.compile(r"(?P<begin><!-- benchmarks: (?P<name>\w+) -->\n).*?(?P<end><!-- end of benchmarks -->)", re.DOTALL)
 NOT_MEASURED = "not measured"
-AGAIN = {"cpu": "`make bench`", "gpu": "`make gpu-check`"}
-
-
-class Measured:
-    """The latest row of every key, by device: "cpu", or the folder of a GPU."""
-
-    def __init__(self, rows: Iterable[Row]) -> None:
-        self.rows: dict[str, dict[tuple[str, ...], Row]] = {}
-        for row in rows:
-            self.rows.setdefault(folder(row["device"]), {})[key(row)] = row
-
-    @property
-    def gpus(self) -> list[str]:
-        return sorted(name for name in self.rows if name != "cpu")
-
-    def of(self, device: str, **wanted: str) -> list[Row]:
-        """Rows of a device with these fields, in the order in which they were measured first."""
-        return [
-            row
-            for row in self.rows.get(device, {}).values()
-            if all(row.get(field) == value for field, value in wanted.items())
-        ]
-
-    def one(self, device: str, **wanted: str) -> Row | None:
-        return next(iter(self.of(device, **wanted)), None)
+REPRODUCE = {"cpu": "`make bench`", "gpu": "`make gpu-check`"}
 
 
 # ---------------------------------------------------------------------------------------------- cells
@@ -90,7 +66,7 @@ def per_second(row: Row | None) -> str:
 
 
 def when(rows: list[Row], command: str) -> str:
-    """Where and when these rows are from, and how to get them again."""
+    """Where and when these rows were measured, and how to reproduce them."""
     if not rows:
         return f"Not measured yet; {command} measures it."
     last = max(rows, key=lambda row: row["date"])
@@ -101,7 +77,7 @@ def when(rows: list[Row], command: str) -> str:
     clocks = f", clocks {last['clocks']}" if last.get("clocks") else ""
     return (
         f"{last['device']}{threads}{clocks}; {versions}; {last['date']}, commit {last.get('commit', 'unknown')}; "
-        f"again: {command}"
+        f"reproduce with {command}"
     )
 
 
@@ -109,45 +85,51 @@ def when(rows: list[Row], command: str) -> str:
 
 
 def cpu(measured: Measured) -> str:
-    """Against MinImagen on a CPU."""
+    """Against MinImagen on a CPU: user time first, then the total with kernel (system) time, then memory."""
     lines = []
     for row in measured.of("cpu", provider="ours"):
         if row["op"] not in ("training step", "guided sampling"):
             continue
         names = {"op": row["op"], "shape": row["shape"], "mode": row["mode"]}
-        unpadded, theirs = (
-            measured.one("cpu", provider=name, **names) for name in ("ours, text_padding none", "MinImagen")
-        )
+        unpadded = measured.one("cpu", provider="ours, text_padding none", **names)
+        minimagen = measured.one("cpu", provider="MinImagen", **names)
+        providers = (row, unpadded, minimagen)
         if row["mode"] == "peak memory":
-            cells = [
-                f"{r['peak_bytes'] / 2**20:.0f} MiB" if r and "peak_bytes" in r else NOT_MEASURED
-                for r in (row, unpadded, theirs)
-            ]
-            measured_both = cells[2] != NOT_MEASURED
-            ratio = f"{100 * row['peak_bytes'] / theirs['peak_bytes']:.0f} %" if measured_both else NOT_MEASURED
-        else:
-            cells, ratio = [milliseconds(r) for r in (row, unpadded, theirs)], times(theirs, row)
-        label = row["op"] if row["mode"] != "peak memory" else "its peak memory"
-        lines.append([f"{label}, {row['shape']}", *cells, ratio])
-        if all(r and "system_share" in r for r in (row, unpadded, theirs)):
-            shares = [r["system_share"] for r in (row, unpadded, theirs)]
-            ratio = theirs["ms"][1] * (1 - shares[2]) / (row["ms"][1] * (1 - shares[0]))
             lines.append(
-                [
-                    "of it in the operating system",
-                    *(f"{100 * part:.0f} %" for part in shares),
-                    f"{ratio:.2f}x without it",
-                ]
+                [f"peak memory of a step, {row['shape']}", *map(mebibytes, providers), memory_ratio(row, minimagen)]
             )
+            continue
+        user = [user_time(provider) for provider in providers]
+        lines.append([f"{row['op']}, {row['shape']}", *map(milliseconds, user), times(user[2], user[0])])
+        total = [*map(milliseconds, providers), times(minimagen, row)]
+        lines.append(["with system time", *total])
     head = (
-        "",
-        "fastimagen, 256 slots",
+        "user time",
+        "fastimagen, 256 tokens",
         "fastimagen, real tokens only",
         "MinImagen 0.0.9",
-        "256 slots against MinImagen",
+        "speed-up, 256 tokens",
     )
-    note = when(measured.of("cpu", op="training step"), AGAIN["cpu"])
+    note = when(measured.of("cpu", op="training step"), REPRODUCE["cpu"])
     return f"{table(head, lines)}\n\n{note}" if lines else note
+
+
+def user_time(row: Row | None) -> Row | None:
+    """The row with its user time in place of its total time; without a time if system time was not recorded."""
+    if row is None or "ms" not in row or row.get("system_share") is None:
+        return None
+    return {**row, "ms": [ms * (1 - row["system_share"]) for ms in row["ms"]]}
+
+
+def mebibytes(row: Row | None) -> str:
+    return f"{row['peak_bytes'] / 2**20:.0f} MiB" if row and "peak_bytes" in row else NOT_MEASURED
+
+
+def memory_ratio(row: Row, minimagen: Row | None) -> str:
+    """Peak memory as a share of MinImagen's."""
+    if minimagen is None or "peak_bytes" not in minimagen:
+        return NOT_MEASURED
+    return f"{100 * row['peak_bytes'] / minimagen['peak_bytes']:.0f} % of MinImagen's"
 
 
 def step(measured: Measured) -> str:
@@ -167,9 +149,9 @@ def step(measured: Measured) -> str:
             ]
             for row in rows
         ]
-        head = ("network", "by", "batch", "images/s", "of the matrix rate", "memory", "against MinImagen")
+        head = ("network", "provider", "batch", "images/s", "of the matrix rate", "memory", "speed-up over MinImagen")
         parts += [table(head, lines)] if lines else []
-        parts.append(when(rows, AGAIN["gpu"]))
+        parts.append(when(rows, REPRODUCE["gpu"]))
     return "\n\n".join(parts)
 
 
@@ -197,10 +179,10 @@ def breakdown(measured: Measured) -> str:
             for row in rows
         ]
         parts += [
-            table(("network", "by", *rows[0]["parts"]), lines),
-            when(rows, AGAIN["cpu" if device == "cpu" else "gpu"]),
+            table(("network", "provider", *rows[0]["parts"]), lines),
+            when(rows, REPRODUCE["cpu" if device == "cpu" else "gpu"]),
         ]
-    return "\n\n".join(parts) or when([], AGAIN["gpu"])
+    return "\n\n".join(parts) or when([], REPRODUCE["gpu"])
 
 
 def single_op(op: str) -> Callable[[Measured], str]:
@@ -228,9 +210,9 @@ def single_op(op: str) -> Callable[[Measured], str]:
                     [f"{shape}, {mode}", *map(milliseconds, found), *(share(ours, *rate) for rate in rates.values())]
                 )
             head = ("", *providers, *rates)
-            parts += [table(head, lines), when(rows, AGAIN["cpu" if device == "cpu" else "gpu"])]
+            parts += [table(head, lines), when(rows, REPRODUCE["cpu" if device == "cpu" else "gpu"])]
         if not measured.gpus:
-            parts.append(f"On a GPU: {when([], AGAIN['gpu'])}")
+            parts.append(f"On a GPU: {when([], REPRODUCE['gpu'])}")
         return "\n\n".join(parts)
 
     return make
@@ -251,20 +233,20 @@ def sampler(measured: Measured) -> str:
                     milliseconds(row),
                     milliseconds(unet),
                     row.get("note", ""),
-                    image(row),
+                    image_time(row),
                 ]
             )
         if lines:
             parts += [
-                table(("stage", "by", "step", "its U-Net", "the rest", "an image in its steps"), lines),
-                when(rows, AGAIN["cpu" if device == "cpu" else "gpu"]),
+                table(("stage", "provider", "step", "U-Net", "outside of the U-Net", "one image"), lines),
+                when(rows, REPRODUCE["cpu" if device == "cpu" else "gpu"]),
             ]
     if not measured.gpus:
-        parts.append(f"On a GPU: {when([], AGAIN['gpu'])}")
+        parts.append(f"On a GPU: {when([], REPRODUCE['gpu'])}")
     return "\n\n".join(parts)
 
 
-def image(row: Row) -> str:
+def image_time(row: Row) -> str:
     """Time of one image in as many steps as the stage is sampled with."""
     if "ms" not in row or "steps" not in row:
         return NOT_MEASURED
@@ -275,7 +257,7 @@ def data(measured: Measured) -> str:
     """Images and captions per second on the way to the network."""
     rows = [row for op in ("data loading", "text embedding") for row in measured.of("cpu", op=op)]
     lines = [[row["op"], row["shape"], per_second(row)] for row in rows]
-    return f"{table(('', 'of', 'a second and core'), lines)}\n\n{when(rows, AGAIN['cpu'])}"
+    return f"{table(('', 'of', 'per second and core'), lines)}\n\n{when(rows, REPRODUCE['cpu'])}"
 
 
 TABLES: dict[str, Callable[[Measured], str]] = {
@@ -295,7 +277,7 @@ TABLES: dict[str, Callable[[Measured], str]] = {
 
 
 def fill(page: str, measured: Measured) -> str:
-    """The page with its marked sections made anew. Raises ValueError for a mark that names no table."""
+    """The page with its marked sections regenerated. Raises ValueError for an unknown table."""
 
     def section(match: re.Match[str]) -> str:
         if match["name"] not in TABLES:
@@ -306,7 +288,7 @@ def fill(page: str, measured: Measured) -> str:
 
 
 def plots(rows: list[Row]) -> dict[str, str]:
-    """Path -> SVG of all that can be drawn: whole steps, history, and, once there is a GPU's file, the roofline."""
+    """Path -> SVG of all plots that have data: whole steps, history, and the roofline of a GPU."""
     measured = Measured(rows)
     found = {
         "docs/benchmarks_step.svg": svg.steps(measured),
@@ -317,7 +299,7 @@ def plots(rows: list[Row]) -> dict[str, str]:
 
 
 def generated(root: Path = ROOT) -> dict[Path, str]:
-    """Everything that is generated, as it ought to be now: path -> content."""
+    """All generated files: path -> content."""
     rows = read_all(root / "benchmarks/results")
     measured = Measured(rows)
     pages = {root / name: fill((root / name).read_text(), measured) for name in PAGES}
@@ -326,11 +308,13 @@ def generated(root: Path = ROOT) -> dict[Path, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; say what is not up to date")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit with an error if a file is out of date"
+    )
     check = parser.parse_args().check
     old = [path for path, text in generated().items() if not path.exists() or path.read_text() != text]
     if check:
-        sys.exit(f"not up to date: {', '.join(path.name for path in old)}" if old else 0)
+        sys.exit(f"out of date: {', '.join(path.name for path in old)}" if old else 0)
     for path in old:
         path.write_text(generated()[path])
         print(f"wrote {path.relative_to(ROOT)}")

@@ -250,13 +250,16 @@ def paper_sr256_light(text_dim: int = 4096) -> UNetConfig:
     return paper_sr256(text_dim).model_copy(update={"num_blocks": (1, 3, 5, 3)})
 
 
+COSINE = ScheduleConfig()
+
+
 def paper_stage(
     name: str,
     size: int,
     unet: UNetConfig,
     *,
     guidance: float,
-    schedule: ScheduleConfig = ScheduleConfig(),
+    schedule: ScheduleConfig = COSINE,
     crop: int | None = None,
 ) -> StageConfig:
     """A stage trained as in the paper: epsilon, unweighted, uniform times, 10 % of the captions dropped."""

@@ -247,10 +247,10 @@ def test_wrong_overrides(write_config, override: str, message: str) -> None:
 
 
 def test_unreadable_files(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="cannot read .*missing.json: No such file"):
+    with pytest.raises(ValueError, match=r"cannot read .*missing.json: No such file"):
         load_config(tmp_path / "missing.json")
     (tmp_path / "broken.json").write_text('{\n"a": 1,\n}')
-    with pytest.raises(ValueError, match="broken.json is not JSON: line"):
+    with pytest.raises(ValueError, match=r"broken.json is not JSON: line"):
         load_config(tmp_path / "broken.json")
     (tmp_path / "list.json").write_text("[]")
     with pytest.raises(ValueError, match="must hold a JSON object"):

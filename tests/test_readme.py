@@ -29,7 +29,8 @@ from fastimagen.config_file import load_config
 from fastimagen.train.stage_setup import plan
 from tests.conftest import ROOT, write_toy_encoder, write_toy_model
 
-PAGES = [Path("README.md"), *sorted(path.relative_to(ROOT) for path in (ROOT / "docs").glob("*.md"))]
+PAGES = [Path(name) for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+PAGES += sorted(path.relative_to(ROOT) for path in (ROOT / "docs").glob("*.md"))
 FENCE = re.compile(
     r"^(?:<!-- (?P<note>[^\n]*) -->\n)?```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE
 )
@@ -231,7 +232,7 @@ def test_the_table_of_extras_is_that_of_setup_py() -> None:
 
 def test_ci_runs_what_the_readme_says() -> None:
     lines = [line.strip() for line in (ROOT / ".ci/run").read_text().splitlines()]
-    assert [line for line in lines if line and not line.startswith(("#", "set "))] == ["make test"]
+    assert [line for line in lines if line and not line.startswith(("#", "set "))] == ["make lint", "make test"]
     assert ["make", "test"] in list(commands((ROOT / "README.md").read_text()))
 
 

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastimagen import ops
 
-from ..harness.measure import Case, ProviderUnavailable, Provider, compiled
+from ..harness.measure import Case, Provider, ProviderUnavailable, compiled
 from ..harness.timing import first_line
 
 HEADS, WIDTH, TEXT = 8, 64, 256

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ Loop = Callable[..., Tensor]
 def stage_sample(
     stage: Stage, unet: UNet, text: TextEmbeddings, seeds: list[int], lowres: Tensor | None, settings: SamplingConfig
 ) -> Tensor:
-    """Ours."""
+    """fastimagen's sampling."""
     return stage.sample(unet, text, seeds, lowres=lowres, sampling=settings)
 
 
@@ -77,17 +78,20 @@ def stage_sample(
 def plain_loop(
     stage: Stage, unet: UNet, text: TextEmbeddings, seeds: list[int], lowres: Tensor | None, settings: SamplingConfig
 ) -> Tensor:
-    """As one writes it: DDIM, two calls of the U-Net a step, captions encoded in each, torch.quantile."""
+    """A straightforward loop: DDIM, two U-Net calls per step, captions encoded in each, torch.quantile."""
     device, diffusion, config = text.embeds.device, stage.diffusion, stage.config
     noise = image_noise(seeds, (config.unet.channels, config.size, config.size), stage="", step=0, device=device)
     level = torch.full((len(seeds),), 0.1, device=device)
     condition = {} if lowres is None else stage.lowres_condition(lowres, level, noise)
     dropped = torch.zeros(len(seeds), dtype=torch.bool, device=device)
     times, x = diffusion.schedule.sampling_times(settings.steps), noise
-    for now, then in zip(times, times[1:]):
-        shown, time_ = diffusion.network_input(x, now), diffusion.schedule.network_time(now).to(device).expand(len(x))
-        with_caption = unet(shown, time_, text=text, **condition).float()
-        without = unet(shown, time_, text=text, keep_text=dropped, **condition).float()
+    for now, then in pairwise(times):
+        model_input, time_ = (
+            diffusion.network_input(x, now),
+            diffusion.schedule.network_time(now).to(device).expand(len(x)),
+        )
+        with_caption = unet(model_input, time_, text=text, **condition).float()
+        without = unet(model_input, time_, text=text, keep_text=dropped, **condition).float()
         x0 = diffusion.x0(without + settings.guidance * (with_caption - without), x, now)
         s = torch.quantile(x0.flatten(1).abs(), settings.percentile, dim=1).clamp(min=1)[:, None, None, None]
         x0 = x0.clamp(-s, s) / s
@@ -100,7 +104,7 @@ def plain_loop(
 
 
 def measure(loop: Loop, network: Network, batch: int, device: torch.device, dtype: torch.dtype) -> tuple[Times, Times]:
-    """Milliseconds of a step, and of the U-Net in it, from the same walks."""
+    """Milliseconds of a step, and of the U-Net in it, from the same runs."""
     stage = network.stage()
     unet = make_unet(stage.config.unet, device, dtype).eval()
     text, seeds = captions(batch, stage.config.unet.text_dim, device), list(range(batch))

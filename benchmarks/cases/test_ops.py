@@ -11,14 +11,13 @@ import pytest
 import torch
 
 from ..harness.measure import Case
-from . import attention, group_norm
-from . import dynamic_threshold as threshold
+from . import attention, dynamic_threshold, group_norm
 
 CPU = torch.device("cpu")
 
 
 def cases() -> Iterator[Case]:
-    yield from threshold.cases(CPU, shapes=((1, 64), (4, 256)))
+    yield from dynamic_threshold.cases(CPU, shapes=((1, 64), (4, 256)))
     yield from group_norm.cases(CPU, shapes=((2, 128, 64),))
     yield from attention.cases(CPU, sides=(16,), batches=(2,))
 

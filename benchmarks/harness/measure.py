@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .rows import Results, Row, clocks
-from .timing import Times, Work, copy_work, first_line, matrix_work, peak_bytes, time_cuda, time_in_turns
+from .timing import Times, Work, copy_work, first_line, matrix_work, peak_bytes, time_cuda, time_interleaved
 
 Provider = Callable[..., Tensor]
 
@@ -92,7 +92,7 @@ class Bench:
         seconds = seconds or self.seconds
         if self.device.type == "cuda":
             return {name: time_cuda(work, seconds=seconds, in_graph=in_graph) for name, work in works.items()}
-        return time_in_turns(works, seconds=seconds * len(works))
+        return time_interleaved(works, seconds=seconds * len(works))
 
     def in_time(self) -> bool:
         return time.monotonic() < self.deadline

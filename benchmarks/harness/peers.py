@@ -61,7 +61,7 @@ def _installed(name: str) -> None:
 
 
 @cache
-def _minimagen() -> tuple[ModuleType, ModuleType]:
+def import_minimagen() -> tuple[ModuleType, ModuleType]:
     """Its modules Imagen and Unet, the former without its bar of progress."""
     _installed("minimagen")
     importlib.import_module("PIL.Image")  # it uses this and leaves the import to torchvision
@@ -73,7 +73,7 @@ def _minimagen() -> tuple[ModuleType, ModuleType]:
 
 def minimagen(unets: list[dict[str, Any]], sizes: list[int], *, timesteps: int = 1000) -> nn.Module:
     """MinImagen's Imagen of U-Nets with these arguments. Raises ProviderUnavailable."""
-    imagen, unet = _minimagen()
+    imagen, unet = import_minimagen()
     built = [unet.Unet(**{**kwargs, "lowres_cond": index > 0}) for index, kwargs in enumerate(unets)]
     return imagen.Imagen(
         built,

@@ -15,13 +15,15 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
+from .checkout import ROOT
+
 RESULTS = ROOT / "benchmarks/results"
 KEY = ("op", "shape", "dtype", "mode", "provider")
 KERNELS = {
@@ -149,3 +151,27 @@ def read(path: Path) -> list[Row]:
 def read_all(results: Path = RESULTS) -> list[Row]:
     """All rows of all files of this format, oldest first."""
     return [row for path in sorted(results.glob("*/[0-9]*.json"), key=lambda path: path.name) for row in read(path)]
+
+
+class Measured:
+    """The latest row of every key, by device: "cpu", or the folder of a GPU's results."""
+
+    def __init__(self, rows: Iterable[Row]) -> None:
+        self.rows: dict[str, dict[tuple[str, ...], Row]] = {}
+        for row in rows:
+            self.rows.setdefault(folder(row["device"]), {})[key(row)] = row
+
+    @property
+    def gpus(self) -> list[str]:
+        return sorted(name for name in self.rows if name != "cpu")
+
+    def of(self, device: str, **wanted: str) -> list[Row]:
+        """Rows of a device with these fields, in the order of their first measurement."""
+        return [
+            row
+            for row in self.rows.get(device, {}).values()
+            if all(row.get(field) == value for field, value in wanted.items())
+        ]
+
+    def one(self, device: str, **wanted: str) -> Row | None:
+        return next(iter(self.of(device, **wanted)), None)

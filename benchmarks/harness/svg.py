@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
-from .rows import Row, folder
-
-if TYPE_CHECKING:
-    from ..report import Measured
+from .rows import Measured, Row, folder
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999")
 LEFT, TOP, WIDTH, HEIGHT = 70, 40, 460, 300

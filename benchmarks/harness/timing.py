@@ -1,12 +1,12 @@
-"""How long a piece of work takes.
+"""Timing.
 
-On a GPU: CUDA events with a cold L2, inside a CUDA graph where the work can be captured, so that neither caches nor
-launches of Python flatter or blame anyone. On a CPU: CPU seconds of one thread, the works in turns, so that whatever
-else the machine does falls on all of them alike.
-"""
+On a GPU: CUDA events with a cold L2 cache, inside a CUDA graph if the work can be captured, so that neither caches
+nor the launch overhead of Python distort the comparison. On a CPU: CPU seconds of one thread, with the works
+interleaved, so that other load on the machine affects all of them alike."""
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -14,36 +14,37 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-WARMUPS = 3  # the first call compiles and plans, the second fills the allocator
+NUM_WARMUPS = 3  # the first call compiles and plans, the second fills the allocator
 FLUSH_BYTES = 256 * 2**20  # several times the L2 of any GPU
-MOST_ROUNDS = 100  # on a CPU
-SAMPLES = (10, 200)  # at least and at most, where the time allows
+MAX_ROUNDS = 100  # on a CPU
+MIN_SAMPLES, MAX_SAMPLES = 10, 200  # on a GPU, if time allows
 
 
 class Work(NamedTuple):
-    """What is timed: call(setup()), of which only `call` counts."""
+    """A call(setup()) to time; the time of `setup` does not count."""
 
     call: Callable[[Any], object]
     setup: Callable[[], Any] = lambda: None
 
 
 class Times(NamedTuple):
-    """Milliseconds: the 20th, 50th and 80th of a hundred repetitions; and how they were taken."""
+    """Percentiles of the repetitions in milliseconds, how they were timed, and the share of kernel (system) time."""
 
     p20: float
     p50: float
     p80: float
     timer: str
+    system_share: float | None = None
 
     @classmethod
-    def of(cls, samples: list[float], timer: str) -> Times:
+    def of(cls, samples: list[float], timer: str, system_share: float | None = None) -> Times:
         ranks = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
-        return cls(*torch.tensor(samples, dtype=torch.float64).quantile(ranks).tolist(), timer)
+        return cls(*torch.tensor(samples, dtype=torch.float64).quantile(ranks).tolist(), timer, system_share)
 
 
 def time_cuda(work: Work, *, seconds: float = 0.2, in_graph: bool = True) -> Times:
     """Times of one work on the current GPU, in about `seconds` besides warming up."""
-    for _ in range(WARMUPS):
+    for _ in range(NUM_WARMUPS):
         work.call(work.setup())
     torch.cuda.synchronize()
     buffer = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
@@ -51,15 +52,14 @@ def time_cuda(work: Work, *, seconds: float = 0.2, in_graph: bool = True) -> Tim
     if in_graph:
         try:
             run, timer = _captured(work, buffer), "events in a CUDA graph, cold L2"
-        except RuntimeError as error:  # it waits for the GPU, or allocates behind PyTorch's back
+        except RuntimeError as error:  # it synchronizes with the host, or allocates outside of PyTorch
             timer = f"events, no graph: {first_line(error)}"
             torch.cuda.synchronize()
     run = run or _uncaptured(work, buffer)
-    least, most = SAMPLES
     samples, until = [run()], time.monotonic() + seconds
-    while len(samples) < least or (len(samples) < most and time.monotonic() < until):
+    while len(samples) < MIN_SAMPLES or (len(samples) < MAX_SAMPLES and time.monotonic() < until):
         samples.append(run())
-        if len(samples) >= 3 and time.monotonic() > until + 10 * seconds:  # seconds each: three will do
+        if len(samples) >= 3 and time.monotonic() > until + 10 * seconds:  # very slow: three samples are enough
             break
     return Times.of(samples, timer)
 
@@ -99,36 +99,41 @@ def _uncaptured(work: Work, buffer: Tensor) -> Callable[[], float]:
     return run
 
 
-def time_in_turns(works: Mapping[str, Work], *, seconds: float) -> dict[str, Times]:
-    """Times of several works on the CPU, one repetition of each in turn, after one that does not count.
+def time_interleaved(works: Mapping[str, Work], *, seconds: float) -> dict[str, Times]:
+    """Times of several works on the CPU in alternating rounds of one repetition each, after a warm-up round.
 
-    Goes on for about `seconds` in all, at least three rounds, two if a round takes longer than 20 seconds. With one
-    thread CPU time is counted, which other processes cannot stretch much; with more, the clock on the wall.
-    """
+    Takes about `seconds` in all and at least three rounds, or two if a round takes longer than 20 seconds. With one
+    thread it measures CPU time (user and system), which other processes hardly affect; with more threads, wall-clock
+    time."""
     alone = torch.get_num_threads() == 1
     clock, timer = (
-        (time.process_time, "CPU seconds of 1 thread, in turns")
+        (time.process_time, "CPU seconds of 1 thread, interleaved")
         if alone
-        else (time.perf_counter, f"wall clock, {torch.get_num_threads()} threads, in turns")
+        else (time.perf_counter, f"wall clock, {torch.get_num_threads()} threads, interleaved")
     )
     samples: dict[str, list[float]] = {name: [] for name in works}
+    user, system = dict.fromkeys(works, 0.0), dict.fromkeys(works, 0.0)
     for work in works.values():
         work.call(work.setup())
     begin = time.monotonic()
-    for turn in range(MOST_ROUNDS):
+    for round_number in range(MAX_ROUNDS):
         spent = time.monotonic() - begin
-        if spent > seconds and turn >= (2 if spent > 20 * turn else 3):
+        if spent > seconds and round_number >= (2 if spent > 20 * round_number else 3):
             break
         for name, work in works.items():
             state = work.setup()
-            begun = clock()
+            before, begun = os.times(), clock()
             work.call(state)
             samples[name].append(1000 * (clock() - begun))
-    return {name: Times.of(taken, timer) for name, taken in samples.items()}
+            after = os.times()
+            user[name] += after.user - before.user
+            system[name] += after.system - before.system
+    shares = {name: system[name] / max(user[name] + system[name], 1e-9) for name in works}
+    return {name: Times.of(taken, timer, shares[name]) for name, taken in samples.items()}
 
 
 def peak_bytes(work: Work) -> int | None:
-    """GPU memory at the highest point of the work, beyond what was there before it; None on a CPU."""
+    """Peak GPU memory of the work beyond what was allocated before it; None on a CPU."""
     if not torch.cuda.is_available():
         return None
     torch.cuda.synchronize()
@@ -140,7 +145,7 @@ def peak_bytes(work: Work) -> int | None:
 
 
 def copy_work(device: torch.device) -> tuple[Work, float]:
-    """A copy far beyond any cache, and the bytes it reads and writes."""
+    """A copy much larger than any cache, and the bytes it reads and writes."""
     count = 2**30 if device.type == "cuda" else 2**26
     source = torch.empty(count, dtype=torch.int8, device=device).random_()
     target = torch.empty_like(source)
@@ -148,7 +153,7 @@ def copy_work(device: torch.device) -> tuple[Work, float]:
 
 
 def matrix_work(device: torch.device) -> tuple[Work, float]:
-    """A large product of random matrices (bf16 on a GPU, fp32 on a CPU), and its floating-point operations."""
+    """A large matrix product (bf16 on a GPU, fp32 on a CPU), and its floating-point operations."""
     side, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (768, torch.float32)
     a, b = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
     return Work(lambda _: a @ b), 2.0 * side**3

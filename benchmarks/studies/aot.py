@@ -1,6 +1,7 @@
 """Compile the kernels for GPUs that are not here: registers, spills, shared memory and matrix instructions of each.
 
-    python -m benchmarks.studies.aot [--kernels attention,group_norm] [--targets sm_90,gfx942] [--labels REGEX] [--out FILE]
+    python -m benchmarks.studies.aot [--kernels attention,group_norm] [--targets sm_90,gfx942] [--labels REGEX] [--out
+    FILE]
 
 Every kernel file has a function `shipped`, which yields labelled calls of its launchers on meta tensors. A driver
 without a GPU stands in for Triton's, and a launch compiles instead of launching: so what is compiled is what a GPU

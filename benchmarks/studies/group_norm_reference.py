@@ -1,6 +1,7 @@
 """A whole training step on the CPU with ops.group_norm_silu against nn.GroupNorm, FiLM and SiLU written by hand.
 
-    python -m benchmarks.studies.group_norm_reference [--repeats 20] [--out benchmarks/results/cpu/group_norm_reference.json]
+    python -m benchmarks.studies.group_norm_reference [--repeats 20] [--out
+    benchmarks/results/cpu/group_norm_reference.json]
 
 Steps of the two alternate, and processor time of the one thread counts, so that other work on the machine matters
 little. A ratio below 1: ours is faster.

@@ -93,7 +93,7 @@ def rewritten(source: str, target: str, found: dict[str, dict[int, Pair]]) -> st
         entry = _entry(target, name, table)
         there = re.compile(rf'    \("{target}", "{name}"\): \{{.*?\}},\n', re.DOTALL)
         if there.search(source):
-            source = there.sub(lambda _: entry, source, count=1)
+            source = there.sub(lambda _, entry=entry: entry, source, count=1)
         else:
             source = source.replace("    # All others:", entry + "    # All others:", 1)
     return source

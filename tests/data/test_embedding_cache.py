@@ -193,7 +193,7 @@ def test_changed_samples_are_an_error(cached, keys, captions, message):
 def test_missing_damaged_and_foreign_files_are_errors(cached, tmp_path):
     content = cached.read_bytes()
     with safe_open(cached, framework="pt") as file:
-        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118 - not a dict
     cases = {
         "there is no embedding cache": lambda path: path.unlink(),
         r"is damaged": lambda path: path.write_bytes(content[:-1]),

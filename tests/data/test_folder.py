@@ -119,7 +119,9 @@ def test_nothing_to_pack_leaves_nothing(tmp_path):
 
 
 def test_an_interrupted_run_leaves_nothing(images, tmp_path, monkeypatch):
-    def interrupt(data, count=iter(range(9))):
+    count = iter(range(9))
+
+    def interrupt(data):
         if next(count) == 7:
             raise KeyboardInterrupt
 

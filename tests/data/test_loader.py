@@ -274,9 +274,9 @@ def test_threads_end_with_the_iterator(shards):
     batches.close()
     assert decoding_threads() == 0
     with pytest.raises(ZeroDivisionError):
-        for batch in make_loader(shards).batches(0):
-            1 / 0
-    del batch
+        for _batch in make_loader(shards).batches(0):
+            raise ZeroDivisionError
+    del _batch
     assert decoding_threads() == 0
 
 

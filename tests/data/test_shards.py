@@ -165,7 +165,7 @@ def test_broken_tars_are_one_line_errors_that_name_the_file(tmp_path, what, mess
 
 
 def test_missing_tar_is_named(tmp_path):
-    with pytest.raises(ValueError, match="cannot open shard .*gone.tar: No such file"):
+    with pytest.raises(ValueError, match=r"cannot open shard .*gone.tar: No such file"):
         index_shard(tmp_path / "gone.tar")
 
 
@@ -305,7 +305,7 @@ def test_failed_downloads_leave_nothing(tmp_path, command, message, capfd):
 
 
 def test_remote_shards_need_a_cache():
-    with pytest.raises(ValueError, match="data.cache"):
+    with pytest.raises(ValueError, match=r"data.cache"):
         open_shards("http://host/0.tar")
 
 
@@ -317,7 +317,7 @@ def test_opening_reports_what_is_left_out(tmp_path, caplog):
     assert [os.path.basename(shard.path) for shard in shards] == ["0.tar", "1.tar", "2.tar"]
     assert "6 samples in 3 shards; left out: 3 no caption" in caplog.text
     make_tar(tmp_path / "only.tar", {"a.jpg": b"x", "b.jpg": b"x"})
-    with pytest.raises(ValueError, match="no sample in 1 shards .*2 no caption"):
+    with pytest.raises(ValueError, match=r"no sample in 1 shards .*2 no caption"):
         open_shards(tmp_path / "only.tar")
 
 

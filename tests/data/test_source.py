@@ -36,11 +36,11 @@ def test_rendering_shapes_with_other_shards_says_what_to_change(
     toy_config: dict[str, Any], toy_data: Path, tmp_path: Path
 ) -> None:
     tree = own_data(toy_config, toy_data, tmp_path / "mine")
-    with pytest.raises(ValueError, match="mine/train contains other shards: set fastimagen.data.shapes to") as raised:
+    with pytest.raises(ValueError, match=r"mine/train contains other shards: set fastimagen.data.shapes to") as raised:
         check_data(section(tree))
     assert "fastimagen.text.encoder to a trained T5 (t5_small ... xxl1.1" in str(raised.value)
     tree["fastimagen"]["data"]["shards"] = [str(tmp_path / "mine/train/00000.tar")]
-    with pytest.raises(ValueError, match="fastimagen.data.shapes renders FOLDER/train"):
+    with pytest.raises(ValueError, match=r"fastimagen.data.shapes renders FOLDER/train"):
         check_data(section(tree))
 
 
@@ -49,7 +49,9 @@ def test_the_random_text_encoder_is_refused_for_other_data(
 ) -> None:
     tree = own_data(toy_config, toy_data, tmp_path / "mine")
     tree["fastimagen"]["data"]["shapes"] = None
-    with pytest.raises(ValueError, match="has random weights and is for the built-in shapes only: set fastimagen.text"):
+    with pytest.raises(
+        ValueError, match=r"has random weights and is for the built-in shapes only: set fastimagen.text"
+    ):
         embed_all(section(tree), say=print)
     with pytest.raises(ValueError, match="has random weights"):
         Trainer(config_from_dict(tree), tmp_path / "run")  # the dry run too

@@ -174,7 +174,7 @@ def test_more_steps_than_the_schedule_has_are_refused() -> None:
     ],
 )
 def test_bounds_beyond_float64_are_refused(shift: float, bounds: tuple[float, float]) -> None:
-    with pytest.raises(ValueError, match="logsnr_range .* is out of reach") as error:
+    with pytest.raises(ValueError, match=r"logsnr_range .* is out of reach") as error:
         cosine(shift, bounds)
     assert "\n" not in str(error.value)
 

@@ -357,7 +357,7 @@ def test_accuracy_counts_what_captions_mention():
     assert figures["single"]["caption"] == share
     assert json.loads(json.dumps(figures)) == figures  # plain numbers, for the report
     assert accuracy([], []) == {}
-    with pytest.raises(ValueError, match="2 images .* 1 scenes"):
+    with pytest.raises(ValueError, match=r"2 images .* 1 scenes"):
         accuracy([image, image], [parse(texts[0])])
 
 

@@ -28,7 +28,7 @@ GOLDEN = ("unet_base", "unet_super", "unet_regular_super")
 def golden(name: str) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Tensor]]:
     """(weights, constructor arguments, inputs and outputs) of a golden file."""
     with safe_open(str(ROOT / f"tests/fixtures/{name}.safetensors"), "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
         kwargs = json.loads(file.metadata()["unet_kwargs"])
     weights = {key.removeprefix("weights."): tensors.pop(key) for key in list(tensors) if key.startswith("weights.")}
     return weights, kwargs, {key: t.float() if t.dtype == torch.float16 else t for key, t in tensors.items()}

@@ -36,9 +36,9 @@ def test_any_mixture_of_layouts() -> None:
     output, x, extra = case.inputs()
     expected = case.expected(output, x, extra)
     last = torch.channels_last
-    for x in (x.contiguous(memory_format=last), x.transpose(2, 3).contiguous().transpose(2, 3)):
-        for output in (output.contiguous(memory_format=last), output.flip(0).contiguous().flip(0)):
-            found = case.run(output, x, extra)
+    for laid_x in (x.contiguous(memory_format=last), x.transpose(2, 3).contiguous().transpose(2, 3)):
+        for laid_output in (output.contiguous(memory_format=last), output.flip(0).contiguous().flip(0)):
+            found = case.run(laid_output, laid_x, extra)
             for one, other in zip(found, expected):
                 torch.testing.assert_close(one.double(), other, rtol=2e-6, atol=2e-6)
     assert case.run(output, x.contiguous(memory_format=last), extra)[0].is_contiguous(memory_format=last)

@@ -143,7 +143,7 @@ def test_how_xformers_is_called(case: Case, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "xformers.ops", module)
     monkeypatch.setattr(backends, "_requested", "xformers")
     tensors = make(case)
-    with pytest.raises(ValueError, match='attention with backend "xformers": .*'):
+    with pytest.raises(ValueError, match=r'attention with backend "xformers": .*'):
         ops.attention(tensors["q"], null_k=torch.ones(case.width), null_v=torch.ones(case.width))
     monkeypatch.setattr(sys.modules["fastimagen.ops.attention"], "_no_xformers_for", lambda q: None)
     assert_close(results(ops.attention, tensors), exact(tensors))

@@ -52,7 +52,7 @@ def test_what_cannot_run_is_refused_with_the_reason(name: str, reason: str) -> N
 
 def test_forcing_the_kernels_raises_for_what_they_cannot_take(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "_requested", "triton")
-    with pytest.raises(ValueError, match='attention with backend "triton": the kernel takes .* not float64'):
+    with pytest.raises(ValueError, match=r'attention with backend "triton": the kernel takes .* not float64'):
         ops.attention(torch.ones(1, 2, 1, 16, dtype=torch.float64), null_k=torch.ones(16), null_v=torch.ones(16))
     with pytest.raises(ValueError, match="16 to 128 channels per head in steps of 8, not 20"):
         ops.attention(torch.ones(1, 2, 1, 20), null_k=torch.ones(20), null_v=torch.ones(20))

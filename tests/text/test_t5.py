@@ -240,7 +240,7 @@ def test_weights_that_do_not_fill_the_model_are_refused(tiny, tmp_path):
     deeper = Path(shutil.copytree(tiny, tmp_path / "deeper"))
     config = json.loads((deeper / "config.json").read_text())
     (deeper / "config.json").write_text(json.dumps(config | {"num_layers": 3}))
-    with pytest.raises(ValueError, match="lacks weights: encoder.block.2"):
+    with pytest.raises(ValueError, match=r"lacks weights: encoder.block.2"):
         T5Encoder(deeper)
 
 
