@@ -11,6 +11,7 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from .config import Config, FastimagenConfig, Section
+from .files import read_json_object
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -19,14 +20,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     Paths start at the top of the file: ``train_batch_size=64``, ``fastimagen.train.steps=10``.
     Raises ValueError with one line: missing file, broken JSON, unknown or contradictory key.
     """
-    try:
-        tree = json.loads(Path(path).read_text())
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: line {error.lineno}: {error.msg}") from error
-    if not isinstance(tree, dict):
-        raise ValueError(f"{path} must hold a JSON object")
+    tree = read_json_object(path)
     for override in overrides:
         _apply(tree, override)
     return config_from_dict(tree)

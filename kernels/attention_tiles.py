@@ -22,7 +22,6 @@ SHORT = 1024  # rows of a sample and key head, up to which the first tile of a p
 
 # Architecture and pass -> widest head, padded -> tile for few rows, tile for many. Chosen by registers, spills and
 # shared memory (benchmarks/results/aot.json), and by what is known to be fast for similar kernels; not yet by time.
-# fmt: off - benchmarks.studies.tune writes this layout
 TILES: dict[tuple[str, str], dict[int, tuple[Tile, Tile]]] = {
     ("sm_80", "forward"): {
         64: (Tile(64, 64, 4, 3), Tile(128, 64, 8, 3)),
@@ -91,7 +90,6 @@ TILES: dict[tuple[str, str], dict[int, tuple[Tile, Tile]]] = {
     ("interpreter", "backward_rows"): {128: (Tile(32, 16, 4, 1), Tile(32, 16, 4, 1))},
     ("interpreter", "backward_keys"): {128: (Tile(32, 16, 4, 1), Tile(32, 16, 4, 1))},
 }
-# fmt: on
 
 
 def tile_for(name: str, q: Tensor, rows: int) -> Tile:

@@ -326,10 +326,7 @@ def test_an_exported_model_can_be_sampled(toy_config: dict, tmp_path: Path, caps
 def test_exporting_a_run_without_checkpoints_is_refused(
     toy_config: dict, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
-    assert (
-        refused("export", "--run", "run", "--out", "model")
-        == "run is not a run directory: there is no config.json in it"
-    )
+    assert refused("export", "--run", "run", "--out", "model") == "run is not a run directory: it has no config.json"
     write_toy_run(tmp_path / "run", toy_config, stages=("base",))
     assert refused("export", "--run", "run", "--out", "model") == "run: stage sr has no checkpoint yet; train it first"
     cut(tmp_path / "run/checkpoints/base/step-00000010/ema.safetensors")

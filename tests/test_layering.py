@@ -18,7 +18,7 @@ SAMPLER = {  # runs with the core dependencies; reaches nothing outside of this 
     "fastimagen": "",
     "config": "",
     "files": "",
-    "images": "",
+    "images": "files",
     "seeds": "",
     "logs": "",
     "config_file": "config files",
@@ -38,13 +38,13 @@ TRAINING = {
     "info": "fastimagen ops",
     "demo": "cascade config files images sampling",
     "commands": "cascade demo diffusion evaluation files images sampling text",
-    "cli": "commands config config_file data files info interop logs sampling train",
+    "cli": "commands config config_file data info interop logs sampling train",
 }
 KERNELS = {"fastimagen_kernels": ""}
 PROGRAMS = {  # may import all of fastimagen
     "launch": "FASTIMAGEN",
     "benchmarks.harness": "FASTIMAGEN",
-    "benchmarks.cases": "FASTIMAGEN benchmarks.harness fastimagen_kernels",
+    "benchmarks.cases": "FASTIMAGEN benchmarks.harness",
     "benchmarks.studies": "FASTIMAGEN benchmarks.harness fastimagen_kernels",
     "benchmarks": "FASTIMAGEN benchmarks.cases benchmarks.harness",
 }
@@ -67,7 +67,6 @@ THIRD_PARTY = {
 }
 # What may be imported inside functions as well.
 DEFERRED = {
-    "cli": "torch",
     "data": "braceexpand webdataset",
     "demo": "gradio",
     "files": "safetensors torch",

@@ -100,9 +100,12 @@ def rewritten(source: str, target: str, found: dict[str, dict[int, Pair]]) -> st
 
 
 def _entry(target: str, name: str, table: dict[int, Pair]) -> str:
+    """A line of the table in the layout of ruff format."""
     head = f'    ("{target}", "{name}"): {{'
-    rows = (f"{width}: ({', '.join(f'Tile{tile}' for tile in pair)})" for width, pair in sorted(table.items()))
-    return head + (",\n" + " " * len(head)).join(rows) + "},\n"
+    rows = [f"{width}: ({', '.join(f'Tile{tile}' for tile in pair)})" for width, pair in sorted(table.items())]
+    if len(rows) == 1:
+        return f"{head}{rows[0]}}},\n"
+    return head + "\n" + "".join(f"        {row},\n" for row in rows) + "    },\n"
 
 
 def main() -> None:

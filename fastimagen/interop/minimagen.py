@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import pickle
@@ -17,7 +16,7 @@ from .. import __version__
 from ..cascade import Stage
 from ..config import CascadeConfig, UNetConfig
 from ..config_file import validate
-from ..files import require_empty
+from ..files import read_json_object, require_empty
 from ..networks.unet import UNet
 from ..presets import MINIMAGEN, minimagen_stage
 from ..sampling.model_directory import write_model
@@ -143,8 +142,8 @@ def unet_from_minimagen(state_dict: dict[str, Tensor], unet_kwargs: dict[str, An
             wrong.append(f"unexpected {key}")
         else:
             weights[own_name] = _reshape(value, expected[own_name])
-            if tuple(weights[name].shape) != expected[name]:
-                wrong.append(f"{key}: shape {tuple(value.shape)} does not fit {name} {expected[name]}")
+            if tuple(weights[own_name].shape) != expected[own_name]:
+                wrong.append(f"{key}: shape {tuple(value.shape)} does not fit {own_name} {expected[own_name]}")
     wrong += [f"nothing for {name} {expected[name]}" for name in expected.keys() - weights.keys()]
     if wrong:
         more = f"; and {len(wrong) - 20} more" if len(wrong) > 20 else ""
@@ -154,7 +153,7 @@ def unet_from_minimagen(state_dict: dict[str, Tensor], unet_kwargs: dict[str, An
 
 
 def _reshape(value: Tensor, expected: tuple[int, ...]) -> Tensor:
-    """MinImagen's layouts in ours, fp32: convolutions (O, I, kH, kW) -> (O, kH kW I), gains (1, C, 1, 1) -> (C,)."""
+    """A tensor in UNet's layout, fp32: convolutions (O, I, kH, kW) -> (O, kH kW I), gains (1, C, 1, 1) -> (C,)."""
     value = value.float()
     if value.dim() == 4 and len(expected) == 2:
         return value.permute(0, 2, 3, 1).flatten(1)  # (O, kH * kW * I)
@@ -234,7 +233,7 @@ def import_minimagen(source: str | Path, out: str | Path) -> Path:
     stages, weights, rows = [], {}, []
     for index, ((parameters, checkpoint), size) in enumerate(zip(files, sizes)):
         try:
-            unet = unet_from_minimagen(_read_state_dict(checkpoint), _read_json(parameters), name=f"unet_{index}")
+            unet = unet_from_minimagen(_read_state_dict(checkpoint), read_json_object(parameters), name=f"unet_{index}")
         except ValueError as error:
             raise ValueError(f"unet_{index} ({parameters.name}, {checkpoint.name}): {error}") from None
         name = f"sr{size}" if unet.config.lowres else f"base{size}"
@@ -314,7 +313,7 @@ def _read_imagen(parameters: Path) -> tuple[dict[str, Any], Path]:
             f"there is no imagen_params_*.json in {parameters}; a restarted run lacks it: copy it from "
             f"the run that it started from"
         )
-    given = _read_json(where)
+    given = read_json_object(where)
     command = _read_command(parameters)
     if "T5_NAME" in command:
         given.setdefault("text_encoder_name", command["T5_NAME"])
@@ -386,16 +385,6 @@ def _only_one(folder: Path, pattern: str) -> Path | None:
             f"{folder} holds several candidates, {', '.join(path.name for path in found)}: leave one of them"
         )
     return found[0] if found else None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object")
-    return content
 
 
 def _read_state_dict(path: Path) -> dict[str, Tensor]:

@@ -277,7 +277,7 @@ def test_a_kill_while_writing_leaves_the_old_cache(cached):
 import os, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import fastimagen.files, test_embedding_cache as tests
-fastimagen.text.os.replace = lambda *names: os._exit(9)
+fastimagen.files.os.replace = lambda *names: os._exit(9)
 tests.write_cache({str(cached)!r}, tests.KEYS, ["other"] * 6, tests.StubEncoder(), 2)
 """
     root = Path(__file__).parents[2]

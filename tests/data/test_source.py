@@ -17,7 +17,7 @@ from fastimagen.train.trainer import Trainer
 def own_data(tree: dict[str, Any], toy_data: Path, folder: Path) -> dict[str, Any]:
     """The toy configuration with shards that are not the built-in shapes."""
     for split in ("train", "val"):
-        shutil.copytree(toy_data / split, folder / split)
+        shutil.copytree(toy_data / split, folder / split, ignore=shutil.ignore_patterns("*.safetensors"))
     tree["fastimagen"]["data"] |= {"shards": str(folder / "train"), "validation": str(folder / "val")}
     return tree
 

@@ -373,13 +373,13 @@ def test_wrong_images_are_refused_before_anything_runs() -> None:
     )
     assert refusal(unet, x=torch.zeros(B, 1, 16, 16)) == "images have 1 channels, but the U-Net was built for 3"
     assert "not built for a low-resolution image" in refusal(unet, lowres=torch.zeros(B, 3, 16, 16), lowres_time=TIME)
-    assert "lowres and lowres_time go together" in refusal(unet, lowres_time=TIME)
+    assert "lowres and lowres_time must be given together" in refusal(unet, lowres_time=TIME)
 
 
 def test_missing_or_unresized_lowres_is_refused() -> None:
     unet = network(**VARIANTS["efficient"])
     assert refusal(unet, lowres=None, lowres_time=None) == "this U-Net needs lowres and lowres_time"
-    assert "lowres and lowres_time go together" in refusal(unet, lowres_time=None)
+    assert "lowres and lowres_time must be given together" in refusal(unet, lowres_time=None)
     assert "lowres must be resized to x" in refusal(unet, lowres=torch.zeros(B, 3, 8, 8))
 
 
@@ -393,7 +393,7 @@ def test_wrong_text_is_refused() -> None:
     )  # defect 11: never built anew instead
     assert refusal(unet, text=captions()[:1]) == "1 texts for 3 images"
     state = unet.encode_text(captions())
-    assert "keep_text goes with TextEmbeddings" in refusal(unet, text=state, keep_text=torch.ones(B, dtype=torch.bool))
+    assert "keep_text needs TextEmbeddings" in refusal(unet, text=state, keep_text=torch.ones(B, dtype=torch.bool))
     assert "has no text path" in refusal(network(text_dim=None), text=captions())
 
 

@@ -180,7 +180,7 @@ def test_another_architecture_is_refused_and_nothing_is_lost(
     toy_config["fastimagen"]["cascade"]["stages"][0]["unet"]["dim"] = 16
     before = {path: path.read_bytes() for path in uninterrupted.rglob("*") if path.is_file() and path.name != ".lock"}
     output = finish(start(write_config(toy_config), uninterrupted), 1)
-    assert "of another architecture: unet.dim differ" in output.splitlines()[-1]
+    assert "belongs to another architecture: unet.dim differ" in output.splitlines()[-1]
     after = {path: path.read_bytes() for path in uninterrupted.rglob("*") if path.is_file() and path.name != ".lock"}
     assert after == before
 
@@ -214,7 +214,7 @@ def test_a_gradient_that_stays_non_finite_ends_the_run(
         "sample_every": 1000,
     }
     output = finish(start(write_config(toy_config), tmp_path / "run", "--stage", "base"), 1)
-    assert "not finite in 3 steps in a row" in output.splitlines()[-1]
+    assert "not finite in 3 consecutive steps" in output.splitlines()[-1]
 
 
 def test_a_run_starts_from_exported_weights(

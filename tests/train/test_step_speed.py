@@ -61,7 +61,7 @@ def test_networks_are_compiled_on_gpus_and_a_cpu_is_told(
 ) -> None:
     toy_config["fastimagen"]["train"]["compile"] = "max-autotune"
     trainer = Trainer(config_from_dict(toy_config), tmp_path)
-    trainer.device, trainer.world, trainer.rank = torch.device(device), 1, 0
+    trainer.device, trainer.world_size, trainer.rank = torch.device(device), 1, 0
     modes: list[str] = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, mode: modes.append(mode))
     monkeypatch.setattr("fastimagen.train.trainer.make_engine", lambda unet, deepspeed, muon: unet)
