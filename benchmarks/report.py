@@ -23,7 +23,7 @@ NOT_MEASURED = "not measured"
 REPRODUCE = {"cpu": "`make bench`", "gpu": "`make gpu-check`"}
 
 
-# ---------------------------------------------------------------------------------------------- cells
+# ---- cells
 
 
 def table(head: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
@@ -81,7 +81,7 @@ def when(rows: list[Row], command: str) -> str:
     )
 
 
-# ---------------------------------------------------------------------------------------------- tables
+# ---- tables
 
 
 def cpu(measured: Measured) -> str:
@@ -273,7 +273,7 @@ TABLES: dict[str, Callable[[Measured], str]] = {
 }
 
 
-# ---------------------------------------------------------------------------------------------- pages and plots
+# ---- pages and plots
 
 
 def fill(page: str, measured: Measured) -> str:

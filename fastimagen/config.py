@@ -1,4 +1,4 @@
-"""One typed configuration tree: the only place where a default stands.
+"""The configuration as one typed tree, and the only place with defaults.
 
 The file the user writes (ds.json) holds plain DeepSpeed keys at the top level and everything of ours under
 ``"fastimagen"``. What DeepSpeed already expresses (optimizer, clipping, accumulation, precision, monitors) has no
@@ -20,7 +20,7 @@ class Section(BaseModel):
 
 
 class UNetConfig(Section):
-    """One U-Net. MinImagen's and the paper's networks are points in this space (presets.py)."""
+    """One U-Net. Presets (presets.py) give MinImagen's and the paper's networks."""
 
     channels: int = Field(3, ge=1)
     """Image channels, in and out."""
@@ -55,26 +55,27 @@ class UNetConfig(Section):
     downsample_first: bool = False
     """Efficient U-Net: the stride comes before a level's blocks going down and after them going up."""
     full_resolution: Literal["plain", "extra_block"] = "plain"
-    """What an Efficient U-Net has at full resolution besides stem and last block: "extra_block" adds a residual block
-    behind the stem, its skip, and the low-res image before the last convolution (the known cure for colour shift)."""
+    """Layers of an Efficient U-Net at full resolution besides stem and last block. "extra_block" adds a residual
+    block after the stem, its skip connection, and the low-res image before the last convolution, which prevents
+    colour shift."""
     stem_stride: int = Field(1, ge=1)
     """Patch side folded into channels before the stem (pixel-unshuffle) and unfolded after the last convolution."""
     positional_encoding: bool = False
-    """Add every pixel's place to the stem's output, as waves through a 1x1 convolution. Small networks learn words
-    like "left" sooner; not for stages that train on crops."""
+    """Add sines and cosines of every pixel's position, through a 1x1 convolution, to the stem's output. Small networks
+    learn words like "left" sooner. Not allowed for stages that train on crops."""
     groups: int = Field(8, ge=1)
     """GroupNorm groups."""
     text_padding: Literal["none", "null"] = "none"
-    """"none": every sample attends to its real tokens only; "null": all max_text_length slots, padding replaced by
+    """"none": a sample attends to its real tokens only; "null": to max_text_length tokens, with padding replaced by
     learned null tokens (MinImagen)."""
     max_text_length: int = Field(256, ge=1)
     """Text tokens beyond this are an error."""
     text_pooling: Literal["mean", "attention"] = "attention"
-    """How text tokens become the vector that joins the time embedding (Imagen, section 2.3: attention)."""
+    """How text tokens become the vector that is added to the time embedding (Imagen, section 2.5: attention)."""
     text_in_self_attention: bool = False
-    """Text keys and values inside self-attention, as the paper does in its 64 and 256 models (appendix B)."""
+    """Text keys and values inside self-attention, as in the paper's 64 and 256 models (appendix B)."""
     qk_norm: bool = False
-    """l2-normalise queries and keys, with learned scales per channel."""
+    """l2-normalize queries and keys, with learned scales per channel."""
     zero_init: bool = True
     """Start the last convolution, and with it the network's output, at zero."""
     checkpoint_levels: tuple[int, ...] = ()
@@ -126,7 +127,7 @@ class ScheduleConfig(Section):
     shift: float = Field(1.0, gt=0)
     """Noise level multiplier sigma/alpha of the shifted cosine (Hoogeboom et al. 2023); above 1 is noisier."""
     logsnr_range: tuple[float, float] = (-15.0, 15.0)
-    """Log signal-to-noise ratio is kept within these bounds, so alpha never reaches zero."""
+    """Bounds of the log signal-to-noise ratio, so that alpha never reaches zero."""
 
     @model_validator(mode="after")
     def _consistent(self) -> ScheduleConfig:
@@ -142,7 +143,7 @@ class ScheduleConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    """What the U-Net predicts and how its error is weighed."""
+    """What the U-Net predicts and how its error is weighted."""
 
     prediction: Literal["epsilon", "x0", "v", "edm"] = "v"
     """The network's output: the noise, the image, v = alpha noise - sigma image (Salimans and Ho 2022), or the
@@ -192,9 +193,9 @@ class SamplingConfig(Section):
     """Defaults of a stage's sampler; every one can be overridden when sampling."""
 
     sampler: SamplerName = "dpmpp_2m"
-    """Sampling rule."""
+    """Sampler."""
     steps: int = Field(32, ge=1)
-    """Steps of the sampler."""
+    """Sampling steps."""
     guidance: float = Field(5.0, ge=0)
     """Classifier-free guidance weight; 1 is the conditional model alone."""
     threshold: Literal["dynamic", "static", "none"] = "dynamic"
@@ -202,7 +203,7 @@ class SamplingConfig(Section):
     percentile: float = Field(0.995, gt=0, le=1)
     """Percentile of |x0| in dynamic thresholding."""
     tile: int | None = Field(None, ge=16)
-    """Side of the overlapping tiles that the U-Net sees, where an image as a whole does not fit into memory."""
+    """Size of overlapping tiles, in pixels, for images that do not fit into memory as a whole."""
 
 
 class StageConfig(Section):
@@ -217,11 +218,11 @@ class StageConfig(Section):
     unet: UNetConfig
     """The network."""
     schedule: ScheduleConfig = ScheduleConfig()
-    """How noise grows with time."""
+    """Noise schedule."""
     objective: ObjectiveConfig = ObjectiveConfig()
-    """What training asks of the network."""
+    """Training objective."""
     augmentation: AugmentationConfig | None = None
-    """Given for, and only for, super-resolution stages."""
+    """Required for super-resolution stages, and only for these."""
     sampling: SamplingConfig = SamplingConfig()
     """Defaults of sampling."""
 
@@ -238,7 +239,10 @@ class StageConfig(Section):
         if self.unet.lowres and self.augmentation is None:
             raise ValueError(f'stage "{self.name}" has a low-resolution input, so it needs "augmentation"')
         if self.crop is not None and self.unet.positional_encoding:
-            raise ValueError(f'stage "{self.name}" trains on crops, where coordinates would lie: leave one of them out')
+            raise ValueError(
+                f'stage "{self.name}" trains on crops, which a positional encoding of the whole image '
+                f"does not fit: remove one of the two"
+            )
         if not self.unet.lowres and self.augmentation is not None:
             raise ValueError(f'stage "{self.name}" has no low-resolution input, so it takes no "augmentation"')
         return self
@@ -280,7 +284,7 @@ class CascadeConfig(Section):
 
 
 class ShapesConfig(Section):
-    """The built-in captioned shapes, rendered by training itself where data.shards is missing."""
+    """The built-in captioned shapes, which training renders if data.shards is missing."""
 
     count: int = Field(20000, ge=1)
     """Training images."""
@@ -296,15 +300,15 @@ class DataConfig(Section):
     shards: str | tuple[str, ...] = "data/shapes/train"
     """WebDataset tars: a folder, a glob, a {000..999} range or a list; local paths or URLs."""
     validation: str | tuple[str, ...] | None = "data/shapes/val"
-    """Held-out tars; None trains without validation."""
+    """Validation tars; None trains without validation."""
     shapes: ShapesConfig | None = None
-    """Make the built-in shapes in the folder above data.shards if they are not there."""
+    """Render the built-in shapes into the parent folder of data.shards if they are missing."""
     cache: str | None = None
-    """Folder for fetched remote shards; needed for remote shards only."""
+    """Folder for downloaded shards; required for remote shards."""
     threads: int = Field(2, ge=1)
     """Threads that decode images, per process."""
     max_bad_share: float = Field(0.01, ge=0, le=1)
-    """Training stops when a larger share of the samples is unreadable or without caption."""
+    """Training stops if a larger share of the samples is unreadable or has no caption."""
 
 
 class TextConfig(Section):
@@ -315,7 +319,7 @@ class TextConfig(Section):
     revision: str | None = None
     """Revision of the encoder on the hub."""
     max_length: int = Field(256, ge=1)
-    """Tokens kept of a caption."""
+    """Tokens of a caption that are kept."""
     cache: str | None = None
     """Folder of the embedding cache; None is next to the shards."""
     batch_size: int = Field(64, ge=1)
@@ -326,9 +330,9 @@ class EMAConfig(Section):
     """Exponential moving average of the fp32 weights."""
 
     decay: float = Field(0.9999, ge=0, lt=1)
-    """Decay per optimizer step, once warmed up."""
+    """Decay per optimizer step after the warm-up."""
     warmup: float = Field(10.0, gt=0)
-    """In step n the decay is at most (1 + n) / (warmup + n), so that early weights are forgotten."""
+    """At step n the decay is at most (1 + n) / (warmup + n), so that the average forgets early weights."""
 
 
 class StageTrainConfig(Section):
@@ -341,7 +345,7 @@ class StageTrainConfig(Section):
     ema: EMAConfig | None = None
     """EMA of this stage; None takes train.ema."""
     init_from: str | None = None
-    """Exported model directory whose weights of this stage start the run."""
+    """Model directory with the initial weights of this stage."""
 
 
 class TrainConfig(Section):
@@ -352,13 +356,13 @@ class TrainConfig(Section):
     seed: int = Field(0, ge=0)
     """Seed of initial weights, data order, times, noise and dropout."""
     steps: int = Field(1000, ge=1)
-    """Optimizer steps of every stage that does not say its own."""
+    """Optimizer steps of every stage without its own."""
     stages: dict[str, StageTrainConfig] = {}
     """Overrides by stage name."""
     ema: EMAConfig = EMAConfig()
-    """Averaging of the weights, for every stage that does not say its own."""
+    """EMA of every stage without its own."""
     log_every: int = Field(10, ge=1)
-    """Steps between lines of metrics.jsonl and of the console."""
+    """Steps between records in metrics.jsonl and on the console."""
     checkpoint_every: int = Field(500, ge=1)
     """Steps between checkpoints; the last step always has one."""
     keep_checkpoints: int = Field(2, ge=1)
@@ -366,15 +370,15 @@ class TrainConfig(Section):
     validate_every: int = Field(500, ge=1)
     """Steps between validations on EMA weights."""
     validation_samples: int = Field(256, ge=1)
-    """Images of a validation, at most."""
+    """Maximum number of validation samples."""
     sample_every: int = Field(1000, ge=1)
     """Steps between sample grids."""
     sample_count: int = Field(16, ge=1)
     """Images of a grid: the first captions of the validation set, with seeds 0, 1, 2, ..."""
     compile: CompileMode | None = None
-    """A mode of torch.compile for the U-Nets on GPUs; a CPU trains them as they are."""
+    """Mode of torch.compile for the U-Nets; only with CUDA."""
     max_nonfinite: int = Field(10, ge=1)
-    """Steps in a row with a non-finite loss or gradient that end the run."""
+    """Consecutive steps with a non-finite loss or gradient that end the run."""
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:

@@ -53,7 +53,7 @@ CSS = """
 """
 
 
-# ---------------------------------------------------------------- the page
+# ---- the page
 
 
 def serve(pipe: ImagenPipeline, *, host: str = "127.0.0.1", port: int = 7860) -> None:
@@ -205,7 +205,7 @@ def control(setting: Setting, value: Any) -> gr.components.Component:
     return gr.Slider(label=label, info=setting.help, value=value, minimum=minimum, maximum=maximum, step=step)
 
 
-# ---------------------------------------------------------------- what the button does
+# ---- what the button does
 
 
 def _generate(pipe: ImagenPipeline, worker: Worker, folder: Path) -> Callable[..., Iterator[tuple[Any, ...]]]:
@@ -294,7 +294,7 @@ def _gallery(pixels: Tensor, captions: list[str], count: int, max_size: int | No
     return gr.Gallery(list(zip(images, captions)), columns=count if 3 <= count <= 6 else 4)
 
 
-# ---------------------------------------------------------------- sampling beside the page
+# ---- sampling beside the page
 
 Preview = tuple[str, int, Tensor]
 """Stage, step, current estimate of the images as pixels (B, H, W, C) uint8."""

@@ -54,7 +54,7 @@ UPRIGHT = {
 """EXIF orientation -> the transpose that turns the stored pixels upright."""
 
 
-# ---------------------------------------------------------------- files and tensors
+# ---- files and tensors
 
 
 def open_rgb(data: bytes, *, at_least: int | None = None) -> Image.Image:
@@ -141,7 +141,7 @@ def save_png(image: Tensor | Image.Image, path: str | Path) -> None:
     pil.save(path, format="PNG")
 
 
-# ---------------------------------------------------------------- sizes
+# ---- sizes
 
 
 def resize_and_crop(
@@ -183,7 +183,7 @@ def resize(images: Tensor, size: int) -> Tensor:
     return resized.clamp(-1, 1).to(images.dtype)  # (B, C, size, size)
 
 
-# ---------------------------------------------------------------- grids
+# ---- grids
 
 MIN_GRID_TILE = 192
 """Images narrower than this, in pixels, are enlarged in grids, so that captions fit below them."""

@@ -33,7 +33,7 @@ from torch import Tensor
 from .attention_tiles import padded, tile_for
 from .device import architecture
 
-# ---------------------------------------------------------------------------------------------- tiles
+# ---- tiles
 
 
 @triton.jit
@@ -111,7 +111,7 @@ def num_text_keys(lengths, sample, context):
         return tl.minimum(tl.maximum(tl.load(lengths + sample).to(tl.int32), 0), context)
 
 
-# ---------------------------------------------------------------------------------------------- forward
+# ---- forward
 
 
 @triton.jit
@@ -226,7 +226,7 @@ def attention_forward_kernel(
     tl.store(pointers, acc / total[:, None], exists)
 
 
-# ---------------------------------------------------------------------------------------------- backward
+# ---- backward
 
 
 @triton.jit
@@ -608,7 +608,7 @@ def attention_add_splits_kernel(
         tl.store(dcontext_v + (at - text), acc, (at >= text) & (at < 2 * text))
 
 
-# ---------------------------------------------------------------------------------------------- launchers
+# ---- launchers
 
 PROGRAMS = 256  # as many splits of the rows as make so many programs for dk and dv: two on a multiprocessor of an H100
 SPLIT_TILES = 4  # tiles of rows that a split has at least

@@ -18,7 +18,9 @@ class Tile(NamedTuple):
     stages: int
 
 
-SHORT = 1024  # rows of a sample and key head, up to which the first tile of a pair is taken, else the second
+FEW_ROWS = (
+    1024  # up to this number of rows per sample and key head the first tile of a pair is used, above it the second
+)
 
 # Architecture and pass -> widest head, padded -> tile for few rows, tile for many. Chosen by registers, spills and
 # shared memory (benchmarks/results/aot.json), and by what is known to be fast for similar kernels; not yet by time.
@@ -68,7 +70,7 @@ TILES: dict[tuple[str, str], dict[int, tuple[Tile, Tile]]] = {
         64: (Tile(32, 128, 4, 1), Tile(32, 128, 4, 1)),
         128: (Tile(32, 64, 4, 1), Tile(32, 64, 4, 1)),
     },
-    # All others: no more shared memory than any has.
+    # All others: no more shared memory than any GPU has.
     ("other", "forward"): {
         64: (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
         128: (Tile(128, 32, 8, 2), Tile(128, 32, 8, 2)),
@@ -81,11 +83,11 @@ TILES: dict[tuple[str, str], dict[int, tuple[Tile, Tile]]] = {
         64: (Tile(32, 64, 4, 2), Tile(32, 64, 4, 2)),
         128: (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
     },
-    # Products of fp32 are made of single multiplications, and their operands held in registers.
+    # fp32 products do not use tensor cores; their operands are held in registers.
     ("float32", "forward"): {128: (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1))},
     ("float32", "backward_rows"): {128: (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1))},
     ("float32", "backward_keys"): {128: (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1))},
-    # Small ones: tests have few rows and keys, and should have several tiles of them.
+    # Small tiles: tests have few rows and keys, and need several tiles of them.
     ("interpreter", "forward"): {128: (Tile(32, 16, 4, 1), Tile(32, 16, 4, 1))},
     ("interpreter", "backward_rows"): {128: (Tile(32, 16, 4, 1), Tile(32, 16, 4, 1))},
     ("interpreter", "backward_keys"): {128: (Tile(32, 16, 4, 1), Tile(32, 16, 4, 1))},
@@ -99,7 +101,7 @@ def tile_for(name: str, q: Tensor, rows: int) -> Tile:
         target = "float32"
     table = TILES.get((target, name)) or TILES["other", name]
     width = min(width for width in table if width >= padded(q.shape[-1]))
-    return table[width][rows > SHORT]
+    return table[width][rows > FEW_ROWS]
 
 
 def padded(width: int) -> int:

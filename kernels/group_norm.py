@@ -1,4 +1,4 @@
-"""GroupNorm, FiLM and SiLU in one, forward and backward, for contiguous and channels_last tensors (B, C, H, W).
+"""GroupNorm, FiLM and SiLU fused, forward and backward, for contiguous and channels_last tensors (B, C, H, W).
 
     xhat = (x - mean) * rstd            over the pixels and channels of a sample's group, M numbers
     y = act(z), z = gain * xhat + offset,       gain = weight * (1 + scale), offset = bias * (1 + scale) + shift
@@ -40,7 +40,7 @@ from .group_norm_device import (
     to_columns,
 )
 
-# ---------------------------------------------------------------------------------------------- forward
+# ---- forward
 
 
 @triton.jit
@@ -181,7 +181,7 @@ def group_norm_silu_forward_kernel(
         tl.store(y_ptr + base + offset, activate(z, SILU), mask)
 
 
-# ---------------------------------------------------------------------------------------------- backward
+# ---- backward
 
 
 @triton.jit
@@ -379,14 +379,14 @@ def group_norm_silu_vector_gradients_kernel(
     tl.store(dbias_ptr + channel, dbias, valid)
 
 
-# ---------------------------------------------------------------------------------------------- launchers
+# ---- launchers
 
-ONE_PASS = 16384  # elements of a group, padded to powers of two, that stay on chip; at 1024 a warp
+ONE_PASS = 16384  # elements of a group, padded to powers of two, that stay on chip, at 1024 per warp
 TILE = {"forward": 8192, "backward": 4096}  # elements of a tile of larger groups, for 8 warps
 CHANNELS_LAST_WIDTH = 64  # channels of a channels_last tile: whole cache lines
-SECTOR = 32  # bytes; a channels_last group narrower than this is not read by itself
-PROGRAMS = 4096  # pixels are cut into chunks until there are so many programs: enough waves for any GPU
-PARTS = 256  # but no more parts of a group: every program of the second kernel reads them
+SECTOR = 32  # bytes of a memory transaction; a channels_last group narrower than this is read with its neighbours
+PROGRAMS = 4096  # pixels are split into chunks up to this number of programs: enough waves for any GPU
+PARTS = 256  # maximum parts of a group, since every program of the second kernel reads them all
 
 
 class Cut(NamedTuple):
@@ -414,8 +414,8 @@ def cut(x: Tensor, num_groups: int, elements: int) -> Cut:
     pieces = triton.cdiv(cpg, columns_of_group)
     blocks = triton.cdiv(num_groups, groups) * pieces
     row_tiles = triton.cdiv(pixels, rows)
-    most = max(1, min(PARTS, 8 * PARTS // groups) // pieces)
-    tiles = triton.cdiv(row_tiles, min(most, triton.cdiv(PROGRAMS, batch * blocks)))
+    max_chunks = max(1, min(PARTS, 8 * PARTS // groups) // pieces)
+    tiles = triton.cdiv(row_tiles, min(max_chunks, triton.cdiv(PROGRAMS, batch * blocks)))
     chunks = triton.cdiv(row_tiles, tiles)
     num_warps = max(1, 8 * rows * groups * columns_of_group // elements)
     return Cut(

@@ -6,7 +6,7 @@ Letters: B batch, C channels, CPG channels of a group, G groups. A tile has ROWS
 import triton
 import triton.language as tl
 
-# ---------------------------------------------------------------------------------------------- tiles
+# ---- tiles
 
 
 @triton.jit
@@ -82,7 +82,7 @@ def activation_gradient(dy, z, SILU: tl.constexpr):
     return dy
 
 
-# ---------------------------------------------------------------------------------------------- statistics
+# ---- statistics
 
 
 @triton.jit

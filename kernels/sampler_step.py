@@ -1,16 +1,16 @@
-"""One step of a sampler, from the U-Net's output to the next x, for images of N numbers each.
+"""One step of a sampler, from the U-Net's output to the next x, for images of N elements each.
 
     F  = u + w (c - u)                                       guidance; without it F is the output itself
     x0 = threshold(skip x + out F)                           dynamic, static (clamp to [-1, 1]) or none
-    x' = c_x x + c_x0 x0 + c_prev previous + c_noise noise   DDPM, DDIM, DPM-Solver++ and Heun differ in numbers alone
+    x' = c_x x + c_x0 x0 + c_prev previous + c_noise noise   the coefficients choose DDPM, DDIM, DPM-Solver++ or Heun
 
-Without dynamic thresholding that is one kernel. With it, the first kernel stores x0 and counts the first digit of its
-bits on the way, dynamic_threshold.py finds s, and the last kernel clamps, divides and goes on to x'. Everything is
-fp32 but the output, which may be bf16 or fp16.
+Without dynamic thresholding this is one kernel. With it, the first kernel stores x0 and counts the first digit of its
+bits, dynamic_threshold.py finds s, and the last kernel clamps, divides and computes x'. Everything is fp32 except the
+output, which may be bf16 or fp16.
 
-Launches: 1, or 7 (recover, 2 counts, 3 walks, finish). Bytes moved for each number, from a guided bf16 output, without
-previous and noise: 16 (x 4, c and u 2 each, x0 4, x' 4) in one kernel; 36 with dynamic thresholding, which reads x once
-more, x0 three times, and stores x0 twice.
+Launches: 1, or 7 (x0, 2 counts, 3 searches, finish). Bytes per element for a guided bf16 output, without previous and
+noise: 16 (x 4, c and u 2 each, x0 4, x' 4) in one kernel; 36 with dynamic thresholding, which reads x once more and x0
+three times, and stores x0 twice.
 """
 
 from collections.abc import Callable, Iterator
@@ -37,15 +37,16 @@ from .dynamic_threshold import (
 
 @triton.jit
 def element_offsets(n, BLOCK: tl.constexpr):
-    """This program's image, the places of its numbers, and which of them exist."""
+    """The image of this program, the offsets of its elements, and which of them exist."""
     image = tl.program_id(1).to(tl.int64)
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    return image, image * n + place, place < n
+    element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    return image, image * n + element, element < n
 
 
 @triton.jit
 def compute_x0(output_pointer, x, offset, mask, samples, skip, out, weight, GUIDED: tl.constexpr):
-    """x0 before thresholding. With guidance, output is (2B, N): `samples` numbers with captions, then those without."""
+    """x0 before thresholding. With guidance, output is (2B, N): `samples` elements with captions, then those
+    without."""
     output = tl.load(output_pointer + offset, mask=mask, other=0.0).to(tl.float32)
     if GUIDED:
         other = tl.load(output_pointer + samples + offset, mask=mask, other=0.0).to(tl.float32)

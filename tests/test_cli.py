@@ -336,7 +336,7 @@ def test_exporting_a_run_without_checkpoints_is_refused(
 
 
 def test_packing_no_images_is_refused(tmp_path: Path, refused: Callable[..., str]) -> None:
-    assert refused("shards", "folder", "images", "--out", "out") == "images is no folder of images"
+    assert refused("shards", "folder", "images", "--out", "out") == "images is not a folder of images"
     assert refused("shards", "folder", "list.jsonl", "--out", "out") == "there is no manifest list.jsonl"
     (tmp_path / "images").mkdir()
     assert "nothing to pack for out" in refused("shards", "folder", "images", "--out", "out")
@@ -369,7 +369,7 @@ def test_importing_an_empty_folder_is_refused(tmp_path: Path, refused: Callable[
         (
             '{"fastimagen": {"data": {"shards": "nowhere", "validation": null}}}',
             [],
-            "no shards: nowhere is no tar, folder",
+            "no shards: nowhere is not a tar, folder",
         ),
     ],
 )

@@ -155,7 +155,7 @@ def test_contradictions_of_a_schedule(changes: dict[str, Any], message: str) -> 
         ({"1.crop": 32}, 'stage "sr": crop 32 is larger than size 16'),
         ({"1.augmentation": None}, 'stage "sr" has a low-resolution input, so it needs "augmentation"'),
         ({"0.augmentation": {}}, 'stage "base" has no low-resolution input, so it takes no "augmentation"'),
-        ({"1.unet.positional_encoding": True}, 'stage "sr" trains on crops, where coordinates would lie'),
+        ({"1.unet.positional_encoding": True}, 'stage "sr" trains on crops, which a positional encoding'),
         ({"1.augmentation": {"train_range": [0.5, 0.1]}}, "train_range must ascend within"),
         ({"1.name": "base"}, "stage names must differ"),
         ({"0.size": 16}, "stage sizes must ascend"),

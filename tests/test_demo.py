@@ -224,7 +224,7 @@ def test_without_gradio_the_error_says_what_to_install(
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gradio" else find(name))
     assert main(["demo", "--model", str(model)]) == 1
-    assert capsys.readouterr().err == "error: the web page needs Gradio: pip install fastimagen[demo]\n"
+    assert capsys.readouterr().err == "error: the web page needs Gradio: pip install --editable '.[demo]'\n"
 
 
 def test_a_model_without_text_encoder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,7 +44,7 @@ def png(width: int, height: int, depth: int, color: int, rows: bytes, *chunks: t
     return b"\x89PNG\r\n\x1a\n" + b"".join(checked)
 
 
-# ---------------------------------------------------------------- open_rgb
+# ---- open_rgb
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
@@ -164,7 +164,7 @@ def test_reduced_decoding_stays_large_enough_and_alike():
     assert np.sqrt(np.mean((a - b) ** 2)) < 1
 
 
-# ---------------------------------------------------------------- tensors
+# ---- tensors
 
 
 def test_all_256_values_survive_the_way_to_tensor_and_back():
@@ -205,7 +205,7 @@ def test_png_keeps_pixels(tmp_path):
     assert to_pil(image).size == (17, 12)
 
 
-# ---------------------------------------------------------------- sizes
+# ---- sizes
 
 
 @pytest.mark.parametrize("height, width", [(120, 160), (160, 120), (300, 100), (30, 41)])
@@ -269,7 +269,7 @@ def test_resize_refuses_what_is_not_square():
         resize(torch.zeros(1, 3, 8, 9), 4)
 
 
-# ---------------------------------------------------------------- grids
+# ---- grids
 
 
 def dark(image: Image.Image) -> np.ndarray:

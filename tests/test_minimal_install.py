@@ -117,7 +117,7 @@ def test_the_core_dependencies_are_enough_to_sample(tmp_path: Path) -> None:
     )
     assert child.returncode == 0, child.stderr
 
-    needs_text = "the T5 text encoder needs transformers: pip install fastimagen[text]"
+    needs_text = "the T5 text encoder needs transformers: pip install --editable '.[text]'"
     assert needs_text in child.stdout.splitlines()
     assert child.stderr.splitlines() == [f"error: {needs_text}"] and not (tmp_path / "none").exists()
     rows = facts(child.stdout)

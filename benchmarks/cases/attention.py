@@ -31,7 +31,7 @@ SDPA = {
 }
 
 
-# ---------------------------------------------------------------------------------------------- providers
+# ---- providers
 
 
 def ours(name: str, *arguments: Tensor, **keywords: Any) -> Tensor:
@@ -123,7 +123,7 @@ def flex(q: Tensor, k: Tensor | None = None, v: Tensor | None = None, **sources:
     return out.transpose(1, 2).reshape(q.shape)
 
 
-# ---------------------------------------------------------------------------------------------- cases
+# ---- cases
 
 
 def cases(

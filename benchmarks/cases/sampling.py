@@ -62,7 +62,7 @@ def run(bench: Bench, networks: Iterable[Network], backends: tuple[str, ...], *,
                     )
 
 
-# ---------------------------------------------------------------------------------------------- loops
+# ---- loops
 
 Loop = Callable[..., Tensor]
 
@@ -100,7 +100,7 @@ def plain_loop(
     return x
 
 
-# ---------------------------------------------------------------------------------------------- measuring
+# ---- measuring
 
 
 def measure(loop: Loop, network: Network, batch: int, device: torch.device, dtype: torch.dtype) -> tuple[Times, Times]:

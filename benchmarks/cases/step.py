@@ -49,7 +49,7 @@ class Update:
         self.optimizer.zero_grad()
 
 
-# ---------------------------------------------------------------------------------------------- providers
+# ---- providers
 
 
 def ours(
@@ -150,7 +150,7 @@ COMPILED = {
 }
 
 
-# ---------------------------------------------------------------------------------------------- measuring
+# ---- measuring
 
 
 def run(bench: Bench, networks: Iterable[Network], providers: dict[str, Callable[..., Step]]) -> None:

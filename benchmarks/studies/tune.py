@@ -2,7 +2,7 @@
 
     python -m benchmarks.studies.tune [--seconds 0.05] [--dry-run]
 
-Nothing calls this by itself: the table in the repository is what runs. Keys of the table are the architecture, the
+The kernels use the table in the repository; nothing tunes at run time. Keys of the table are the architecture, the
 pass, the head width and whether rows are few or many; batches and the lengths of captions never are.
 """
 
@@ -84,7 +84,7 @@ def attention_work(name: str, width: int, batch: int, tokens: int) -> Work:
     return Work(lambda _: attention_backward(out, *inputs, out, lse, width**-0.5))
 
 
-# ---------------------------------------------------------------------------------------------- the table
+# ---- the table
 
 
 def rewritten(source: str, target: str, found: dict[str, dict[int, Pair]]) -> str:

@@ -37,7 +37,7 @@ def sample(options: argparse.Namespace) -> None:
 def demo(options: argparse.Namespace) -> None:
     """Serve the web page."""
     if importlib.util.find_spec("gradio") is None:
-        raise ValueError("the web page needs Gradio: pip install fastimagen[demo]")
+        raise ValueError("the web page needs Gradio: pip install --editable '.[demo]'")
     from ..demo import serve
 
     serve(load_pipeline(options), host=options.host, port=options.port)
@@ -76,7 +76,7 @@ def load_pipeline(options: argparse.Namespace) -> ImagenPipeline:
     )
 
 
-# ---------------------------------------------------------------- from flags to a request
+# ---- from flags to a request
 
 
 def settings_from(options: argparse.Namespace) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def cache_path(tar_path: str | Path, identity: Mapping[str, str] | str, cache_di
     return folder / f"{Path(tar_path).stem}.{slug}.safetensors"
 
 
-# ---------------------------------------------------------------- writing
+# ---- writing
 
 
 def write_cache(
@@ -200,7 +200,7 @@ def _open_matching(
         return None
 
 
-# ---------------------------------------------------------------- reading
+# ---- reading
 
 
 class EmbeddingCache:

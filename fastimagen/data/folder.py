@@ -1,7 +1,7 @@
-"""A folder of images with captions beside them, or a list of both -> WebDataset tars as img2dataset's.
+"""A folder of images with captions beside them, or a list of both -> WebDataset tars in img2dataset's format.
 
-A sample becomes KEY.jpg (or jpeg, png, webp; the bytes as they are), KEY.txt and KEY.json with the path it
-had. KEY is five digits for the shard and four or more for the place in it.
+A sample becomes KEY.jpg (or jpeg, png, webp, with unchanged bytes), KEY.txt and KEY.json with its original path. KEY is
+five digits for the shard and four or more for the number within it.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from .shards import IMAGES
 logger = logging.getLogger(__name__)
 
 EXAMPLES = 5
-"""Paths that a report remembers of each reason to skip."""
+"""Paths that a report lists for each reason."""
 
 
 @dataclass
 class PackReport:
-    """What packing did: folder, samples and shards in it, files skipped by reason, a few paths of each."""
+    """Result of packing: samples and shards written, and files skipped, by reason, with a few paths of each."""
 
     folder: Path
     packed: int = 0
@@ -39,7 +39,7 @@ class PackReport:
     examples: dict[str, list[str]] = field(default_factory=dict)
 
     def skip(self, reason: str, path: str | Path) -> None:
-        """Counts one file that is left out."""
+        """Count one file that is skipped."""
         self.skipped[reason] = self.skipped.get(reason, 0) + 1
         examples = self.examples.setdefault(reason, [])
         if len(examples) < EXAMPLES:
@@ -55,22 +55,22 @@ class PackReport:
         return "\n".join(lines)
 
 
-Item = tuple[str, Path, str]  # the path as the source names it, where it is, its caption
+Item = tuple[str, Path, str]  # path as named by the source, path on disk, caption
 
 
 def pack_folder(source: str | Path, out: str | Path, *, shard_size: int = 1000, validation: float = 0.0) -> PackReport:
-    """Packs all images below `source` whose caption is beside them: a/b.jpg and a/b.txt.
+    """Pack all images below `source` that have a caption beside them: a/b.jpg and a/b.txt.
 
-    They are shuffled, always in the same way, so that images of one folder do not fill whole shards.
+    They are shuffled, always in the same order, so that images of one folder do not fill whole shards.
     validation: share of the images, in [0, 1). Above 0, that share goes into `out`/val and the rest into `out`/train.
     Skipped and reported: images without caption, captions without image, empty or undecodable captions,
     unreadable images.
-    Raises ValueError if `source` is no folder, `out` is not empty or nothing is left to pack; then `out` is
+    Raises ValueError if `source` is not a folder, `out` is not empty or nothing is left to pack; then `out` is
     not touched.
     """
     root = Path(source)
     if not root.is_dir():
-        raise ValueError(f"{source} is no folder of images")
+        raise ValueError(f"{source} is not a folder of images")
     require_empty(out)
     report = PackReport(Path(out))
     files = sorted(path for path in root.rglob("*") if path.is_file())
@@ -101,7 +101,7 @@ def pack_folder(source: str | Path, out: str | Path, *, shard_size: int = 1000, 
 def pack_manifest(
     manifest: str | Path, out: str | Path, *, shard_size: int = 1000, validation: float = 0.0
 ) -> PackReport:
-    """Packs what a JSONL file lists, in its order: {"image": path from the file's folder, "caption": text}.
+    """Pack the images that a JSONL file lists, in its order: {"image": path from the file's folder, "caption": text}.
 
     validation: share of the images, in [0, 1). Above 0, that share goes into `out`/val and the rest into `out`/train.
     Skipped and reported: missing, unreadable and other images, empty captions. Raises ValueError if the
@@ -135,7 +135,7 @@ def _entry(line: str, place: str) -> tuple[str, str]:
     try:
         entry = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{place}: no JSON: {error}") from error
+        raise ValueError(f"{place}: not JSON: {error}") from error
     values = [entry.get(key) for key in ("image", "caption")] if isinstance(entry, dict) else [None]
     if not all(isinstance(value, str) for value in values):
         raise ValueError(f'{place}: expected {{"image": "path", "caption": "text"}}, got {line.strip():.80}')

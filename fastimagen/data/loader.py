@@ -1,4 +1,4 @@
-"""Tars -> batches of images and text embeddings, in an order that depends on the seed and the step alone.
+"""Tars -> batches of images and text embeddings, in an order that depends on the seed and the step only.
 
 Global batch n holds positions n G .. (n + 1) G - 1 of the data order, whatever the number of ranks,
 micro-batches and threads; so a run resumes from its step number. Threads decode ahead (Pillow and numpy
@@ -21,18 +21,19 @@ from torch import Tensor
 
 from ..config import UNetConfig
 from ..images import open_rgb, resize_and_crop, to_tensor
+from ..seeds import random_bits
 from ..text.embeddings import TextEmbeddings
-from .order import CROPS, Order, random_bits
+from .order import CROPS, Order
 from .shards import Shard
 
 logger = logging.getLogger(__name__)
 
-ENOUGH_READ = 100
-"""The share of bad images is judged from this many on; as many in a row end the run as well."""
+MIN_READ = 100
+"""Images read before the share of bad ones is checked; as many unreadable ones in a row end the run as well."""
 
 
 class Embeddings(Protocol):
-    """The text embeddings of a shard; `EmbeddingCache` is one."""
+    """The text embeddings of a shard, such as EmbeddingCache."""
 
     def __len__(self) -> int: ...
 
@@ -77,20 +78,17 @@ Locate = Callable[[int], tuple[int, int]]  # position -> (shard, index)
 class Loader:
     """The micro-batches of one rank.
 
-    shards, caches: the tars and the text embeddings of each (None: no text); order: over their lengths.
-    size: of the square in the middle of a scaled image; crop_size: of a random window of it, drawn from
-    (seed, position). global_batch: samples per optimizer step on all ranks, a multiple of
-    world_size * micro_batch. threads: for decoding; prefetch: micro-batches made ahead.
+    shards, caches: the tars, and the text embeddings of each (None: no text); order: of their samples. size: of the
+    centre square of a scaled image; crop_size: of a random crop of it, drawn from (seed, position). global_batch:
+    samples per optimizer step on all ranks, a multiple of world_size * micro_batch. threads: for decoding; prefetch:
+    micro-batches prepared in advance.
 
-    An unreadable image is replaced by the next readable sample of the order, and logged once. Training
-    stops when the share of bad samples (unreadable, or excluded by the index) is above max_bad_share: at once
-    if the index shows it, or when the images read so far, at least ENOUGH_READ, have more bad ones than
-    that share can explain by chance (three standard deviations). Data sets of fewer than ENOUGH_READ samples
-    start whatever their index excludes.
-    counters: images read (tries), bad (unreadable), upscaled (smaller than size), by this rank so far;
-    excluded: by the index, in all shards.
-    Raises ValueError for sizes that do not fit together, and when it stops.
-    """
+    An unreadable image is replaced by the next readable sample of the order, and logged once. Training stops if the
+    share of bad samples (unreadable, or excluded by the index) exceeds max_bad_share: immediately if the index shows
+    it, or if at least MIN_READ images were read and more of them are bad than that share explains by chance (three
+    standard deviations). The index is not checked for data sets of fewer than MIN_READ samples. counters: images read
+    (attempts), bad (unreadable), upscaled (smaller than size), on this rank so far; excluded: by the index, in all
+    shards. Raises ValueError for sizes that do not fit together, and if training must stop."""
 
     def __init__(
         self,
@@ -109,7 +107,7 @@ class Loader:
         max_bad_share: float = 0.01,
         seed: int,
     ) -> None:
-        assert [len(shard) for shard in shards] == order.sizes.tolist(), "the order is of other shards"
+        assert [len(shard) for shard in shards] == order.sizes.tolist(), "the order belongs to other shards"
         assert 0 <= rank < world_size and threads > 0 and prefetch > 0
         if global_batch < 1 or micro_batch < 1 or global_batch % (world_size * micro_batch):
             raise ValueError(
@@ -117,9 +115,9 @@ class Loader:
                 f"{micro_batch} on {world_size} ranks"
             )
         if crop_size is not None and not 1 <= crop_size <= size:
-            raise ValueError(f"crops of {crop_size} from images of {size}")
+            raise ValueError(f"crop_size must lie between 1 and size {size}, got {crop_size}")
         if caches is not None and [len(cache) for cache in caches] != order.sizes.tolist():
-            raise ValueError("the text embeddings are not those of these shards: run fastimagen embed")
+            raise ValueError("the text embeddings belong to other shards: run fastimagen embed")
         self.shards, self.caches, self.order = shards, caches, order
         self.size, self.crop_size, self.seed = size, crop_size, seed
         self.global_batch, self.micro_batch = global_batch, micro_batch
@@ -132,7 +130,7 @@ class Loader:
             reasons.update(shard.excluded)
         self.counters = {"read": 0, "bad": 0, "upscaled": 0, "excluded": reasons.total()}
         known = order.total + reasons.total()
-        self._excluded_share = reasons.total() / known if known >= ENOUGH_READ else 0.0
+        self._excluded_share = reasons.total() / known if known >= MIN_READ else 0.0
         if self._excluded_share > max_bad_share:
             what = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
             raise ValueError(
@@ -156,7 +154,7 @@ class Loader:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def fixed_batch(self, indices: Sequence[int]) -> Batch:
-        """The samples at these places of all shards one after another, not shuffled: the same in every run.
+        """Samples by their number in the unshuffled sequence of all shards: the same in every run.
 
         `positions` are the indices. Raises IndexError beyond the last sample.
         """
@@ -166,7 +164,7 @@ class Loader:
             return self._count(*self._submit(pool, indices, self._in_sequence).result())
 
     def _schedule(self, step: int) -> Iterator[range]:
-        """The positions of each micro-batch of this rank; a rank's share of a global batch is contiguous."""
+        """The positions of each micro-batch of this rank; its part of a global batch is contiguous."""
         share = self.global_batch // self.world_size
         while True:
             first = step * self.global_batch + self.rank * share
@@ -174,10 +172,10 @@ class Loader:
                 yield range(start, start + self.micro_batch)
             step += 1
 
-    def _in_sequence(self, place: int) -> tuple[int, int]:
-        place %= self.order.total
-        shard = int(np.searchsorted(self._ends, place, side="right"))
-        return shard, place - int(self._ends[shard] - self.order.sizes[shard])
+    def _in_sequence(self, number: int) -> tuple[int, int]:
+        number %= self.order.total
+        shard = int(np.searchsorted(self._ends, number, side="right"))
+        return shard, number - int(self._ends[shard] - self.order.sizes[shard])
 
     def _submit(
         self, pool: ThreadPoolExecutor, positions: Sequence[int], locate: Locate
@@ -186,31 +184,31 @@ class Loader:
         images = torch.empty(len(positions), 3, side, side)
         rows = images.numpy()
         samples = [pool.submit(self._read, position, locate, rows[i]) for i, position in enumerate(positions)]
-        # Tasks start in order: when this one does, those that it waits for have started, so none is blocked.
+        # Tasks start in order: the ones that this task waits for have started before it, so it cannot block them.
         return pool.submit(self._assemble, images, positions, samples)
 
     def _read(self, position: int, locate: Locate, pixels: np.ndarray) -> _Sample:
-        """In a thread: writes the image into `pixels` (3, H, W)."""
+        """In a decoding thread: write the image into `pixels` (3, H, W)."""
         bad = []
-        for place in range(position, position + ENOUGH_READ):
-            shard, index = locate(place)
+        for candidate in range(position, position + MIN_READ):
+            shard, index = locate(candidate)
             data = self.shards[shard].image(index)
             try:
                 image = open_rgb(data, at_least=self.size)
             except ValueError as error:
                 bad.append((shard, index, str(error)))
                 continue
-            pixels[:] = to_tensor(resize_and_crop(image, self.size, crop=self._window(position))).numpy()
+            pixels[:] = to_tensor(resize_and_crop(image, self.size, crop=self._crop(position))).numpy()
             tokens = None if self.caches is None else self.caches[shard][index]
             return _Sample(self.shards[shard].key(index), tokens, min(image.size) < self.size, bad)
         raise ValueError(f"{len(bad)} images in a row are unreadable, first {self._describe(*bad[0])}")
 
-    def _window(self, position: int) -> Literal["center"] | tuple[int, int, int]:
+    def _crop(self, position: int) -> Literal["center"] | tuple[int, int, int]:
         if self.crop_size is None:
             return "center"
-        places = self.size - self.crop_size + 1
+        num_offsets = self.size - self.crop_size + 1
         top, left = random_bits(self.seed, CROPS, (position, 0), 2).tolist()
-        return top % places, left % places, self.crop_size
+        return top % num_offsets, left % num_offsets, self.crop_size
 
     def _assemble(
         self, images: Tensor, positions: Sequence[int], futures: list[Future[_Sample]]
@@ -220,11 +218,11 @@ class Loader:
         if self.caches is not None:
             text = TextEmbeddings.from_list([sample.tokens for sample in samples if sample.tokens is not None])
             assert len(text) == len(samples)
-        where = torch.tensor(list(positions), dtype=torch.int64)  # (b,)
-        return Batch(images, text, where, [sample.key for sample in samples]), samples
+        order_positions = torch.tensor(list(positions), dtype=torch.int64)  # (B,)
+        return Batch(images, text, order_positions, [sample.key for sample in samples]), samples
 
     def _count(self, batch: Batch, samples: list[_Sample]) -> Batch:
-        """In the consumer's thread: books the samples of a batch, and stops if too many were bad."""
+        """In the consumer's thread: count the samples of a batch. Raises ValueError if too many were bad."""
         for sample in samples:
             self.counters["read"] += 1 + len(sample.bad)
             self.counters["bad"] += len(sample.bad)
@@ -235,7 +233,7 @@ class Loader:
                     logger.warning("replaced sample %s", self._bad[shard, index])
         read, bad = self.counters["read"], self.counters["bad"]
         expected = (self.max_bad_share - self._excluded_share) * read
-        if read >= ENOUGH_READ and bad > expected + 3 * math.sqrt(expected):
+        if read >= MIN_READ and bad > expected + 3 * math.sqrt(expected):
             first = "; ".join(list(self._bad.values())[:3])
             raise ValueError(
                 f"{bad} of {read} images read are unreadable, more than data.max_bad_share = "

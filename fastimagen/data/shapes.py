@@ -103,7 +103,7 @@ class Scene:
     relation: str | None = None
 
 
-# ---------------------------------------------------------------- captions
+# ---- captions
 
 
 def caption(scene: Scene) -> str:
@@ -155,7 +155,7 @@ def parse(text: str) -> Scene:
     return scene
 
 
-# ---------------------------------------------------------------- scenes
+# ---- scenes
 
 
 def scene(split: str, index: int, seed: int = 0) -> Scene:
@@ -203,7 +203,7 @@ def _generator(seed: int, split: str, stream: str, number: int) -> np.random.Gen
     return numpy_generator(*key)
 
 
-# ---------------------------------------------------------------- images
+# ---- images
 
 
 @cache
@@ -252,7 +252,7 @@ def render(scene: Scene, size: int, rng: np.random.Generator) -> np.ndarray:
     return np.array(canvas.reduce(SUPERSAMPLING))
 
 
-# ---------------------------------------------------------------- shards
+# ---- shards
 
 
 def write_shards(

@@ -1,9 +1,9 @@
-"""WebDataset tars as random-access collections of (image, caption): an index of places, read with pread.
+"""WebDataset tars as random-access collections of (image, caption): an index of offsets, read with pread.
 
-A sample is all files of a tar that share a key, the path up to the first dot of the file's name (webdataset's
-rule). KEY.jpg, .jpeg, .png or .webp and KEY.txt make a sample, KEY.json is optional, other files are ignored.
-What is no sample is counted by reason. The index of TAR is kept as TAR.index beside it, since walking 10 000
-samples takes half a second.
+A sample is all files of a tar that share a key, the path up to the first dot of the file's name (webdataset's rule).
+KEY.jpg, .jpeg, .png or .webp and KEY.txt make a sample, KEY.json is optional, other files are ignored. Keys that do not
+make a sample are counted by reason. The index of TAR is stored as TAR.index next to it, because indexing 10,000 samples
+takes half a second.
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ from ..files import write_safetensors
 logger = logging.getLogger(__name__)
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
-"""Extensions of images, in any case."""
+"""File extensions of images, in upper or lower case."""
 
 FORMAT = "fastimagen.shard.1"
 BLOCK = 512  # bytes of a tar header; contents are padded to multiples of it
 URL = re.compile(r"(?:pipe|file):|[a-zA-Z][a-zA-Z0-9+.-]*://")
 MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
-PRIVATE = re.compile(r"__[^/]*__($|/)")  # webdataset's own notes inside a tar
+PRIVATE = re.compile(r"__[^/]*__($|/)")  # webdataset's metadata inside a tar
 
 
-# ---------------------------------------------------------------- one shard
+# ---- one shard
 
 
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """One local tar of n samples; their contents are read on request, from any thread.
+    """One local tar of S samples; any thread may read their contents.
 
-    path: the tar; stamp: its size and time when it was indexed; places (n, 6) int64: offset and size in bytes
-    of image, caption and json (size 0: no json); names (n,): keys as bytes; excluded: how many are no
-    sample, by reason. Reading raises ValueError if the tar is not the same any more.
+    path: the tar; stamp: its size and modification time when it was indexed; places (S, 6) int64: offset and size in
+    bytes of image, caption and json (size 0: no json); names (S,): keys as bytes; excluded: number of keys that do not
+    make a sample, by reason. Reading raises ValueError if the tar has changed.
     """
 
     path: str
@@ -89,7 +89,7 @@ class Shard:
 
     def _read(self, index: int, column: int) -> bytes:
         offset, size = self.places[index, column : column + 2].tolist()
-        file = _open(self.path, self.stamp)  # keeps the descriptor open even if the cache drops it now
+        file = _open(self.path, self.stamp)  # keeps the descriptor open even if the cache drops it
         data = os.pread(file.fd, size, offset)
         if len(data) != size:
             raise ValueError(f"shard {self.path} has changed since it was indexed")
@@ -97,7 +97,7 @@ class Shard:
 
 
 class _File:
-    """A file descriptor that lives as long as someone, the cache or a reading thread, refers to it."""
+    """A file descriptor that stays open while the cache or a reading thread refers to it."""
 
     def __init__(self, path: str) -> None:
         self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -122,7 +122,7 @@ def _text(name: bytes) -> str:
     return name.decode("utf-8", "surrogateescape")
 
 
-# ---------------------------------------------------------------- the index
+# ---- the index
 
 
 def index_shard(path: str | Path) -> Shard:
@@ -172,7 +172,7 @@ def index_shard(path: str | Path) -> Shard:
 
 
 def _fault(fd: int, files: dict[str, tuple[int, int]]) -> str | None:
-    """Why these files of one key are no sample."""
+    """Why these files of one key do not make a sample; None if they do."""
     if "image" not in files:
         return "no image"
     if "txt" not in files:
@@ -215,7 +215,7 @@ def _walk(file: _File, path: str | Path) -> Iterator[tuple[str, int, int]]:
     if not offset:
         raise ValueError(f"shard {path} is empty: a tar without files")
     if any(os.pread(fd, 1 << 16, offset)):
-        raise ValueError(f"shard {path} goes on after a tar's end mark: are these several tars in one file?")
+        raise ValueError(f"shard {path} has data after a tar's end mark: are these several tars in one file?")
 
 
 def _check(header: bytes, offset: int, path: str | Path) -> int:
@@ -229,7 +229,7 @@ def _check(header: bytes, offset: int, path: str | Path) -> int:
     except ValueError:
         expected = size = -1
     if expected != sum(header) - sum(header[148:156]) + 8 * ord(" "):
-        what = f"damaged at byte {offset}" if offset else "no tar"
+        what = f"damaged at byte {offset}" if offset else "not a tar"
         if header.startswith(b"\x1f\x8b"):
             what += ": it is compressed, and cannot be read at random places"
         raise ValueError(f"shard {path} is {what}")
@@ -248,16 +248,16 @@ def _pax(content: bytes, path: str | Path) -> dict[str, str]:
     while content.strip(b"\0"):
         length = content.partition(b" ")[0]
         if not length.isdigit() or not 0 < int(length) <= len(content):
-            raise ValueError(f"shard {path} is damaged: a pax header makes no sense")
+            raise ValueError(f"shard {path} is damaged: it has an invalid pax header")
         key, _, value = content[len(length) + 1 : int(length) - 1].partition(b"=")
         records[_text(key)] = _text(value)
         content = content[int(length) :]
     if any(key.startswith("GNU.sparse.") for key in records):
-        raise ValueError(f"shard {path} holds sparse files: write it without --sparse")
+        raise ValueError(f"shard {path} contains sparse files: write it without --sparse")
     return records
 
 
-# ---------------------------------------------------------------- many shards
+# ---- many shards
 
 
 def list_shards(source: str | Path | Sequence[str | Path]) -> list[str]:
@@ -290,7 +290,7 @@ def list_shards(source: str | Path | Sequence[str | Path]) -> list[str]:
         return [pattern]
     shards = sorted(glob(pattern)) if has_magic(pattern) else []
     if not shards:
-        raise ValueError(f"no shards: {pattern} is no tar, folder, URL or pattern that matches a file")
+        raise ValueError(f"no shards: {pattern} is not a tar, folder, URL or pattern that matches a file")
     return shards
 
 
@@ -299,9 +299,9 @@ def open_shards(
 ) -> list[Shard]:
     """All shards of `source` (see `list_shards`), those of URLs fetched into the folder `cache`.
 
-    Indices are read, or made and kept, beside the tars. Each rank starts at another shard, so that ranks that
-    start together share the work of the first time. Raises ValueError as `list_shards` and `index_shard` do,
-    for a URL without cache, a failed download, and if there is no sample at all.
+    Indices are read from files next to the tars, or written there. Each rank starts at another shard, so that ranks
+    share the work of the first start. Raises ValueError as `list_shards` and `index_shard` do, for a URL without cache,
+    for a failed download, and if there are no samples.
     """
     paths = list_shards(source)
     shards: dict[int, Shard] = {}
@@ -326,15 +326,15 @@ def open_shards(
 
 
 def fetch(url: str, cache: str | Path | None) -> str:
-    """Copies a shard, once, from wherever webdataset's gopen reads into the folder `cache`; returns its path.
+    """Download a shard, once, with webdataset's gopen into the folder `cache`; returns its path.
 
-    The file appears whole, after its index could be made. Of processes that want the same shard, one fetches.
+    The file appears complete, after it was indexed. If several processes need the same shard, one downloads it.
     Raises ValueError if there is no cache folder, the download fails or the tar is damaged.
     """
     from webdataset import gopen
 
     if cache is None:
-        raise ValueError(f"shard {url} is remote: set data.cache to a folder with room for the shards")
+        raise ValueError(f"shard {url} is remote: set data.cache to a folder for downloaded shards")
     stem = (re.findall(r"[\w.-]+\.tar\b", url) or ["shard.tar"])[-1]
     target = Path(cache) / f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{stem}"
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -359,7 +359,7 @@ def fetch(url: str, cache: str | Path | None) -> str:
 
 
 def _indexed(path: str) -> Shard:
-    """The shard with its kept index if that still fits the tar, else with a new one."""
+    """The shard with its stored index if that matches the tar, otherwise with a new one."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -376,9 +376,9 @@ def _indexed(path: str) -> Shard:
                     json.loads(header["excluded"]),
                 )
     except FileNotFoundError:
-        pass  # the first time, or the tar itself is missing: index_shard will say so
+        pass  # no index yet, or no tar: then index_shard raises
     except (OSError, SafetensorError) as error:
-        logger.warning("making %s.index anew: %s", path, error)
+        logger.warning("rebuilding %s.index: %s", path, error)
     shard = index_shard(path)
     _keep_index(shard)
     return shard
@@ -399,4 +399,4 @@ def _keep_index(shard: Shard) -> None:
 
 @lru_cache
 def _warn_unkept(folder: str, reason: str) -> None:
-    logger.warning("the index of shards in %s cannot be kept (%s): every start makes it anew", folder, reason)
+    logger.warning("the index of shards in %s cannot be stored (%s): every start rebuilds it", folder, reason)

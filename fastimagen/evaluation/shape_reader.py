@@ -105,7 +105,7 @@ def _nearest(value: np.ndarray, named: Mapping[str, Sequence[float]]) -> str:
     return min(named, key=lambda name: float(np.sum((value - named[name]) ** 2)))
 
 
-# ---------------------------------------------------------------- regions and outlines
+# ---- regions and outlines
 
 
 def components(mask: np.ndarray) -> np.ndarray:
@@ -187,7 +187,7 @@ def _inside(corners: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return odd
 
 
-# ---------------------------------------------------------------- judging
+# ---- judging
 
 
 def judge(image: np.ndarray, scene: Scene) -> dict[str, bool]:

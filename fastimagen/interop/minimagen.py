@@ -24,7 +24,7 @@ from ..text.t5 import T5_NAMES
 
 logger = logging.getLogger(__name__)
 
-# ---------------------------------------------------------------- U-Nets
+# ---- U-Nets
 
 # MinImagen's constructor: its argument, our field and its default. What is not here is hard-wired there.
 _ARGUMENTS: dict[str, tuple[str, Any]] = {
@@ -186,7 +186,7 @@ def _trust_weights(state_dict: dict[str, Tensor], unet_kwargs: dict[str, Any], n
     return unet_kwargs | facts
 
 
-# ---------------------------------------------------------------- training directories
+# ---- training directories
 
 _IMAGEN_DEFAULTS: dict[str, Any] = {  # of MinImagen's class Imagen; image_sizes and text_encoder_name have none
     "text_embed_dim": None,

@@ -1,4 +1,4 @@
-"""Convolutional parts of the U-Net. Letters: B batch, C channels, H height, W width, T time width, D model width."""
+"""Convolutional layers of the U-Net and the sinusoidal time embedding."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .convolution import Conv2d
 
 
 class GroupNormSiLU(nn.Module):
-    """silu(GroupNorm(x) * (1 + scale) + shift), the modulation (FiLM) optional."""
+    """silu(GroupNorm(x) * (1 + scale) + shift) for x (B, C, H, W); scale and shift (B, C) are optional (FiLM)."""
 
     def __init__(self, dim: int, groups: int) -> None:
         super().__init__()
@@ -26,7 +26,8 @@ class GroupNormSiLU(nn.Module):
 
 
 class MultiScaleStem(nn.Module):
-    """Stem: parallel convolutions of several kernel sizes, channels dim/2, dim/4, ..., rest, concatenated."""
+    """(B, I, H, W) -> (B, dim, H, W): parallel convolutions of several kernel sizes with dim / 2, dim / 4, ...
+    channels, concatenated (CrossEmbed in imagen-pytorch and MinImagen)."""
 
     def __init__(self, dim_in: int, dim: int, kernels: tuple[int, ...]) -> None:
         super().__init__()
@@ -42,14 +43,14 @@ class MultiScaleStem(nn.Module):
 
 
 class Downsample(Conv2d):
-    """(B, C, H, W) -> (B, C', H/2, W/2) by a 4x4 convolution of stride 2."""
+    """(B, I, H, W) -> (B, O, H / 2, W / 2): a 4x4 convolution of stride 2."""
 
     def __init__(self, dim_in: int, dim_out: int) -> None:
         super().__init__(dim_in, dim_out, 4, stride=2, padding=1)
 
 
 class Upsample(nn.Module):
-    """(B, C, H, W) -> (B, C', 2H, 2W): nearest neighbour, then a 3x3 convolution."""
+    """(B, I, H, W) -> (B, O, 2 H, 2 W): nearest neighbour, then a 3x3 convolution."""
 
     def __init__(self, dim_in: int, dim_out: int) -> None:
         super().__init__()
@@ -60,7 +61,7 @@ class Upsample(nn.Module):
 
 
 class ParallelConv(nn.Module):
-    """(B, C, H, W) -> (B, C', H, W): sum of a 3x3 and a 1x1 convolution, where the last level keeps its resolution."""
+    """(B, I, H, W) -> (B, O, H, W): sum of a 3x3 and a 1x1 convolution, at the end of the last level (MinImagen)."""
 
     def __init__(self, dim_in: int, dim_out: int) -> None:
         super().__init__()
@@ -72,7 +73,7 @@ class ParallelConv(nn.Module):
 
 
 class Sinusoidal(nn.Module):
-    """Sinusoidal embedding of a number per sample: (B,) -> (B, dim), computed in fp32 (Vaswani et al. 2017, 3.5)."""
+    """Sinusoidal embedding of a number: (B,) -> (B, dim), in fp32 (Vaswani et al. 2017, section 3.5)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()

@@ -1,7 +1,4 @@
-"""Embedded captions: what text-conditioned networks read.
-
-Letters: B captions, L tokens (padded), D text width.
-"""
+"""Embedded captions: the input of text-conditioned networks."""
 
 from __future__ import annotations
 
@@ -20,9 +17,9 @@ from ..files import first_line, write_safetensors
 
 @dataclass(frozen=True, eq=False)
 class TextEmbeddings:
-    """Embedded captions: embeds (B, L, D) floating point, mask (B, L) bool, real tokens first in every row.
+    """Embedded captions: embeds (B, L, E) floating point, mask (B, L) bool, real tokens first in every row.
 
-    Raises ValueError on other shapes or dtypes and on a mask with a gap. Padded embeds may hold anything.
+    Raises ValueError on other shapes or dtypes and on a mask with a gap. Padding may contain anything.
     """
 
     embeds: Tensor
@@ -31,7 +28,7 @@ class TextEmbeddings:
     def __post_init__(self) -> None:
         shape = tuple(self.embeds.shape)
         if len(shape) != 3 or not self.embeds.is_floating_point():
-            raise ValueError(f"text embeddings are floating point (B, L, D), not {self.embeds.dtype} {shape}")
+            raise ValueError(f"text embeddings are floating point (B, L, E), not {self.embeds.dtype} {shape}")
         if self.mask.dtype != torch.bool or tuple(self.mask.shape) != shape[:2]:
             raise ValueError(
                 f"the mask of text embeddings {shape} must be bool {shape[:2]}, "
@@ -44,7 +41,7 @@ class TextEmbeddings:
 
     @staticmethod
     def _derive(embeds: Tensor, mask: Tensor) -> TextEmbeddings:
-        """From checked parts: no second look at the mask, which would wait for the GPU."""
+        """From checked parts: no second look at the mask, which would be a host synchronisation."""
         derived = object.__new__(TextEmbeddings)
         object.__setattr__(derived, "embeds", embeds)
         object.__setattr__(derived, "mask", mask)
@@ -70,32 +67,32 @@ class TextEmbeddings:
 
     @classmethod
     def from_list(cls, captions: Sequence[Tensor]) -> TextEmbeddings:
-        """Pads one (L_i, D) per caption with zeros to the longest. Raises ValueError if D or dtype differ."""
+        """Pads one (L_i, E) per caption with zeros to the longest. Raises ValueError if E or dtype differ."""
         if not captions:
             raise ValueError("no captions to make text embeddings of")
         first = captions[0]
         for tokens in captions:
             if tokens.ndim != 2 or tokens.shape[1] != first.shape[-1] or tokens.dtype != first.dtype:
                 raise ValueError(
-                    f"captions must be (L, D) with one D and dtype, got {tokens.dtype} "
+                    f"captions must be (L, E) with one E and dtype, got {tokens.dtype} "
                     f"{tuple(tokens.shape)} beside {first.dtype} {tuple(first.shape)}"
                 )
-        embeds = torch.nn.utils.rnn.pad_sequence(list(captions), batch_first=True)  # (B, L, D)
+        embeds = torch.nn.utils.rnn.pad_sequence(list(captions), batch_first=True)  # (B, L, E)
         lengths = torch.tensor([len(tokens) for tokens in captions], device=embeds.device)
         mask = torch.arange(embeds.shape[1], device=embeds.device) < lengths[:, None]  # (B, L)
         return cls(embeds, mask)
 
     @classmethod
     def cat(cls, parts: Sequence[TextEmbeddings]) -> TextEmbeddings:
-        """All captions of `parts` in order; L is the largest, D and dtype must agree (ValueError)."""
+        """All captions of `parts` in order; L is the largest, E and dtype must agree (ValueError)."""
         return cls.from_list([tokens for part in parts for tokens in part.unpadded()])
 
     def unpadded(self) -> list[Tensor]:
-        """One (L_i, D) tensor per caption."""
+        """One (L_i, E) tensor per caption."""
         return [row[:length] for row, length in zip(self.embeds, self.lengths.tolist())]
 
     def save(self, path: str | Path, captions: Sequence[str] | None = None) -> None:
-        """Writes safetensors without padding: tokens (sum of L_i, D), offsets (B + 1,), captions."""
+        """Writes safetensors without padding: tokens (sum of L_i, E), offsets (B + 1,), captions."""
         if captions is not None and len(captions) != len(self):
             raise ValueError(f"{len(captions)} captions for {len(self)} text embeddings")
         offsets = torch.cat([torch.zeros(1, dtype=torch.int64), self.lengths.cpu().cumsum(0)])  # (B + 1,)
@@ -127,5 +124,5 @@ def _open_saved(path: str | Path) -> Any:
     except (OSError, SafetensorError) as error:
         raise ValueError(f"cannot read text embeddings {path}: {first_line(error)}") from error
     if (file.metadata() or {}).get("format") != "fastimagen.text":
-        raise ValueError(f"{path} holds no text embeddings of TextEmbeddings.save")
+        raise ValueError(f"{path} was not written by TextEmbeddings.save")
     return file

@@ -1,7 +1,4 @@
-"""Captions -> T5 embeddings (Imagen, section 2.1: a frozen text encoder), with or without precomputation.
-
-Letters: B captions, L tokens (padded), D text width. A caption of n tokens includes T5's closing </s>.
-"""
+"""Captions -> T5 embeddings (Imagen, section 2.1: a frozen text encoder). The tokens of a caption include T5's </s>."""
 
 from __future__ import annotations
 
@@ -95,11 +92,10 @@ def encoder_identity(name_or_path: str | Path, *, revision: str | None = None, m
 
 
 class T5Encoder:
-    """Any T5 encoder of the Hugging Face hub, of a folder, or one of the short names of T5_NAMES; frozen.
+    """A frozen T5 encoder: a name on the Hugging Face hub, a folder, or a short name of T5_NAMES.
 
-    dtype: float32, bfloat16 or float64; float16 is refused since T5 overflows in it.
-    truncated: captions cut to max_length tokens so far; unknown: captions so far with a part that became
-    <unk>. The first of each is logged.
+    dtype: float32, bfloat16 or float64; not float16, in which T5 overflows. truncated: number of captions cut to
+    max_length tokens so far; unknown: number of captions with unknown tokens. The first of each is logged.
     Raises ValueError for an encoder that is not found or not a T5, ImportError without transformers.
     """
 
@@ -115,7 +111,7 @@ class T5Encoder:
         if dtype not in (torch.float32, torch.bfloat16, torch.float64):
             raise ValueError(f"T5 overflows in {dtype}: use torch.bfloat16 or torch.float32")
         if max_length < 2:
-            raise ValueError(f"max_length {max_length} leaves no room for words beside </s>: give at least 2")
+            raise ValueError(f"max_length {max_length} is too small: give at least 2, one for </s>")
         transformers = need("transformers")
         name, config, commit = _locate(name_or_path, revision)
         if _tokenizer_file(name, config, revision=commit).suffix == ".model":
@@ -133,7 +129,7 @@ class T5Encoder:
             raise ValueError(f"text encoder {name} cannot be loaded: {first_line(error)}") from error
         if info["missing_keys"]:
             missing = ", ".join(sorted(info["missing_keys"]))
-            raise ValueError(f"text encoder {name} lacks weights: {missing:.200}")
+            raise ValueError(f"the weights of text encoder {name} are incomplete, missing: {missing:.200}")
         self.model: T5EncoderModel = model.eval().requires_grad_(False).to(device)
         self.dim = dim
         self.max_length = max_length
@@ -143,16 +139,16 @@ class T5Encoder:
         self._special = (added | set(self.tokenizer.all_special_ids)) - {self.tokenizer.unk_token_id}
 
     def identity(self) -> dict[str, str]:
-        """See `encoder_identity`; computed once."""
+        """The result of `encoder_identity`, computed once."""
         if self._identity is None:
             name, revision = self._source
             self._identity = encoder_identity(name, revision=revision, max_length=self.max_length)
         return dict(self._identity)
 
     def tokenize(self, captions: Sequence[str]) -> list[list[int]]:
-        """Token ids of each caption with its closing </s>, cut to max_length; counts `truncated`, `unknown`.
+        """Token ids of each caption with the final </s>, cut to max_length; counts `truncated` and `unknown`.
 
-        Literal </s>, <pad> or <extra_id_0> in a caption becomes <unk>: only we may end a caption.
+        A literal </s>, <pad> or <extra_id_0> in a caption becomes <unk>: a caption cannot end itself.
         """
         result = []
         for text, row, unknown in self._rows(captions):
@@ -171,18 +167,18 @@ class T5Encoder:
         return result
 
     def unread(self, captions: Sequence[str]) -> list[str]:
-        """What `tokenize` cannot pass on of these captions: a line for each that is cut or has unknown parts."""
+        """A warning for each of these captions that is truncated or has unknown tokens."""
         lines = []
         for text, row, unknown in self._rows(list(dict.fromkeys(captions))):
-            shown = text if len(text) <= 60 else f"{text[:60]}..."
+            quoted = text if len(text) <= 60 else f"{text[:60]}..."
             if unknown:
-                lines.append(f'the text encoder does not know all of "{shown}"')
+                lines.append(f'the text encoder does not know all words of "{quoted}"')
             if len(row) > self.max_length:
-                lines.append(f'the text encoder reads {self.max_length} of the {len(row)} tokens of "{shown}"')
+                lines.append(f'the text encoder reads {self.max_length} of the {len(row)} tokens of "{quoted}"')
         return lines
 
     def _rows(self, captions: Sequence[str]) -> list[tuple[str, list[int], bool]]:
-        """Of each caption its text, all its ids with the closing </s>, and whether some are <unk>."""
+        """For each caption its text, all token ids with the final </s>, and whether some are <unk>."""
         if isinstance(captions, str) or not all(isinstance(caption, str) for caption in captions):
             raise ValueError(f"captions must be a list of strings, got {captions!r:.80}")
         if not captions:
@@ -190,7 +186,7 @@ class T5Encoder:
         texts = [preprocess(caption) for caption in captions]
         unk, eos = self.tokenizer.unk_token_id, self.tokenizer.eos_token_id
         rows = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        # split_special_tokens=True does not do it: T5's unigram model has </s> and <pad> as plain pieces
+        # split_special_tokens=True is not enough: T5's unigram model has </s> and <pad> as plain pieces
         rows = [[unk if token in self._special else token for token in row] for row in rows]
         return [(text, [*row, eos], unk in row) for text, row in zip(texts, rows)]
 
@@ -225,7 +221,7 @@ def need(module: str) -> ModuleType:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise  # it is there, but something that it needs is not
         name = module.rpartition(".")[2]
-        raise ImportError(f"the T5 text encoder needs {name}: pip install fastimagen[text]") from error
+        raise ImportError(f"the T5 text encoder needs {name}: pip install --editable '.[text]'") from error
 
 
 def _locate(name_or_path: str | Path, revision: str | None) -> tuple[str, Path, str | None]:

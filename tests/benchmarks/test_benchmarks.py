@@ -35,6 +35,7 @@ REASONS = (
 )
 
 
+@pytest.mark.slow
 def test_everything_that_a_gpu_would_run_runs(tmp_path: Path) -> None:
     out = tmp_path / "dry.json"
     child = subprocess.run(

@@ -83,7 +83,7 @@ def cached(tmp_path) -> Path:
     return path
 
 
-# ---------------------------------------------------------------- round trip
+# ---- round trip
 
 
 def test_the_cache_gives_what_the_encoder_gives_one_caption_at_a_time(tmp_path):
@@ -151,7 +151,7 @@ def test_bad_input_is_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-# ---------------------------------------------------------------- names
+# ---- names
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_cache_paths(tar, folder, expected):
     assert cache_path(tar, IDENTITY | {"encoder": "google/t5-v1_1-xxl"}, folder) == Path(expected)
 
 
-# ---------------------------------------------------------------- mismatches
+# ---- mismatches
 
 
 @pytest.mark.parametrize("name", list(IDENTITY))
@@ -211,7 +211,7 @@ def test_missing_damaged_and_foreign_files_are_errors(cached, tmp_path):
         assert "\n" not in str(caught.value) and "fastimagen embed" in str(caught.value)
 
 
-# ---------------------------------------------------------------- many shards
+# ---- many shards
 
 
 def test_embedding_resumes_and_replaces_only_what_changed(tmp_path, caplog):

@@ -111,7 +111,7 @@ def test_nothing_to_pack_leaves_nothing(tmp_path):
     for folder in (source, write(tmp_path / "none", {"c.md": "x"})):
         with pytest.raises(ValueError, match="nothing to pack"):
             pack_folder(folder, tmp_path / "out")
-    with pytest.raises(ValueError, match="is no folder"):
+    with pytest.raises(ValueError, match="is not a folder"):
         pack_folder(tmp_path / "gone", tmp_path / "out")
     with pytest.raises(ValueError, match="at least one"):
         pack_folder(source, tmp_path / "out", shard_size=0)
@@ -165,7 +165,7 @@ def test_manifest_keeps_its_order(images, tmp_path):
 @pytest.mark.parametrize(
     "line, message",
     [
-        ("{'image'}", "list.jsonl:2: no JSON"),
+        ("{'image'}", "list.jsonl:2: not JSON"),
         ('["a"]', "list.jsonl:2: expected"),
         ('{"image": "a.png"}', "expected"),
         ('{"image": "a.png", "caption": 5}', "expected"),

@@ -82,7 +82,7 @@ def shards(tmp_path_factory):
     return make_shards(tmp_path_factory.mktemp("shards"), [40, 25, 60, 3, 50])
 
 
-# ---------------------------------------------------------------- order
+# ---- order
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_models_without_text_need_no_embeddings(shards):
     assert batch.text is None and numbers(batch) == [int(key) for key in batch.keys]
 
 
-# ---------------------------------------------------------------- sizes
+# ---- sizes
 
 
 def test_random_windows_depend_on_the_position_alone(tmp_path):
@@ -196,7 +196,7 @@ def test_enlarged_images_are_counted(shards):
     assert loader.counters == {"read": 12, "bad": 0, "upscaled": 12, "excluded": 0}
 
 
-# ---------------------------------------------------------------- bad samples
+# ---- bad samples
 
 
 def test_damaged_images_are_replaced_alike_in_every_run(tmp_path, caplog):
@@ -260,7 +260,7 @@ def test_what_the_index_excludes_counts(tmp_path):
     assert make_loader(shards, max_bad_share=0.1).counters["excluded"] == 20
 
 
-# ---------------------------------------------------------------- ends
+# ---- ends
 
 
 def decoding_threads() -> int:
@@ -304,7 +304,7 @@ def test_a_vanished_shard_is_an_error_not_a_bad_image(tmp_path):
     [
         (dict(global_batch=10, micro_batch=4), "global batch of 10"),
         (dict(world_size=5), "on 5 ranks"),
-        (dict(crop_size=9), "crops of 9"),
+        (dict(crop_size=9), "crop_size must lie between 1 and size 8, got 9"),
         (dict(micro_batch=0), "micro-batches of 0"),
     ],
 )

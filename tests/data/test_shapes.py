@@ -68,7 +68,7 @@ class Placed:
         return 1.0 if size is None else self.offset
 
 
-# ---------------------------------------------------------------- captions
+# ---- captions
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_other_sentences_are_refused_in_one_line(text):
     assert "\n" not in str(error.value) and repr(text) in str(error.value)
 
 
-# ---------------------------------------------------------------- splits
+# ---- splits
 
 
 def test_scenes_and_images_depend_on_their_number_alone():
@@ -238,7 +238,7 @@ def test_changed_images_need_a_new_version():
     assert np.abs(np.subtract(means, [[250, 244, 239], [30, 14, 37], [236, 229, 238]])).max() <= 1
 
 
-# ---------------------------------------------------------------- images
+# ---- images
 
 
 def cover(image: np.ndarray, color: str, background: str) -> np.ndarray:
@@ -306,7 +306,7 @@ def test_edges_are_antialiased_and_what_is_not_mentioned_varies():
     assert min(lefts) < -12 and max(lefts) > 12
 
 
-# ---------------------------------------------------------------- shards
+# ---- shards
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ def sample_files(count: int, prefix: str = "", start: int = 0) -> dict[str, byte
     return files
 
 
-# ---------------------------------------------------------------- the index
+# ---- the index
 
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -151,8 +151,8 @@ def broken(tmp_path, what: str):
         ("cut in a header", "is truncated"),
         ("cut in a file", "is truncated"),
         ("cut between files", "is truncated: .* without a tar's end"),
-        ("no tar", "is no tar"),
-        ("gzip", "is no tar: it is compressed"),
+        ("no tar", "is not a tar"),
+        ("gzip", "is not a tar: it is compressed"),
         ("flipped", "is damaged at byte 2048"),
         ("two tars", "several tars in one"),
     ],
@@ -188,7 +188,7 @@ def test_many_threads_read_many_shards(tmp_path):
     assert not wrong
 
 
-def test_index_is_kept_and_made_anew_when_the_tar_changes(tmp_path, monkeypatch):
+def test_index_is_kept_and_rebuilt_when_the_tar_changes(tmp_path, monkeypatch):
     path = make_tar(tmp_path / "a.tar", sample_files(3) | {"lonely.jpg": b"x"})
     first = open_shards(path)[0]
     with monkeypatch.context() as patch:
@@ -226,7 +226,7 @@ def test_tar_cut_after_indexing_is_an_error_not_a_bad_image(tmp_path):
         shard.image(2)
 
 
-# ---------------------------------------------------------------- looking for shards
+# ---- looking for shards
 
 
 def test_sources_of_every_kind(tmp_path):
@@ -332,7 +332,7 @@ def test_index_of_a_read_only_folder_is_made_without_it(tmp_path, monkeypatch, c
     assert "Permission denied" in caplog.text and not (tmp_path / "0.tar.index").exists()
 
 
-# ---------------------------------------------------------------- the order
+# ---- the order
 
 
 SIZES = st.lists(st.integers(0, 9), min_size=1, max_size=12).filter(any)

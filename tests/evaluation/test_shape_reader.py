@@ -91,7 +91,7 @@ def draw(text: str, seed: int = 0) -> np.ndarray:
     return render(parse(text), 64, np.random.default_rng(seed))
 
 
-# ---------------------------------------------------------------- what it should know
+# ---- what it should know
 
 
 @pytest.mark.parametrize("harm, least", [(untouched, 0.99), (blurred, 0.98), (noisy, 0.98)])
@@ -210,7 +210,7 @@ def test_a_patchwork_around_the_background_colour_is_read():
     assert 5 < thing.radius < 20 and thing.position == "center"
 
 
-# ---------------------------------------------------------------- what counts as right
+# ---- what counts as right
 
 
 @pytest.mark.parametrize(
@@ -272,7 +272,7 @@ def test_an_object_too_many_or_too_few_is_wrong():
     assert {key for key, right in verdict.items() if right} == {"background"}
 
 
-# ---------------------------------------------------------------- what nobody can know
+# ---- what nobody can know
 
 
 def attributes(seen: Reading | Scene, kind: str) -> dict[str, object]:
@@ -337,7 +337,7 @@ def test_images_that_know_nothing_are_right_by_chance(content):
                 assert abs(expected[key] - sides[key]) < 0.03, key
 
 
-# ---------------------------------------------------------------- figures, errors, regions
+# ---- figures, errors, regions
 
 
 def test_accuracy_counts_what_captions_mention():

@@ -18,7 +18,6 @@ from torch.nn import functional as F
 
 from fastimagen import ops
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Inputs = dict[str, Any]
 
@@ -66,7 +65,7 @@ def assert_right(op: Callable[..., Tensor], formula: Callable[..., Tensor], inpu
         assert error <= max(2 * allowed, 5e-6), f"{name}: relative error {error:.1e}, plain PyTorch's {allowed:.1e}"
 
 
-# ---------------------------------------------------------------------------------------------- attention
+# ---- attention
 
 
 def attention_formula(
@@ -177,7 +176,7 @@ def test_normalised_queries_and_keys(backend: str) -> None:
     assert error < 2e-5, f"relative error {error:.1e}"
 
 
-# ---------------------------------------------------------------------------------------------- GroupNorm
+# ---- GroupNorm
 
 
 def group_norm_formula(
@@ -233,7 +232,7 @@ def test_group_norm(case: str, layout: torch.memory_format, dtype: torch.dtype, 
     assert y.is_contiguous(memory_format=layout)
 
 
-# ---------------------------------------------------------------------------------------------- thresholding
+# ---- thresholding
 
 
 def threshold_formula(x0: Tensor, percentile: float) -> Tensor:
@@ -271,7 +270,7 @@ def test_threshold(case: str, percentile: float, backend: str) -> None:
     )
 
 
-# ---------------------------------------------------------------------------------------------- sampler's step
+# ---- sampler's step
 
 
 @pytest.mark.parametrize("threshold", ["dynamic", "static", "none"])
@@ -322,7 +321,7 @@ def test_sampler_step_in_a_cuda_graph() -> None:
     assert all(torch.equal(one, other) for one, other in zip(captured, step()))
 
 
-# ---------------------------------------------------------------------------------------------- the same again
+# ---- the same again
 
 
 def test_gradients_are_the_same_every_time(backend: str) -> None:

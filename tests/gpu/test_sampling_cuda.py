@@ -13,7 +13,6 @@ from benchmarks.harness.networks import TOY, captions
 from fastimagen import ops
 from fastimagen.cascade import Cascade
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 SEEDS = [3, 0, 7]
 

@@ -10,7 +10,6 @@ from benchmarks.harness import networks
 from benchmarks.harness.networks import captions, images, make_unet
 from fastimagen import ops
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 TOYS = [networks.TOY, networks.TOY_SUPER]
 

@@ -65,7 +65,7 @@ def test_however_rows_are_split(programs: int, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("short", [0, 1024], ids=["many rows", "few rows"])
 def test_tiles_as_shipped(short: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_tiles, "architecture", lambda: "sm_90")
-    monkeypatch.setattr(attention_tiles, "SHORT", short)
+    monkeypatch.setattr(attention_tiles, "FEW_ROWS", short)
     tensors = make(Case(queries=33, heads=8, width=64, keys=140, context=77, lengths=(70,), batch=1), torch.float16)
     ours, theirs = both_errors(tensors)
     assert all(ours[name] <= 2 * theirs[name] for name in ours), (ours, theirs)

@@ -6,6 +6,8 @@ import pytest
 
 from tests.kernels.aot import SHARED_LIMIT, compiled
 
+pytestmark = pytest.mark.slow
+
 EVERYWHERE = ["sm_80", "sm_90", "sm_100", "gfx942"]
 
 

@@ -18,6 +18,7 @@ KERNELS = {f"attention_{name}_kernel" for name in (*PASSES, "add_splits")}
 MATRIX_INSTRUCTION = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
 
 
+@pytest.mark.slow
 def test_in_the_interpreter() -> None:
     run_interpreted("interpreted_attention.py")
 
@@ -30,6 +31,7 @@ def check(row: dict[str, Any]) -> None:
         assert row["spills"] == 0, row
 
 
+@pytest.mark.slow
 def test_heads_of_64_compile_for_hopper() -> None:
     rows = compiled("attention", ["sm_90"], "bfloat16 D=64")
     assert {row["kernel"] for row in rows} == KERNELS
@@ -40,6 +42,7 @@ def test_heads_of_64_compile_for_hopper() -> None:
         check(row)
 
 
+@pytest.mark.slow
 def test_heads_of_64_compile_for_other_gpus() -> None:
     rows = compiled("attention", ["sm_80", "sm_100", "gfx942"], "bfloat16 D=64 1024")
     assert {row["target"] for row in rows} == {"sm_80", "sm_100", "gfx942"}

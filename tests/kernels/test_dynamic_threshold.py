@@ -12,6 +12,7 @@ from tests.kernels.interpreting import run_interpreted
 from tests.kernels.threshold_cases import CASES, PERCENTILES, assert_thresholded, by_definition
 
 
+@pytest.mark.slow
 def test_kernels() -> None:
     run_interpreted("interpreted_dynamic_threshold.py")
 

@@ -34,6 +34,7 @@ def operator(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(group_norm, "use_triton", lambda *unused: True)
 
 
+@pytest.mark.slow
 def test_kernels() -> None:
     run_interpreted("interpreted_group_norm.py")
 

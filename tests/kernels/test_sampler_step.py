@@ -12,6 +12,7 @@ from tests.kernels.interpreting import run_interpreted
 from tests.kernels.sampler_step_cases import CASES, RECOVERY, UPDATE, Case
 
 
+@pytest.mark.slow
 def test_kernels() -> None:
     run_interpreted("interpreted_sampler_step.py")
 

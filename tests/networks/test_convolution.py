@@ -9,15 +9,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastimagen.networks import convolution
-from fastimagen.networks.convolution import MANY, Conv2d
+from fastimagen.networks.convolution import MANY_CHANNELS, Conv2d
 
 WAYS = {
     "plain": (3, 4, 3),
-    "one pixel": (MANY, MANY, 1),
+    "one pixel": (MANY_CHANNELS, MANY_CHANNELS, 1),
     "wide": (3, 4, 9),
     "wider": (3, 4, 15),
-    "many channels": (MANY, MANY + 1, 3),
-    "many channels, even kernel": (MANY + 1, MANY, 4),
+    "many channels": (MANY_CHANNELS, MANY_CHANNELS + 1, 3),
+    "many channels, even kernel": (MANY_CHANNELS + 1, MANY_CHANNELS, 4),
 }
 
 
@@ -33,7 +33,7 @@ def test_values_and_gradients_are_pytorchs(
     way: str, stride: int, columns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Blocks of one row, of several rows with a rest, of one image and of all."""
-    monkeypatch.setattr(convolution, "COLUMNS", columns)
+    monkeypatch.setattr(convolution, "IM2COL_ELEMENTS", columns)
     dim_in, dim_out, kernel = WAYS[way]
     layer = Conv2d(dim_in, dim_out, kernel, stride=stride, padding=(kernel - 1) // 2).double()
     x = torch.randn(3, dim_in, 7, 10, dtype=torch.float64).to(memory_format=torch.channels_last).requires_grad_()

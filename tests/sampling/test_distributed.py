@@ -15,6 +15,8 @@ from PIL import Image
 
 from tests.conftest import ROOT, write_toy_encoder, write_toy_model
 
+pytestmark = pytest.mark.slow
+
 CAPTIONS = ["a red circle", "a blue star", "a green square", "a pink cross", "a cyan triangle"]
 
 

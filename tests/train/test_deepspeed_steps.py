@@ -15,6 +15,8 @@ from fastimagen.networks.convolution import Conv2d
 from fastimagen.train.engine import init_distributed, make_engine, resolve_deepspeed
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.slow
+
 MUON, ADAM, MOMENTUM, BETAS = 0.01, 0.002, 0.95, [0.9, 0.99]
 STEPS = 5
 

@@ -71,6 +71,7 @@ def test_networks_are_compiled_on_gpus_and_a_cpu_is_told(
 
 
 @pytest.mark.parametrize("name", ["base", "sr"])
+@pytest.mark.slow
 def test_the_compiler_sees_one_graph_whatever_the_length_of_captions(name: str) -> None:
     cascade = toy_cascade()
     stage = Stage(next(stage for stage in cascade.stages if stage.name == name), cascade.below(name))
