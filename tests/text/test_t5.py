@@ -45,7 +45,7 @@ def encoder(tiny) -> T5Encoder:
 @pytest.mark.parametrize(
     "embeds, mask, message",
     [
-        (torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool), r"\(B, L, D\)"),
+        (torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool), r"\(B, L, E\)"),
         (torch.zeros(2, 3, 4, dtype=torch.int64), torch.ones(2, 3, dtype=torch.bool), "floating point"),
         (torch.zeros(2, 3, 4), torch.ones(2, 4, dtype=torch.bool), r"bool \(2, 3\)"),
         (torch.zeros(2, 3, 4), torch.ones(2, 3), r"must be bool"),
