@@ -11,6 +11,7 @@ import math
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
@@ -41,32 +42,35 @@ class Conv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, I, H, W) -> (B, O, H', W')."""
-        weight = self.weight.unflatten(1, (self.kernel, self.kernel, -1)).permute(0, 3, 1, 2)  # (O, I, kH, kW), a view
+        weight = rearrange(self.weight, "o (kh kw i) -> o i kh kw", kh=self.kernel, kw=self.kernel)  # (O, I, kH, kW)
         if x.device.type == "cpu" and torch.is_grad_enabled():
             if self.kernel >= WIDE_KERNEL and self.stride == 1:
-                return _in_blocks(x, weight, self.bias, self.padding)
-            if self.kernel > 1 and min(weight.shape[:2]) >= MANY_CHANNELS and _exact(x):
-                return ConvolutionByColumns.apply(x, weight, self.bias, self.stride, self.padding)
+                return _blocked_conv2d(x, weight, self.bias, self.padding)
+            if self.kernel > 1 and min(weight.shape[:2]) >= MANY_CHANNELS and _is_full_precision(x):
+                return Im2colConv2d.apply(x, weight, self.bias, self.stride, self.padding)
         return F.conv2d(x, weight, self.bias, self.stride, self.padding)
 
 
-def _in_blocks(x: Tensor, weight: Tensor, bias: Tensor, padding: int) -> Tensor:
-    """F.conv2d with stride 1 as one of stride R = BLOCK_SIZE: R x R shifted kernels compute a block of outputs."""
+def _blocked_conv2d(x: Tensor, weight: Tensor, bias: Tensor, padding: int) -> Tensor:
+    """F.conv2d of stride 1 as one of stride r = BLOCK_SIZE: r x r shifted kernels compute a block of outputs."""
+    r = BLOCK_SIZE
     height, width = x.shape[2:]
-    x = F.pad(x, (0, -width % BLOCK_SIZE, 0, -height % BLOCK_SIZE))  # (B, I, H', W'), multiples of R
-    shifts = [(j, BLOCK_SIZE - 1 - j, i, BLOCK_SIZE - 1 - i) for i in range(BLOCK_SIZE) for j in range(BLOCK_SIZE)]
-    weight = torch.stack([F.pad(weight, shift) for shift in shifts], dim=1).flatten(0, 1)  # (O R R, I, kH', kW')
-    out = F.conv2d(x, weight, bias.repeat_interleave(BLOCK_SIZE**2), BLOCK_SIZE, padding)  # (B, O R R, H'/R, W'/R)
-    out = F.pixel_shuffle(out, BLOCK_SIZE)[..., :height, :width]  # (B, O, H, W)
+    x = F.pad(x, (0, -width % r, 0, -height % r))  # (B, I, H', W'), multiples of r
+    shifts = [(j, r - 1 - j, i, r - 1 - i) for i in range(r) for j in range(r)]  # left, right, top, bottom
+    weight = torch.stack([F.pad(weight, shift) for shift in shifts], dim=1)  # (O, r r, I, kH + r - 1, kW + r - 1)
+    weight = weight.flatten(0, 1)  # (O r r, I, kH + r - 1, kW + r - 1)
+    bias = bias.repeat_interleave(r**2)  # (O r r,)
+    out = F.conv2d(x, weight, bias, r, padding)  # (B, O r r, H' / r, W' / r)
+    out = F.pixel_shuffle(out, r)[..., :height, :width]  # (B, O, H, W)
     return out.contiguous(memory_format=torch.channels_last)
 
 
-def _exact(x: Tensor) -> bool:
-    """Whether partial sums may be rounded once per block of patches: not in bf16 or fp16."""
+def _is_full_precision(x: Tensor) -> bool:
+    """Whether the weight gradient may be a sum of several products, each rounded: not in bf16 or fp16."""
     return x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
 
 
-class ConvolutionByColumns(torch.autograd.Function):
+class Im2colConv2d(torch.autograd.Function):
     """F.conv2d whose weight gradient is a matrix product of the output's gradient and patches of the input."""
 
     @staticmethod
@@ -77,32 +81,35 @@ class ConvolutionByColumns(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        of_x = of_weight = of_bias = None
+        grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             stride, padding = [ctx.stride] * 2, [ctx.padding] * 2
-            of_x = torch.ops.aten.convolution_backward(
-                grad, x, weight, None, stride, padding, [1, 1], False, [0, 0], 1, [True, False, False]
+            grad_x = torch.ops.aten.convolution_backward(
+                grad_out, x, weight, None, stride, padding, [1, 1], False, [0, 0], 1, [True, False, False]
             )[0]
         if ctx.needs_input_grad[1]:
-            of_weight = _weight_gradient(x, grad, weight.shape[-1], ctx.stride, ctx.padding)
+            grad_weight = _weight_gradient(x, grad_out, weight.shape[-1], ctx.stride, ctx.padding)
         if ctx.needs_input_grad[2]:
-            of_bias = grad.sum((0, 2, 3))
-        return of_x, of_weight, of_bias, None, None
+            grad_bias = grad_out.sum((0, 2, 3))  # (O,)
+        return grad_x, grad_weight, grad_bias, None, None
 
 
-def _weight_gradient(x: Tensor, grad: Tensor, kernel: int, stride: int, padding: int) -> Tensor:
-    """x (B, I, H, W) and grad (B, O, H', W') -> (O, I, k, k), a view of (O, k k I)."""
-    dim_in, (_, dim_out, height, width) = x.shape[1], grad.shape
-    x = F.pad(x.permute(0, 2, 3, 1), (0, 0, padding, padding, padding, padding))
+def _weight_gradient(x: Tensor, grad_out: Tensor, kernel: int, stride: int, padding: int) -> Tensor:
+    """x (B, I, H, W) and grad_out (B, O, H', W') -> (O, I, k, k), a view of (O, k k I)."""
+    dim_in, (_, dim_out, height, width) = x.shape[1], grad_out.shape
+    x = rearrange(x, "b i h w -> b h w i")  # (B, H, W, I)
+    x = F.pad(x, (0, 0, padding, padding, padding, padding))  # (B, H + 2 padding, W + 2 padding, I)
     patches = x.unfold(1, kernel, stride).unfold(2, kernel, stride)  # (B, H', W', I, k, k), a view
-    patches = patches.permute(0, 1, 2, 4, 5, 3)
-    grad = grad.permute(0, 2, 3, 1)  # (B, H', W', O)
-    rows = max(1, IM2COL_ELEMENTS // (width * kernel * kernel * dim_in))
-    images = max(1, rows // height)
-    out = grad.new_zeros(dim_out, kernel * kernel * dim_in)
-    for some_patches, some_grad in zip(patches.split(images), grad.split(images)):
-        for columns, of in zip(some_patches.split(rows, dim=1), some_grad.split(rows, dim=1)):
-            out.addmm_(of.reshape(-1, dim_out).t(), columns.reshape(-1, out.shape[1]))
-    return out.unflatten(1, (kernel, kernel, dim_in)).permute(0, 3, 1, 2)
+    patches = rearrange(patches, "b h w i kh kw -> b h w kh kw i")  # (B, H', W', k, k, I), a view
+    grad_out = rearrange(grad_out, "b o h w -> b h w o")  # (B, H', W', O)
+    max_rows = max(1, IM2COL_ELEMENTS // (width * kernel * kernel * dim_in))  # image rows of one product
+    max_images = max(1, max_rows // height)
+    grad_weight = grad_out.new_zeros(dim_out, kernel * kernel * dim_in)
+    for image_patches, image_grads in zip(patches.split(max_images), grad_out.split(max_images)):
+        for row_patches, row_grads in zip(image_patches.split(max_rows, dim=1), image_grads.split(max_rows, dim=1)):
+            columns = rearrange(row_patches, "b h w kh kw i -> (b h w) (kh kw i)")  # (B H' W', k k I), a copy
+            grads = rearrange(row_grads, "b h w o -> (b h w) o")  # (B H' W', O)
+            grad_weight.addmm_(grads.T, columns)  # (O, k k I)
+    return rearrange(grad_weight, "o (kh kw i) -> o i kh kw", kh=kernel, kw=kernel)  # (O, I, k, k)

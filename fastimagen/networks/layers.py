@@ -57,7 +57,8 @@ class Upsample(nn.Module):
         self.conv = Conv2d(dim_in, dim_out, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+        x = F.interpolate(x, scale_factor=2, mode="nearest")  # (B, I, 2 H, 2 W)
+        return self.conv(x)  # (B, O, 2 H, 2 W)
 
 
 class ParallelConv(nn.Module):
@@ -83,8 +84,7 @@ class Sinusoidal(nn.Module):
 
     def forward(self, time: Tensor) -> Tensor:
         half = self.dim // 2
-        frequency = torch.exp(
-            torch.arange(half, device=time.device, dtype=torch.float32) * (-math.log(10000) / (half - 1))
-        )
+        index = torch.arange(half, device=time.device, dtype=torch.float32)  # (dim / 2,)
+        frequency = torch.exp(index * (-math.log(10000) / (half - 1)))  # (dim / 2,)
         angle = time.float()[:, None] * frequency  # (B, dim / 2)
         return torch.cat([angle.sin(), angle.cos()], dim=-1)  # (B, dim)

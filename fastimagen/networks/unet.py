@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from ..config import UNetConfig
 from ..text.embeddings import TextEmbeddings
 from .attention import Context, CrossAttention, SelfAttention, TextAttention, TransformerBlock, to_map, to_tokens
-from .blocks import SKIP_SCALE, DownLevel, Level, ResBlock, UpLevel
+from .blocks import SKIP_SCALE, DownLevel, ResBlock, UpLevel
 from .conditioning import TextConditioning, TextState, TimeEmbedding
 from .convolution import Conv2d
 from .layers import Downsample, MultiScaleStem, ParallelConv, Upsample
@@ -46,7 +46,7 @@ class UNet(nn.Module):
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
-        self._time_dim = config.dim * 4 * (2 if config.lowres else 1)  # Imagen-pytorch's and MinImagen's width
+        self._time_dim = config.dim * 4 * (2 if config.lowres else 1)  # as in imagen-pytorch and MinImagen
         self._num_slots = 0
         patch_channels = config.channels * config.stem_stride**2
         has_extra_block = config.full_resolution == "extra_block"
@@ -92,21 +92,22 @@ class UNet(nn.Module):
         else:
             is_last = level == len(config.dim_mults) - 1
             dim, after = dim_in, (ParallelConv if is_last else Downsample)(dim_in, dim_out)
-        return DownLevel(*self._chain(level, dim, dim), before, after)
+        return DownLevel(*self._blocks(level, dim, dim), before, after)
 
     def _up_level(self, level: int) -> UpLevel:
+        """The counterpart of `_down_level`: the resolution changes after the blocks."""
         config, (dim_in, dim_out) = self.config, self._level_dims(level)
         skip = dim_out if config.downsample_first else dim_in
         after = Upsample(dim_out, dim_in) if config.downsample_first or level else None
-        return UpLevel(*self._chain(level, dim_out + skip, dim_out), None, after)
+        return UpLevel(*self._blocks(level, dim_out + skip, dim_out), None, after)
 
-    def _chain(self, level: int, dim_in: int, dim_out: int) -> tuple[list[ResBlock], TransformerBlock | None]:
-        """The residual blocks of a level, cross-attention in the first, and its transformer block."""
+    def _blocks(self, level: int, dim_in: int, dim_out: int) -> tuple[list[ResBlock], TransformerBlock | None]:
+        """The residual blocks of a level, the first with cross-attention, and its transformer block."""
         config = self.config
-        cross = self._cross(dim_out) if config.per_level("cross_attention")[level] else None
-        count = config.per_level("num_blocks")[level] + 1
+        cross = self._cross(dim_out) if config.per_level(config.cross_attention)[level] else None
+        count = config.per_level(config.num_blocks)[level] + 1
         blocks = [self._block(dim_in, dim_out, cross if index == 0 else None) for index in range(count)]
-        if not config.per_level("self_attention")[level]:
+        if not config.per_level(config.self_attention)[level]:
             return blocks, None
         return blocks, TransformerBlock(config, dim_out, self._slot() if config.text_in_self_attention else None)
 
@@ -136,11 +137,12 @@ class UNet(nn.Module):
             )
         tokens, lengths, vector = self.text(text, keep_text)
         tokens = self.norm_cond(tokens)  # (B, L, K)
-        by_slot: dict[int, tuple[Tensor, Tensor]] = {}
+        readers: dict[int, TextAttention] = {}
         for module in self.modules():
             if isinstance(module, TextAttention) and module.slot is not None:
-                by_slot[module.slot] = module.project_text(tokens)  # (B, L, A_kv, D) each
-        return TextState(vector, lengths, tuple(by_slot[slot] for slot in range(len(by_slot))))
+                readers[module.slot] = module
+        kv = [readers[slot].project_text(tokens) for slot in range(len(readers))]  # 2 x (B, L, A_kv, D) each
+        return TextState(vector, lengths, tuple(kv))
 
     def forward(
         self,
@@ -200,8 +202,7 @@ class UNet(nn.Module):
         return F.pixel_shuffle(self.final_conv(x), self.config.stem_stride)  # (B, C, H, W)
 
     def _run(self, index: int, level: nn.Module, *inputs: Any) -> Any:
-        """Call a level; activation checkpointing recomputes the levels that the configuration names."""
-        assert isinstance(level, Level)
+        """Call a level, with activation checkpointing if the configuration asks for it."""
         if index in self.config.checkpoint_levels and self.training:
             return checkpoint(level, *inputs, use_reentrant=False)
         return level(*inputs)
