@@ -1,16 +1,18 @@
-"""The configuration as one typed tree, and the only place with defaults.
+"""The configuration as one typed tree, and the only place where defaults are defined.
 
-The file the user writes (ds.json) holds plain DeepSpeed keys at the top level and everything of ours under
-``"fastimagen"``. What DeepSpeed already expresses (optimizer, clipping, accumulation, precision, monitors) has no
-second knob here. config_file.py reads it and words the errors.
+The user's file (ds.json) has DeepSpeed's keys at the top level and all fastimagen settings under ``"fastimagen"``.
+Settings that DeepSpeed already has (optimizer, clipping, accumulation, precision, monitors) are not repeated here.
+config_file.py reads the file and writes the error messages.
 """
 
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+
+T = TypeVar("T", int, bool)
 
 
 class Section(BaseModel):
@@ -25,35 +27,35 @@ class UNetConfig(Section):
     channels: int = Field(3, ge=1)
     """Image channels, in and out."""
     lowres: bool = False
-    """Conditioned on a low-resolution image: super-resolution."""
+    """Whether the network takes a low-resolution image as a second input (super-resolution)."""
     text_dim: int | None = Field(None, ge=1)
-    """Width of the text embeddings (T5-XXL: 4096); None builds a network without any text path."""
+    """Width of the text embeddings (T5-XXL: 4096); None builds a network without text conditioning."""
     dim: int = Field(128, ge=2)
-    """Channels after the stem; every level has dim * dim_mults[level]."""
+    """Channels after the stem; level i has dim * dim_mults[i]."""
     dim_mults: tuple[int, ...] = (1, 2, 4)
-    """Width of each resolution level, in units of dim."""
+    """Channels of each resolution level, as multiples of dim."""
     num_blocks: int | tuple[int, ...] = 1
-    """Residual blocks per level after the first, one number for all levels or one each."""
+    """Residual blocks of each level in addition to its first; one number for all levels, or one per level."""
     self_attention: bool | tuple[bool, ...] = True
-    """Transformer block (self-attention, feed-forward) at the end of these levels."""
+    """Whether a level ends with a transformer block (self-attention and feed-forward); one value, or one per level."""
     cross_attention: bool | tuple[bool, ...] = True
-    """Cross-attention to the text tokens in the first residual block of these levels."""
+    """Whether the first residual block of a level has cross-attention to the text; one value, or one per level."""
     middle_attention: bool = False
     """Self-attention between the two middle blocks."""
     heads: int = Field(8, ge=1)
-    """Query heads of self-attention and of attention pooling."""
+    """Query heads of self-attention and attention pooling."""
     cross_heads: int | None = Field(None, ge=1)
-    """Heads of cross-attention; None means heads."""
+    """Heads of cross-attention; None takes heads."""
     head_dim: int = Field(64, ge=16, le=128, multiple_of=8)
     """Channels per head."""
     cond_dim: int | None = Field(None, ge=1)
-    """Width of the conditioning tokens (time and text); None means dim."""
+    """Width of the conditioning tokens (time and text); None takes dim."""
     time_tokens: int = Field(2, ge=1)
-    """Conditioning tokens made from the time embedding, and as many from the low-res time."""
+    """Number of conditioning tokens from the time embedding, and as many from the time of the low-res image."""
     stem_kernels: tuple[int, ...] = (3, 7, 15)
-    """Odd kernel sizes of the parallel stem convolutions (MultiScaleStem); the paper's is a single 3."""
+    """Odd kernel sizes of the parallel convolutions of the stem; the paper has a single 3x3 convolution."""
     downsample_first: bool = False
-    """Efficient U-Net: the stride comes before a level's blocks going down and after them going up."""
+    """Efficient U-Net: downsample before the blocks of a level, upsample after them (Imagen, appendix B.1)."""
     full_resolution: Literal["plain", "extra_block"] = "plain"
     """Layers of an Efficient U-Net at full resolution besides stem and last block. "extra_block" adds a residual
     block after the stem, its skip connection, and the low-res image before the last convolution, which prevents
@@ -64,12 +66,12 @@ class UNetConfig(Section):
     """Add sines and cosines of every pixel's position, through a 1x1 convolution, to the stem's output. Small networks
     learn words like "left" sooner. Not allowed for stages that train on crops."""
     groups: int = Field(8, ge=1)
-    """GroupNorm groups."""
+    """Groups of GroupNorm."""
     text_padding: Literal["none", "null"] = "none"
     """"none": a sample attends to its real tokens only; "null": to max_text_length tokens, with padding replaced by
     learned null tokens (MinImagen)."""
     max_text_length: int = Field(256, ge=1)
-    """Text tokens beyond this are an error."""
+    """Largest number of text tokens; longer text is an error."""
     text_pooling: Literal["mean", "attention"] = "attention"
     """How text tokens become the vector that is added to the time embedding (Imagen, section 2.5: attention)."""
     text_in_self_attention: bool = False
@@ -77,9 +79,9 @@ class UNetConfig(Section):
     qk_norm: bool = False
     """l2-normalize queries and keys, with learned scales per channel."""
     zero_init: bool = True
-    """Start the last convolution, and with it the network's output, at zero."""
+    """Initialize the last layer of every residual branch, and of the network, to zero: the first output is zero."""
     checkpoint_levels: tuple[int, ...] = ()
-    """Levels whose activations are recomputed in the backward pass to save memory."""
+    """Levels with activation checkpointing: the backward pass recomputes their activations to save memory."""
 
     @model_validator(mode="after")
     def _consistent(self) -> UNetConfig:
@@ -93,21 +95,20 @@ class UNetConfig(Section):
         for width in (self.dim, *(self.dim * mult for mult in self.dim_mults)):
             if width % self.groups:
                 raise ValueError(f"a level of {width} channels cannot be split into groups = {self.groups}")
-        if min(self.per_level("num_blocks")) < 0:
+        if min(self.per_level(self.num_blocks)) < 0:
             raise ValueError(f"num_blocks must not be negative, got {self.num_blocks}")
         if not self.stem_kernels or any(kernel < 1 or kernel % 2 == 0 for kernel in self.stem_kernels):
             raise ValueError(f"stem_kernels must be odd, got {self.stem_kernels}")
         if self.text_dim is None and (self.text_in_self_attention or self.text_padding == "null"):
-            raise ValueError("text_in_self_attention and text_padding need text_dim")
+            raise ValueError('text_in_self_attention and text_padding "null" need text_dim')
         if any(not 0 <= level < levels for level in self.checkpoint_levels):
-            raise ValueError(f"checkpoint_levels {self.checkpoint_levels} outside the {levels} levels 0..{levels - 1}")
+            raise ValueError(f"checkpoint_levels must be levels from 0 to {levels - 1}, got {self.checkpoint_levels}")
         if self.full_resolution == "extra_block" and not self.downsample_first:
-            raise ValueError('full_resolution "extra_block" is for U-Nets with downsample_first')
+            raise ValueError('full_resolution "extra_block" needs "downsample_first": true')
         return self
 
-    def per_level(self, name: str) -> tuple:
-        """Field `name` as one value for each level."""
-        value = getattr(self, name)
+    def per_level(self, value: T | tuple[T, ...]) -> tuple[T, ...]:
+        """One value for each level, from a field that may hold a single value for all."""
         return value if isinstance(value, tuple) else (value,) * len(self.dim_mults)
 
     @property
@@ -123,20 +124,20 @@ class ScheduleConfig(Section):
     name: Literal["cosine", "linear"] = "cosine"
     """"cosine" is continuous in time (Nichol and Dhariwal 2021), "linear" has discrete betas (DDPM, MinImagen)."""
     timesteps: int | None = Field(None, ge=2)
-    """Steps of a discrete schedule; None is continuous time (cosine only)."""
+    """Timesteps of a discrete schedule; None is continuous time (cosine only)."""
     shift: float = Field(1.0, gt=0)
-    """Noise level multiplier sigma/alpha of the shifted cosine (Hoogeboom et al. 2023); above 1 is noisier."""
+    """Factor on sigma / alpha of the shifted cosine schedule (Hoogeboom et al. 2023); above 1 is noisier."""
     logsnr_range: tuple[float, float] = (-15.0, 15.0)
     """Bounds of the log signal-to-noise ratio, so that alpha never reaches zero."""
 
     @model_validator(mode="after")
     def _consistent(self) -> ScheduleConfig:
         if self.name == "linear" and self.timesteps is None:
-            raise ValueError('the linear schedule is discrete: give "timesteps" (DDPM and MinImagen: 1000)')
+            raise ValueError('the linear schedule is discrete: set "timesteps" (1000 in DDPM and MinImagen)')
         if self.name == "cosine" and self.timesteps is not None:
-            raise ValueError('the cosine schedule is continuous: leave "timesteps" out')
+            raise ValueError('the cosine schedule is continuous: remove "timesteps"')
         if self.name == "linear" and self.shift != 1.0:
-            raise ValueError('"shift" belongs to the cosine schedule')
+            raise ValueError('"shift" is only for the cosine schedule: remove it')
         if self.logsnr_range[0] >= self.logsnr_range[1]:
             raise ValueError(f"logsnr_range must ascend, got {self.logsnr_range}")
         return self
@@ -149,32 +150,33 @@ class ObjectiveConfig(Section):
     """The network's output: the noise, the image, v = alpha noise - sigma image (Salimans and Ho 2022), or the
     preconditioned residual of Karras et al. 2022, table 1."""
     loss: Literal["l2", "l1", "huber"] = "l2"
-    """Error between prediction and target."""
+    """Loss function between the network's output and its target."""
     weighting: Literal["none", "min_snr"] = "none"
-    """Weight of a sample by its noise level; min_snr: Hang et al. 2023. For "edm", "none" is Karras et al.'s own."""
+    """Loss weight as a function of the noise level. "min_snr": Hang et al. 2023; "none": constant, except for the
+    prediction "edm", which then has the weight of Karras et al. 2022."""
     min_snr_gamma: float = Field(5.0, gt=0)
-    """Ceiling of the signal-to-noise ratio in the min_snr weight."""
+    """Largest signal-to-noise ratio in the "min_snr" weight."""
     times: Literal["uniform", "edm"] = "uniform"
-    """Distribution of training times: uniform in t, or log-normal noise levels (Karras et al. 2022, section 5)."""
+    """Distribution of training times: "uniform" in t, or log-normal noise levels ("edm": Karras et al. 2022)."""
     edm_mean: float = -1.2
     """P_mean of the log-normal noise levels."""
     edm_std: float = Field(1.2, gt=0)
     """P_std of the log-normal noise levels."""
     sigma_data: float = Field(0.5, gt=0)
-    """Standard deviation of the images, for EDM's scalings."""
+    """Standard deviation of the images, for the scalings of the prediction "edm"."""
     caption_dropout: float = Field(0.1, ge=0, le=1)
-    """Share of captions replaced by the null text, for classifier-free guidance (Imagen, section 2.2)."""
+    """Probability of dropping a caption in training, for classifier-free guidance (Imagen, section 2.2)."""
 
 
 class AugmentationConfig(Section):
     """Noise conditioning augmentation of the low-resolution image (Imagen, section 2.4)."""
 
     schedule: ScheduleConfig = ScheduleConfig()
-    """Schedule of the augmentation noise."""
+    """Noise schedule of the augmentation."""
     train_range: tuple[float, float] = (0.0, 1.0)
-    """Training draws one level per sample, uniformly from this part of [0, 1]."""
+    """Range within [0, 1] from which training draws one augmentation level per sample, uniformly."""
     sample_level: float = Field(0.1, ge=0, le=1)
-    """Level used in sampling."""
+    """Augmentation level in sampling."""
 
     @model_validator(mode="after")
     def _consistent(self) -> AugmentationConfig:
@@ -190,18 +192,18 @@ CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
 
 
 class SamplingConfig(Section):
-    """Defaults of a stage's sampler; every one can be overridden when sampling."""
+    """Default sampling settings of a stage; each can be overridden when sampling."""
 
     sampler: SamplerName = "dpmpp_2m"
     """Sampler."""
     steps: int = Field(32, ge=1)
     """Sampling steps."""
     guidance: float = Field(5.0, ge=0)
-    """Classifier-free guidance weight; 1 is the conditional model alone."""
+    """Classifier-free guidance weight; 1 turns guidance off."""
     threshold: Literal["dynamic", "static", "none"] = "dynamic"
-    """Clipping of x0 in every step (Imagen, section 2.3)."""
+    """Thresholding of x0 in every step (Imagen, section 2.3)."""
     percentile: float = Field(0.995, gt=0, le=1)
-    """Percentile of |x0| in dynamic thresholding."""
+    """Percentile of |x0| for dynamic thresholding, as a fraction."""
     tile: int | None = Field(None, ge=16)
     """Size of overlapping tiles, in pixels, for images that do not fit into memory as a whole."""
 
@@ -210,13 +212,13 @@ class StageConfig(Section):
     """One stage of the cascade: a U-Net, its diffusion process and its sampler."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_]+$")
-    """Name of the stage: folders and --stage use it."""
+    """Name of the stage, for folders and --stage."""
     size: int = Field(ge=4)
     """Height and width of the stage's images."""
     crop: int | None = None
-    """Train on random crops of this side (the paper's 1024 stage: 256); sampling is always at full size."""
+    """Size of the random crops to train on (256 for the paper's 1024 stage); sampling is always at full size."""
     unet: UNetConfig
-    """The network."""
+    """The U-Net."""
     schedule: ScheduleConfig = ScheduleConfig()
     """Noise schedule."""
     objective: ObjectiveConfig = ObjectiveConfig()
@@ -224,7 +226,7 @@ class StageConfig(Section):
     augmentation: AugmentationConfig | None = None
     """Required for super-resolution stages, and only for these."""
     sampling: SamplingConfig = SamplingConfig()
-    """Defaults of sampling."""
+    """Default sampling settings."""
 
     @model_validator(mode="after")
     def _consistent(self) -> StageConfig:
@@ -237,22 +239,22 @@ class StageConfig(Section):
         if self.crop is not None and self.crop > self.size:
             raise ValueError(f'stage "{self.name}": crop {self.crop} is larger than size {self.size}')
         if self.unet.lowres and self.augmentation is None:
-            raise ValueError(f'stage "{self.name}" has a low-resolution input, so it needs "augmentation"')
+            raise ValueError(f'stage "{self.name}" has a low-resolution input: set "augmentation"')
         if self.crop is not None and self.unet.positional_encoding:
             raise ValueError(
                 f'stage "{self.name}" trains on crops, which a positional encoding of the whole image '
                 f"does not fit: remove one of the two"
             )
         if not self.unet.lowres and self.augmentation is not None:
-            raise ValueError(f'stage "{self.name}" has no low-resolution input, so it takes no "augmentation"')
+            raise ValueError(f'stage "{self.name}" has no low-resolution input: remove "augmentation"')
         return self
 
 
 class CascadeConfig(Section):
-    """The stages in order, smallest first."""
+    """The stages in order of size, smallest first."""
 
     stages: tuple[StageConfig, ...] = Field(min_length=1)
-    """One or more, of ascending size; every stage after the first has a low-resolution input."""
+    """One or more stages of ascending size; every stage after the first has a low-resolution input."""
 
     @model_validator(mode="after")
     def _consistent(self) -> CascadeConfig:
@@ -264,21 +266,21 @@ class CascadeConfig(Section):
             raise ValueError(f"stage sizes must ascend, got {sizes}")
         for stage in self.stages[1:]:
             if not stage.unet.lowres:
-                raise ValueError(f'stage "{stage.name}" follows another, so its U-Net needs "lowres": true')
+                raise ValueError(f'stage "{stage.name}" is not the first: its unet needs "lowres": true')
         widths = {stage.unet.text_dim for stage in self.stages if stage.unet.text_dim is not None}
         if len(widths) > 1:
             raise ValueError(f"all stages read the same text, but text_dim differs: {sorted(widths)}")
         return self
 
     def stage(self, name: str) -> StageConfig:
-        """The stage called `name`. Raises ValueError that lists the names."""
+        """The stage called `name`. Raises ValueError with the list of names if there is none."""
         for stage in self.stages:
             if stage.name == name:
                 return stage
         raise ValueError(f'no stage "{name}"; the cascade has {", ".join(s.name for s in self.stages)}')
 
     def below(self, name: str) -> StageConfig | None:
-        """The stage whose images stage `name` enlarges; None for the first."""
+        """The stage whose output is the low-resolution input of stage `name`; None for the first."""
         index = self.stages.index(self.stage(name))
         return self.stages[index - 1] if index else None
 
@@ -287,15 +289,15 @@ class ShapesConfig(Section):
     """The built-in captioned shapes, which training renders if data.shards is missing."""
 
     count: int = Field(20000, ge=1)
-    """Training images."""
+    """Number of training images."""
     size: int = Field(64, ge=16)
     """Height and width of the images."""
     seed: int = Field(0, ge=0)
-    """Seed of the images."""
+    """Random seed of the images."""
 
 
 class DataConfig(Section):
-    """Where images and captions come from."""
+    """Images and captions."""
 
     shards: str | tuple[str, ...] = "data/shapes/train"
     """WebDataset tars: a folder, a glob, a {000..999} range or a list; local paths or URLs."""
@@ -319,11 +321,11 @@ class TextConfig(Section):
     revision: str | None = None
     """Revision of the encoder on the hub."""
     max_length: int = Field(256, ge=1)
-    """Tokens of a caption that are kept."""
+    """Largest number of tokens of a caption; further tokens are cut off."""
     cache: str | None = None
     """Folder of the embedding cache; None is next to the shards."""
     batch_size: int = Field(64, ge=1)
-    """Captions encoded at once."""
+    """Captions per batch of the encoder."""
 
 
 class EMAConfig(Section):
@@ -336,7 +338,7 @@ class EMAConfig(Section):
 
 
 class StageTrainConfig(Section):
-    """What differs from stage to stage in training."""
+    """Training settings of one stage."""
 
     steps: int | None = Field(None, ge=1)
     """Optimizer steps; None takes train.steps."""
@@ -384,7 +386,7 @@ class TrainConfig(Section):
     def _consistent(self) -> TrainConfig:
         for name, stage in self.stages.items():
             if "fastimagen" in stage.deepspeed:
-                raise ValueError(f'train.stages.{name}.deepspeed takes DeepSpeed keys, not "fastimagen"')
+                raise ValueError(f'train.stages.{name}.deepspeed takes DeepSpeed keys only: remove "fastimagen"')
         return self
 
 
@@ -395,7 +397,7 @@ class FastimagenConfig(Section):
         Annotated[str, Tag("<preset>")] | Annotated[CascadeConfig, Tag("<stages>")],
         Discriminator(lambda value: "<preset>" if isinstance(value, str) else "<stages>"),
     ] = "shapes"
-    """Name of a preset (presets.py) or the stages in full."""
+    """Name of a preset (presets.py), or all stages in full."""
     data: DataConfig = DataConfig()
     """Images and captions."""
     text: TextConfig = TextConfig()
@@ -405,14 +407,14 @@ class FastimagenConfig(Section):
 
 
 class Config(Section):
-    """A whole ds.json: DeepSpeed's keys as they are, and ours."""
+    """A whole ds.json: DeepSpeed's keys and the "fastimagen" section."""
 
     deepspeed: dict[str, Any]
-    """Every top-level key of the file but "fastimagen", for DeepSpeed."""
+    """Every top-level key of the file except "fastimagen", for DeepSpeed."""
     fastimagen: FastimagenConfig
-    """Everything of ours."""
+    """All fastimagen settings."""
 
     def to_json(self) -> str:
-        """The file this configuration stands for."""
-        ours = self.fastimagen.model_dump(mode="json", exclude_defaults=False)
-        return json.dumps({**self.deepspeed, "fastimagen": ours}, indent=2) + "\n"
+        """The content of the ds.json that has this configuration, with all defaults."""
+        settings = self.fastimagen.model_dump(mode="json", exclude_defaults=False)
+        return json.dumps({**self.deepspeed, "fastimagen": settings}, indent=2) + "\n"

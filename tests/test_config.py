@@ -124,8 +124,8 @@ def test_wrong_value_names_key_and_value(path: str, value: Any, message: str) ->
         (dict(stem_kernels=()), "stem_kernels must be odd"),
         (dict(text_dim=None, text_in_self_attention=True), "need text_dim"),
         (dict(text_dim=None, text_padding="null"), "need text_dim"),
-        (dict(checkpoint_levels=(0, 2)), "outside the 2 levels 0..1"),
-        (dict(full_resolution="extra_block"), "is for U-Nets with downsample_first"),
+        (dict(checkpoint_levels=(0, 2)), "checkpoint_levels must be levels from 0 to 1"),
+        (dict(full_resolution="extra_block"), 'full_resolution "extra_block" needs "downsample_first": true'),
     ],
 )
 def test_contradictions_of_a_unet(changes: dict[str, Any], message: str) -> None:
@@ -138,7 +138,7 @@ def test_contradictions_of_a_unet(changes: dict[str, Any], message: str) -> None
     [
         (dict(name="linear"), "the linear schedule is discrete"),
         (dict(name="cosine", timesteps=1000), "the cosine schedule is continuous"),
-        (dict(name="linear", timesteps=100, shift=2.0), '"shift" belongs to the cosine schedule'),
+        (dict(name="linear", timesteps=100, shift=2.0), '"shift" is only for the cosine schedule'),
         (dict(logsnr_range=(5.0, -5.0)), "logsnr_range must ascend"),
     ],
 )
@@ -153,13 +153,13 @@ def test_contradictions_of_a_schedule(changes: dict[str, Any], message: str) -> 
         ({"0.size": 9}, 'stage "base": size 9 is not a multiple of 2, the total stride'),  # defect 10
         ({"1.crop": 6}, 'stage "sr": crop 6 is not a multiple of 4, the total stride'),
         ({"1.crop": 32}, 'stage "sr": crop 32 is larger than size 16'),
-        ({"1.augmentation": None}, 'stage "sr" has a low-resolution input, so it needs "augmentation"'),
-        ({"0.augmentation": {}}, 'stage "base" has no low-resolution input, so it takes no "augmentation"'),
+        ({"1.augmentation": None}, 'stage "sr" has a low-resolution input: set "augmentation"'),
+        ({"0.augmentation": {}}, 'stage "base" has no low-resolution input: remove "augmentation"'),
         ({"1.unet.positional_encoding": True}, 'stage "sr" trains on crops, which a positional encoding'),
         ({"1.augmentation": {"train_range": [0.5, 0.1]}}, "train_range must ascend within"),
         ({"1.name": "base"}, "stage names must differ"),
         ({"0.size": 16}, "stage sizes must ascend"),
-        ({"1.unet.lowres": False, "1.augmentation": None}, 'stage "sr" follows another, so its U-Net needs "lowres"'),
+        ({"1.unet.lowres": False, "1.augmentation": None}, 'stage "sr" is not the first: its unet needs "lowres"'),
         ({"1.unet.text_dim": 32}, r"text_dim differs: \[32, 64\]"),
     ],
 )
