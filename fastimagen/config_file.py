@@ -1,82 +1,91 @@
-"""ds.json from disk to a checked configuration, and one clear line for whatever is wrong with it."""
+"""Reads and checks ds.json. Every mistake in it becomes an error of one line."""
 
 from __future__ import annotations
 
 import difflib
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import ValidationError
 
 from .config import Config, FastimagenConfig, Section
 from .files import read_json_object
 
+S = TypeVar("S", bound=Section)
 
-def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Read ds.json and apply overrides of the form ``a.b=value`` (values are JSON, or else strings).
 
-    Paths start at the top of the file: ``train_batch_size=64``, ``fastimagen.train.steps=10``.
-    Raises ValueError with one line: missing file, broken JSON, unknown or contradictory key.
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read ds.json and apply overrides ``a.b=value``, whose values are JSON or else strings.
+
+    Keys start at the top level of the file: ``train_batch_size=64``, ``fastimagen.train.steps=10``.
+    Raises ValueError with one line for a missing file, invalid JSON and unknown or contradictory keys.
     """
-    tree = read_json_object(path)
+    content = read_json_object(path)
     for override in overrides:
-        _apply(tree, override)
-    return config_from_dict(tree)
+        _apply_override(content, override)
+    return config_from_dict(content)
 
 
-def config_from_dict(tree: dict[str, Any]) -> Config:
+def config_from_dict(content: dict[str, Any]) -> Config:
     """Validate the content of a ds.json. Raises ValueError with one line."""
-    deepspeed = {key: value for key, value in tree.items() if key != "fastimagen"}
-    if (nearest := difflib.get_close_matches("fastimagen", deepspeed, n=1, cutoff=0.7)) and "fastimagen" not in tree:
-        raise ValueError(f'unknown key "{nearest[0]}"; did you mean "fastimagen"?')
-    return Config(deepspeed=deepspeed, fastimagen=validate(FastimagenConfig, tree.get("fastimagen", {}), "fastimagen"))
+    deepspeed = {key: value for key, value in content.items() if key != "fastimagen"}
+    if "fastimagen" not in content:  # a misspelled section would otherwise be passed on to DeepSpeed
+        near = difflib.get_close_matches("fastimagen", deepspeed, n=1, cutoff=0.7)
+        if near:
+            raise ValueError(f'unknown key "{near[0]}"; did you mean "fastimagen"?')
+    section = validate(FastimagenConfig, content.get("fastimagen", {}), "fastimagen")
+    return Config(deepspeed=deepspeed, fastimagen=section)
 
 
-def validate(section: type[Section], value: Any, where: str) -> Any:
-    """`section` built from `value`; a mistake becomes a ValueError of one line that starts with its key."""
+def validate(section: type[S], value: Any, where: str) -> S:
+    """A `section` from `value`. Raises ValueError with one line that starts with the key of the first mistake."""
     try:
         return section.model_validate(value)
     except ValidationError as error:
-        raise ValueError(_explain(section, error, where)) from None
+        raise ValueError(_error_line(section, error, where)) from None
 
 
-def _explain(section: type[Section], error: ValidationError, where: str) -> str:
-    """The first mistake in one line, with the nearest valid key where a key is unknown."""
+def _error_line(section: type[Section], error: ValidationError, where: str) -> str:
+    """The first mistake in one line. Unknown keys come first, because they often cause the other mistakes."""
     problems = error.errors()
-    unknown = [problem for problem in problems if problem["type"] == "extra_forbidden"]
-    problem = (unknown or problems)[0]
-    steps = _steps(problem)
-    key = ".".join([where, *steps])
-    others = len({tuple(_steps(other)) for other in problems}) - 1  # alternatives of one field are one mistake
-    more = f" (and {others} more)" if others and not unknown else ""
-    if problem["type"] == "extra_forbidden":
-        owner = _section_at(section, steps[:-1])
-        valid = sorted(owner.model_fields) if owner else []
-        near = difflib.get_close_matches(steps[-1], valid, n=1, cutoff=0.5)
-        hint = f'did you mean "{near[0]}"?' if near else f"valid keys: {', '.join(valid)}"
-        return f"unknown key {key}; {hint}"
+    for problem in problems:
+        if problem["type"] == "extra_forbidden":
+            return _unknown_key_line(section, _key_path(problem["loc"]), where)
+    problem = problems[0]
+    key = ".".join([where, *_key_path(problem["loc"])])
     message = problem["msg"].removeprefix("Value error, ")
-    given = (
-        ""
-        if isinstance(problem["input"], (dict, list)) or problem["type"] == "missing"
-        else f" (given: {problem['input']!r})"
-    )
-    return f"{key}: {message}{given}{more}"
+    value = problem["input"]
+    if problem["type"] != "missing" and not isinstance(value, (dict, list)):
+        message += f" (given: {value!r})"
+    others = len({tuple(_key_path(other["loc"])) for other in problems}) - 1  # the types of one field are one mistake
+    if others:
+        message += f" (and {others} more)"
+    return f"{key}: {message}"
 
 
-def _steps(problem: Any) -> list[str]:
-    """The keys and indices that lead to a mistake, without pydantic's names for the alternatives of a field."""
-    alternatives = re.compile(r"<\w+>|int|bool|str|tuple\[.*")
-    return [str(step) for step in problem["loc"] if not alternatives.fullmatch(str(step))]
+def _unknown_key_line(section: type[Section], path: list[str], where: str) -> str:
+    owner = _section_at(section, path[:-1])
+    valid = sorted(owner.model_fields) if owner else []
+    near = difflib.get_close_matches(path[-1], valid, n=1, cutoff=0.5)
+    hint = f'did you mean "{near[0]}"?' if near else f"valid keys: {', '.join(valid)}"
+    return f"unknown key {'.'.join([where, *path])}; {hint}"
 
 
-def _section_at(section: type[Section], steps: list[str]) -> type[Section] | None:
-    """The section class that the path `steps` leads to, through optionals, tuples and dicts."""
-    for step in steps:
-        field = section.model_fields.get(step)  # an index or a dict's key is no field: stay
-        found = _section_in(field.annotation) if field else section
+def _key_path(location: tuple[int | str, ...]) -> list[str]:
+    """Keys and indices of a pydantic location, without the names that pydantic adds for the types of a field."""
+    type_name = re.compile(r"<\w+>|int|bool|str|tuple\[.*")
+    return [str(step) for step in location if not type_name.fullmatch(str(step))]
+
+
+def _section_at(section: type[Section], path: list[str]) -> type[Section] | None:
+    """The section class at `path`, through optional fields, tuples and dicts."""
+    for step in path:
+        if step not in section.model_fields:  # an index of a tuple or a key of a dict
+            continue
+        found = _section_in(section.model_fields[step].annotation)
         if found is None:
             return None
         section = found
@@ -84,12 +93,18 @@ def _section_at(section: type[Section], steps: list[str]) -> type[Section] | Non
 
 
 def _section_in(annotation: Any) -> type[Section] | None:
+    """The section class in the annotation of a field, such as `tuple[StageConfig, ...]`."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
-    return next((found for arg in get_args(annotation) if (found := _section_in(arg))), None)
+    for argument in get_args(annotation):
+        found = _section_in(argument)
+        if found is not None:
+            return found
+    return None
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def _apply_override(content: dict[str, Any], override: str) -> None:
+    """Set one key of `content` from KEY=VALUE."""
     path, equals, text = override.partition("=")
     if not equals or not path:
         raise ValueError(f"--set takes KEY=VALUE, got {override!r}")
@@ -99,7 +114,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         value = text
     *parents, leaf = path.split(".")
     for parent in parents:
-        tree = tree.setdefault(parent, {})
-        if not isinstance(tree, dict):
+        content = content.setdefault(parent, {})
+        if not isinstance(content, dict):
             raise ValueError(f"--set {override}: {parent} is not a section")
-    tree[leaf] = value
+    content[leaf] = value
