@@ -1,4 +1,4 @@
-"""Named U-Nets and cascades, a function each: the published tables, and the quickstart's."""
+"""Presets: published U-Nets and cascades, and those of the quickstart, one function each."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MINIMAGEN = dict(
     text_pooling="mean",
     zero_init=False,
 )
-"""What is hard-wired in MinImagen's U-Nets."""
+"""Constants of MinImagen's U-Nets that its constructor has no arguments for."""
 
 PAPER_SUPER = dict(
     dim=128,
@@ -38,14 +38,16 @@ PAPER_SUPER = dict(
     full_resolution="extra_block",
     stem_kernels=(3,),
 )
-"""What the paper's Efficient U-Nets have in common. Differs from the paper: full resolution is "extra_block"."""
+"""Common settings of the paper's Efficient U-Nets. Unlike the paper's, they have full_resolution="extra_block", which
+prevents colour shift."""
 
 
 def shapes(text_dim: int = 64) -> CascadeConfig:
-    """The quickstart: 32x32, then 64x64, for the built-in captioned shapes on a laptop.
+    """The quickstart: a 32x32 and a 64x64 stage for the built-in captioned shapes, small enough for a laptop.
 
-    Small networks on patches, x0 prediction (a patch of noise does not fit through so few channels) and a schedule
-    shifted towards noise, where the caption decides (docs/notes.md has the measurements).
+    The networks work on patches. They predict x0, because their few channels cannot represent a patch of noise. The
+    schedule is shifted towards high noise levels, at which the output depends on the caption (docs/notes.md has the
+    measurements).
     """
     common = dict(text_dim=text_dim, heads=4, head_dim=32, stem_kernels=(3,), cond_dim=64, num_blocks=0, qk_norm=True)
     base = StageConfig(
@@ -116,7 +118,7 @@ def minimagen_super(text_dim: int = 768) -> UNetConfig:
 
 
 def minimagen_base_test(text_dim: int = 512) -> UNetConfig:
-    """MinImagen's BaseTest as it is meant: 0.1 M parameters (its class of that name builds Base)."""
+    """MinImagen's BaseTest with its intended size, 0.1 M parameters (MinImagen's class builds Base instead)."""
     return UNetConfig(
         dim=8,
         dim_mults=(1, 2),
@@ -129,7 +131,7 @@ def minimagen_base_test(text_dim: int = 512) -> UNetConfig:
 
 
 def minimagen_super_test(text_dim: int = 512) -> UNetConfig:
-    """MinImagen's SuperTest as it is meant: 0.16 M parameters (its class of that name builds Super)."""
+    """MinImagen's SuperTest with its intended size, 0.16 M parameters (MinImagen's class builds Super instead)."""
     return UNetConfig(
         dim=8,
         dim_mults=(1, 2),
@@ -154,7 +156,8 @@ def minimagen_stage(
     percentile: float = 0.9,
     sample_level: float = 0.2,
 ) -> StageConfig:
-    """A stage trained and sampled as MinImagen does: linear betas, epsilon, ancestral sampling over all timesteps.
+    """A stage with MinImagen's training and sampling: linear betas, epsilon prediction, and ancestral sampling with all
+    timesteps.
 
     Raises ValueError with one line for values out of range.
     """
@@ -175,7 +178,7 @@ def minimagen_stage(
 
 
 def minimagen(text_dim: int = 768) -> CascadeConfig:
-    """MinImagen's Base and Super, 64x64 to 256x256; its command line encodes captions with t5_base."""
+    """MinImagen's Base (64x64) and Super (256x256), for t5_base, the default encoder of its command line."""
     return CascadeConfig(
         stages=(
             minimagen_stage("base64", 64, minimagen_base(text_dim)),
@@ -185,7 +188,7 @@ def minimagen(text_dim: int = 768) -> CascadeConfig:
 
 
 def minimagen_test(text_dim: int = 512) -> CascadeConfig:
-    """What MinImagen trains with --TESTING: its test networks, 64x64 to 128x128, 25 timesteps, t5_small."""
+    """MinImagen's --TESTING configuration: BaseTest (64x64) and SuperTest (128x128), 25 timesteps, t5_small."""
     return CascadeConfig(
         stages=(
             minimagen_stage("base64", 64, minimagen_base_test(text_dim), timesteps=25),
@@ -194,14 +197,15 @@ def minimagen_test(text_dim: int = 512) -> CascadeConfig:
     )
 
 
-# The paper's networks. Imagen publishes channels, residual blocks and parameter counts (2 B, 600 M, 400 M). Networks
-# of these sizes in NVIDIA NeMo (2.10 B, 646 M, 427 M) add the skips of Efficient U-Nets where ours concatenate them,
-# and go down at a level's own width where our regular U-Net still has that of the level above. So that the counts
-# agree, the deepest levels here have more blocks (base64) or fewer (sr1024) than those tables.
+# The paper's networks. Imagen publishes channels, residual blocks per level and parameter counts (2 B, 600 M, 400 M).
+# NVIDIA NeMo has networks of these sizes (2.10 B, 646 M, 427 M), but two details differ. NeMo's Efficient U-Nets add
+# skip connections; these here concatenate them. In NeMo the blocks of a regular U-Net going down have the width of
+# their own level; here they have the width of the level above. To reach the published counts in spite of that, the
+# deepest levels of base64 have more blocks than in the published tables, and the deepest level of sr1024 has fewer.
 
 
 def paper_base64(text_dim: int = 4096) -> UNetConfig:
-    """Imagen's 64x64 network: 2.08 B parameters. Self-attention, with the text among its keys, at 32, 16 and 8."""
+    """Imagen's 64x64 network, 2.08 B parameters: self-attention to pixels and text at resolutions 32, 16 and 8."""
     return UNetConfig(
         dim=512,
         dim_mults=(1, 2, 3, 4),
@@ -218,7 +222,7 @@ def paper_base64(text_dim: int = 4096) -> UNetConfig:
 
 
 def paper_sr256(text_dim: int = 4096) -> UNetConfig:
-    """Imagen's Efficient U-Net 64 -> 256: 646 M parameters. 2, 4, 8, 8 blocks; attention to pixels and text at 16."""
+    """Imagen's Efficient U-Net 64 -> 256, 646 M parameters: self-attention to pixels and text at resolution 16."""
     return UNetConfig(
         num_blocks=(1, 3, 7, 7),
         self_attention=(False, False, False, True),
@@ -230,7 +234,7 @@ def paper_sr256(text_dim: int = 4096) -> UNetConfig:
 
 
 def paper_sr1024(text_dim: int = 4096) -> UNetConfig:
-    """Imagen's Efficient U-Net 256 -> 1024: 425 M parameters. Attention to the text alone, for any size."""
+    """Imagen's Efficient U-Net 256 -> 1024, 425 M parameters: cross-attention to text, no self-attention."""
     return UNetConfig(
         num_blocks=(1, 3, 7, 3),
         self_attention=False,
@@ -262,7 +266,7 @@ def paper_stage(
     schedule: ScheduleConfig = COSINE,
     crop: int | None = None,
 ) -> StageConfig:
-    """A stage trained as in the paper: epsilon, unweighted, uniform times, 10 % of the captions dropped."""
+    """A stage with the paper's training: epsilon prediction, unweighted loss, uniform times, 10 % caption dropout."""
     return StageConfig(
         name=name,
         size=size,
@@ -278,7 +282,7 @@ def paper_stage(
 def paper(text_dim: int = 4096) -> CascadeConfig:
     """Imagen for T5-XXL: 64, 256, 1024. The last stage has DDPM's linear schedule and trains on crops of 256.
 
-    Guidance 8 for super-resolution is the paper's (table of FID); its sweeps for the base go from 1 to 10.
+    Guidance 8 for super-resolution is the paper's value for FID. For the base stage the paper sweeps from 1 to 10.
     """
     linear = ScheduleConfig(name="linear", timesteps=1000)
     return CascadeConfig(
@@ -291,7 +295,7 @@ def paper(text_dim: int = 4096) -> CascadeConfig:
 
 
 def paper_light(text_dim: int = 4096) -> CascadeConfig:
-    """The two lighter networks, 64 and 256."""
+    """The two smaller networks: 64 and 256."""
     return CascadeConfig(
         stages=(
             paper_stage("base64", 64, paper_base64_light(text_dim), guidance=5.0),
@@ -310,14 +314,15 @@ PRESETS: dict[str, Callable[..., CascadeConfig]] = {
 
 
 def resolve(cascade: str | CascadeConfig, *, text_dim: int | None = None) -> CascadeConfig:
-    """A cascade by preset name, for text embeddings of width text_dim; a cascade in full is returned as it is.
+    """The preset with that name, for text embeddings of width text_dim. A CascadeConfig is returned unchanged.
 
-    Raises ValueError naming the nearest preset.
+    Raises ValueError with the nearest name for an unknown preset.
     """
     if isinstance(cascade, CascadeConfig):
         return cascade
     if cascade not in PRESETS:
         near = difflib.get_close_matches(cascade, PRESETS, n=1, cutoff=0.4)
-        hint = f'did you mean "{near[0]}"?' if near else f"there are {', '.join(PRESETS)}"
-        raise ValueError(f'no cascade "{cascade}"; {hint}')
-    return PRESETS[cascade](**({} if text_dim is None else {"text_dim": text_dim}))
+        hint = f'did you mean "{near[0]}"?' if near else f"presets: {', '.join(PRESETS)}"
+        raise ValueError(f'unknown cascade preset "{cascade}"; {hint}')
+    preset = PRESETS[cascade]
+    return preset() if text_dim is None else preset(text_dim)

@@ -167,9 +167,9 @@ def test_every_preset_takes_the_encoders_width_and_survives_json(name: str) -> N
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("papr", 'no cascade "papr"; did you mean "paper"?'),
-        ("minimagen_test", 'no cascade "minimagen_test"; did you mean "minimagen-test"?'),
-        ("xyz", 'no cascade "xyz"; there are shapes, minimagen'),
+        ("papr", 'unknown cascade preset "papr"; did you mean "paper"?'),
+        ("minimagen_test", 'unknown cascade preset "minimagen_test"; did you mean "minimagen-test"?'),
+        ("xyz", 'unknown cascade preset "xyz"; presets: shapes, minimagen'),
     ],
 )
 def test_unknown_preset_names_the_nearest(name: str, message: str) -> None:
