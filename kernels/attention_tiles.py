@@ -1,4 +1,4 @@
-"""Which tiles the kernels of attention work in, on which GPU."""
+"""Tile sizes of the attention kernels for each GPU architecture."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from .device import architecture
 
 
 class Tile(NamedTuple):
-    """A program's rows and keys, its warps, and the stages of its loads' pipeline."""
+    """Rows and keys of a tile, warps of a program, and stages of its load pipeline."""
 
     rows: int
     keys: int
@@ -18,12 +18,10 @@ class Tile(NamedTuple):
     stages: int
 
 
-FEW_ROWS = (
-    1024  # up to this number of rows per sample and key head the first tile of a pair is used, above it the second
-)
+FEW_ROWS = 1024  # the first tile of a pair serves up to this many rows per sample and key head, the second more
 
-# Architecture and pass -> widest head, padded -> tile for few rows, tile for many. Chosen by registers, spills and
-# shared memory (benchmarks/results/aot.json), and by what is known to be fast for similar kernels; not yet by time.
+# (architecture, pass) -> maximum padded head width -> tile for few rows, tile for many rows. Chosen by registers,
+# spills and shared memory (benchmarks/results/aot.json) and by what is fast for similar kernels; not yet by time.
 TILES: dict[tuple[str, str], dict[int, tuple[Tile, Tile]]] = {
     ("sm_80", "forward"): {
         64: (Tile(64, 64, 4, 3), Tile(128, 64, 8, 3)),
@@ -95,7 +93,7 @@ TILES: dict[tuple[str, str], dict[int, tuple[Tile, Tile]]] = {
 
 
 def tile_for(name: str, q: Tensor, rows: int) -> Tile:
-    """The tile of a pass for q's head width and for `rows` rows of a key head."""
+    """The tile of the pass `name` for q's head width and `rows` rows per sample and key head."""
     target = architecture()
     if q.dtype == torch.float32 and target != "interpreter":
         target = "float32"
@@ -105,4 +103,5 @@ def tile_for(name: str, q: Tensor, rows: int) -> Tile:
 
 
 def padded(width: int) -> int:
+    """A head width padded to a power of two; tl.dot needs at least 16."""
     return max(16, triton.next_power_of_2(width))

@@ -1,4 +1,4 @@
-"""What launchers must know of the GPU they launch on."""
+"""The GPU architecture that kernels are launched on."""
 
 from functools import cache
 
@@ -8,7 +8,7 @@ from triton.runtime import driver
 
 @cache
 def architecture() -> str:
-    """Of the current device: "sm_90", "gfx942", ...; "interpreter" with TRITON_INTERPRET=1. Asked once, at a launch."""
+    """Of the current device: "sm_90", "gfx942", ..., or "interpreter" with TRITON_INTERPRET=1. Queried once."""
     if knobs.runtime.interpret:
         return "interpreter"
     target = driver.active.get_current_target()

@@ -1,4 +1,4 @@
-"""Dynamic thresholding of images x (B, N numbers each): s = max(quantile(|x|, p), floor), y = clamp(x, -s, s) / s.
+"""Dynamic thresholding of images x (B, N): s = max(quantile(|x|, p), floor), y = clamp(x, -s, s) / s.
 
 The bits of |x| in fp32, read as integers, are ordered as the numbers are: 31 of them, the digits 11 + 10 + 10. Each
 digit takes one pass over x, which counts the values of every bin among those that share the digits found so far, and
@@ -21,30 +21,32 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 4096  # elements of a program
-BINS = 2048
-SHIFTS, DIGITS = (20, 10, 0), (11, 10, 10)  # bits below each digit, bits in it
+BINS = 2048  # of a histogram: 2^11 values of the first digit
+SHIFTS, DIGITS = (20, 10, 0), (11, 10, 10)  # bits below each digit, bits of each digit
 INFINITY_BITS = tl.constexpr(0x7F800000)  # of +infinity in fp32; those of a NaN are larger
 MAX_INT32 = tl.constexpr(0x7FFFFFFF)  # also the mask of the magnitude bits
 
-# Columns of `state`, int32: the digits found so far, the rank within them, the least bits above, the largest bits.
+# Columns of `state`, int32: the digits found so far; the rank among the elements that share them; the smallest bits
+# above them; the largest bits of all.
 PREFIX, RANK, ABOVE, LARGEST = (tl.constexpr(column) for column in range(4))
 STATE_COLUMNS = tl.constexpr(4)
 
 
 @triton.jit
 def load_magnitude_bits(x_pointer, offset, mask):
-    """The bits of |x| as int32, ordered as the numbers are."""
+    """`magnitude_bits` of elements in memory; 0 outside the mask."""
     return magnitude_bits(tl.load(x_pointer + offset, mask=mask, other=0.0).to(tl.float32))
 
 
 @triton.jit
 def magnitude_bits(x):
+    """The bits of |x| as int32, ordered as the magnitudes are."""
     return x.to(tl.int32, bitcast=True) & MAX_INT32
 
 
 @triton.jit
 def count_digits(bits, chosen, counts_pointer, image, SHIFT: tl.constexpr, DIGIT: tl.constexpr, BINS: tl.constexpr):
-    """Add the chosen numbers to the counts (B, BINS) of their digit."""
+    """Add the chosen elements to the counts (B, BINS) of their digit."""
     counts = tl.histogram((bits >> SHIFT) & ((1 << DIGIT) - 1), BINS, mask=chosen)
     bins = tl.arange(0, BINS)
     tl.atomic_add(counts_pointer + image * BINS + bins, counts, mask=counts > 0)
@@ -58,12 +60,12 @@ def dynamic_threshold_count_kernel(
     n,  # N, elements of an image
     SHIFT: tl.constexpr,  # bits below the digit
     DIGIT: tl.constexpr,  # bits of the digit
-    BINS: tl.constexpr,  # counters, 2 ** DIGIT or more
+    BINS: tl.constexpr,  # bins of a histogram, 2 ** DIGIT or more
     FIRST: tl.constexpr,  # whether this is the first digit
     LAST: tl.constexpr,  # whether this is the last digit
     BLOCK: tl.constexpr,  # elements of a program
 ):
-    """counts (B, BINS) of one digit; the first pass keeps the largest bits, the last the least beyond the prefix."""
+    """Counts of one digit. The first pass also stores the largest bits, the last the smallest above the prefix."""
     image = tl.program_id(1).to(tl.int64)
     offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offset < n
@@ -86,20 +88,20 @@ def dynamic_threshold_search_kernel(
     counts_pointer,  # (B, BINS) int32
     state_pointer,  # (B, STATE_COLUMNS) int32
     s_pointer,  # (B,) fp32, thresholds
-    fraction,  # of the way from the lower to the upper order statistic
-    floor,  # least threshold
+    fraction,  # position of the quantile between the lower (0) and the upper (1) order statistic
+    floor,  # smallest threshold
     DIGIT: tl.constexpr,  # bits of the digit
-    BINS: tl.constexpr,  # counters, 2 ** DIGIT or more
+    BINS: tl.constexpr,  # bins of a histogram, 2 ** DIGIT or more
     LAST: tl.constexpr,  # whether this is the last digit
 ):
-    """From the counts of a digit to the prefix with it; in the end to the threshold s (B,)."""
+    """Find a digit in its counts and append it to the prefix; after the last digit, compute the threshold s."""
     image = tl.program_id(0).to(tl.int64)
     bins = tl.arange(0, BINS)
     counts = tl.load(counts_pointer + image * BINS + bins)
-    upto = tl.cumsum(counts, axis=0)
+    cumulative = tl.cumsum(counts, axis=0)
     state = state_pointer + image * STATE_COLUMNS
     rank = tl.load(state + RANK)
-    digit = tl.min(tl.where(upto > rank, bins, BINS), axis=0)
+    digit = tl.min(tl.where(cumulative > rank, bins, BINS), axis=0)
     before = tl.sum(tl.where(bins < digit, counts, 0), axis=0)
     prefix = (tl.load(state + PREFIX) << DIGIT) | digit
     if not LAST:
@@ -108,12 +110,12 @@ def dynamic_threshold_search_kernel(
     else:
         tied = tl.sum(tl.where(bins == digit, counts, 0), axis=0) > rank - before + 1
         next_bin = tl.min(tl.where((bins > digit) & (counts > 0), bins, BINS), axis=0)
-        beyond = tl.load(state + ABOVE)
-        upper = tl.where(next_bin < BINS, prefix - digit + next_bin, beyond)
-        upper = tl.where(tied | (upper == MAX_INT32), prefix, upper)  # the largest of all has no next
+        above = tl.load(state + ABOVE)
+        upper = tl.where(next_bin < BINS, prefix - digit + next_bin, above)
+        upper = tl.where(tied | (upper == MAX_INT32), prefix, upper)  # the largest element has no successor
         low = prefix.to(tl.float32, bitcast=True)
         high = upper.to(tl.float32, bitcast=True)
-        # Lerp from the nearer end, as PyTorch does; equal ends stay what they are, infinite ones too.
+        # Interpolate from the nearer end, as torch.lerp does. Equal ends are exact, infinite ones too.
         gap = tl.where(low == high, 0.0, high - low)
         quantile = tl.where(fraction < 0.5, low + fraction * gap, high - (1 - fraction) * gap)
         quantile = tl.where((fraction == 0) | (low == high), low, quantile)
@@ -125,7 +127,7 @@ def dynamic_threshold_search_kernel(
 
 @triton.jit
 def clamp_symmetric(x, s):
-    """x in [-s, s]; a NaN stays one."""
+    """x clamped to [-s, s]; NaN stays NaN."""
     return tl.where(x > s, s, tl.where(x < -s, -s, x))
 
 
@@ -148,14 +150,14 @@ def dynamic_threshold_apply_kernel(
 
 
 def quantile_rank(n: int, percentile: float) -> tuple[int, float]:
-    """The lower rank, from 0, and how far the quantile lies beyond it: computed in float64 (fp32 is off at 2^20)."""
+    """The lower rank, from 0, and the fraction beyond it, in float64: fp32 is inaccurate from 2^20 elements on."""
     position = percentile * (n - 1)
     rank = min(int(position), n - 1)
     return rank, position - rank
 
 
 class Selection:
-    """The search for the thresholds of images (B, N each): what is known, the counts, and the result s (B,)."""
+    """The search for the thresholds s (B,) of images (B, N): its state, its counts and the launches."""
 
     def __init__(self, batch: int, n: int, percentile: float, floor: float, device: torch.device) -> None:
         rank, self.fraction = quantile_rank(n, percentile)
@@ -168,7 +170,7 @@ class Selection:
         self.grid = (triton.cdiv(n, BLOCK), batch)
 
     def run(self, x: Tensor, counted: int = 0) -> Tensor:
-        """s (B,) of x; of the first `counted` digits the counts are there already."""
+        """The thresholds s (B,) of x. The first `counted` digits have been counted already."""
         for step, (shift, digit) in enumerate(zip(SHIFTS, DIGITS)):
             last = step == len(DIGITS) - 1
             if step >= counted:
@@ -200,7 +202,7 @@ class Selection:
 
 
 def dynamic_threshold(x: Tensor, percentile: float, floor: float) -> Tensor:
-    """x (B, ...), each image dense in memory and the images one after the other; y like x."""
+    """y, like x (B, ...). Each image is dense in memory, and the images follow each other."""
     n, y = x[0].numel(), torch.empty_like(x)
     with torch.cuda.device_of(x):
         selection = Selection(len(x), n, percentile, floor, x.device)
@@ -212,4 +214,4 @@ def shipped() -> Iterator[tuple[str, Callable[[], object]]]:
     """What is compiled ahead of time: a label, and a call of a launcher on meta tensors."""
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.empty(2, 3, 64, 64, dtype=dtype, device="meta")
-        yield str(dtype)[6:], partial(dynamic_threshold, x, 0.995, 1.0)
+        yield str(dtype).removeprefix("torch."), partial(dynamic_threshold, x, 0.995, 1.0)

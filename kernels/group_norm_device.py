@@ -1,6 +1,6 @@
-"""What the kernels of group_norm.py are made of: tiles of a tensor, and statistics that do not lose digits.
+"""Device functions of group_norm_kernels.py: tiles of a tensor, and accurate statistics.
 
-Letters: B batch, C channels, CPG channels of a group, G groups. A tile has ROWS pixels and GROUPS * WIDTH channels.
+CPG is the number of channels of a group. A tile has ROWS pixels and GROUPS * WIDTH channels.
 """
 
 import triton
@@ -11,7 +11,7 @@ import triton.language as tl
 
 @triton.jit
 def program_position(index, chunks, C: tl.constexpr, CPG: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr):
-    """(block, chunk, sample) of a program: neighbours share their pixels."""
+    """(block, chunk, sample) of a program; neighbouring programs share their pixels."""
     BLOCKS: tl.constexpr = tl.cdiv(C // CPG, GROUPS) * tl.cdiv(CPG, WIDTH)
     return index % BLOCKS, index // BLOCKS % chunks, (index // BLOCKS // chunks).to(tl.int64)
 
@@ -39,24 +39,25 @@ def tile(start, channel, valid, pixels, C: tl.constexpr, ROWS: tl.constexpr, CHA
 
 @triton.jit
 def load_masked(pointer, offset, mask):
+    """In fp32; 0 outside the mask."""
     return tl.load(pointer + offset, mask, 0.0).to(tl.float32)
 
 
 @triton.jit
 def by_group(v, GROUPS: tl.constexpr, WIDTH: tl.constexpr):
-    """(GROUPS * WIDTH,) -> (GROUPS, WIDTH)."""
-    return tl.reshape(v, [GROUPS, WIDTH])
+    """One row per group."""
+    return tl.reshape(v, [GROUPS, WIDTH])  # (GROUPS, WIDTH)
 
 
 @triton.jit
 def to_columns(v, GROUPS: tl.constexpr, WIDTH: tl.constexpr):
-    """(GROUPS,) -> (GROUPS * WIDTH,)."""
-    return tl.reshape(tl.broadcast_to(v[:, None], [GROUPS, WIDTH]), [GROUPS * WIDTH])
+    """The value of each column's group."""
+    return tl.reshape(tl.broadcast_to(v[:, None], [GROUPS, WIDTH]), [GROUPS * WIDTH])  # (GROUPS * WIDTH,)
 
 
 @triton.jit
 def affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride, n, channel, valid):
-    """gain and offset of every column."""
+    """gain and offset (columns,) of group_norm.py's formulas."""
     gain = load_masked(weight_ptr, channel, valid)
     offset = load_masked(bias_ptr, channel, valid)
     if scale_ptr is not None:
@@ -68,6 +69,7 @@ def affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_strid
 
 @triton.jit
 def activate(z, SILU: tl.constexpr):
+    """y."""
     if SILU:
         z = z * tl.sigmoid(z)
     return z
@@ -75,7 +77,7 @@ def activate(z, SILU: tl.constexpr):
 
 @triton.jit
 def activation_gradient(dy, z, SILU: tl.constexpr):
-    """dz."""
+    """dz = dy * act'(z)."""
     if SILU:
         sigmoid = tl.sigmoid(z)
         dy = dy * sigmoid * (1 + z * (1 - sigmoid))
@@ -89,7 +91,7 @@ def activation_gradient(dy, z, SILU: tl.constexpr):
 def moments(x, mask, count):
     """Mean and sum of squared deviations of each column's `count` rows.
 
-    The mean is taken twice, the second time of the deviations: its error stays one rounding however far it is from 0.
+    The mean is corrected by the mean of the deviations, so its error is one rounding however far it is from 0.
     """
     mean = tl.sum(x, axis=0) / count
     deviation = tl.where(mask, x - mean[None, :], 0.0)
@@ -99,7 +101,7 @@ def moments(x, mask, count):
 
 @triton.jit
 def merge(count, mean, m2):
-    """Merge (count, mean, m2) along axis 1 (Chan, Golub, LeVeque 1979). A count of 0 is nothing."""
+    """Merge (count, mean, m2) along axis 1 (Chan, Golub, LeVeque 1979). Entries with count 0 are ignored."""
     total = tl.maximum(tl.sum(count, axis=1), 1.0)
     middle = tl.sum(count * mean, axis=1) / total
     deviation = mean - middle[:, None]

@@ -44,12 +44,12 @@ def element_offsets(n, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def compute_x0(output_pointer, x, offset, mask, samples, skip, out, weight, GUIDED: tl.constexpr):
-    """x0 before thresholding. With guidance, output is (2B, N): `samples` elements with captions, then those
+def compute_x0(output_pointer, x, offset, mask, batch_elements, skip, out, weight, GUIDED: tl.constexpr):
+    """x0 before thresholding. With guidance, output (2 B, N) has `batch_elements` elements with captions, then those
     without."""
     output = tl.load(output_pointer + offset, mask=mask, other=0.0).to(tl.float32)
     if GUIDED:
-        other = tl.load(output_pointer + samples + offset, mask=mask, other=0.0).to(tl.float32)
+        other = tl.load(output_pointer + batch_elements + offset, mask=mask, other=0.0).to(tl.float32)
         gap = output - other
         output = tl.where(weight < 0.5, other + weight * gap, output - (1 - weight) * gap)  # exact for 0 and 1
     return skip * x + out * output
@@ -73,24 +73,24 @@ def sampler_step_kernel(
     previous_pointer,  # (B, N), or None
     noise_pointer,  # (B, N), or None
     x0_pointer,  # (B, N) fp32
-    x_next_pointer,  # (B, N) fp32
+    x_next_pointer,  # x' (B, N) fp32
     n,  # N, elements of an image
-    samples,  # B
-    skip,  # x0 = skip x + out F
-    out,  # x0 = skip x + out F
+    batch_elements,  # B N
+    skip,  # factor of x in x0
+    out,  # factor of F in x0
     weight,  # guidance weight
-    c_x,  # x_next = c_x x + c_x0 x0 + c_prev previous + c_noise noise
-    c_x0,  # see c_x
-    c_prev,  # see c_x
-    c_noise,  # see c_x
-    GUIDED: tl.constexpr,  # whether output has both halves
-    STATIC: tl.constexpr,  # whether x0 is clamp_symmetric to [-1, 1]
+    c_x,  # factor of x in x'
+    c_x0,  # factor of x0 in x'
+    c_prev,  # factor of previous in x'
+    c_noise,  # factor of noise in x'
+    GUIDED: tl.constexpr,  # whether output is (2 B, N)
+    STATIC: tl.constexpr,  # whether x0 is clamped to [-1, 1]
     BLOCK: tl.constexpr,  # elements of a program
 ):
-    """Everything, where no quantile is asked for."""
+    """The whole step, without a quantile."""
     _, offset, mask = element_offsets(n, BLOCK)
     x = tl.load(x_pointer + offset, mask=mask, other=0.0)
-    x0 = compute_x0(output_pointer, x, offset, mask, samples, skip, out, weight, GUIDED)
+    x0 = compute_x0(output_pointer, x, offset, mask, batch_elements, skip, out, weight, GUIDED)
     if STATIC:
         x0 = clamp_symmetric(x0, 1.0)
     x_next = compute_x_next(x, x0, previous_pointer, noise_pointer, offset, mask, c_x, c_x0, c_prev, c_noise)
@@ -106,22 +106,22 @@ def sampler_step_x0_kernel(
     counts_pointer,  # (B, BINS) int32
     state_pointer,  # (B, STATE_COLUMNS) int32
     n,  # N, elements of an image
-    samples,  # B
-    skip,  # x0 = skip x + out F
-    out,  # x0 = skip x + out F
+    batch_elements,  # B N
+    skip,  # factor of x in x0
+    out,  # factor of F in x0
     weight,  # guidance weight
-    GUIDED: tl.constexpr,  # whether output has both halves
+    GUIDED: tl.constexpr,  # whether output is (2 B, N)
     SHIFT: tl.constexpr,  # bits below the first digit
     DIGIT: tl.constexpr,  # bits of the first digit
-    BINS: tl.constexpr,  # counters
+    BINS: tl.constexpr,  # bins of a histogram
     BLOCK: tl.constexpr,  # elements of a program
 ):
     """x0 before thresholding, and the first pass of the selection over it."""
     image, offset, mask = element_offsets(n, BLOCK)
     x = tl.load(x_pointer + offset, mask=mask, other=0.0)
-    x0 = compute_x0(output_pointer, x, offset, mask, samples, skip, out, weight, GUIDED)
+    x0 = compute_x0(output_pointer, x, offset, mask, batch_elements, skip, out, weight, GUIDED)
     tl.store(x0_pointer + offset, x0, mask=mask)
-    bits = magnitude_bits(x0)  # 0 where there is nothing
+    bits = magnitude_bits(x0)  # 0 outside the mask
     tl.atomic_max(state_pointer + image * STATE_COLUMNS + LARGEST, tl.max(bits, axis=0))
     count_digits(bits, mask, counts_pointer, image, SHIFT, DIGIT, BINS)
 
@@ -133,15 +133,15 @@ def sampler_step_finish_kernel(
     previous_pointer,  # (B, N), or None
     noise_pointer,  # (B, N), or None
     x0_pointer,  # (B, N) fp32
-    x_next_pointer,  # (B, N) fp32
+    x_next_pointer,  # x' (B, N) fp32
     n,  # N, elements of an image
-    c_x,  # x_next = c_x x + c_x0 x0 + c_prev previous + c_noise noise
-    c_x0,  # see c_x
-    c_prev,  # see c_x
-    c_noise,  # see c_x
+    c_x,  # factor of x in x'
+    c_x0,  # factor of x0 in x'
+    c_prev,  # factor of previous in x'
+    c_noise,  # factor of noise in x'
     BLOCK: tl.constexpr,  # elements of a program
 ):
-    """x0 thresholded, where it lies, and x'."""
+    """x0 thresholded in place, and x'."""
     image, offset, mask = element_offsets(n, BLOCK)
     s = tl.load(s_pointer + image)
     x0 = clamp_symmetric(tl.load(x0_pointer + offset, mask=mask, other=0.0), s) / s
@@ -162,8 +162,10 @@ def sampler_step(
     threshold: str,
     percentile: float,
 ) -> tuple[Tensor, Tensor]:
-    """(x', x0), both (B, ...) like x. All tensors are dense and lie in memory as x does; output is (2B, ...) with
-    guidance."""
+    """(x', x0), both like x (B, ...). All tensors are dense and have the memory layout of x.
+
+    output is (2 B, ...) with a guidance weight. recovery: skip, out; update: c_x, c_x0, c_prev, c_noise.
+    """
     n = x[0].numel()
     guided, weight = guidance is not None, 1.0 if guidance is None else guidance
     x0, x_next = torch.empty_like(x), torch.empty_like(x)

@@ -49,14 +49,14 @@ def unguarded(guard: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_equals_float64(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "SPLIT_TILES", 1)
+    monkeypatch.setattr(kernels, "MIN_SPLIT_TILES", 1)
     tensors = make(case)
     assert_close(results(ops.attention, tensors), exact(tensors))
 
 
 @pytest.mark.parametrize("programs", [0, 12], ids=["no splits", "splits of several tiles"])
 def test_however_rows_are_split(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "SPLIT_TILES", 1)
+    monkeypatch.setattr(kernels, "MIN_SPLIT_TILES", 1)
     monkeypatch.setattr(kernels, "PROGRAMS", programs)
     tensors = make(Case(queries=25, heads=4, width=24, keys=5, context=18, lengths=(17,), batch=1))
     assert_close(results(ops.attention, tensors), exact(tensors))
@@ -138,7 +138,7 @@ def test_logits_far_below_zero() -> None:
 
 
 def test_the_same_input_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "SPLIT_TILES", 1)
+    monkeypatch.setattr(kernels, "MIN_SPLIT_TILES", 1)
     tensors = make(TEXT._replace(queries=40))
     first, *others = (results(ops.attention, tensors) for _ in range(3))
     assert all(torch.equal(first[name], other[name]) for other in others for name in first)

@@ -31,9 +31,9 @@ def guard() -> Iterator[None]:
 
 def cut_small(monkeypatch: pytest.MonkeyPatch, one_pass: bool) -> None:
     """Send all shapes down one path; small tiles, so that small tensors have several chunks of several tiles."""
-    monkeypatch.setattr(kernels, "ONE_PASS", 1 << 20 if one_pass else 0)
+    monkeypatch.setattr(kernels, "MAX_ONE_PASS", 1 << 20 if one_pass else 0)
     monkeypatch.setattr(kernels, "SECTOR", 0)
-    monkeypatch.setattr(kernels, "TILE", {"forward": 256, "backward": 128})
+    monkeypatch.setattr(kernels, "TILE_ELEMENTS", {"forward": 256, "backward": 128})
     monkeypatch.setattr(kernels, "CHANNELS_LAST_WIDTH", 16)
     monkeypatch.setattr(kernels, "PROGRAMS", 8)
 
@@ -183,7 +183,7 @@ def test_offsets_beyond_32_bits(last: bool, tmp_path: Path, monkeypatch: pytest.
         return flat.view(batch, side, side, channels).permute(0, 3, 1, 2) if last else flat.view(shape)
 
     x, y, dx = sparse("x"), sparse("y"), sparse("dx")
-    monkeypatch.setattr(kernels, "PARTS", 1 << 20)
+    monkeypatch.setattr(kernels, "MAX_PARTS", 1 << 20)
     monkeypatch.setattr(kernels, "PROGRAMS", batch * chunks * (1 if last else 16))
     cut = kernels.cut(x, 1, 8192)
     rows = side * side // cut.chunks
