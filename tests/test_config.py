@@ -1,4 +1,4 @@
-"""ds.json: mistakes are one line that names the key, overrides land where they say, every field is described."""
+"""ds.json: every mistake is an error of one line that names the key; overrides; descriptions of all fields."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ from fastimagen.config_file import config_from_dict, load_config
 from tests.conftest import ROOT, TOY_STAGES, TOY_UNET
 
 
-def tree(**ours: Any) -> dict[str, Any]:
-    return {"train_batch_size": 4, "fastimagen": {"cascade": {"stages": copy.deepcopy(TOY_STAGES)}, **ours}}
+def tree(**settings: Any) -> dict[str, Any]:
+    return {"train_batch_size": 4, "fastimagen": {"cascade": {"stages": copy.deepcopy(TOY_STAGES)}, **settings}}
 
 
 def put(content: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
-    """`content` with `value` at the dotted path; numbers are indices of lists."""
+    """`content` with `value` at a dotted path; numbers in it are indices of lists."""
     *parents, leaf = path.split(".")
-    place: Any = content
+    node: Any = content
     for parent in parents:
-        place = place[int(parent)] if isinstance(place, list) else place.setdefault(parent, {})
-    place[leaf] = value
+        node = node[int(parent)] if isinstance(node, list) else node.setdefault(parent, {})
+    node[leaf] = value
     return content
 
 
-def mistake(content: dict[str, Any]) -> str:
-    """The one line with which a configuration is refused."""
+def error_of(content: dict[str, Any]) -> str:
+    """The message, of one line, of the error for a configuration."""
     with pytest.raises(ValueError) as caught:
         config_from_dict(content)
     assert "\n" not in str(caught.value)
@@ -68,19 +68,19 @@ def mistake(content: dict[str, Any]) -> str:
         ("fastimagen.train.stages.sr.ema.warm_up", "warmup"),
     ],
 )
-def test_unknown_key_names_the_nearest_valid_one(path: str, nearest: str) -> None:
-    assert mistake(put(tree(), path, 1)) == f'unknown key {path}; did you mean "{nearest}"?'
+def test_error_for_an_unknown_key_names_the_nearest_valid_key(path: str, nearest: str) -> None:
+    assert error_of(put(tree(), path, 1)) == f'unknown key {path}; did you mean "{nearest}"?'
 
 
-def test_unknown_key_without_a_near_one_lists_the_valid_ones() -> None:
+def test_error_for_an_unknown_key_lists_valid_keys_if_none_is_near() -> None:
     assert (
-        mistake(put(tree(), "fastimagen.train.ema.qqq", 1))
+        error_of(put(tree(), "fastimagen.train.ema.qqq", 1))
         == "unknown key fastimagen.train.ema.qqq; valid keys: decay, warmup"
     )
 
 
-def test_misspelt_section_is_not_taken_for_one_of_deepspeeds() -> None:
-    assert mistake({"fast_imagen": {}}) == 'unknown key "fast_imagen"; did you mean "fastimagen"?'
+def test_misspelled_section_name_is_an_error() -> None:
+    assert error_of({"fast_imagen": {}}) == 'unknown key "fast_imagen"; did you mean "fastimagen"?'
 
 
 @pytest.mark.parametrize(
@@ -106,8 +106,8 @@ def test_misspelt_section_is_not_taken_for_one_of_deepspeeds() -> None:
         ("fastimagen.train.stages.sr.deepspeed", {"fastimagen": {}}, "train.stages.sr.deepspeed takes DeepSpeed keys"),
     ],
 )
-def test_wrong_value_names_key_and_value(path: str, value: Any, message: str) -> None:
-    assert message in mistake(put(tree(), path, value))
+def test_error_for_an_invalid_value_names_key_and_value(path: str, value: Any, message: str) -> None:
+    assert message in error_of(put(tree(), path, value))
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_wrong_value_names_key_and_value(path: str, value: Any, message: str) ->
         (dict(full_resolution="extra_block"), 'full_resolution "extra_block" needs "downsample_first": true'),
     ],
 )
-def test_contradictions_of_a_unet(changes: dict[str, Any], message: str) -> None:
+def test_contradictory_unet_is_an_error(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         UNetConfig(**{**TOY_UNET, **changes})
 
@@ -142,7 +142,7 @@ def test_contradictions_of_a_unet(changes: dict[str, Any], message: str) -> None
         (dict(logsnr_range=(5.0, -5.0)), "logsnr_range must ascend"),
     ],
 )
-def test_contradictions_of_a_schedule(changes: dict[str, Any], message: str) -> None:
+def test_contradictory_schedule_is_an_error(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ScheduleConfig(**changes)
 
@@ -163,7 +163,7 @@ def test_contradictions_of_a_schedule(changes: dict[str, Any], message: str) -> 
         ({"1.unet.text_dim": 32}, r"text_dim differs: \[32, 64\]"),
     ],
 )
-def test_contradictions_of_a_cascade(changes: dict[str, Any], message: str) -> None:
+def test_contradictory_cascade_is_an_error(changes: dict[str, Any], message: str) -> None:
     content = tree()
     for path, value in changes.items():
         put(content, f"fastimagen.cascade.stages.{path}", value)
@@ -171,7 +171,7 @@ def test_contradictions_of_a_cascade(changes: dict[str, Any], message: str) -> N
         config_from_dict(content)
 
 
-def test_five_strided_levels_need_multiples_of_32() -> None:
+def test_sizes_must_be_multiples_of_the_total_stride() -> None:
     unet = UNetConfig(
         **{
             **TOY_UNET,
@@ -187,7 +187,7 @@ def test_five_strided_levels_need_multiples_of_32() -> None:
         StageConfig(name="sr", size=1024, crop=240, unet=unet, augmentation=AugmentationConfig())
 
 
-def test_unknown_stage_lists_the_names() -> None:
+def test_error_for_an_unknown_stage_lists_the_stages() -> None:
     cascade = CascadeConfig.model_validate({"stages": TOY_STAGES})
     assert cascade.below("sr").name == "base" and cascade.below("base") is None
     with pytest.raises(ValueError, match='no stage "srr"; the cascade has base, sr'):
@@ -197,19 +197,19 @@ def test_unknown_stage_lists_the_names() -> None:
 # ---- files and overrides
 
 
-def test_everything_but_our_key_is_deepspeeds() -> None:
+def test_other_top_level_keys_are_passed_to_deepspeed() -> None:
     config = config_from_dict({**tree(), "anything": {"of": "DeepSpeed"}})
     assert config.deepspeed == {"train_batch_size": 4, "anything": {"of": "DeepSpeed"}}
 
 
-def test_resolved_file_reads_back_as_itself(tmp_path: Path) -> None:
+def test_resolved_configuration_is_the_same_when_read_again(tmp_path: Path) -> None:
     config = load_config(ROOT / "ds.json")
-    (tmp_path / "again.json").write_text(config.to_json())
-    assert load_config(tmp_path / "again.json") == config
+    (tmp_path / "resolved.json").write_text(config.to_json())
+    assert load_config(tmp_path / "resolved.json") == config
     assert FastimagenConfig() == config_from_dict({}).fastimagen
 
 
-def test_overrides(write_config) -> None:
+def test_overrides_set_keys_of_both_parts_of_the_file(write_config) -> None:
     path = write_config(tree())
     config = load_config(
         path,
@@ -227,7 +227,7 @@ def test_overrides(write_config) -> None:
     train, data = config.fastimagen.train, config.fastimagen.data
     assert (train.steps, train.run, train.stages["sr"].steps) == (10, "runs/x=y", 7)
     assert data.validation is None and data.shards == ("a.tar", "b.tar")
-    assert json.loads(path.read_text()) == tree()  # the file itself stays
+    assert json.loads(path.read_text()) == tree()  # the file is unchanged
 
 
 @pytest.mark.parametrize(
@@ -240,13 +240,13 @@ def test_overrides(write_config) -> None:
         ("fastimagen.train.step=3", 'unknown key fastimagen.train.step; did you mean "steps"?'),
     ],
 )
-def test_wrong_overrides(write_config, override: str, message: str) -> None:
+def test_invalid_override_is_an_error(write_config, override: str, message: str) -> None:
     with pytest.raises(ValueError) as caught:
         load_config(write_config(tree()), [override])
     assert message in str(caught.value)
 
 
-def test_unreadable_files(tmp_path: Path) -> None:
+def test_unreadable_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"cannot read .*missing.json: No such file"):
         load_config(tmp_path / "missing.json")
     (tmp_path / "broken.json").write_text('{\n"a": 1,\n}')
@@ -257,7 +257,7 @@ def test_unreadable_files(tmp_path: Path) -> None:
         load_config(tmp_path / "list.json")
 
 
-def test_values_are_frozen() -> None:
+def test_configuration_is_immutable() -> None:
     with pytest.raises(ValueError, match="frozen"):
         UNetConfig().dim = 3
 
@@ -266,7 +266,7 @@ def test_values_are_frozen() -> None:
 
 
 def fields() -> Iterator[tuple[str, bool]]:
-    """Every field of every section with whether a docstring follows it."""
+    """Every field of every section, and whether a docstring follows it."""
     for node in ast.parse(Path(config_module.__file__).read_text()).body:
         if isinstance(node, ast.ClassDef) and issubclass(getattr(config_module, node.name), Section):
             for statement, after in zip(node.body, [*node.body[1:], None]):
@@ -279,7 +279,7 @@ def fields() -> Iterator[tuple[str, bool]]:
                     yield f"{node.name}.{statement.target.id}", described
 
 
-def test_every_field_is_described() -> None:
+def test_every_field_has_a_docstring() -> None:
     found = dict(fields())
     sections = [
         value for value in vars(config_module).values() if isinstance(value, type) and issubclass(value, Section)

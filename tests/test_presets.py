@@ -1,4 +1,4 @@
-"""Presets have the published sizes and run. Parameters are counted on the meta device: nothing is allocated."""
+"""Presets have the published sizes and run. Parameters are counted on the meta device, without allocation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from fastimagen import presets
 from fastimagen.config import CascadeConfig, UNetConfig
-from fastimagen.interop.minimagen import minimagen_config
+from fastimagen.interop.minimagen_unet import minimagen_config
 from fastimagen.networks.attention import CrossAttention, SelfAttention
 from fastimagen.networks.unet import UNet
 from fastimagen.presets import PRESETS, resolve
@@ -25,7 +25,7 @@ def parameters(config: UNetConfig) -> int:
     return sum(p.numel() for p in on_meta(config).parameters())
 
 
-# ---- MinImagen; the numbers were counted in MinImagen itself
+# ---- MinImagen; the expected numbers were counted in MinImagen
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,9 @@ def parameters(config: UNetConfig) -> int:
         (presets.minimagen_super, 4096, 716_185_987),
     ],
 )
-def test_minimagens_networks_have_its_sizes(preset: Callable[[int], UNetConfig], text_dim: int, count: int) -> None:
+def test_minimagen_networks_have_the_original_sizes(
+    preset: Callable[[int], UNetConfig], text_dim: int, count: int
+) -> None:
     assert parameters(preset(text_dim)) == count
 
 
@@ -49,7 +51,7 @@ def test_minimagens_networks_have_its_sizes(preset: Callable[[int], UNetConfig],
     ],
 )
 def test_defect_3_test_networks_are_small(preset: Callable[[int], UNetConfig], count_512: int, count_768: int) -> None:
-    """MinImagen's classes BaseTest and SuperTest take the defaults of Base and Super: 1.6 B parameters for a test."""
+    """MinImagen's class BaseTest has the 1.6 B parameters of Base, and SuperTest has those of Super."""
     assert (parameters(preset(512)), parameters(preset(768))) == (count_512, count_768)
 
 
@@ -82,11 +84,11 @@ def test_defect_3_test_networks_are_small(preset: Callable[[int], UNetConfig], c
         ),
     ],
 )
-def test_presets_are_what_imported_weights_get(preset: Callable[[], UNetConfig], kwargs: dict) -> None:
+def test_presets_equal_the_configuration_of_imported_weights(preset: Callable[[], UNetConfig], kwargs: dict) -> None:
     assert preset() == minimagen_config(kwargs)
 
 
-def test_minimagen_cascades_train_and_sample_as_it_does() -> None:
+def test_minimagen_cascades_train_and_sample_like_minimagen() -> None:
     for name, steps, sizes in (("minimagen", 1000, [64, 256]), ("minimagen-test", 25, [64, 128])):
         cascade = resolve(name)
         assert [stage.size for stage in cascade.stages] == sizes
@@ -115,20 +117,20 @@ def test_paper_networks_have_the_published_sizes(preset: Callable[[], UNetConfig
     assert low < parameters(preset()) < high
 
 
-def test_paper_attention_is_where_the_paper_has_it() -> None:
+def test_paper_networks_have_attention_at_the_published_levels() -> None:
     for preset in (presets.paper_base64, presets.paper_sr256):
         unet = on_meta(preset())
         levels = [*unet.downs, *unet.ups]
         self_attention = [m for level in levels for m in level.modules() if isinstance(m, SelfAttention)]
         assert len(self_attention) == 2 * sum(preset().self_attention)
-        assert all(m.slot is not None for m in self_attention)  # the text is among the keys
+        assert all(m.slot is not None for m in self_attention)  # it also reads the text
         assert not any(isinstance(m, CrossAttention) for level in levels for m in level.modules())
     unet = on_meta(presets.paper_sr1024())
     assert not any(isinstance(m, SelfAttention) for m in unet.modules())
     assert any(isinstance(m, CrossAttention) for m in unet.downs[3].modules())
 
 
-def test_paper_cascade() -> None:
+def test_paper_cascade_has_the_published_stages() -> None:
     base, sr256, sr1024 = resolve("paper").stages
     assert [stage.size for stage in (base, sr256, sr1024)] == [64, 256, 1024]
     assert [stage.crop for stage in (base, sr256, sr1024)] == [None, None, 256]
@@ -139,7 +141,7 @@ def test_paper_cascade() -> None:
 
 
 @pytest.mark.parametrize("name", ["paper", "paper-light"])
-def test_paper_networks_run_when_made_narrow(name: str) -> None:
+def test_narrow_paper_networks_run(name: str) -> None:
     text = TextEmbeddings(torch.randn(2, 5, 32), torch.arange(5) < torch.tensor([[5], [2]]))
     for stage in resolve(name).stages:
         narrow = dict(dim=8, cond_dim=16, text_dim=32, heads=2, head_dim=16, zero_init=False)
@@ -157,7 +159,7 @@ def test_paper_networks_run_when_made_narrow(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_takes_the_encoders_width_and_survives_json(name: str) -> None:
+def test_preset_takes_the_text_width_and_round_trips_through_json(name: str) -> None:
     cascade = resolve(name, text_dim=1024)
     assert {stage.unet.text_dim for stage in cascade.stages} == {1024}
     assert CascadeConfig.model_validate_json(cascade.model_dump_json()) == cascade
@@ -172,7 +174,7 @@ def test_every_preset_takes_the_encoders_width_and_survives_json(name: str) -> N
         ("xyz", 'unknown cascade preset "xyz"; presets: shapes, minimagen'),
     ],
 )
-def test_unknown_preset_names_the_nearest(name: str, message: str) -> None:
+def test_error_for_an_unknown_preset_names_the_nearest(name: str, message: str) -> None:
     with pytest.raises(ValueError) as caught:
         resolve(name)
     assert str(caught.value).startswith(message)

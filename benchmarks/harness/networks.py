@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastimagen import ops
 from fastimagen.cascade import Stage
 from fastimagen.config import CascadeConfig, UNetConfig
-from fastimagen.interop.minimagen import minimagen_config
+from fastimagen.interop.minimagen_unet import minimagen_config
 from fastimagen.networks.unet import UNet
 from fastimagen.presets import (
     minimagen,

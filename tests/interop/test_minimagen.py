@@ -1,4 +1,4 @@
-"""MinImagen's weights give MinImagen's outputs, and its training directories become models that sample.
+"""Imported MinImagen weights reproduce its outputs, and its training directories convert to working models.
 
 The golden files hold random weights, inputs and outputs of MinImagen 0.0.9's own U-Net: a base U-Net, an Efficient
 super-resolution U-Net, and a regular super-resolution U-Net of grey images with other arguments (half precision).
@@ -16,7 +16,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from fastimagen.interop.minimagen import import_minimagen, minimagen_config, unet_from_minimagen
+from fastimagen.interop.minimagen import import_minimagen
+from fastimagen.interop.minimagen_unet import minimagen_config, unet_from_minimagen
 from fastimagen.networks.unet import UNet
 from fastimagen.sampling.pipeline import ImagenPipeline
 from fastimagen.text.embeddings import TextEmbeddings
@@ -36,7 +37,7 @@ def golden(name: str) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Tens
 
 @torch.inference_mode()
 def outputs(unet: UNet, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What the golden file has outputs of: with the captions, without, and at guidance 3."""
+    """The outputs that a golden file holds: with captions, without, and with guidance weight 3."""
     text = TextEmbeddings(tensors["text_embeds"], tensors["text_mask"])
     lowres = (
         {"lowres": tensors["lowres_cond_img"], "lowres_time": tensors["lowres_noise_times"]}
@@ -58,7 +59,7 @@ def assert_golden(unet: UNet, tensors: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("name", GOLDEN)
-def test_outputs_equal_minimagens(name: str) -> None:
+def test_outputs_equal_those_of_minimagen(name: str) -> None:
     weights, kwargs, tensors = golden(name)
     assert_golden(unet_from_minimagen(weights, kwargs), tensors)
 
@@ -84,18 +85,18 @@ def test_outputs_equal_minimagens(name: str) -> None:
         ("attend_at_middle", True, "middle_attention", True),
     ],
 )
-def test_every_constructor_argument_maps(argument: str, value: Any, field: str, expected: Any) -> None:
+def test_constructor_argument_sets_its_field(argument: str, value: Any, field: str, expected: Any) -> None:
     assert getattr(minimagen_config({argument: value}), field) == expected
 
 
-def test_missing_arguments_are_minimagens_defaults() -> None:
+def test_missing_arguments_take_the_defaults_of_minimagen() -> None:
     config = minimagen_config({})
     assert (config.dim, config.dim_mults, config.text_dim, config.heads) == (128, (1, 2, 4), 512, 8)
     with torch.device("meta"):
         assert sum(p.numel() for p in UNet(config).parameters()) == 45_486_211  # counted in MinImagen
 
 
-def test_number_of_heads_leaves_cross_attention_at_eight() -> None:
+def test_cross_attention_always_has_eight_heads() -> None:
     assert minimagen_config({"attn_heads": 2}).cross_heads == 8
 
 
@@ -103,22 +104,22 @@ def test_number_of_heads_leaves_cross_attention_at_eight() -> None:
     "kwargs, message",
     [
         ({"dims": 8}, "not arguments of MinImagen's Unet: dims"),
-        ({"channels_out": 6}, "channels_out 6 other than channels 3"),
-        ({"dim_mults": [2, 4]}, r"dim_mults must begin with 1, got \[2, 4\]"),
+        ({"channels_out": 6}, r"channels_out must equal channels \(3\), got 6"),
+        ({"dim_mults": [2, 4]}, r"dim_mults must begin with 1 unless memory_efficient is set, got \[2, 4\]"),
         ({"layer_attns": [True]}, "self_attention has 1 entries but dim_mults has 3 levels"),
         ({"dim": 12}, "12 channels cannot be split into groups = 8"),
     ],
 )
-def test_what_minimagen_cannot_run_is_refused(kwargs: dict[str, Any], message: str) -> None:
+def test_arguments_that_minimagen_cannot_run_are_an_error(kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         minimagen_config(kwargs)
 
 
-def test_efficient_unets_may_begin_with_another_multiple() -> None:
+def test_dim_mults_of_efficient_unets_may_begin_with_any_number() -> None:
     assert minimagen_config({"dim_mults": [2, 4, 4], "memory_efficient": True}).dim_mults == (2, 4, 4)
 
 
-def test_weights_that_do_not_fit_are_all_named() -> None:
+def test_error_lists_all_weights_that_do_not_fit() -> None:
     weights, kwargs, _ = golden("unet_base")
     weights["final_conv.bias"] = torch.zeros(5)
     weights["something.else"] = weights.pop("mid_block1.block1.project.bias")
@@ -127,22 +128,22 @@ def test_weights_that_do_not_fit_are_all_named() -> None:
         unet_from_minimagen(weights, kwargs)
     message = str(caught.value)
     assert "final_conv.bias: shape (5,)" in message and "unexpected something.else" in message
-    assert "nothing for middle1.conv1.bias" in message and "mid_attn.fn.fn.norm.beta: a LayerNorm offset" in message
+    assert "no weight for middle1.conv1.bias" in message and "mid_attn.fn.fn.norm.beta: a LayerNorm offset" in message
     assert "\n" not in message
 
 
 def test_defect_11_wrong_arguments_never_replace_weights(caplog: pytest.LogCaptureFixture) -> None:
-    """MinImagen builds a U-Net anew, with random weights, when its arguments differ from those of Imagen."""
+    """MinImagen rebuilds a U-Net, with random weights, if its arguments differ from those of Imagen."""
     weights, kwargs, tensors = golden("unet_super")
-    del kwargs["lowres_cond"]  # as MinImagen itself records it
+    del kwargs["lowres_cond"]  # as in the file that MinImagen saves
     kwargs["text_embed_dim"] = 512
-    unet = unet_from_minimagen(weights, kwargs, name="unet_1")
+    unet = unet_from_minimagen(weights, kwargs, label="unet_1")
     assert torch.equal(unet.text.project.weight, weights["text_to_cond.weight"])
     assert_golden(unet, tensors)
     lines = [record.getMessage() for record in caplog.records]
     assert lines == [
-        "unet_1: lowres_cond is True by the weights, False by the arguments: the weights win",
-        "unet_1: text_embed_dim is 32 by the weights, 512 by the arguments: the weights win",
+        "unet_1: lowres_cond is True in the weights but False in the arguments: using the weights",
+        "unet_1: text_embed_dim is 32 in the weights but 512 in the arguments: using the weights",
     ]
 
 
@@ -151,7 +152,7 @@ def test_defect_11_wrong_arguments_never_replace_weights(caplog: pytest.LogCaptu
 
 @pytest.fixture
 def training(tmp_path: Path) -> Path:
-    """A training directory: the base and the Efficient U-Net of the golden files, best weights."""
+    """A training directory with the base and the Efficient U-Net of the golden files as best weights."""
     return write_training(
         tmp_path / "training_20220816_165729",
         ["unet_base", "unet_super"],
@@ -195,7 +196,7 @@ def change(folder: Path, pattern: str, **entries: Any) -> None:
     write_json(path, json.loads(path.read_text()) | entries)
 
 
-def test_training_directory_becomes_a_model_that_samples(training: Path, tmp_path: Path) -> None:
+def test_converted_training_directory_samples(training: Path, tmp_path: Path) -> None:
     model = import_minimagen(training, tmp_path / "model")
     pipe = ImagenPipeline.from_pretrained(model)
     assert list(pipe.cascade.unets) == ["base16", "sr32"]
@@ -207,7 +208,7 @@ def test_training_directory_becomes_a_model_that_samples(training: Path, tmp_pat
     assert "unet_1_state_20220816_165729.pth" in (model / "README.md").read_text()
 
 
-def test_process_is_minimagens(tmp_path: Path) -> None:
+def test_converted_stages_train_and_sample_like_minimagen(tmp_path: Path) -> None:
     training = write_training(
         tmp_path / "training_1",
         ["unet_base", "unet_super"],
@@ -221,8 +222,8 @@ def test_process_is_minimagens(tmp_path: Path) -> None:
             "dynamic_thresholding_percentile": 0.8,
         },
     )
-    base, enlarger = ImagenPipeline.from_pretrained(import_minimagen(training, tmp_path / "m")).cascade.config.stages
-    for stage in (base, enlarger):
+    base, sr = ImagenPipeline.from_pretrained(import_minimagen(training, tmp_path / "m")).cascade.config.stages
+    for stage in (base, sr):
         assert (stage.schedule.name, stage.schedule.timesteps) == ("linear", 100)
         assert stage.objective.model_dump(include={"prediction", "loss", "weighting", "caption_dropout"}) == {
             "prediction": "epsilon",
@@ -239,19 +240,22 @@ def test_process_is_minimagens(tmp_path: Path) -> None:
             "tile": None,
         }
     assert base.augmentation is None
-    assert enlarger.augmentation.schedule == enlarger.schedule and enlarger.augmentation.sample_level == 0.3
+    assert sr.augmentation.schedule == sr.schedule and sr.augmentation.sample_level == 0.3
 
 
-def test_missing_arguments_of_imagen_are_its_defaults(training: Path, tmp_path: Path) -> None:
+def test_missing_arguments_of_imagen_take_its_defaults(training: Path, tmp_path: Path) -> None:
     write_json(only(training, "parameters/imagen_*.json"), {"image_sizes": [16, 32]})  # T5_NAME is in the .txt
-    _, enlarger = ImagenPipeline.from_pretrained(import_minimagen(training, tmp_path / "m")).cascade.config.stages
-    assert enlarger.schedule.timesteps == enlarger.sampling.steps == 1000
-    assert (enlarger.objective.loss, enlarger.objective.caption_dropout) == ("l2", 0.1)
-    assert (enlarger.sampling.percentile, enlarger.augmentation.sample_level) == (0.9, 0.2)
+    _, sr = ImagenPipeline.from_pretrained(import_minimagen(training, tmp_path / "m")).cascade.config.stages
+    assert sr.schedule.timesteps == sr.sampling.steps == 1000
+    assert (sr.objective.loss, sr.objective.caption_dropout) == ("l2", 0.1)
+    assert (sr.sampling.percentile, sr.augmentation.sample_level) == (0.9, 0.2)
 
 
-def test_text_encoder_is_named_when_it_fits_the_weights(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    for encoder, expected in (("t5_small", "t5_small"), ("t5_base", None)):  # the weights read 512: t5_small's width
+def test_model_names_the_text_encoder_if_its_width_fits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for encoder, expected in (
+        ("t5_small", "t5_small"),
+        ("t5_base", None),
+    ):  # the weights take width 512, which is t5_small's
         training = write_training(
             tmp_path / f"training_{encoder}",
             ["unet_regular_super"],
@@ -259,10 +263,10 @@ def test_text_encoder_is_named_when_it_fits_the_weights(tmp_path: Path, caplog: 
         )
         index = json.loads((import_minimagen(training, tmp_path / encoder) / "model_index.json").read_text())
         assert (index["text_encoder"] and index["text_encoder"]["name"]) == expected
-    assert "width 512, but t5_base makes 768" in caplog.text
+    assert "width 512, but those of t5_base have width 768" in caplog.text
 
 
-def test_latest_weights_stand_in_for_best_ones_and_a_line_says_so(
+def test_missing_best_weights_use_the_latest_with_a_warning(
     training: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     only(training, "state_dicts/unet_1*").rename(training / "tmp/unet_1_tmp.pth")
@@ -270,9 +274,7 @@ def test_latest_weights_stand_in_for_best_ones_and_a_line_says_so(
     assert "unet_1 has no best weights" in caplog.text and "tmp/unet_1_tmp.pth" in caplog.text
 
 
-def test_contradictions_that_do_not_matter_are_logged(
-    training: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_harmless_contradictions_are_logged(training: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
     change(training, "imagen_*", timesteps=50, only_train_unet_number=1)
     import_minimagen(training, tmp_path / "model")
@@ -280,8 +282,8 @@ def test_contradictions_that_do_not_matter_are_logged(
     assert "only_train_unet_number is 1: the other U-Nets may be untrained" in caplog.text
 
 
-def refused(training: Path, tmp_path: Path) -> str:
-    """The one line with which the import fails, having written nothing."""
+def error_of_import(training: Path, tmp_path: Path) -> str:
+    """The message, of one line, of an import that fails; it must write nothing."""
     with pytest.raises(ValueError) as caught:
         import_minimagen(training, tmp_path / "model")
     assert not (tmp_path / "model").exists()
@@ -289,29 +291,31 @@ def refused(training: Path, tmp_path: Path) -> str:
     return str(caught.value)
 
 
-def test_defect_19_of_several_files_none_is_picked(training: Path, tmp_path: Path) -> None:
+def test_defect_19_several_files_for_one_unet_are_an_error(training: Path, tmp_path: Path) -> None:
     best = only(training, "state_dicts/unet_0*")
     best.with_name("unet_0_state_0.131.pth").write_bytes(best.read_bytes())
-    message = refused(training, tmp_path)
-    assert "several candidates, unet_0_state_0.131.pth, unet_0_state_20220816_165729.pth" in message
+    message = error_of_import(training, tmp_path)
+    assert "several files for unet_0_*.pth: unet_0_state_0.131.pth, unet_0_state_20220816_165729.pth" in message
 
 
-def test_wrong_and_missing_keys_are_listed(training: Path, tmp_path: Path) -> None:
+def test_error_lists_unknown_and_missing_keys(training: Path, tmp_path: Path) -> None:
     path = only(training, "parameters/imagen_*")
     write_json(path, {"image_size": [16, 32], "timestep": 25})
-    assert refused(training, tmp_path).endswith("unknown image_size; unknown timestep; missing image_sizes")
+    assert error_of_import(training, tmp_path).endswith("unknown image_size; unknown timestep; missing image_sizes")
     write_json(path, {"image_sizes": [16, 32]})
     change(training, "unet_1*", dimension=8)
-    assert "unet_1 (" in refused(training, tmp_path) and "Unet: dimension" in refused(training, tmp_path)
+    assert "unet_1 (" in error_of_import(training, tmp_path) and "Unet: dimension" in error_of_import(
+        training, tmp_path
+    )
 
 
-def test_wrong_weights_are_listed(training: Path, tmp_path: Path) -> None:
+def test_error_lists_weights_of_wrong_shape(training: Path, tmp_path: Path) -> None:
     change(training, "unet_0*", attn_heads=3)
-    message = refused(training, tmp_path)
+    message = error_of_import(training, tmp_path)
     assert message.startswith("unet_0 (unet_0_params_20220816_165729.json, unet_0_state_20220816_165729.pth): ")
     assert "mid_attn.fn.fn.to_q.weight: shape (128, 16) does not fit middle_attention.to_q.weight (192, 16)" in message
     change(training, "unet_0*", dim=16)
-    assert refused(training, tmp_path).endswith("and 174 more")
+    assert error_of_import(training, tmp_path).endswith("and 174 more")
 
 
 @pytest.mark.parametrize(
@@ -329,45 +333,45 @@ def test_wrong_weights_are_listed(training: Path, tmp_path: Path) -> None:
         ({"text_encoder_name": "t5_base"}, "names text encoder t5_base, training_parameters t5_small"),
     ],
 )
-def test_wrong_arguments_of_imagen_are_refused(
+def test_invalid_arguments_of_imagen_are_an_error(
     training: Path, tmp_path: Path, entries: dict[str, Any], message: str
 ) -> None:
     change(training, "imagen_*", **entries)
-    assert message in refused(training, tmp_path)
+    assert message in error_of_import(training, tmp_path)
 
 
-def test_unknown_text_encoder_is_refused(tmp_path: Path) -> None:
+def test_unknown_text_encoder_is_an_error(tmp_path: Path) -> None:
     training = write_training(
         tmp_path / "training_1", ["unet_base"], {"image_sizes": [16], "text_encoder_name": "bert"}
     )
-    assert "text_encoder_name must be one of t5_small" in refused(training, tmp_path)
+    assert "text_encoder_name must be one of t5_small" in error_of_import(training, tmp_path)
 
 
-def test_what_is_no_training_directory_is_refused(training: Path, tmp_path: Path) -> None:
-    assert "is not a MinImagen training directory" in refused(tmp_path / "nowhere", tmp_path)
+def test_incomplete_training_directory_is_an_error(training: Path, tmp_path: Path) -> None:
+    assert "is not a MinImagen training directory" in error_of_import(tmp_path / "nowhere", tmp_path)
     only(training, "parameters/unet_1*").unlink()
-    assert "weights of unet_1, but no parameters/unet_1_params_*.json" in refused(training, tmp_path)
+    assert "weights of unet_1, but no parameters/unet_1_params_*.json" in error_of_import(training, tmp_path)
     only(training, "state_dicts/unet_0*").rename(training / "tmp/unet_1_tmp.pth")
     only(training, "state_dicts/unet_1*").unlink()
     (training / "tmp/unet_1_tmp.pth").unlink()
-    assert "holds no weights of unet_0" in refused(training, tmp_path)
+    assert "holds no weights of unet_0" in error_of_import(training, tmp_path)
     only(training, "parameters/unet_0*").unlink()
-    assert "must hold unet_0_params_*.json" in refused(training, tmp_path)
+    assert "must hold unet_0_params_*.json" in error_of_import(training, tmp_path)
 
 
-def test_damaged_files_are_named(training: Path, tmp_path: Path) -> None:
+def test_error_names_a_damaged_file(training: Path, tmp_path: Path) -> None:
     weights, parameters = only(training, "state_dicts/unet_1*"), only(training, "parameters/unet_0*")
     weights.write_bytes(weights.read_bytes()[:5000])
-    assert f"cannot read weights {weights}" in refused(training, tmp_path)
+    assert f"cannot read weights {weights}" in error_of_import(training, tmp_path)
     torch.save({"model": {"a": torch.zeros(1)}}, weights)
-    assert "must hold a state dict" in refused(training, tmp_path)
+    assert "must hold a state dict" in error_of_import(training, tmp_path)
     torch.save({"epoch": Path("pickled")}, weights)  # arbitrary objects are not unpickled
-    assert f"cannot read weights {weights}" in refused(training, tmp_path)
+    assert f"cannot read weights {weights}" in error_of_import(training, tmp_path)
     parameters.write_text("{")
-    assert f"{parameters} is not JSON" in refused(training, tmp_path)
+    assert f"{parameters} is not JSON" in error_of_import(training, tmp_path)
 
 
-def test_target_with_files_is_refused_first(training: Path, tmp_path: Path) -> None:
+def test_output_folder_that_is_not_empty_is_an_error(training: Path, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").touch()
     with pytest.raises(ValueError, match="is not empty"):

@@ -1,8 +1,8 @@
-"""MinImagen's wrong results, by their numbers in the survey of its defects: those that concern a cascade's stages.
+"""Defects of MinImagen that concern the stages of a cascade.
 
-The others stand where their subject is tested: 1 and 7 in train/test_parts.py, 3 in test_presets.py, 4 in
-test_diffusion.py and test_samplers.py, 6 in train/test_deepspeed_steps.py, 8 and 10 in test_unet.py, 11 in
-test_interop.py. `pytest -k defect` runs them all.
+The numbers are those of a survey of MinImagen. Tests of other defects: 1 and 7 in train/test_parts.py, 3 in
+test_presets.py, 6 in train/test_deepspeed_steps.py, 8 and 10 in networks/test_unet.py, 4, 11 and 19 in
+interop/test_minimagen.py. `pytest -k defect` runs those with a number in their names.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ UNCONDITIONAL = {name: value for name, value in TOY_STAGES[1]["unet"].items() if
 
 
 class Spy(nn.Module):
-    """A network that keeps what it was called with and answers zeros."""
+    """A network that records its arguments and returns zeros."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,8 +42,8 @@ def sr_stage(**changes: Any) -> Stage:
     )
 
 
-def test_defect_2_sampling_and_training_noise_the_same_lowres_image() -> None:
-    """A constant 0.6 reaches the network as alpha 0.6 plus sigma noise, in [-1, 1] before the noise, both times."""
+def test_defect_2_training_and_sampling_augment_the_lowres_image_alike() -> None:
+    """A constant image of 0.6, in [-1, 1], reaches the network as 0.6 alpha + sigma noise in both."""
     stage, spy = sr_stage(augmentation={"train_range": [0.2, 0.2], "sample_level": 0.2}), Spy()
     constant = torch.full((64, 3, 16, 16), 0.6)
     stage.training_loss(spy, constant, None, torch.Generator().manual_seed(0))
@@ -56,7 +56,7 @@ def test_defect_2_sampling_and_training_noise_the_same_lowres_image() -> None:
     assert torch.equal(trained["lowres_time"].float(), sampled["lowres_time"].float())
 
 
-def test_defect_5_a_flat_image_trains_and_contrast_is_left_alone() -> None:
+def test_defect_5_flat_images_train_and_contrast_is_unchanged() -> None:
     black = to_tensor(np.zeros((16, 16, 3), dtype=np.uint8))
     assert torch.equal(black, torch.full((3, 16, 16), -1.0))
     faint = to_tensor(np.full((16, 16, 3), 102, dtype=np.uint8))
@@ -68,7 +68,7 @@ def test_defect_5_a_flat_image_trains_and_contrast_is_left_alone() -> None:
     assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in unet.parameters())
 
 
-def test_defect_9_every_sample_has_an_augmentation_level_of_its_own() -> None:
+def test_defect_9_each_sample_has_its_own_augmentation_level() -> None:
     stage, spy = sr_stage(augmentation={"train_range": [0.0, 1.0]}), Spy()
     stage.training_loss(spy, torch.zeros(8, 3, 16, 16), None, torch.Generator().manual_seed(0))
     assert len(spy.calls[0]["lowres_time"].unique()) == 8

@@ -16,31 +16,34 @@ from fastimagen.networks.unet import UNet
 from fastimagen.ops import group_norm
 from fastimagen.text.embeddings import TextEmbeddings
 
-IMAGE_CHANNELS = 12  # tensors of so many channels are images, which come and go contiguous; a map has more here
-ASPECT = 3  # every image is three times as wide as high: by that a map is told from other tensors of four dimensions
-READERS = {torch.ops.aten.convolution, torch.ops.aten.convolution_backward}  # these copy what is not channels_last
+MAX_IMAGE_CHANNELS = 12  # inputs and outputs may be contiguous; feature maps have more channels in these networks
+ASPECT = 3  # width / height of all images; distinguishes feature maps from other tensors of four dimensions
+READERS = {
+    torch.ops.aten.convolution,
+    torch.ops.aten.convolution_backward,
+}  # these copy an input that is not channels_last
 
 
 def is_map(value: Any) -> bool:
-    """Whether this is a feature map of a batch; place waves are made once for all samples, and do not count."""
+    """Whether this is a feature map of a batch. The positional encoding, computed once for all samples, is not."""
     return (
         isinstance(value, Tensor)
         and value.dim() == 4
         and value.is_floating_point()
         and len(value) > 1
-        and value.shape[1] > IMAGE_CHANNELS
+        and value.shape[1] > MAX_IMAGE_CHANNELS
         and value.shape[3] == ASPECT * value.shape[2]
     )
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether channels lie next to each other, then columns, then rows; also in a slice of such a tensor."""
+    """Whether the strides of channels, columns and rows ascend in this order, as also in a slice of such a tensor."""
     strides = [x.stride(axis) for axis in (1, 3, 2) if x.shape[axis] > 1]
     return strides[0] == 1 and strides == sorted(strides)
 
 
 class LayoutTrace(TorchDispatchMode):
-    """Notes every operation that makes a feature map of another layout, or that must copy one to read it."""
+    """Records every operation that creates a feature map in another layout, or that copies one to read it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,10 +66,12 @@ class LayoutTrace(TorchDispatchMode):
 
 
 def where() -> str:
-    """The step of the backward pass, or the line of ours, that calls."""
+    """The node of the backward pass, or the line of fastimagen, that runs the current operation."""
     node = torch._C._current_autograd_node()
-    ours = [frame for frame in traceback.extract_stack() if "/fastimagen/" in frame.filename]
-    return node.name() if node is not None else f"{ours[-1].filename}:{ours[-1].lineno}" if ours else "this test"
+    if node is not None:
+        return node.name()
+    frames = [frame for frame in traceback.extract_stack() if "/fastimagen/" in frame.filename]
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "this test"
 
 
 def step(unet: UNet) -> None:
@@ -104,16 +109,16 @@ SUPER = dict(
 )
 
 
-@pytest.mark.parametrize("through", ["reference", "operator"])
+@pytest.mark.parametrize("norms", ["reference", "operator"])
 @pytest.mark.parametrize(
     "config",
     [BASE, dict(SUPER, stem_kernels=(3,)), dict(SUPER, full_resolution="extra_block")],
     ids=["base", "super-resolution", "extra_block"],
 )
-def test_a_training_step_copies_no_feature_map_into_another_layout(
-    config: dict[str, Any], through: str, monkeypatch: pytest.MonkeyPatch
+def test_training_step_never_copies_a_feature_map_to_another_layout(
+    config: dict[str, Any], norms: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if through == "operator":  # the norms are calls of one operator, as on a GPU
+    if norms == "operator":  # as on a GPU
         monkeypatch.setattr(group_norm, "use_triton", lambda *unused: True)
     unet = UNet(UNetConfig(**config))
     with LayoutTrace() as trace:
@@ -124,7 +129,7 @@ def test_a_training_step_copies_no_feature_map_into_another_layout(
         assert parameter.is_contiguous() and (parameter.grad is None or parameter.grad.is_contiguous()), name
 
 
-def test_the_trace_sees_hidden_copies() -> None:
+def test_layout_trace_records_hidden_copies() -> None:
     x, weight, loss = (
         torch.randn(16, 16, height, width).to(memory_format=torch.channels_last).requires_grad_()
         for height, width in ((2, 6), (1, 1), (2, 6))
@@ -138,5 +143,5 @@ def test_the_trace_sees_hidden_copies() -> None:
         (torch.conv2d(x, weight) * loss.detach().contiguous()).sum().backward()
         assert "aten.convolution_backward reads" in " ".join(trace.found)
         trace.found.clear()
-        torch.conv2d(x, weight).sum().backward()  # the sum's gradient is one number, expanded
+        torch.conv2d(x, weight).sum().backward()  # the gradient of sum is an expanded scalar
         assert "aten.convolution_backward reads" in " ".join(trace.found)

@@ -1,4 +1,4 @@
-"""The U-Net: what its output depends on and what it does not, gradients, precision, layouts, and early refusals."""
+"""The U-Net: dependence of the output on its inputs, gradients, precision, layouts, and errors for invalid inputs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ B, D = 3, 64
 LENGTHS = torch.tensor([4, 1, 2])
 TIME = torch.tensor([0.0, 123.5, 999.0])
 
-# Every optional part of the network stands in at least one of these.
+# Each optional part of the network is in at least one of these.
 VARIANTS: dict[str, dict[str, Any]] = {
     "regular": {},
     "minimagen": dict(
@@ -54,7 +54,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def network(seed: int = 0, **changes: Any) -> UNet:
-    """A toy U-Net whose output is not zero; every parameter is random, gains and null keys included."""
+    """A toy U-Net with an output other than zero: all parameters are random, also gains and null keys."""
     torch.manual_seed(seed)
     unet = UNet(UNetConfig(**{**TOY_UNET, "zero_init": False, **changes}))
     with torch.no_grad():
@@ -69,7 +69,7 @@ def captions(lengths: Tensor = LENGTHS, seed: int = 1, dtype: torch.dtype = torc
 
 
 def inputs(unet: UNet, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """x, time, low-res image and its time, for `unet(**inputs)`."""
+    """Keyword arguments of `unet`: x and time, and for super-resolution lowres and lowres_time."""
     generator = torch.Generator().manual_seed(2)
     images = torch.randn(2, B, unet.config.channels, 16, 16, generator=generator, dtype=dtype)
     found = {"x": images[0], "time": TIME}
@@ -77,7 +77,7 @@ def inputs(unet: UNet, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
 
 
 def padded(text: TextEmbeddings, length: int, filler: float) -> TextEmbeddings:
-    """The same captions with `length` tokens, padding filled with `filler`."""
+    """The same captions padded to `length` tokens with the value `filler`."""
     missing = length - text.embeds.shape[1]
     mask = F.pad(text.mask, (0, missing))
     return TextEmbeddings(F.pad(text.embeds, (0, 0, 0, missing)).masked_fill(~mask[..., None], filler), mask)
@@ -88,7 +88,7 @@ def padded(text: TextEmbeddings, length: int, filler: float) -> TextEmbeddings:
 
 @pytest.mark.parametrize("name", ["regular", "mean pooling", "text in self-attention", "minimagen"])
 @torch.inference_mode()
-def test_padding_that_a_batch_adds_changes_nothing(name: str) -> None:
+def test_padding_of_the_batch_does_not_change_the_output(name: str) -> None:
     unet, text = network(**VARIANTS[name]).double(), captions(dtype=torch.float64)
     given = inputs(unet, torch.float64)
     exact = unet(**given, text=text)
@@ -103,7 +103,7 @@ def test_padding_that_a_batch_adds_changes_nothing(name: str) -> None:
     torch.testing.assert_close(alone, exact, rtol=0, atol=1e-12)
 
 
-def test_garbage_in_padding_reaches_no_gradient() -> None:
+def test_nan_in_padding_does_not_reach_gradients() -> None:
     for name in ("regular", "mean pooling", "minimagen"):
         unet = network(**VARIANTS[name])
         unet(**inputs(unet), text=padded(captions(), 9, math.nan)).sum().backward()
@@ -112,7 +112,7 @@ def test_garbage_in_padding_reaches_no_gradient() -> None:
 
 @pytest.mark.parametrize("name", ["regular", "mean pooling", "text in self-attention", "minimagen"])
 @torch.inference_mode()
-def test_dropped_captions_are_all_the_same(name: str) -> None:
+def test_all_dropped_captions_give_the_same_output(name: str) -> None:
     unet, text = network(**VARIANTS[name]).double(), captions(dtype=torch.float64)
     x, time = torch.randn(1, 3, 16, 16, dtype=torch.float64).expand(B, -1, -1, -1), torch.full((B,), 77.0)
     kept = unet(x, time, text=text)
@@ -133,7 +133,7 @@ def test_dropped_captions_are_all_the_same(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in VARIANTS if name != "without text"])
 @torch.inference_mode()
-def test_text_encoded_once_gives_the_same_bits(name: str) -> None:
+def test_encoding_text_in_advance_gives_the_same_bits(name: str) -> None:
     unet, keep = network(**VARIANTS[name]), torch.tensor([True, False, True])
     state = unet.encode_text(captions(), keep)
     assert torch.equal(unet(**inputs(unet), text=state), unet(**inputs(unet), text=captions(), keep_text=keep))
@@ -147,8 +147,8 @@ def test_call_without_text_differs_from_a_dropped_caption() -> None:
 
 
 @torch.inference_mode()
-def test_defect_8_mean_pooling_is_over_real_tokens_alone() -> None:
-    """Two unrelated captions of 8 tokens: MinImagen's mean covers 248 shared null tokens too."""
+def test_defect_8_mean_pooling_covers_real_tokens_only() -> None:
+    """For two unrelated captions of 8 tokens, MinImagen's mean includes 248 shared null tokens, so they look alike."""
     text = captions(torch.tensor([8, 8]))
     similarity = {}
     for padding in ("none", "null"):
@@ -167,18 +167,18 @@ def test_defect_8_mean_pooling_is_over_real_tokens_alone() -> None:
     assert similarity["null"] > 0.9 and similarity["none"] < 0.6
 
 
-# ---- attention against loops
+# ---- attention compared with loops
 
 
 def softmax_attention(q: Tensor, keys: list[Tensor], values: list[Tensor], scale: float) -> Tensor:
-    """One query (D,) over lists of (D,)."""
+    """One query (D,) attends to lists of keys and values (D,)."""
     weight = torch.softmax(torch.stack([q @ k for k in keys]) * scale, dim=0)
     return sum(w * v for w, v in zip(weight, values))
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
 @torch.no_grad()
-def test_self_attention_sees_null_key_text_and_pixels(qk_norm: bool) -> None:
+def test_self_attention_reads_null_key_text_and_pixels(qk_norm: bool) -> None:
     torch.manual_seed(0)
     config = UNetConfig(
         **{**TOY_UNET, "heads": 2, "text_in_self_attention": True, "qk_norm": qk_norm, "zero_init": False}
@@ -211,7 +211,7 @@ def test_self_attention_sees_null_key_text_and_pixels(qk_norm: bool) -> None:
 
 
 @torch.no_grad()
-def test_attention_pooling_is_one_query_over_the_real_tokens() -> None:
+def test_attention_pooling_reads_real_tokens_only() -> None:
     torch.manual_seed(0)
     pool = AttentionPooling(12, heads=2, head_dim=16).double()
     tokens, lengths = torch.randn(2, 5, 12).double(), torch.tensor([3, 5])
@@ -237,13 +237,13 @@ def test_every_parameter_gets_a_gradient(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["regular", "extra_block"])
-def test_zero_init_starts_at_zero_and_learns(name: str) -> None:
+def test_zero_init_outputs_zero_and_trains_all_parameters(name: str) -> None:
     torch.manual_seed(0)
     unet = UNet(UNetConfig(**{**TOY_UNET, **VARIANTS[name]}))
     optimizer = torch.optim.SGD(unet.parameters(), lr=0.1)
     assert not unet(**inputs(unet), text=captions()).any()
     keep = torch.tensor([True, False, True])
-    for _ in range(5):  # zeros stand up to three deep: each hides what is behind it for a step
+    for _ in range(5):  # up to three zero layers in a row: each step trains one more of them
         optimizer.zero_grad()
         F.mse_loss(unet(**inputs(unet), text=captions(), keep_text=keep), inputs(unet)["x"]).backward()
         optimizer.step()
@@ -252,7 +252,7 @@ def test_zero_init_starts_at_zero_and_learns(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["regular", "extra_block"])
-def test_recomputed_levels_give_the_same_gradients(name: str) -> None:
+def test_activation_checkpointing_keeps_gradients(name: str) -> None:
     gradients, runs = {}, {}
     for levels in ((), (1,), (0, 1)):
         unet = network(**VARIANTS[name], checkpoint_levels=levels).train()
@@ -268,9 +268,11 @@ def test_recomputed_levels_give_the_same_gradients(name: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(gradients[levels], gradients[()], strict=True))
 
 
-def test_nothing_is_recomputed_outside_training() -> None:
+def test_activation_checkpointing_is_off_in_eval_mode() -> None:
     unet, runs = network(checkpoint_levels=(0,)).eval(), []
-    unet.downs[0].register_forward_pre_hook(lambda *_: runs.append(1))  # recomputing stops before the level ends
+    unet.downs[0].register_forward_pre_hook(
+        lambda *_: runs.append(1)
+    )  # not a post hook: recomputation stops before the end of a level
     unet(**inputs(unet), text=captions()).sum().backward()
     assert runs == [1]
 
@@ -279,7 +281,7 @@ def test_nothing_is_recomputed_outside_training() -> None:
 
 
 @torch.inference_mode()
-def test_sides_may_differ_and_any_multiple_of_the_stride_works() -> None:
+def test_height_and_width_may_be_any_multiples_of_the_stride() -> None:
     unet = network(**VARIANTS["efficient"])
     assert unet.config.stride == 8
     for height, width in ((8, 24), (16, 8)):
@@ -288,7 +290,7 @@ def test_sides_may_differ_and_any_multiple_of_the_stride_works() -> None:
 
 
 @torch.inference_mode()
-def test_lowres_image_and_its_time_matter() -> None:
+def test_output_depends_on_the_lowres_image_and_its_time() -> None:
     unet = network(**VARIANTS["extra_block"])
     given = inputs(unet)
     out = unet(**given, text=captions())
@@ -298,7 +300,7 @@ def test_lowres_image_and_its_time_matter() -> None:
 
 @pytest.mark.parametrize("stride", [1, 2])
 @torch.inference_mode()
-def test_refined_networks_show_the_lowres_image_to_the_last_convolution(stride: int) -> None:
+def test_last_convolution_reads_the_lowres_image_with_the_extra_block(stride: int) -> None:
     unet = network(**{**VARIANTS["extra_block"], "stem_stride": stride})
     unet.final_conv.bias.zero_()
     unet.final_conv.weight.zero_()  # (O, 3 * 3 * I)
@@ -310,7 +312,7 @@ def test_refined_networks_show_the_lowres_image_to_the_last_convolution(stride: 
 
 @pytest.mark.parametrize("name", ["regular", "minimagen", "extra_block"])
 @torch.inference_mode()
-def test_bfloat16(name: str) -> None:
+def test_bfloat16_output_is_close_to_fp32(name: str) -> None:
     unet = network(**VARIANTS[name])
     exact = unet(**inputs(unet), text=captions())
     half = unet.bfloat16()(**inputs(unet), text=captions())  # images, times and text stay fp32
@@ -319,8 +321,8 @@ def test_bfloat16(name: str) -> None:
 
 
 @torch.inference_mode()
-def test_times_keep_their_precision_in_bfloat16() -> None:
-    unet = network().bfloat16()  # bf16 itself has 996, 1000, 1004
+def test_times_are_not_rounded_to_bfloat16() -> None:
+    unet = network().bfloat16()  # the neighbours of 1000 in bf16 are 996 and 1004
     x = inputs(unet)["x"][:1].expand(2, -1, -1, -1)
     late = unet.time_embedding(torch.tensor([998.0, 999.0]))[0]
     out = unet(x, torch.tensor([998.0, 999.0]), text=captions(torch.tensor([2, 2])))
@@ -329,7 +331,7 @@ def test_times_keep_their_precision_in_bfloat16() -> None:
 
 @pytest.mark.parametrize("name", ["regular", "patches", "extra_block"])
 @torch.inference_mode()
-def test_output_is_channels_last_whatever_comes_in(name: str) -> None:
+def test_output_is_channels_last_for_inputs_of_either_layout(name: str) -> None:
     unet = network(**VARIANTS[name])
     given = inputs(unet)
     out = unet(**given, text=captions())
@@ -341,7 +343,7 @@ def test_output_is_channels_last_whatever_comes_in(name: str) -> None:
 @pytest.mark.parametrize("name", ["regular", "extra_block"])
 @torch.inference_mode()
 def test_patches_are_folded_into_channels_and_back(name: str) -> None:
-    """Stride 2 is a network of four times the channels on images of half the side."""
+    """stem_stride 2 equals a network with four times the channels on images of half the size."""
     unet = network(**{**VARIANTS[name], "stem_stride": 2})
     folded = network(**{**VARIANTS[name], "stem_stride": 1, "channels": 12})
     folded.load_state_dict(unet.state_dict())
@@ -354,50 +356,50 @@ def test_patches_are_folded_into_channels_and_back(name: str) -> None:
     torch.testing.assert_close(unet(**given, text=captions()), expected, rtol=0, atol=1e-5)
 
 
-# ---- refusals
+# ---- invalid inputs
 
 
-def refusal(unet: UNet, **changes: Any) -> str:
+def error_of(unet: UNet, **changes: Any) -> str:
     with pytest.raises(ValueError) as caught:
         unet(**{**inputs(unet), **changes})
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-def test_wrong_images_are_refused_before_anything_runs() -> None:
-    """MinImagen's sizes (defect 10) fail in the middle of the network, where two tensors cannot be concatenated."""
+def test_images_of_wrong_shape_are_an_error() -> None:
+    """MinImagen's sizes (defect 10) fail in the middle of the network, with an error about torch.cat."""
     unet = network()
     assert (
-        refusal(unet, x=torch.zeros(B, 3, 16, 15))
+        error_of(unet, x=torch.zeros(B, 3, 16, 15))
         == "image sides (16, 15) must be multiples of 2, the total stride of this U-Net"
     )
-    assert refusal(unet, x=torch.zeros(B, 1, 16, 16)) == "images have 1 channels, but the U-Net was built for 3"
-    assert "not built for a low-resolution image" in refusal(unet, lowres=torch.zeros(B, 3, 16, 16), lowres_time=TIME)
-    assert "lowres and lowres_time must be given together" in refusal(unet, lowres_time=TIME)
+    assert error_of(unet, x=torch.zeros(B, 1, 16, 16)) == "images have 1 channels, but the U-Net was built for 3"
+    assert "not built for a low-resolution image" in error_of(unet, lowres=torch.zeros(B, 3, 16, 16), lowres_time=TIME)
+    assert "lowres and lowres_time must be given together" in error_of(unet, lowres_time=TIME)
 
 
-def test_missing_or_unresized_lowres_is_refused() -> None:
+def test_missing_or_unresized_lowres_is_an_error() -> None:
     unet = network(**VARIANTS["efficient"])
-    assert refusal(unet, lowres=None, lowres_time=None) == "this U-Net needs lowres and lowres_time"
-    assert "lowres and lowres_time must be given together" in refusal(unet, lowres_time=None)
-    assert "lowres must be resized to x" in refusal(unet, lowres=torch.zeros(B, 3, 8, 8))
+    assert error_of(unet, lowres=None, lowres_time=None) == "this U-Net needs lowres and lowres_time"
+    assert "lowres and lowres_time must be given together" in error_of(unet, lowres_time=None)
+    assert "lowres must be resized to x" in error_of(unet, lowres=torch.zeros(B, 3, 8, 8))
 
 
-def test_wrong_text_is_refused() -> None:
+def test_text_that_does_not_fit_is_an_error() -> None:
     unet = network(max_text_length=5)
     long = captions(torch.tensor([6, 1, 1]))
-    assert refusal(unet, text=long) == "text of 6 tokens, but max_text_length is 5"  # defect 10
+    assert error_of(unet, text=long) == "text of 6 tokens, but max_text_length is 5"  # defect 10
     wide = TextEmbeddings(torch.zeros(B, 2, 32), torch.ones(B, 2, dtype=torch.bool))
     assert (
-        refusal(unet, text=wide) == "text embeddings are 32 wide, but the U-Net was built for text_dim 64"
-    )  # defect 11: never built anew instead
-    assert refusal(unet, text=captions()[:1]) == "1 texts for 3 images"
+        error_of(unet, text=wide) == "text embeddings are 32 wide, but the U-Net was built for text_dim 64"
+    )  # defect 11: MinImagen silently rebuilds the U-Net instead
+    assert error_of(unet, text=captions()[:1]) == "1 texts for 3 images"
     state = unet.encode_text(captions())
-    assert "keep_text needs TextEmbeddings" in refusal(unet, text=state, keep_text=torch.ones(B, dtype=torch.bool))
-    assert "has no text path" in refusal(network(text_dim=None), text=captions())
+    assert "keep_text needs TextEmbeddings" in error_of(unet, text=state, keep_text=torch.ones(B, dtype=torch.bool))
+    assert "has no text path" in error_of(network(text_dim=None), text=captions())
 
 
-def test_defect_10_first_multiple_may_be_other_than_one() -> None:
+def test_defect_10_dim_mults_may_begin_with_any_number() -> None:
     for changes in (dict(dim_mults=(2, 3)), dict(dim_mults=(2, 3), downsample_first=True)):
         unet = network(**changes)
         assert unet(**inputs(unet), text=captions()).shape == (B, 3, 16, 16)
