@@ -1,6 +1,6 @@
-"""The fused operations of the U-Net and the sampler: one signature each, whatever computes it.
+"""The fused ops of the U-Net and the sampler, each with one signature for all backends.
 
-Each op is a plain PyTorch reference and, where they can run, Triton kernels; `set_backend` chooses.
+Each op has a reference in plain PyTorch and Triton kernels; `set_backend` chooses between them.
 """
 
 from .attention import attention

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -51,7 +52,8 @@ def attention(
     are used (0 is allowed, None uses all). qk_scales = (q_scale, k_scale), each (D,): l2-normalizes q and all keys,
     then scales their channels. Logits are multiplied by `scale`, by default D^-0.5. A query without any key gives
     zeros. Returns (B, N, A, D) in q's dtype, or in autocast's. Kernels need D from 16 to 128 in steps of 8; PyTorch
-    takes any D. Raises ValueError for arguments that do not fit together."""
+    takes any D. Raises ValueError for arguments that do not fit together.
+    """
     keys = Keys(k, v, null_k, null_v, context_k, context_v, context_lengths)
     _check(q, keys)
     device = q.device.type
@@ -60,7 +62,9 @@ def attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, keys = _prepare(q, keys, qk_scales)
     if backend() == "xformers":
-        return _xformers(q, keys, scale)
+        if reason := _no_xformers_for(q):
+            raise ValueError(f'attention with backend "xformers": {reason}')
+        return attention_xformers(q, keys, scale)
     # Exact fp32 products do not run on tensor cores, and PyTorch is tuned for the other units. Not measured.
     slower = "float32 is faster there" if q.dtype == torch.float32 else None
     if use_triton("attention", q, _unsupported(q, scale), slower):
@@ -69,53 +73,56 @@ def attention(
 
 
 def attention_reference(q: Tensor, keys: Keys, scale: float) -> Tensor:
-    """`attention` in plain PyTorch, after `_prepare`. Heads fold into rows where they share keys: multi-query attention
-    is single-head attention with N * H queries, and SDPA needs no expanded keys for it."""
+    """`attention` in plain PyTorch, of the keys that `_prepare` returns.
+
+    If all heads share one key head, they fold into rows: multi-query attention is single-head attention with N A
+    queries, and SDPA needs no expanded keys.
+    """
     batch, queries, heads, width = q.shape
-    k, v, mask = _concatenated(q, keys)
+    k, v, mask = _concatenated(q, keys)  # (B, J, A_kv, D) twice, (B, J)
     if k.shape[1] == 0:
         return torch.zeros_like(q) * q
     if k.shape[2] == 1:
-        q = q.reshape(batch, queries * heads, 1, width)
-    seen = None if mask is None else mask | ~mask.any(dim=1, keepdim=True)  # SDPA of a row without a key may be NaN
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        attn_mask=None if seen is None else seen[:, None, None, :],
-        scale=scale,
-    )
-    out = out.transpose(1, 2)  # (B, N * H, 1, D) or (B, N, H, D)
+        q = rearrange(q, "b n a d -> b (n a) 1 d")  # (B, N A, 1, D)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, 1, N A, D) or (B, A, N, D); (B, A_kv, J, D) twice
+    attn_mask = None if mask is None else _never_empty(mask)[:, None, None, :]  # (B, 1, 1, J)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, scale=scale)
+    out = out.transpose(1, 2)  # (B, N A, 1, D) or (B, N, A, D)
     if mask is not None and keys.null_k is None and keys.k is None:
         out = torch.where(mask.any(dim=1)[:, None, None, None], out, 0)
-    return out.reshape(batch, queries, heads, width)
+    return out.reshape(batch, queries, heads, width)  # (B, N, A, D)
 
 
-def _xformers(q: Tensor, keys: Keys, scale: float) -> Tensor:
-    """The same through xFormers, whose layout is (B, tokens, heads, D)."""
-    if reason := _no_xformers_for(q):
-        raise ValueError(f'attention with backend "xformers": {reason}')
+def attention_xformers(q: Tensor, keys: Keys, scale: float) -> Tensor:
+    """`attention` by xFormers, of the keys that `_prepare` returns. xFormers' layout is (B, tokens, heads, D)."""
     from xformers.ops import memory_efficient_attention
 
     batch, queries, heads, width = q.shape
-    k, v, mask = _concatenated(q, keys)
+    k, v, mask = _concatenated(q, keys)  # (B, J, A_kv, D) twice, (B, J)
     if k.shape[1] == 0:
         return torch.zeros_like(q) * q
     if k.shape[2] == 1:
-        q = q.reshape(batch, queries * heads, 1, width)
+        q = rearrange(q, "b n a d -> b (n a) 1 d")  # (B, N A, 1, D)
     bias = None
-    if mask is not None:  # its rows must be aligned: sliced from longer ones
+    if mask is not None:
         count = mask.shape[1]
-        bias = q.new_zeros(batch, 1, 1, -(-count // 8) * 8)
-        bias[..., :count].masked_fill_(~(mask | ~mask.any(dim=1, keepdim=True))[:, None, None], float("-inf"))
-        bias = bias[..., :count].expand(batch, q.shape[2], q.shape[1], count)
+        # xFormers needs aligned rows of the bias: a slice of rows padded to a multiple of 8.
+        bias = q.new_zeros(batch, 1, 1, -(-count // 8) * 8)[..., :count]  # (B, 1, 1, J)
+        bias.masked_fill_(~_never_empty(mask)[:, None, None], float("-inf"))
+        bias = bias.expand(batch, q.shape[2], q.shape[1], count)  # (B, 1, N A, J) or (B, A, N, J)
     out = memory_efficient_attention(q, k, v, attn_bias=bias, scale=scale)
     if mask is not None:
         out = torch.where(mask.any(dim=1)[:, None, None, None], out, 0)
-    return out.reshape(batch, queries, heads, width)
+    return out.reshape(batch, queries, heads, width)  # (B, N, A, D)
+
+
+def _never_empty(mask: Tensor) -> Tensor:
+    """The mask (B, J), but all True for a sample without any key, of which the softmax would be NaN."""
+    return mask | ~mask.any(dim=1, keepdim=True)
 
 
 def _no_xformers_for(q: Tensor) -> str | None:
+    """Why xFormers cannot take these queries; None if it can."""
     if not q.is_cuda:
         return "xformers needs CUDA tensors"
     return no_xformers() or (None if q.dtype in KERNEL_DTYPES else f"xformers does not take {_name(q.dtype)}")
@@ -131,7 +138,10 @@ def _prepare(q: Tensor, keys: Keys, qk_scales: tuple[Tensor, Tensor] | None) -> 
         None if x is None else x.to(q.dtype).expand(-1, -1, heads, -1)  # (B, J, A_kv, D)
         for x in (keys.k, keys.v, keys.context_k, keys.context_v)
     )
-    null_k, null_v = (x if x is None or x.dim() == 1 else x.expand(heads, -1) for x in (keys.null_k, keys.null_v))
+    null_k, null_v = (
+        x if x is None or x.dim() == 1 else x.expand(heads, -1)  # (D,) or (A_kv, D)
+        for x in (keys.null_k, keys.null_v)
+    )
     if qk_scales is not None:
         q_scale, k_scale = qk_scales
         dtype = q.dtype
@@ -148,25 +158,30 @@ def _concatenated(q: Tensor, keys: Keys) -> tuple[Tensor, Tensor, Tensor | None]
     heads = next((key.shape[2] for key in (keys.k, keys.context_k) if key is not None), 1)
     if keys.null_k is not None and keys.null_k.dim() == 2:
         heads = keys.null_k.shape[0]
-    null = (None if x is None else x.to(q.dtype).expand(batch, 1, heads, width) for x in (keys.null_k, keys.null_v))
-    k, v = (
-        torch.cat([x for x in source if x is not None], dim=1)
-        for source in zip(null, (keys.context_k, keys.context_v), (keys.k, keys.v))
+    null_k, null_v = (
+        None if x is None else x.to(q.dtype).expand(batch, 1, heads, width)  # (B, 1, A_kv, D)
+        for x in (keys.null_k, keys.null_v)
     )
+    k = torch.cat([x for x in (null_k, keys.context_k, keys.k) if x is not None], dim=1)  # (B, J, A_kv, D)
+    v = torch.cat([x for x in (null_v, keys.context_v, keys.v) if x is not None], dim=1)  # (B, J, A_kv, D)
     if keys.lengths is None:
         return k, v, None
     first = 0 if keys.null_k is None else 1
     assert keys.context_k is not None
     position = torch.arange(k.shape[1], device=q.device) - first  # (J,)
-    mask = (position < keys.lengths[:, None]) | (position >= keys.context_k.shape[1]) | (position < 0)
-    return k, v, mask  # (B, J, A_kv, D) twice, (B, J)
+    mask = (position < keys.lengths[:, None]) | (position >= keys.context_k.shape[1]) | (position < 0)  # (B, J)
+    return k, v, mask
 
 
 def _heads(key: Tensor) -> int:
-    return key.shape[2] if key.dim() == 4 else 1 if key.dim() == 1 else key.shape[0]
+    """The heads of k or context_k (B, J, A_kv, D), or of null_k (D,) or (A_kv, D)."""
+    if key.dim() == 4:
+        return key.shape[2]
+    return 1 if key.dim() == 1 else key.shape[0]
 
 
 def _check(q: Tensor, keys: Keys) -> None:
+    """Raise ValueError for shapes that do not fit together."""
     if q.dim() != 4:
         raise ValueError(f"attention takes q (B, N, A, D), got {tuple(q.shape)}")
     batch, _, heads, width = q.shape

@@ -122,7 +122,8 @@ def _all_keys(q: Tensor, k: Tensor | None, null_k: Tensor | None, context_k: Ten
     if null_k is not None:
         heads = _key_heads(k, null_k, context_k)
         sources.insert(0, null_k.expand(q.shape[0], 1, heads, q.shape[3]))  # (B, 1, A_kv, D)
-    return torch.cat([_precise(x) for x in sources], dim=1).transpose(1, 2)  # (B, A_kv, J, D)
+    keys = torch.cat([_precise(x) for x in sources], dim=1)  # (B, J, A_kv, D)
+    return keys.transpose(1, 2)  # (B, A_kv, J, D)
 
 
 def _key_heads(k: Tensor | None, null_k: Tensor | None, context_k: Tensor | None) -> int:
@@ -146,11 +147,12 @@ def _dense_forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     with torch.autocast(q.device.type, enabled=False):
-        scores = _scores(q, k, null_k, context_k, lengths, scale * math.log2(math.e))[0]
+        scores, _, _ = _scores(q, k, null_k, context_k, lengths, scale * math.log2(math.e))
         lse = torch.logsumexp(scores * math.log(2), dim=-1) / math.log(2)  # (B, A_kv, N G)
         lse = torch.where(lse == -math.inf, 0, lse)
         p = torch.exp2(scores - lse[..., None])  # (B, A_kv, N G, J)
-        return _unrows(p @ _all_keys(q, v, null_v, context_v), q), lse
+        values = _all_keys(q, v, null_v, context_v)  # (B, A_kv, J, D)
+        return _unrows(p @ values, q), lse
 
 
 def _dense_backward(
@@ -169,26 +171,26 @@ def _dense_backward(
 ) -> tuple[Tensor | None, ...]:
     with torch.autocast(q.device.type, enabled=False):
         scores, rows, keys = _scores(q, k, null_k, context_k, lengths, scale * math.log2(math.e))
-        values = _all_keys(q, v, null_v, context_v)
+        values = _all_keys(q, v, null_v, context_v)  # (B, A_kv, J, D)
         grads, results = _rows(dout, keys.shape[1]), _rows(out, keys.shape[1])  # (B, A_kv, N G, D) each
         p = torch.exp2(scores - lse[..., None])  # (B, A_kv, N G, J)
         ds = p * (grads @ values.mT - (grads * results).sum(dim=-1, keepdim=True)) * scale  # (B, A_kv, N G, J)
-        dkeys = [x.transpose(1, 2) for x in (ds.mT @ rows, p.mT @ grads)]  # (B, J, A_kv, D) each
+        dkeys = [x.transpose(1, 2) for x in (ds.mT @ rows, p.mT @ grads)]  # (B, J, A_kv, D) each, all sources
         sizes = [0 if null_k is None else 1, *(0 if x is None else x.shape[1] for x in (context_k, k))]
-        (dnull_k, dcontext_k, dk), (dnull_v, dcontext_v, dv) = (x.split(sizes, dim=1) for x in dkeys)
+        (dnull_k, dcontext_k, dk), (dnull_v, dcontext_v, dv) = (
+            x.split(sizes, dim=1)
+            for x in dkeys  # (B, 1, A_kv, D), (B, L, A_kv, D), (B, J, A_kv, D)
+        )
         dnull = None
         if null_k is not None:
             both = torch.stack([dnull_k, dnull_v]).sum(dim=(1, 2))  # (2, A_kv, D)
             dnull = (both.sum(dim=1) if null_k.dim() == 1 else both).to(null_k.dtype)
-        return (
-            _unrows(ds @ keys, q),
-            *(_like(x, y) for x, y in ((dk, k), (dv, v))),
-            dnull,
-            *(_like(x, y) for x, y in ((dcontext_k, context_k), (dcontext_v, context_v))),
-        )
+        dq = _unrows(ds @ keys, q)  # (B, N, A, D)
+        return dq, _like(dk, k), _like(dv, v), dnull, _like(dcontext_k, context_k), _like(dcontext_v, context_v)
 
 
 def _like(grad: Tensor, x: Tensor | None) -> Tensor | None:
+    """The gradient in x's dtype, contiguous; None if x is absent."""
     return None if x is None else grad.to(x.dtype).contiguous()
 
 
@@ -243,9 +245,12 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _differentiate(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple:
     _, k, _, null_k, _, context_k, *_ = ctx.saved_tensors
     dq, dk, dv, dnull, dcontext_k, dcontext_v = _backward(dout, *ctx.saved_tensors, ctx.scale)
-    dnull_k, dnull_v = (None, None) if null_k is None else dnull.unbind()
-    text = (None, None) if context_k is None else (dcontext_k, dcontext_v)
-    return dq, *((None, None) if k is None else (dk, dv)), dnull_k, dnull_v, *text, None, None
+    if k is None:
+        dk = dv = None
+    dnull_k, dnull_v = (None, None) if null_k is None else dnull.unbind()  # (D,) or (A_kv, D) each
+    if context_k is None:
+        dcontext_k = dcontext_v = None
+    return dq, dk, dv, dnull_k, dnull_v, dcontext_k, dcontext_v, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup_context)

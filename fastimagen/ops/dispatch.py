@@ -26,7 +26,8 @@ def set_backend(name: str) -> None:
     logged once. "triton" always uses them; on CPU tensors they run in Triton's interpreter, which needs
     TRITON_INTERPRET=1 in the environment from the start. "torch" uses plain PyTorch. "xformers" computes attention
     with xFormers and everything else as "auto". Raises ValueError for another name, and with the reason for a backend
-    that cannot run here."""
+    that cannot run here.
+    """
     if name not in BACKENDS:
         raise ValueError(f'no backend "{name}"; there are {", ".join(BACKENDS)}')
     if name == "triton" and (reason := no_triton()):
@@ -46,7 +47,8 @@ def use_triton(op: str, tensor: Tensor, unsupported: str | None = None, slower: 
     """Whether the Triton kernels compute this call of `op` on `tensor`'s device.
 
     `unsupported`: why they cannot take these arguments. `slower`: why "auto" should not use them. Raises ValueError
-    if the backend is "triton" and they cannot run."""
+    if the backend is "triton" and they cannot run.
+    """
     if _requested == "torch":
         return False
     if _requested == "triton":
@@ -111,6 +113,7 @@ def _no_triton() -> str | None:
 
 
 def no_triton_on_cpu() -> str:
+    """Why the kernels cannot take CPU tensors in this process."""
     return "there is no GPU; TRITON_INTERPRET=1 in the environment runs the kernels in Triton's interpreter, slowly"
 
 

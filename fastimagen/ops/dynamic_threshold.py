@@ -1,4 +1,4 @@
-"""Dynamic thresholding (Imagen, section 2.3). Letters: B batch, C channels, H height, W width."""
+"""Dynamic thresholding of x0 (Imagen, section 2.3)."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ MAX_ELEMENTS = 2**31 - 1  # of an image: the kernel counts in int32
 def dynamic_threshold(x0: Tensor, percentile: float, *, floor: float = 1.0) -> Tensor:
     """s = max(quantile(|x0|, p), floor) per sample; clamp(x0, -s, s) / s.
 
-    x0 (B, ...) float32, bfloat16, float16 or float64, in its layout and dtype again; not differentiable. The quantile
-    interpolates linearly and is exact whatever a sample's size: order statistics are selected, and ranks are float64.
-    A NaN makes its sample NaN. Infinite values above the quantile are clamped like any other; where the quantile
-    itself is infinite, finite values become 0 and infinite ones NaN, as the division says.
+    x0 (B, ...) float32, bfloat16, float16 or float64; the result has its layout and dtype. Not differentiable. The
+    quantile interpolates linearly and is exact for samples of any size: order statistics are selected, and ranks are
+    float64. A NaN makes its sample NaN. Infinite values above the quantile are clamped like any other; if the quantile
+    itself is infinite, finite values become 0 and infinite ones NaN, by the division.
     Raises ValueError for a percentile outside [0, 1], a floor that is not positive, empty samples and other dtypes.
     """
     if not 0 <= percentile <= 1:
@@ -35,35 +35,38 @@ def dynamic_threshold(x0: Tensor, percentile: float, *, floor: float = 1.0) -> T
 
 @torch.no_grad()
 def dynamic_threshold_reference(x0: Tensor, percentile: float, *, floor: float = 1.0) -> Tensor:
-    """`dynamic_threshold` in plain PyTorch: one selection and one pass in place of a sort."""
-    magnitude = x0.abs().flatten(1)
-    if magnitude.dtype != torch.float64:
-        magnitude = magnitude.float()  # (B, N)
+    """`dynamic_threshold` in plain PyTorch: one selection and one pass instead of a sort."""
+    dtype = torch.float64 if x0.dtype == torch.float64 else torch.float32
+    magnitude = x0.abs().flatten(1).to(dtype)  # (B, elements)
     count = magnitude.shape[1]
     position = percentile * (count - 1)
     rank = min(int(position), count - 1)
     low = magnitude.kthvalue(rank + 1, dim=1, keepdim=True).values  # (B, 1); a NaN counts as the largest
     larger = magnitude > low
-    tied = count - larger.sum(dim=1, keepdim=True) > rank + 1
-    high = torch.where(larger, magnitude, torch.inf).amin(dim=1, keepdim=True)
+    tied = count - larger.sum(dim=1, keepdim=True) > rank + 1  # (B, 1): the next order statistic equals low
+    high = torch.where(larger, magnitude, torch.inf).amin(dim=1, keepdim=True)  # (B, 1)
     high = torch.where(tied | (rank + 1 >= count), low, high)
     fraction = position - rank
-    # Equal ends stay what they are, infinite ones too; between them in float64, so that 1e37 and 1e-37 both count.
+    # Equal ends are exact, infinite ones too. Between different ends float64 keeps both, even if they are far apart.
     between = torch.where(low == high, low.double(), low.double() + fraction * (high.double() - low.double()))
     s = (between if fraction else low.double()).clamp(min=floor)
-    s = torch.where(magnitude.sum(dim=1, keepdim=True).isnan(), torch.nan, s)  # of what is not negative: no inf - inf
-    wide = magnitude.dtype
-    s = s.to(wide).reshape(-1, *(1,) * (x0.dim() - 1))
-    return x0.to(wide).clamp(-s, s).div_(s).to(x0.dtype)
+    has_nan = magnitude.sum(dim=1, keepdim=True).isnan()  # (B, 1); a sum of magnitudes has no inf - inf
+    s = torch.where(has_nan, torch.nan, s).to(dtype)
+    s = s.reshape(-1, *(1,) * (x0.dim() - 1))  # (B, 1, ..., 1)
+    return x0.to(dtype).clamp(-s, s).div_(s).to(x0.dtype)
 
 
 def dynamic_threshold_unsupported(x0: Tensor) -> str | None:
+    """Why the kernels cannot take x0; None if they can."""
     if x0.dtype not in KERNEL_DTYPES:
         return f"the kernel takes float32, bfloat16 and float16, not {str(x0.dtype).removeprefix('torch.')}"
     if not x0.numel():
         return "there are no samples"
+    elements = x0[0].numel()
     return (
-        None if x0[0].numel() <= MAX_ELEMENTS else f"a sample of {x0[0].numel()} numbers is larger than {MAX_ELEMENTS}"
+        None
+        if elements <= MAX_ELEMENTS
+        else f"the kernel takes samples of at most {MAX_ELEMENTS} elements, not {elements}"
     )
 
 

@@ -1,4 +1,4 @@
-"""GroupNorm, FiLM and SiLU in one. Letters: B batch, C channels, H height, W width, G groups."""
+"""GroupNorm, FiLM and SiLU in one op."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ def group_norm_silu(
 
     x (B, C, H, W), contiguous or channels_last; y has its layout and dtype, under autocast too. weight, bias (C,);
     scale, shift (B, C), both or neither. The kernels compute in fp32 and save only x and its statistics for the
-    backward pass. Raises ValueError for shapes that do not fit and for another activation."""
+    backward pass. Raises ValueError for shapes that do not fit and for another activation.
+    """
     _check(x, weight, bias, num_groups, scale, shift, activation)
     if use_triton("group_norm_silu", x, _unsupported(x, weight, bias, scale, shift)):
         return _forward(x, weight, bias, scale, shift, num_groups, eps, activation)[0]
@@ -67,6 +68,7 @@ def _check(
     shift: Tensor | None,
     activation: str,
 ) -> None:
+    """Raise ValueError for shapes that do not fit and for an unknown activation."""
     if activation not in ACTIVATIONS:
         raise ValueError(f'no activation "{activation}"; there are {", ".join(ACTIVATIONS)}')
     if x.dim() != 4:
@@ -75,7 +77,7 @@ def _check(
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"{channels} channels cannot be split into {num_groups} groups")
     if (scale is None) != (shift is None):
-        raise ValueError("scale and shift go together")
+        raise ValueError("scale and shift must be given together")
     for name, vector, shape in (
         ("weight", weight, (channels,)),
         ("bias", bias, (channels,)),
@@ -118,7 +120,8 @@ def _forward(
         return group_norm_forward(
             x, weight.contiguous(), bias.contiguous(), _rows(scale), _rows(shift), num_groups, eps, activation == "silu"
         )
-    var, mean = torch.var_mean(x.float().unflatten(1, (num_groups, -1)), dim=(2, 3, 4), correction=0)  # (B, G)
+    grouped = x.float().unflatten(1, (num_groups, -1))  # (B, G, C / G, H, W)
+    var, mean = torch.var_mean(grouped, dim=(2, 3, 4), correction=0)  # (B, G) each
     y = group_norm_silu_reference(x, weight, bias, num_groups, scale=scale, shift=shift, eps=eps, activation=activation)
     return laid_as(x, y), mean, (var + eps).rsqrt()
 
@@ -174,30 +177,36 @@ def _gradients(
     num_groups: int,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The backward pass as the kernels compute it (kernels/group_norm.py has the formulas), in PyTorch."""
+    """The backward pass in PyTorch, by the formulas of kernels/group_norm.py."""
 
-    def spread(statistic: Tensor) -> Tensor:  # (B, G) -> (B, C, 1, 1)
-        return statistic.repeat_interleave(x.shape[1] // num_groups, dim=1)[:, :, None, None]
+    def per_channel(statistic: Tensor) -> Tensor:
+        """The statistics (B, G) of each channel's group."""
+        return statistic.repeat_interleave(x.shape[1] // num_groups, dim=1)[:, :, None, None]  # (B, C, 1, 1)
+
+    def group_mean(value: Tensor) -> Tensor:
+        """The mean of value (B, C, H, W) over each channel's group."""
+        grouped = value.unflatten(1, (num_groups, -1))  # (B, G, C / G, H, W)
+        return per_channel(grouped.mean(dim=(2, 3, 4)))  # (B, C, 1, 1)
 
     factor = torch.ones_like(x[:, :, 0, 0], dtype=torch.float32) if scale is None else 1 + scale.float()  # (B, C)
-    gain = (weight * factor)[:, :, None, None]
+    gain = (weight * factor)[:, :, None, None]  # (B, C, 1, 1)
     offset = (bias * factor + (0 if shift is None else shift))[:, :, None, None]  # (B, C, 1, 1)
-    xhat = (x - spread(mean)) * spread(rstd)
+    xhat = (x - per_channel(mean)) * per_channel(rstd)  # (B, C, H, W)
     dz = dy.float()
     if activation == "silu":
         z = gain * xhat + offset
         dz = dz * z.sigmoid() * (1 + z * (1 - z.sigmoid()))
-    s1, s2 = dz.sum(dim=(2, 3)), (dz * xhat).sum(dim=(2, 3))  # (B, C)
-    c1, c2 = (spread((gain * dz * other).unflatten(1, (num_groups, -1)).mean(dim=(2, 3, 4))) for other in (1, xhat))
-    dx = spread(rstd) * (gain * dz - c1 - xhat * c2)
+    s1, s2 = dz.sum(dim=(2, 3)), (dz * xhat).sum(dim=(2, 3))  # (B, C) each
+    c1, c2 = group_mean(gain * dz), group_mean(gain * dz * xhat)  # (B, C, 1, 1) each
+    dx = per_channel(rstd) * (gain * dz - c1 - xhat * c2)  # (B, C, H, W)
     dscale = None if scale is None else (weight * s2 + bias * s1).to(scale.dtype)
     dshift = None if shift is None else s1.to(shift.dtype, copy=True)
-    dweight, dbias = (factor * s2).sum(dim=0), (factor * s1).sum(dim=0)  # (C,)
+    dweight, dbias = (factor * s2).sum(dim=0), (factor * s1).sum(dim=0)  # (C,) each
     return laid_as(x, dx.to(x.dtype)), dweight.to(weight.dtype), dbias.to(bias.dtype), dscale, dshift
 
 
 def _rows(vector: Tensor | None) -> Tensor | None:
-    """(B, C) with contiguous rows; the halves of a chunked linear layer have them."""
+    """A vector per sample (B, C), with contiguous rows; the halves of a chunked linear layer need no copy."""
     return vector if vector is None or vector.stride(1) == 1 else vector.contiguous()
 
 

@@ -24,11 +24,11 @@ def sampler_step(
     previous: Tensor | None = None,
     noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(x', x0), both (B, C, H, W) in x's dtype and layout: from a network's output to the sampler's next state.
+    """(x', x0), both (B, C, H, W) in x's dtype and layout, from a network's output.
 
         F  = u + w (c - u)                                      classifier-free guidance (Imagen, section 2.2)
-        x0 = threshold(skip x + out F)                          skip, out = recovery; any prediction type
-        x' = c_x x + c_x0 x0 + c_prev previous + c_noise noise  c_x, c_x0, c_prev, c_noise = update; any sampler
+        x0 = threshold(skip x + out F)                          skip, out = recovery, for any prediction type
+        x' = c_x x + c_x0 x0 + c_prev previous + c_noise noise  c_x, c_x0, c_prev, c_noise = update, for any sampler
 
     output (B, C, H, W), or with a guidance weight w (2B, C, H, W): c with captions, then u without. threshold is
     "dynamic" (ops.dynamic_threshold), "static" (clamp to [-1, 1]) or "none". previous and noise (B, C, H, W).
@@ -45,7 +45,7 @@ def sampler_step(
         raise ValueError(f"output must be {wanted} for x {tuple(x.shape)}, got {tuple(output.shape)}")
     for name, tensor in (("previous", previous), ("noise", noise)):
         if tensor is not None and tensor.shape != x.shape:
-            raise ValueError(f"{name} must be {tuple(x.shape)} as x, got {tuple(tensor.shape)}")
+            raise ValueError(f"{name} must be {tuple(x.shape)} like x, got {tuple(tensor.shape)}")
     if use_triton("sampler_step", x, _unsupported(output, x)):
         return _operator(output, x, previous, noise, *recovery, *update, guidance, threshold, percentile)
     return sampler_step_reference(
@@ -77,7 +77,7 @@ def sampler_step_reference(
     """`sampler_step` in plain PyTorch."""
     output = output.to(x.dtype)
     if guidance is not None:
-        conditional, unconditional = output.chunk(2)
+        conditional, unconditional = output.chunk(2)  # (B, C, H, W) each
         output = unconditional.lerp(conditional, guidance)  # exact for weights 0 and 1
     skip, out = recovery
     x0 = skip * x + out * output
@@ -95,7 +95,7 @@ def sampler_step_reference(
 
 
 def _unsupported(output: Tensor, x: Tensor) -> str | None:
-    """Why the kernels cannot take these, or None."""
+    """Why the kernels cannot take these tensors; None if they can."""
     if x.dtype != torch.float32 or output.dtype not in KERNEL_DTYPES:
         return f"the kernel takes float32 x and float32, bfloat16 or float16 output, not {x.dtype} and {output.dtype}"
     return dynamic_threshold_unsupported(x)

@@ -117,7 +117,7 @@ def test_an_empty_batch_gives_an_empty_tensor() -> None:
         (dict(num_groups=0), "6 channels cannot be split into 0 groups"),
         (dict(x=torch.zeros(2, 6, 3)), r"takes x \(B, C, H, W\), got \(2, 6, 3\)"),
         (dict(weight=torch.ones(5)), r"weight must be \(6,\) for x \(2, 6, 3, 3\), got \(5,\)"),
-        (dict(scale=None), "scale and shift go together"),
+        (dict(scale=None), "scale and shift must be given together"),
         (dict(scale=torch.zeros(6)), r"scale must be \(2, 6\) for x \(2, 6, 3, 3\), got \(6,\)"),
     ],
     ids=str,

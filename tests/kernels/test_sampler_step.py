@@ -44,7 +44,7 @@ def test_operator_registration(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"guidance": 3.0}, r"output must be \(4, 3\) for x \(2, 3\), got \(2, 3\)"),
         ({"threshold": "soft"}, 'threshold must be one of dynamic, static, none, got "soft"'),
         ({"percentile": 1.5}, r"percentile must lie in \[0, 1\], got 1.5"),
-        ({"noise": torch.zeros(2, 4)}, r"noise must be \(2, 3\) as x, got \(2, 4\)"),
+        ({"noise": torch.zeros(2, 4)}, r"noise must be \(2, 3\) like x, got \(2, 4\)"),
         ({"x": torch.zeros(2, 3, dtype=torch.int32)}, "x must be floating point"),
     ],
 )
