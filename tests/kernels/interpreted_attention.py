@@ -48,14 +48,14 @@ def unguarded(guard: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_equals_float64(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_and_gradients_match_float64(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "MIN_SPLIT_TILES", 1)
     tensors = make(case)
     assert_close(results(ops.attention, tensors), exact(tensors))
 
 
 @pytest.mark.parametrize("programs", [0, 12], ids=["no splits", "splits of several tiles"])
-def test_however_rows_are_split(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_result_does_not_depend_on_the_row_splits(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "MIN_SPLIT_TILES", 1)
     monkeypatch.setattr(kernels, "PROGRAMS", programs)
     tensors = make(Case(queries=25, heads=4, width=24, keys=5, context=18, lengths=(17,), batch=1))
@@ -63,7 +63,7 @@ def test_however_rows_are_split(programs: int, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("short", [0, 1024], ids=["many rows", "few rows"])
-def test_tiles_as_shipped(short: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sm_90_tiles_err_at_most_twice_as_much_as_pytorch(short: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_tiles, "architecture", lambda: "sm_90")
     monkeypatch.setattr(attention_tiles, "FEW_ROWS", short)
     tensors = make(Case(queries=33, heads=8, width=64, keys=140, context=77, lengths=(70,), batch=1), torch.float16)
@@ -71,7 +71,7 @@ def test_tiles_as_shipped(short: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(ours[name] <= 2 * theirs[name] for name in ours), (ours, theirs)
 
 
-def test_scale_and_normalisation() -> None:
+def test_scale_and_qk_normalization() -> None:
     tensors = make(TEXT)
     assert_close(results(ops.attention, tensors, scale=0.7), exact(tensors, scale=0.7))
     scales = torch.rand(2, TEXT.width) + 0.5
@@ -109,14 +109,14 @@ def test_half_precision_errs_at_most_twice_as_much_as_pytorch(dtype: torch.dtype
     assert all(ours[name] <= 2 * theirs[name] for name in ours), (ours, theirs)
 
 
-def test_a_row_without_a_key_is_zero() -> None:
+def test_query_without_any_key_gives_zeros() -> None:
     tensors = make(Case(queries=9, heads=2, width=16, key_heads=2, null="", context=6, lengths=(0, 4)))
     got = results(ops.attention, tensors)
     assert_close(got, exact(tensors))
     assert all((got[name][0] == 0).all() for name in ("out", "dq", "dcontext_k", "dcontext_v"))
 
 
-def test_what_lies_beyond_a_text_is_never_read() -> None:
+def test_padded_text_tokens_are_never_read() -> None:
     tensors = make(Case(queries=9, heads=4, width=24, keys=9, context=40, lengths=(33, 0)))
     true = exact(tensors)
     for name in ("context_k", "context_v"):
@@ -126,7 +126,7 @@ def test_what_lies_beyond_a_text_is_never_read() -> None:
     assert all((got[name][0, 33:] == 0).all() and (got[name][1] == 0).all() for name in ("dcontext_k", "dcontext_v"))
 
 
-def test_logits_far_below_zero() -> None:
+def test_logits_far_below_zero_stay_accurate() -> None:
     """What a masked key would have scored, 0, is then far above all that count: lse is near -1500."""
     tensors = make(Case(queries=24, heads=2, width=16, keys=21, null="", context=20, lengths=(19, 2)))
     tensors["q"] += 16
@@ -137,14 +137,14 @@ def test_logits_far_below_zero() -> None:
     assert_close(results(ops.attention, tensors), exact(tensors), 2e-4)
 
 
-def test_the_same_input_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_result_is_bitwise_reproducible(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "MIN_SPLIT_TILES", 1)
     tensors = make(TEXT._replace(queries=40))
     first, *others = (results(ops.attention, tensors) for _ in range(3))
     assert all(torch.equal(first[name], other[name]) for other in others for name in first)
 
 
-def test_inputs_and_gradients_of_any_strides() -> None:
+def test_inputs_and_output_gradients_may_have_any_strides() -> None:
     tensors = make(Case(queries=10, heads=2, width=24, keys=10, key_heads=2, null="heads", context=6, lengths=(6, 2)))
     true = exact(tensors)
 
@@ -167,7 +167,7 @@ def test_inputs_and_gradients_of_any_strides() -> None:
 
 
 @pytest.mark.usefixtures("unguarded")
-def test_offsets_beyond_32_bits() -> None:
+def test_offsets_of_2_to_the_31_elements() -> None:
     """The third sample lies 2^31 elements behind the first; untouched pages of the buffer take no memory."""
     tensors = make(Case(queries=6, heads=2, width=16, keys=6, context=5, lengths=(5, 0, 3), batch=3))
     far = {}
@@ -183,7 +183,7 @@ def test_offsets_beyond_32_bits() -> None:
     assert_close(results(ops.attention, far), exact(far), 2e-3)
 
 
-def test_only_inputs_output_and_lse_are_kept() -> None:
+def test_only_inputs_output_and_lse_are_saved_for_backward() -> None:
     tensors = make(TEXT)
     leaves = {name: x.requires_grad_(x.is_floating_point()) for name, x in tensors.items() if name != "dout"}
     kept: list[Tensor] = []
@@ -194,7 +194,7 @@ def test_only_inputs_output_and_lse_are_kept() -> None:
 
 
 @pytest.mark.usefixtures("unguarded")
-def test_operator_registration() -> None:
+def test_operator_passes_opcheck() -> None:
     tensors = make(Case(queries=3, heads=2, width=16, keys=3, context=4, lengths=(4, 0)))
     names = ("q", "k", "v", "null_k", "null_v", "context_k", "context_v")
     leaves = [tensors[name].requires_grad_() for name in names]
@@ -213,7 +213,7 @@ def test_compiles_into_one_graph() -> None:
     assert_close(compiled, results(network, tensors), 1e-6)
 
 
-def test_autocast() -> None:
+def test_autocast_gives_bf16_output_and_fp32_gradients() -> None:
     tensors = make(Case(queries=6, heads=2, width=16, keys=6, context=5, lengths=(5, 2)))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = results(ops.attention, tensors)
@@ -222,7 +222,7 @@ def test_autocast() -> None:
 
 
 @pytest.mark.usefixtures("unguarded")
-def test_unet_computes_the_same() -> None:
+def test_unet_gives_the_output_and_gradients_of_the_torch_backend() -> None:
     from fastimagen.config import UNetConfig
     from fastimagen.networks.unet import UNet
     from fastimagen.text.embeddings import TextEmbeddings

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from torch import Tensor
@@ -11,24 +9,21 @@ from torch import Tensor
 from fastimagen import ops
 from tests.kernels.threshold_cases import CASES, PERCENTILES, assert_thresholded
 
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("runs in a process of its own, with TRITON_INTERPRET=1", allow_module_level=True)
-
 pytestmark = pytest.mark.usefixtures("interpreter")
 
 
 @pytest.mark.parametrize("percentile", PERCENTILES)
 @pytest.mark.parametrize("name", CASES)
-def test_exact(name: str, percentile: float) -> None:
+def test_quantile_is_exact(name: str, percentile: float) -> None:
     assert_thresholded(CASES[name](), percentile)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision(dtype: torch.dtype) -> None:
+def test_half_precision_inputs(dtype: torch.dtype) -> None:
     assert_thresholded(CASES["normal"]().to(dtype), 0.9)
 
 
-def test_more_than_one_program_and_layouts() -> None:
+def test_several_programs_per_image_in_any_layout() -> None:
     x = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(0)) * 2  # 6912 numbers: two programs
     for given in (x, x.contiguous(memory_format=torch.channels_last), x.transpose(2, 3), x[:1].expand(2, -1, -1, -1)):
         assert_thresholded(given, 0.995)
@@ -36,13 +31,13 @@ def test_more_than_one_program_and_layouts() -> None:
     assert last.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_the_same_bits_every_time() -> None:
+def test_result_is_bitwise_reproducible() -> None:
     x = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(1)) * 2
     first = ops.dynamic_threshold(x, 0.9)
     assert all(torch.equal(ops.dynamic_threshold(x, 0.9), first) for _ in range(3))
 
 
-def test_neither_inf_nor_nan_passes_unseen() -> None:
+def test_inf_is_clamped_and_nan_spreads_over_its_image() -> None:
     x = torch.randn(3, 1, 5, 5, generator=torch.Generator().manual_seed(2))
     x[0, 0, 0, 0], x[1, 0, 0, 0], x[1, 0, 0, 1] = torch.nan, torch.inf, -torch.inf
     y: Tensor = ops.dynamic_threshold(x, 0.5)

@@ -52,7 +52,7 @@ def cut_small(monkeypatch: pytest.MonkeyPatch, one_pass: bool) -> None:
     ],
     ids=str,
 )
-def test_equals_float64(
+def test_output_and_gradients_match_float64(
     shape: tuple[int, ...],
     groups: int,
     film: bool,
@@ -69,7 +69,7 @@ def test_equals_float64(
 
 
 @pytest.mark.parametrize("path", ["one pass", "split"])
-def test_statistics_survive_a_mean_of_100_deviations(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_statistics_are_accurate_for_a_mean_of_100_deviations(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     cut_small(monkeypatch, path == "one pass")
     tensors = inputs((2, 16, 12, 10), last=True, mean=100.0)
     # x is exact here; what an input rounded at 100 would suffer anyway, 6e-8 * 100, is not added to the limit.
@@ -92,7 +92,7 @@ def test_half_precision_errs_at_most_twice_as_much_as_pytorch(
     assert all(ours[name] <= 2 * limits[name] for name in NAMES), (ours, limits)
 
 
-def test_the_same_input_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_result_is_bitwise_reproducible(monkeypatch: pytest.MonkeyPatch) -> None:
     cut_small(monkeypatch, False)
     tensors = inputs((1, 24, 7, 5))
     first, *others = (results(ops.group_norm_silu, tensors, 3) for _ in range(3))
@@ -100,7 +100,7 @@ def test_the_same_input_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("path", ["one pass", "split"])
-def test_gradients_and_inputs_of_any_layout(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inputs_and_output_gradients_may_have_any_layout(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     cut_small(monkeypatch, path == "one pass")
     dy, x, *vectors = inputs((2, 12, 4, 6), last=True)
     true = exact([dy, x, *vectors], 3)
@@ -119,7 +119,7 @@ def test_gradients_and_inputs_of_any_layout(path: str, monkeypatch: pytest.Monke
 # Bytes of an element of 2 bytes: a tensor that is read twice takes 6 and 10 (docs/kernels.md), one that fits 4 and 6.
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize(("shape", "per_element"), [((1, 16, 64, 40), (6, 10)), ((1, 32, 16, 16), (4, 6))], ids=str)
-def test_bytes_moved(
+def test_memory_traffic_per_element_is_as_documented(
     shape: tuple[int, ...], per_element: tuple[int, int], last: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With tiles as they are shipped: x, y and their gradients are touched as often as planned, little else is."""
@@ -161,7 +161,7 @@ def test_bytes_moved(
     assert planned == per_element[1] and rest < 0.15 * planned, (planned, rest)
 
 
-def test_only_x_and_the_statistics_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_x_and_its_statistics_are_saved_for_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     cut_small(monkeypatch, False)
     _, x, *vectors = inputs((2, 24, 7, 5), last=True)
     leaves = [tensor.requires_grad_() for tensor in (x, *(vector.detach() for vector in vectors))]
@@ -173,7 +173,7 @@ def test_only_x_and_the_statistics_are_kept(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
-def test_offsets_beyond_32_bits(last: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offsets_beyond_2_to_the_32_elements(last: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last program of every kernel, on a tensor of 2^33 elements: files that are almost all holes."""
     batch, channels, side, chunks = 2, 64, 8192, 1 << 14
     shape = (batch, channels, side, side)
@@ -278,13 +278,13 @@ def test_offsets_beyond_32_bits(last: bool, tmp_path: Path, monkeypatch: pytest.
     assert torch.equal(dx[here], x[here])
 
 
-def test_float64_is_refused_where_the_kernels_were_asked_for() -> None:
+def test_float64_raises_with_backend_triton() -> None:
     _, *leaves = inputs((1, 4, 2, 2), film=False, dtype=torch.float64)
     with pytest.raises(ValueError, match="the kernel takes float32, bfloat16 and float16, not float64"):
         ops.group_norm_silu(*leaves, 2)
 
 
-def test_operator_registration(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_operator_passes_opcheck(monkeypatch: pytest.MonkeyPatch) -> None:
     cut_small(monkeypatch, True)
     monkeypatch.setattr(kernels, "torch", torch)  # a guarded tensor has margins, which a fake one has not
     _, *leaves = inputs((1, 4, 2, 2), last=True)

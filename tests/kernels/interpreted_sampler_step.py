@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
 from tests.kernels.interpreting import guarded
 from tests.kernels.sampler_step_cases import CASES, Case
 
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("runs in a process of its own, with TRITON_INTERPRET=1", allow_module_level=True)
-
 pytestmark = pytest.mark.usefixtures("interpreter")
 
 
 @pytest.mark.parametrize("case", CASES, ids=repr)
-def test_step(case: Case) -> None:
+def test_step_matches_float64(case: Case) -> None:
     case.check()
 
 
 @pytest.mark.parametrize("threshold", ["dynamic", "static"])
-def test_nothing_is_written_outside_and_nothing_forgotten(threshold: str) -> None:
+def test_all_outputs_are_written_and_nothing_else(threshold: str) -> None:
     from fastimagen_kernels import sampler_step
 
     case = Case(3.0, threshold, previous=True, noise=True, shape=(2, 3, 5, 5))
@@ -30,7 +25,7 @@ def test_nothing_is_written_outside_and_nothing_forgotten(threshold: str) -> Non
         case.check()
 
 
-def test_any_mixture_of_layouts() -> None:
+def test_inputs_may_have_different_layouts() -> None:
     """x decides; the others lie as a U-Net or a sum of halves leaves them."""
     case = Case(3.0, "dynamic", previous=True, noise=True)
     output, x, extra = case.inputs()
@@ -44,7 +39,7 @@ def test_any_mixture_of_layouts() -> None:
     assert case.run(output, x.contiguous(memory_format=last), extra)[0].is_contiguous(memory_format=last)
 
 
-def test_nan_stays_in_its_image_and_is_seen() -> None:
+def test_nan_spreads_over_its_image_only() -> None:
     case = Case(None, "dynamic")
     output, x, extra = case.inputs()
     output[1, 0, 0, 0] = torch.nan
@@ -55,7 +50,7 @@ def test_nan_stays_in_its_image_and_is_seen() -> None:
     assert static.isnan().sum() == 1
 
 
-def test_the_same_bits_every_time() -> None:
+def test_result_is_bitwise_reproducible() -> None:
     case = Case(3.0, "dynamic", noise=True, shape=(2, 3, 48, 48))
     first = case.run(*case.inputs())
     for _ in range(3):

@@ -1,14 +1,24 @@
-"""Kernels in Triton's interpreter: a process for them, and what makes it faster and truer to a GPU."""
+"""Runs kernels in Triton's interpreter, and makes the interpreter faster and more like a GPU.
+
+The tests in interpreted_OP.py need TRITON_INTERPRET=1 before kernels are imported. test_OP.py has one test for each of
+them, and runs the selected ones together in one child process. Select by name, or call the file directly:
+
+    python -m pytest tests/kernels/test_attention.py -k "interpreter and float64"
+    TRITON_INTERPRET=1 python -m pytest tests/kernels/interpreted_attention.py -k "float64 and lengths"
+"""
 
 from __future__ import annotations
 
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -17,23 +27,40 @@ from torch import Tensor
 
 from tests.conftest import ROOT
 
+FOLDER = Path(__file__).parent
 MARGIN = 256  # elements around every guarded tensor
 
 
-def run_interpreted(file: str) -> None:
-    """Run the tests of tests/kernels/`file` with TRITON_INTERPRET=1, which must be set before kernels are imported."""
+def tests_of(file: str) -> list[str]:
+    """The names of the test functions in tests/kernels/`file`."""
+    return re.findall(r"^def (test_\w+)\(", (FOLDER / file).read_text(), re.MULTILINE)
+
+
+def run_interpreted(file: str, names: list[str], report: Path) -> dict[str, str]:
+    """Run tests of tests/kernels/`file` in a child process with TRITON_INTERPRET=1; the output of those that failed.
+
+    `report` is where the child writes its JUnit XML.
+    """
     child = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/kernels/{file}"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
+        + [f"{FOLDER / file}::{name}" for name in names],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
     )
-    assert child.returncode == 0, child.stdout + child.stderr
+    assert report.exists(), child.stdout + child.stderr
+    outcomes: dict[str, str] = {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        name = case.attrib["name"].partition("[")[0]  # without its parameters
+        failures = [found.text or "" for kind in ("failure", "error") for found in case.iter(kind)]
+        outcomes[name] = outcomes.get(name, "") + "\n".join(failures)
+    missing = dict.fromkeys(set(names) - outcomes.keys(), child.stdout + child.stderr)
+    return {name: output for name, output in (outcomes | missing).items() if output}
 
 
 def patch_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter patches triton.language again for every call of a helper; once for a launch is enough."""
+    """Make the interpreter patch triton.language once per launch, not for every call of a device function."""
     from triton.runtime import interpreter
 
     done: set[int] = set()
@@ -54,7 +81,7 @@ def patch_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def round_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter cuts fp32 off where it makes bf16 of it; a GPU rounds to the nearest."""
+    """Round fp32 to the nearest bf16, as a GPU does; the interpreter truncates."""
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -70,7 +97,7 @@ def round_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def guarded(kernels: ModuleType) -> Iterator[None]:
-    """What the launchers of `kernels` allocate is full of NaN, and so are its margins, which must stay so."""
+    """Fill what the launchers of `kernels` allocate with NaN, margins included, and check that the margins stay NaN."""
     buffers: list[Tensor] = []
 
     def guard(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -31,7 +31,7 @@ EVERYWHERE = ["sm_80", "sm_90", "sm_100", "gfx942"]
         ),
     ],
 )
-def test_nothing_spills(files: str, targets: list[str], labels: str, kernels: str) -> None:
+def test_no_kernel_spills_registers(files: str, targets: list[str], labels: str, kernels: str) -> None:
     rows = compiled(files, targets, labels)
     assert {(row["target"], row["kernel"]) for row in rows} == {(t, name) for t in targets for name in kernels.split()}
     assert [row for row in rows if row["spills"] or row["stack_bytes"]] == []

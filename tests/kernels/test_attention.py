@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from tests.conftest import ROOT
 from tests.kernels.aot import SHARED_LIMIT, compiled
-from tests.kernels.interpreting import run_interpreted
+from tests.kernels.interpreting import tests_of
 
 pytest.importorskip("triton")
 
@@ -19,8 +20,9 @@ MATRIX_INSTRUCTION = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gf
 
 
 @pytest.mark.slow
-def test_in_the_interpreter() -> None:
-    run_interpreted("interpreted_attention.py")
+@pytest.mark.parametrize("interpreted", tests_of("interpreted_attention.py"))
+def test_in_the_interpreter(interpreted: str, check_interpreted: Callable[[str], None]) -> None:
+    check_interpreted(interpreted)
 
 
 def check(row: dict[str, Any]) -> None:
@@ -32,7 +34,7 @@ def check(row: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_heads_of_64_compile_for_hopper() -> None:
+def test_64_channels_per_head_compile_for_hopper() -> None:
     rows = compiled("attention", ["sm_90"], "bfloat16 D=64")
     assert {row["kernel"] for row in rows} == KERNELS
     assert (
@@ -43,14 +45,14 @@ def test_heads_of_64_compile_for_hopper() -> None:
 
 
 @pytest.mark.slow
-def test_heads_of_64_compile_for_other_gpus() -> None:
+def test_64_channels_per_head_compile_for_other_gpus() -> None:
     rows = compiled("attention", ["sm_80", "sm_100", "gfx942"], "bfloat16 D=64 1024")
     assert {row["target"] for row in rows} == {"sm_80", "sm_100", "gfx942"}
     for row in rows:
         check(row)
 
 
-def test_the_table_of_registers_is_of_the_tiles_as_they_stand() -> None:
+def test_aot_results_cover_all_tiles_of_the_table() -> None:
     """benchmarks/results/aot.json has every tile; python -m benchmarks.studies.aot makes it again."""
     from fastimagen_kernels.attention_tiles import TILES
 

@@ -3,47 +3,49 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from fastimagen import ops
-from tests.kernels.interpreting import run_interpreted
+from tests.kernels.interpreting import tests_of
 from tests.kernels.threshold_cases import CASES, PERCENTILES, assert_thresholded, by_definition
 
 
 @pytest.mark.slow
-def test_kernels() -> None:
-    run_interpreted("interpreted_dynamic_threshold.py")
+@pytest.mark.parametrize("interpreted", tests_of("interpreted_dynamic_threshold.py"))
+def test_in_the_interpreter(interpreted: str, check_interpreted: Callable[[str], None]) -> None:
+    check_interpreted(interpreted)
 
 
 @pytest.mark.parametrize("percentile", PERCENTILES)
 @pytest.mark.parametrize("name", CASES)
-def test_reference(name: str, percentile: float) -> None:
+def test_reference_matches_numpy(name: str, percentile: float) -> None:
     assert_thresholded(CASES[name](), percentile)
     assert_thresholded(CASES[name]().double(), percentile)
     assert_thresholded(CASES[name](), percentile, floor=0.25)
 
 
-def test_reference_has_no_limit_on_the_size_of_a_sample() -> None:
+def test_samples_may_have_more_than_2_to_the_24_elements() -> None:
     x = torch.zeros(1, 2**24 + 5)  # torch.quantile refuses more than 2^24
     x[0, -(2**23) :] = 3.0
     assert ops.dynamic_threshold(x, 0.9).max() == 1.0
     assert ops.dynamic_threshold(x, 0.4).max() == 1.0 and ops.dynamic_threshold(x * 0.1, 0.4).max() == 0.3 * 1.0
 
 
-def test_ranks_are_not_rounded() -> None:
+def test_ranks_are_computed_in_float64() -> None:
     """3 * 1024^2 numbers: the rank in fp32 would be off by up to 0.15 of the distance between neighbours."""
     x = torch.arange(3 * 1024 * 1024, dtype=torch.float64)[None].float()  # exact in fp32
     torch.testing.assert_close(ops.dynamic_threshold(x, 0.95).double(), by_definition(x, 0.95, 1.0), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision(dtype: torch.dtype) -> None:
+def test_half_precision_inputs(dtype: torch.dtype) -> None:
     assert_thresholded(CASES["normal"]().to(dtype), 0.9)
 
 
-def test_neither_inf_nor_nan_passes_unseen() -> None:
+def test_inf_is_clamped_and_nan_spreads_over_its_image() -> None:
     x = torch.randn(3, 1, 5, 5, generator=torch.Generator().manual_seed(2))
     x[0, 0, 0, 0], x[1, 0, 0, 0], x[1, 0, 0, 1] = torch.nan, torch.inf, -torch.inf
     y = ops.dynamic_threshold(x, 0.5)
@@ -52,7 +54,7 @@ def test_neither_inf_nor_nan_passes_unseen() -> None:
     assert infinite[0, :2].isnan().all() and infinite[0, 2] == 0
 
 
-def test_operator_registration(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_operator_passes_opcheck(monkeypatch: pytest.MonkeyPatch) -> None:
     x = CASES["normal"]().contiguous(memory_format=torch.channels_last)
     torch.library.opcheck(torch.ops.fastimagen.dynamic_threshold, (x, 0.9, 1.0))
     monkeypatch.setattr(sys.modules["fastimagen.ops.dynamic_threshold"], "use_triton", lambda *unused: True)
@@ -74,6 +76,6 @@ def test_operator_registration(monkeypatch: pytest.MonkeyPatch) -> None:
         (torch.zeros(1, 4, dtype=torch.int32), 0.5, 1.0, "takes floating point samples"),
     ],
 )
-def test_refuses(x: torch.Tensor, percentile: float, floor: float, complaint: str) -> None:
+def test_invalid_arguments_raise(x: torch.Tensor, percentile: float, floor: float, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         ops.dynamic_threshold(x, percentile, floor=floor)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from fastimagen import ops
 from fastimagen.ops import group_norm
 from tests.kernels.group_norm_cases import assert_close, by_definition, exact, inputs, results
-from tests.kernels.interpreting import run_interpreted
+from tests.kernels.interpreting import tests_of
 
 LAYOUTS = pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 CASES = pytest.mark.parametrize(
@@ -35,13 +37,16 @@ def operator(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_kernels() -> None:
-    run_interpreted("interpreted_group_norm.py")
+@pytest.mark.parametrize("interpreted", tests_of("interpreted_group_norm.py"))
+def test_in_the_interpreter(interpreted: str, check_interpreted: Callable[[str], None]) -> None:
+    check_interpreted(interpreted)
 
 
 @LAYOUTS
 @CASES
-def test_reference(shape: tuple[int, ...], groups: int, film: bool, activation: str, last: bool) -> None:
+def test_reference_matches_the_definition(
+    shape: tuple[int, ...], groups: int, film: bool, activation: str, last: bool
+) -> None:
     tensors = [tensor.double() for tensor in inputs(shape, film=film, last=last)]
     got = results(ops.group_norm_silu, tensors, groups, activation)
     assert_close(got, results(by_definition, tensors, groups, activation), 1e-12)
@@ -50,7 +55,7 @@ def test_reference(shape: tuple[int, ...], groups: int, film: bool, activation: 
 
 @LAYOUTS
 @CASES
-def test_operator_without_kernels(
+def test_operator_without_kernels_matches_float64(
     shape: tuple[int, ...], groups: int, film: bool, activation: str, last: bool, operator: None
 ) -> None:
     tensors = inputs(shape, film=film, last=last)
@@ -60,7 +65,7 @@ def test_operator_without_kernels(
 
 
 @pytest.mark.parametrize("film", [False, True])
-def test_operator_registration(film: bool) -> None:
+def test_operator_passes_opcheck(film: bool) -> None:
     _, *leaves = inputs((2, 6, 3, 2), film=film, last=True)
     leaves = [leaf.detach().requires_grad_() for leaf in leaves] + ([] if film else [None, None])
     torch.library.opcheck(torch.ops.fastimagen.group_norm_silu, (*leaves, 2, 1e-5, "silu"))
@@ -78,7 +83,9 @@ def test_compiles_into_one_graph(through: str, request: pytest.FixtureRequest) -
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("through", ["reference", "operator"])
-def test_keeps_its_dtype_under_autocast(through: str, dtype: torch.dtype, request: pytest.FixtureRequest) -> None:
+def test_output_keeps_the_dtype_of_x_under_autocast(
+    through: str, dtype: torch.dtype, request: pytest.FixtureRequest
+) -> None:
     if through == "operator":
         request.getfixturevalue("operator")
     tensors = inputs((2, 6, 2, 3), dtype=dtype, vectors=torch.float32)
@@ -96,7 +103,7 @@ def test_keeps_its_dtype_under_autocast(through: str, dtype: torch.dtype, reques
 
 
 @pytest.mark.parametrize("through", ["reference", "operator"])
-def test_a_group_of_one_number_is_normalised_to_zero(through: str, request: pytest.FixtureRequest) -> None:
+def test_group_of_one_element_is_normalized_to_zero(through: str, request: pytest.FixtureRequest) -> None:
     if through == "operator":
         request.getfixturevalue("operator")
     _, x, weight, bias = inputs((1, 4, 1, 1), film=False)
@@ -104,7 +111,7 @@ def test_a_group_of_one_number_is_normalised_to_zero(through: str, request: pyte
     assert torch.allclose(y, bias, atol=1e-4)  # PyTorch multiplies by 1 / sqrt(eps) before it subtracts the mean
 
 
-def test_an_empty_batch_gives_an_empty_tensor() -> None:
+def test_empty_batch_gives_an_empty_tensor() -> None:
     _, x, *vectors = inputs((1, 6, 2, 3), film=False)
     assert ops.group_norm_silu(x[:0], *vectors, 2).shape == (0, 6, 2, 3)
 
@@ -122,7 +129,7 @@ def test_an_empty_batch_gives_an_empty_tensor() -> None:
     ],
     ids=str,
 )
-def test_refuses(change: dict[str, object], complaint: str) -> None:
+def test_invalid_arguments_raise(change: dict[str, object], complaint: str) -> None:
     arguments = dict(
         x=torch.zeros(2, 6, 3, 3),
         weight=torch.ones(6),

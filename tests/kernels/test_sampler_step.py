@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from fastimagen import ops
-from tests.kernels.interpreting import run_interpreted
+from tests.kernels.interpreting import tests_of
 from tests.kernels.sampler_step_cases import CASES, RECOVERY, UPDATE, Case
 
 
 @pytest.mark.slow
-def test_kernels() -> None:
-    run_interpreted("interpreted_sampler_step.py")
+@pytest.mark.parametrize("interpreted", tests_of("interpreted_sampler_step.py"))
+def test_in_the_interpreter(interpreted: str, check_interpreted: Callable[[str], None]) -> None:
+    check_interpreted(interpreted)
 
 
 @pytest.mark.parametrize("case", CASES, ids=repr)
-def test_reference(case: Case) -> None:
+def test_reference_matches_float64(case: Case) -> None:
     case.check()
 
 
-def test_operator_registration(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_operator_passes_opcheck(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(3.0, "dynamic", previous=True, noise=True)
     output, x, extra = case.inputs()
     x = x.contiguous(memory_format=torch.channels_last)
@@ -48,7 +50,7 @@ def test_operator_registration(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"x": torch.zeros(2, 3, dtype=torch.int32)}, "x must be floating point"),
     ],
 )
-def test_refuses(change: dict[str, object], complaint: str) -> None:
+def test_invalid_arguments_raise(change: dict[str, object], complaint: str) -> None:
     arguments = {"output": torch.zeros(2, 3), "x": torch.zeros(2, 3)} | change
     with pytest.raises(ValueError, match=complaint):
         ops.sampler_step(arguments.pop("output"), arguments.pop("x"), RECOVERY, UPDATE, **arguments)
