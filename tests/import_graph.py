@@ -9,6 +9,8 @@ from pathlib import Path
 
 PACKAGES = {"kernels": "fastimagen_kernels"}
 """Folders whose import package has another name."""
+LOADERS = ("import_module", "import_extra")
+"""Functions that import the module that their first argument names."""
 
 
 @dataclass(frozen=True)
@@ -46,18 +48,33 @@ def imports(path: Path, module: str) -> list[Import]:
 
 
 def _visit(node: ast.AST, package: list[str], deferred: bool) -> Iterator[Import]:
+    for name in _imported_names(node, package):
+        yield Import(name, node.lineno, deferred)
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+        deferred = True
+    if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+        for child in node.body:
+            yield from _visit(child, package, deferred=True)
+        for child in node.orelse:
+            yield from _visit(child, package, deferred)
+        return
     for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.Import):
-            for alias in child.names:
-                yield Import(alias.name, child.lineno, deferred)
-        elif isinstance(child, ast.ImportFrom):
-            parent = package[: len(package) - child.level + 1] if child.level else []
-            source = [*parent, child.module] if child.module else parent
-            for alias in child.names:
-                yield Import(".".join([*source, alias.name]), child.lineno, deferred)
-        is_function = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
-        for_types = isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"
-        yield from _visit(child, package, deferred or is_function or for_types)
+        yield from _visit(child, package, deferred)
+
+
+def _imported_names(node: ast.AST, package: list[str]) -> list[str]:
+    """The names that this node alone imports, in full."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        parent = package[: len(package) - node.level + 1] if node.level else []
+        source = [*parent, node.module] if node.module else parent
+        return [".".join([*source, alias.name]) for alias in node.names]
+    if isinstance(node, ast.Call) and node.args:
+        function, argument = ast.unparse(node.func).rpartition(".")[2], node.args[0]
+        if function in LOADERS and isinstance(argument, ast.Constant) and isinstance(argument.value, str):
+            return [argument.value]
+    return []
 
 
 def imported_module(name: str, known: dict[str, Path]) -> str | None:

@@ -12,12 +12,14 @@ import pytest
 from tests.conftest import ROOT
 from tests.import_graph import Import, graph, imported_module, imports, modules, reachable
 
-# For each module, or package with all its modules, the others that it may import. A module with its own entry does
-# not fall under its package's. Modules of one package may import each other. Names of fastimagen are without prefix.
-SAMPLER = {  # runs with the core dependencies; reaches nothing outside of this table
+# For each module, or package with all its modules, the others that it may import. A module with an entry of its own is
+# not covered by the entry of its package. Modules of one package may import each other. Modules of fastimagen are named
+# without the prefix; "fastimagen" itself stands for its __version__ alone.
+SAMPLER = {  # what sampling needs: runs with the core dependencies and reaches nothing outside of this table
     "fastimagen": "",
     "config": "",
     "files": "",
+    "extras": "",
     "images": "files",
     "seeds": "",
     "logs": "",
@@ -26,12 +28,12 @@ SAMPLER = {  # runs with the core dependencies; reaches nothing outside of this 
     "ops": "",
     "networks": "config ops text.embeddings",
     "diffusion": "config images ops",
-    "text": "files",
+    "text": "extras files",
     "cascade": "config config_file diffusion images networks seeds text",
     "sampling": "cascade config config_file diffusion fastimagen files images text",
 }
 TRAINING = {
-    "data": "config files images seeds text",
+    "data": "config extras files images seeds text",
     "train": "cascade config config_file data fastimagen files images networks presets sampling seeds",
     "evaluation": "data fastimagen files images sampling",
     "interop": "cascade config config_file fastimagen files networks presets sampling text",
@@ -52,12 +54,13 @@ TABLE = {name: allowed.split() for name, allowed in {**SAMPLER, **TRAINING, **KE
 FOLDERS = ("fastimagen", "kernels", "launch", "benchmarks")
 
 CORE = "einops numpy PIL pydantic safetensors torch"
-# What may be imported from elsewhere when a module is imported; CORE for modules of fastimagen without an entry.
+# The third-party packages that may be imported at module level; CORE for modules of fastimagen without an entry.
 THIRD_PARTY = {
     "fastimagen": "",
     "config": "pydantic",
     "config_file": "pydantic",
     "files": "",
+    "extras": "",
     "presets": "",
     "info": "",
     "logs": "",
@@ -65,7 +68,7 @@ THIRD_PARTY = {
     "launch": "",
     "fastimagen_kernels": "torch triton",
 }
-# What may be imported inside functions as well.
+# The third-party packages that may also be imported inside functions.
 DEFERRED = {
     "data": "braceexpand webdataset",
     "demo": "gradio",
@@ -76,16 +79,16 @@ DEFERRED = {
     "text": "transformers",
     "train": "deepspeed psutil tqdm",
 }
-ONLY_DEFERRED = ("cli", "launch")  # import fastimagen inside functions: --help must not wait for torch
+ONLY_DEFERRED = ("cli", "launch")  # import fastimagen inside functions only, so that --help does not import torch
 
 
 def short(module: str) -> str:
-    """Names as in the table: modules of fastimagen without their prefix."""
+    """The name in the table: modules of fastimagen have no prefix."""
     return module.removeprefix("fastimagen.")
 
 
 def entry(module: str, table: dict) -> str | None:
-    """The key of a table that covers a module: its own name or the nearest package's."""
+    """The key of the entry that covers a module: its own name, or that of the nearest package with an entry."""
     name = short(module)
     while name and name not in table:
         name = name.rpartition(".")[0]
@@ -96,6 +99,8 @@ def allows(permission: str, target: str) -> bool:
     """Whether a permission covers the import of module `target`."""
     if permission == "FASTIMAGEN":
         return target.partition(".")[0] == "fastimagen"
+    if permission == "fastimagen":
+        return target == "fastimagen"
     return short(target) == permission or short(target).startswith(f"{permission}.")
 
 
@@ -104,10 +109,10 @@ def problems(root: Path) -> list[str]:
     known = {name: path for folder in FOLDERS for name, path in modules(root, folder).items()}
     found = []
     if "fastimagen_kernels" in known:
-        found.append("kernels/ has an __init__.py: another package is called `kernels`, and ours would hide it")
+        found.append("kernels/ has an __init__.py: it would hide Hugging Face's package `kernels`")
     for module, path in known.items():
         if entry(module, TABLE) is None:
-            found.append(f"{module} is in no line of the table")
+            found.append(f"{module} has no entry in the table")
             continue
         for item in imports(path, module):
             target = imported_module(item.name, known)
@@ -118,15 +123,18 @@ def problems(root: Path) -> list[str]:
     for module in edges:
         if entry(module, SAMPLER):
             outside = sorted(target for target in reachable(module, edges) if entry(target, {**TRAINING, **PROGRAMS}))
-            found += [f"{module} samples without training dependencies, but reaches {target}" for target in outside]
-    return found + [f"{module} imports itself in a circle" for module in edges if module in reachable(module, edges)]
+            found += [f"{module} must work with the core dependencies, but reaches {target}" for target in outside]
+    return found + [f"{module} is part of an import cycle" for module in edges if module in reachable(module, edges)]
 
 
 def own_problem(module: str, target: str, item: Import) -> str | None:
-    """What is wrong with importing a module of the repository, if anything."""
+    """What is wrong with importing a module of the repository, or None."""
     owner = entry(module, TABLE)
+    exported = item.name.removeprefix("fastimagen.")
+    if target == "fastimagen" and module.startswith("fastimagen.") and exported != "__version__":
+        return f"{exported} from fastimagen, which loads it lazily: import the module that defines it"
     if owner in ONLY_DEFERRED and not item.deferred and entry(target, TABLE) != owner:
-        return f"{short(target)} outside of functions"
+        return f"{short(target)} at module level"
     if target.partition(".")[0] == "fastimagen_kernels" and module.partition(".")[0] == "fastimagen":
         return third_party_problem(module, item)
     if owner == entry(target, TABLE) or any(allows(permission, target) for permission in TABLE[owner or ""]):
@@ -135,32 +143,33 @@ def own_problem(module: str, target: str, item: Import) -> str | None:
 
 
 def third_party_problem(module: str, item: Import) -> str | None:
-    """What is wrong with importing a module from elsewhere, if anything."""
+    """What is wrong with importing a third-party package, or None."""
     if item.package in sys.stdlib_module_names or item.package == "__future__":
         return None
     if item.package in ("benchmarks", "tests"):
         return item.package
-    if module.partition(".")[0] == "benchmarks":  # measures other packages
+    if module.partition(".")[0] == "benchmarks":  # it measures third-party packages
         return None
     owner = entry(module, THIRD_PARTY)
-    allowed = (THIRD_PARTY[owner] if owner not in (None, "fastimagen") or module == "fastimagen" else CORE).split()
+    allowed = CORE if owner is None else THIRD_PARTY[owner]
     if item.deferred:
-        allowed = [*allowed, *DEFERRED.get(entry(module, DEFERRED) or "", "").split()]
-    return None if item.package in allowed else item.package + ("" if item.deferred else " outside of functions")
+        allowed += " " + DEFERRED.get(entry(module, DEFERRED) or "", "")
+    if item.package in allowed.split():
+        return None
+    return item.package if item.deferred else f"{item.package} at module level"
 
 
 def test_imports_follow_the_table() -> None:
     assert problems(ROOT) == []
 
 
-def test_tests_and_benchmarks_are_imported_by_their_own_folders_only() -> None:
-    """Tests import benchmarks in tests/benchmarks and tests/gpu only."""
+def test_only_the_tests_of_benchmarks_and_the_gpu_tests_import_benchmarks() -> None:
     users = {
         module.rpartition(".")[0]
         for module, path in modules(ROOT, "tests").items()
         if any(item.package == "benchmarks" for item in imports(path, module))
     }
-    assert users <= {"tests.benchmarks", "tests.gpu"}
+    assert users == {"tests.benchmarks", "tests.gpu"}
 
 
 def test_no_permission_is_unused() -> None:
@@ -169,18 +178,20 @@ def test_no_permission_is_unused() -> None:
     for owner, permissions in TABLE.items():
         targets = {target for module in edges if entry(module, TABLE) == owner for target in edges[module]}
         unused += [f"{owner}: {name}" for name in permissions if not any(allows(name, target) for target in targets)]
-    used = {(entry(module, DEFERRED), item.package) for module, item in all_imports()}
-    unused += [
-        f"{owner}: {name}" for owner, names in DEFERRED.items() for name in names.split() if (owner, name) not in used
-    ]
-    used = {(entry(module, THIRD_PARTY), item.package) for module, item in all_imports() if not item.deferred}
-    unused += [
-        f"{owner}: {name}"
-        for owner, names in THIRD_PARTY.items()
-        for name in names.split()
-        if (owner, name) not in used
-    ]
+    used_deferred = {(entry(module, DEFERRED), item.package) for module, item in all_imports() if item.deferred}
+    unused += [f"{owner}: {name}" for owner, name in pairs(DEFERRED) if (owner, name) not in used_deferred]
+    at_module_level = [(module, item) for module, item in all_imports() if not item.deferred]
+    used = {(entry(module, THIRD_PARTY), item.package) for module, item in at_module_level}
+    unused += [f"{owner}: {name}" for owner, name in pairs(THIRD_PARTY) if (owner, name) not in used]
+    used_core = {item.package for module, item in at_module_level if module.startswith("fastimagen.")}
+    unused += [f"core: {name}" for name in CORE.split() if name not in used_core]
+    unused += [f"{owner} has no module" for owner in TABLE if not any(entry(name, TABLE) == owner for name in edges)]
     assert unused == []
+
+
+def pairs(table: dict[str, str]) -> list[tuple[str, str]]:
+    """(module or package, permission) for every permission of a table."""
+    return [(owner, name) for owner, names in table.items() for name in names.split()]
 
 
 def all_imports() -> list[tuple[str, Import]]:
@@ -200,25 +211,36 @@ def all_imports() -> list[tuple[str, Import]]:
         ("fastimagen/networks/layers.py", "from ..text.t5 import T5Encoder", "imports text.t5; networks may import"),
         ("fastimagen/networks/layers.py", "import fastimagen.train.ema", "imports train.ema; networks may import"),
         ("fastimagen/data/loader.py", "from ..train import ema", "imports train.ema; data may import"),
-        ("fastimagen/cli.py", "from .config import Config", "imports config outside of functions"),
-        ("fastimagen/config.py", "import torch", "imports torch outside of functions"),
+        ("fastimagen/cli.py", "from .config import Config", "imports config at module level"),
+        ("fastimagen/config.py", "import torch", "imports torch at module level"),
         ("fastimagen/config.py", "def f():\n    import torch", "imports torch"),
         (
             "fastimagen/ops/attention.py",
             "import fastimagen_kernels.attention",
-            "fastimagen_kernels outside of functions",
+            "imports fastimagen_kernels at module level",
         ),
         ("fastimagen/networks/unet.py", "def f():\n    import fastimagen_kernels", "imports fastimagen_kernels"),
-        ("fastimagen/text/t5.py", "import transformers", "imports transformers outside of functions"),
-        ("fastimagen/data/shards.py", "class C:\n    import webdataset", "imports webdataset outside of functions"),
-        ("fastimagen/new.py", "", "fastimagen.new is in no line of the table"),
+        ("fastimagen/text/t5.py", "import transformers", "imports transformers at module level"),
+        ("fastimagen/data/shards.py", "class C:\n    import webdataset", "imports webdataset at module level"),
+        ("fastimagen/new.py", "", "fastimagen.new has no entry in the table"),
+        ("fastimagen/sampling/output.py", "from .. import Trainer", "imports Trainer from fastimagen, which loads it"),
+        ("fastimagen/data/shards.py", 'import_extra("pandas", user="x", extra="data")', "imports pandas"),
         ("fastimagen/info.py", "import benchmarks.report", "imports benchmarks.report; info may import"),
-        ("fastimagen/train/ema.py", "from . import trainer", "train.ema imports itself in a circle"),
+        ("fastimagen/train/ema.py", "from . import trainer", "train.ema is part of an import cycle"),
         ("kernels/attention.py", "from fastimagen import ops", "imports ops; fastimagen_kernels may import"),
-        ("kernels/attention.py", "import einops", "imports einops outside of functions"),
+        ("kernels/attention.py", "import einops", "imports einops at module level"),
+        (
+            "kernels/attention.py",
+            "def f():\n    from . import device",
+            "fastimagen_kernels.device is part of an import",
+        ),
         ("kernels/__init__.py", "", "kernels/ has an __init__.py"),
-        ("launch/train.py", "import torch", "imports torch outside of functions"),
+        ("launch/train.py", "import torch", "imports torch at module level"),
+        ("launch/train.py", "def f():\n    from benchmarks import report", "imports benchmarks.report; launch may"),
         ("benchmarks/harness/rows.py", "from ..cases import step", "imports benchmarks.cases.step; benchmarks.harness"),
+        ("benchmarks/harness/svg.py", "from .. import report", "imports benchmarks.report; benchmarks.harness may"),
+        ("benchmarks/cases/step.py", "from ..studies import tune", "imports benchmarks.studies.tune; benchmarks.cases"),
+        ("benchmarks/report.py", "from .studies import tune", "imports benchmarks.studies.tune; benchmarks may"),
         ("benchmarks/report.py", "from tests.conftest import ROOT", "imports tests"),
     ],
 )
@@ -226,39 +248,27 @@ def test_a_forbidden_import_is_reported(path: str, source: str, complaint: str, 
     for name in ("config", "text/t5", "ops/attention", "data/order", "train/ema"):
         write(tmp_path / f"fastimagen/{name}.py", "")
     write(tmp_path / "fastimagen/train/trainer.py", "from . import ema")
-    write(tmp_path / "fastimagen/ops/__init__.py", "")
+    for name in ("", "ops/"):
+        write(tmp_path / f"fastimagen/{name}__init__.py", "")
     write(tmp_path / "kernels/attention.py", "")
-    write(tmp_path / "benchmarks/cases/step.py", "")
-    write(tmp_path / "benchmarks/report.py", "")
+    write(tmp_path / "kernels/device.py", "from . import attention")
+    for name in ("cases/step", "studies/tune", "report"):
+        write(tmp_path / f"benchmarks/{name}.py", "")
     assert problems(tmp_path) == []
     write(tmp_path / path, source)
     assert any(complaint in line for line in problems(tmp_path)), problems(tmp_path)
 
 
-def test_a_detour_below_the_sampler_line_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Even if the table allowed every single step."""
+def test_an_indirect_import_of_training_code_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if the table permits every single import on the way."""
     monkeypatch.setitem(TABLE, "text", ["data"])
     write(tmp_path / "fastimagen/sampling/pipeline.py", "from ..text.t5 import T5Encoder")
     write(tmp_path / "fastimagen/text/t5.py", "from ..data.order import Order")
     write(tmp_path / "fastimagen/data/order.py", "")
     assert problems(tmp_path) == [
-        f"fastimagen.{name} samples without training dependencies, but reaches fastimagen.data.order"
+        f"fastimagen.{name} must work with the core dependencies, but reaches fastimagen.data.order"
         for name in ("sampling.pipeline", "text.t5")
     ]
-
-
-def test_relative_and_deferred_imports_are_resolved(tmp_path: Path) -> None:
-    path = tmp_path / "fastimagen/data/loader.py"
-    write(path, "from ..text import t5\nimport torch as t\ndef f():\n    from .order import Order as O\n")
-    write(tmp_path / "fastimagen/text/t5.py", "")
-    write(tmp_path / "fastimagen/data/order.py", "")
-    assert imports(path, "fastimagen.data.loader") == [
-        Import("fastimagen.text.t5", 1, deferred=False),
-        Import("torch", 2, deferred=False),
-        Import("fastimagen.data.order.Order", 4, deferred=True),
-    ]
-    edges = graph(tmp_path, ("fastimagen",))
-    assert edges["fastimagen.data.loader"] == {"fastimagen.text.t5", "fastimagen.data.order"}
 
 
 def write(path: Path, source: str) -> None:
@@ -277,30 +287,31 @@ assert "torch" not in sys.modules, "fastimagen, its command line and its configu
 import einops, numpy, PIL.Image, PIL.ImageDraw, PIL.ImageFont, safetensors.torch, torch, torch.distributed
 import torch.nn.functional
 
-def asked(*arguments, **keywords):
-    raise AssertionError("importing asks for a device")
+def fail(*arguments, **keywords):
+    raise AssertionError("importing queries a device")
 
 for name in ("is_available", "device_count", "current_device", "get_device_properties", "_lazy_init"):
-    setattr(torch.cuda, name, asked)
-torch.accelerator.current_accelerator = torch.accelerator.is_available = asked
+    setattr(torch.cuda, name, fail)
+torch.accelerator.current_accelerator = torch.accelerator.is_available = fail
 
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+FORBIDDEN = ("open", "socket.", "urllib.", "subprocess.", "os.putenv", "os.unset", "os.mkdir")
 def watch(event, arguments):
-    if event == "open" and (str(arguments[0]).endswith((".py", ".pyc", ".so")) and not arguments[2] & WRITES):
+    if event == "open" and str(arguments[0]).endswith((".py", ".pyc", ".so")) and not arguments[2] & WRITES:
         return
-    if event.startswith(("open", "socket.", "urllib.", "subprocess.", "os.putenv", "os.unset", "os.mkdir")):
+    if event.startswith(FORBIDDEN):
         raise AssertionError(f"importing does {event} {arguments}")
 
-before, had = dict(os.environ), set(sys.modules)
+environment, loaded = dict(os.environ), set(sys.modules)
 sys.addaudithook(watch)
 for name in sys.argv[1:]:
     importlib.import_module(name)
 for name in fastimagen.__all__:
     getattr(fastimagen, name)
-assert dict(os.environ) == before, "importing sets environment variables"
+assert dict(os.environ) == environment, "importing sets environment variables"
 heavy = {"transformers", "webdataset", "deepspeed", "triton", "sentencepiece", "psutil"}
-heavy &= set(sys.modules) - had
-assert not heavy, f"importing brings {heavy}"
+heavy &= set(sys.modules) - loaded
+assert not heavy, f"importing fastimagen also imports {heavy}"
 """
 
 
