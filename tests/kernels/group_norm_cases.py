@@ -1,4 +1,4 @@
-"""Inputs of group_norm_silu, and what it is by definition, in float64."""
+"""Inputs of group_norm_silu, its operator, and its definition in float64."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def inputs(
     vectors: torch.dtype | None = None,
     seed: int = 0,
 ) -> list[Tensor]:
-    """dy, x, weight, bias and, with film, scale and shift: halves of one tensor, as a chunked linear layer's."""
+    """dy, x, weight, bias and, with film, scale and shift, which are halves of one tensor, as of a linear layer."""
     generator = torch.Generator().manual_seed(seed)
     batch, channels = shape[:2]
     dy, x = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
@@ -46,6 +46,20 @@ def results(
     return dict(zip(NAMES, [y.detach(), *torch.autograd.grad(y, leaves, dy)]))
 
 
+def operator(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    activation: str = "silu",
+) -> Tensor:
+    """The registered operator, which ops.group_norm_silu calls on a GPU."""
+    return torch.ops.fastimagen.group_norm_silu(x, weight, bias, scale, shift, groups, 1e-5, activation)[0]
+
+
 def by_definition(
     x: Tensor,
     weight: Tensor,
@@ -56,10 +70,10 @@ def by_definition(
     shift: Tensor | None = None,
     activation: str = "silu",
 ) -> Tensor:
-    """The contract, written down without any operator of PyTorch's for it."""
+    """group_norm_silu written out."""
     grouped = x.unflatten(1, (groups, -1))  # (B, G, C / G, H, W)
     centred = grouped - grouped.mean(dim=(2, 3, 4), keepdim=True)
-    y = (centred / (centred.square().mean(dim=(2, 3, 4), keepdim=True) + 1e-5).sqrt()).flatten(1, 2)
+    y = (centred / (centred.square().mean(dim=(2, 3, 4), keepdim=True) + 1e-5).sqrt()).flatten(1, 2)  # (B, C, H, W)
     y = y * weight[:, None, None] + bias[:, None, None]
     if scale is not None:
         y = y * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
@@ -67,6 +81,7 @@ def by_definition(
 
 
 def exact(tensors: list[Tensor], groups: int, activation: str = "silu") -> dict[str, Tensor]:
+    """The results of the definition in float64."""
     return results(by_definition, [tensor.double() for tensor in tensors], groups, activation)
 
 

@@ -31,7 +31,7 @@ FOLDER = Path(__file__).parent
 MARGIN = 256  # elements around every guarded tensor
 
 
-def tests_of(file: str) -> list[str]:
+def interpreted_tests(file: str) -> list[str]:
     """The names of the test functions in tests/kernels/`file`."""
     return re.findall(r"^def (test_\w+)\(", (FOLDER / file).read_text(), re.MULTILINE)
 

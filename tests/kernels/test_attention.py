@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.kernels.aot import SHARED_LIMIT, compiled
-from tests.kernels.interpreting import tests_of
+from tests.kernels.interpreting import interpreted_tests
 
 pytest.importorskip("triton")
 
@@ -20,7 +20,7 @@ MATRIX_INSTRUCTION = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gf
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("interpreted", tests_of("interpreted_attention.py"))
+@pytest.mark.parametrize("interpreted", interpreted_tests("interpreted_attention.py"))
 def test_in_the_interpreter(interpreted: str, check_interpreted: Callable[[str], None]) -> None:
     check_interpreted(interpreted)
 

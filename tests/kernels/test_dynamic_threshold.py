@@ -1,20 +1,19 @@
-"""dynamic_threshold: its reference, its operator where no kernel can run, and its kernels, interpreted."""
+"""dynamic_threshold: its reference, its operator without kernels, and its kernels in the interpreter."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 
 import pytest
 import torch
 
 from fastimagen import ops
-from tests.kernels.interpreting import tests_of
+from tests.kernels.interpreting import interpreted_tests
 from tests.kernels.threshold_cases import CASES, PERCENTILES, assert_thresholded, by_definition
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("interpreted", tests_of("interpreted_dynamic_threshold.py"))
+@pytest.mark.parametrize("interpreted", interpreted_tests("interpreted_dynamic_threshold.py"))
 def test_in_the_interpreter(interpreted: str, check_interpreted: Callable[[str], None]) -> None:
     check_interpreted(interpreted)
 
@@ -35,7 +34,7 @@ def test_samples_may_have_more_than_2_to_the_24_elements() -> None:
 
 
 def test_ranks_are_computed_in_float64() -> None:
-    """3 * 1024^2 numbers: the rank in fp32 would be off by up to 0.15 of the distance between neighbours."""
+    """For 3 * 1024^2 elements an fp32 rank would be off by up to 0.15 of the distance between neighbours."""
     x = torch.arange(3 * 1024 * 1024, dtype=torch.float64)[None].float()  # exact in fp32
     torch.testing.assert_close(ops.dynamic_threshold(x, 0.95).double(), by_definition(x, 0.95, 1.0), rtol=0, atol=1e-6)
 
@@ -54,15 +53,30 @@ def test_inf_is_clamped_and_nan_spreads_over_its_image() -> None:
     assert infinite[0, :2].isnan().all() and infinite[0, 2] == 0
 
 
-def test_operator_passes_opcheck(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_operator_passes_opcheck() -> None:
     x = CASES["normal"]().contiguous(memory_format=torch.channels_last)
     torch.library.opcheck(torch.ops.fastimagen.dynamic_threshold, (x, 0.9, 1.0))
-    monkeypatch.setattr(sys.modules["fastimagen.ops.dynamic_threshold"], "use_triton", lambda *unused: True)
-    assert ops.dynamic_threshold(x, 0.9).is_contiguous(memory_format=torch.channels_last)
-    assert_thresholded(x, 0.9)
+
+
+def test_operator_without_kernels_equals_the_reference() -> None:
+    x = CASES["normal"]().contiguous(memory_format=torch.channels_last)
+    y = torch.ops.fastimagen.dynamic_threshold(x, 0.9, 1.0)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(y, ops.dynamic_threshold(x, 0.9), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("through", ["reference", "operator"])
+def test_compiles_into_one_graph(through: str) -> None:
+    x = CASES["normal"]().contiguous(memory_format=torch.channels_last)
+
+    def double(x: torch.Tensor) -> torch.Tensor:
+        if through == "operator":
+            return torch.ops.fastimagen.dynamic_threshold(x, 0.9, 1.0) * 2
+        return ops.dynamic_threshold(x, 0.9) * 2
+
     torch._dynamo.reset()
-    compiled_op = torch.compile(lambda x: ops.dynamic_threshold(x, 0.9) * 2, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled_op(x), ops.dynamic_threshold(x, 0.9) * 2, rtol=0, atol=0)
+    compiled = torch.compile(double, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), double(x), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

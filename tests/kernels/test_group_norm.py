@@ -1,4 +1,4 @@
-"""group_norm_silu: its reference, its operator without kernels, and its kernels, interpreted."""
+"""group_norm_silu: its reference, its operator without kernels, and its kernels in the interpreter."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
 from fastimagen import ops
-from fastimagen.ops import group_norm
-from tests.kernels.group_norm_cases import assert_close, by_definition, exact, inputs, results
-from tests.kernels.interpreting import tests_of
+from tests.kernels.group_norm_cases import assert_close, by_definition, exact, inputs, operator, results
+from tests.kernels.interpreting import interpreted_tests
 
+FUNCTIONS = pytest.mark.parametrize("function", [ops.group_norm_silu, operator], ids=["reference", "operator"])
 LAYOUTS = pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 CASES = pytest.mark.parametrize(
     ("shape", "groups", "film", "activation"),
@@ -25,19 +26,13 @@ CASES = pytest.mark.parametrize(
 )
 
 
-def assert_layout(last: bool, *tensors: torch.Tensor) -> None:
+def assert_layout(last: bool, *tensors: Tensor) -> None:
     layout = torch.channels_last if last else torch.contiguous_format
     assert all(tensor.is_contiguous(memory_format=layout) for tensor in tensors)
 
 
-@pytest.fixture
-def operator(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Call the operator, as on a GPU."""
-    monkeypatch.setattr(group_norm, "use_triton", lambda *unused: True)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("interpreted", tests_of("interpreted_group_norm.py"))
+@pytest.mark.parametrize("interpreted", interpreted_tests("interpreted_group_norm.py"))
 def test_in_the_interpreter(interpreted: str, check_interpreted: Callable[[str], None]) -> None:
     check_interpreted(interpreted)
 
@@ -56,10 +51,10 @@ def test_reference_matches_the_definition(
 @LAYOUTS
 @CASES
 def test_operator_without_kernels_matches_float64(
-    shape: tuple[int, ...], groups: int, film: bool, activation: str, last: bool, operator: None
+    shape: tuple[int, ...], groups: int, film: bool, activation: str, last: bool
 ) -> None:
     tensors = inputs(shape, film=film, last=last)
-    got = results(ops.group_norm_silu, tensors, groups, activation)
+    got = results(operator, tensors, groups, activation)
     assert_close(got, exact(tensors, groups, activation))
     assert_layout(last, got["y"], got["dx"])
 
@@ -71,27 +66,21 @@ def test_operator_passes_opcheck(film: bool) -> None:
     torch.library.opcheck(torch.ops.fastimagen.group_norm_silu, (*leaves, 2, 1e-5, "silu"))
 
 
-@pytest.mark.parametrize("through", ["reference", "operator"])
-def test_compiles_into_one_graph(through: str, request: pytest.FixtureRequest) -> None:
-    if through == "operator":
-        request.getfixturevalue("operator")
+@FUNCTIONS
+def test_compiles_into_one_graph(function: Callable[..., Tensor]) -> None:
     tensors = inputs((2, 6, 2, 3), last=True)
     torch._dynamo.reset()
-    compiled = torch.compile(ops.group_norm_silu, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     assert_close(results(compiled, tensors, 2), exact(tensors, 2))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("through", ["reference", "operator"])
-def test_output_keeps_the_dtype_of_x_under_autocast(
-    through: str, dtype: torch.dtype, request: pytest.FixtureRequest
-) -> None:
-    if through == "operator":
-        request.getfixturevalue("operator")
+@FUNCTIONS
+def test_output_keeps_the_dtype_of_x_under_autocast(function: Callable[..., Tensor], dtype: torch.dtype) -> None:
     tensors = inputs((2, 6, 2, 3), dtype=dtype, vectors=torch.float32)
-    tensors[4:] = (tensor.bfloat16() for tensor in tensors[4:])  # autocast makes them so
+    tensors[4:] = (tensor.bfloat16() for tensor in tensors[4:])  # scale and shift come from a linear layer
     with torch.autocast("cpu", torch.bfloat16):
-        got = results(ops.group_norm_silu, tensors, 2)
+        got = results(function, tensors, 2)
     assert {name: tensor.dtype for name, tensor in got.items()} == {
         "y": dtype,
         "dx": dtype,
@@ -102,13 +91,12 @@ def test_output_keeps_the_dtype_of_x_under_autocast(
     }
 
 
-@pytest.mark.parametrize("through", ["reference", "operator"])
-def test_group_of_one_element_is_normalized_to_zero(through: str, request: pytest.FixtureRequest) -> None:
-    if through == "operator":
-        request.getfixturevalue("operator")
+@FUNCTIONS
+def test_group_of_one_element_is_normalized_to_zero(function: Callable[..., Tensor]) -> None:
     _, x, weight, bias = inputs((1, 4, 1, 1), film=False)
-    y = ops.group_norm_silu(x, weight, bias, 4, activation="none").flatten()
-    assert torch.allclose(y, bias, atol=1e-4)  # PyTorch multiplies by 1 / sqrt(eps) before it subtracts the mean
+    y = function(x, weight, bias, 4, activation="none").flatten()  # (4,)
+    # PyTorch multiplies by 1 / sqrt(eps) before it subtracts the mean.
+    torch.testing.assert_close(y, bias, rtol=1e-5, atol=1e-4)
 
 
 def test_empty_batch_gives_an_empty_tensor() -> None:

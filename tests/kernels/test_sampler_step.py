@@ -1,20 +1,20 @@
-"""sampler_step: its reference, its operator where no kernel can run, and its kernels, interpreted."""
+"""sampler_step: its reference, its operator without kernels, and its kernels in the interpreter."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
 from fastimagen import ops
-from tests.kernels.interpreting import tests_of
+from tests.kernels.interpreting import interpreted_tests
 from tests.kernels.sampler_step_cases import CASES, RECOVERY, UPDATE, Case
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("interpreted", tests_of("interpreted_sampler_step.py"))
+@pytest.mark.parametrize("interpreted", interpreted_tests("interpreted_sampler_step.py"))
 def test_in_the_interpreter(interpreted: str, check_interpreted: Callable[[str], None]) -> None:
     check_interpreted(interpreted)
 
@@ -24,20 +24,41 @@ def test_reference_matches_float64(case: Case) -> None:
     case.check()
 
 
-def test_operator_passes_opcheck(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case(3.0, "dynamic", previous=True, noise=True)
-    output, x, extra = case.inputs()
-    x = x.contiguous(memory_format=torch.channels_last)
+CASE = Case(3.0, "dynamic", previous=True, noise=True)
+
+
+def channels_last_inputs() -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    output, x, extra = CASE.inputs()
+    return output, x.contiguous(memory_format=torch.channels_last), extra
+
+
+def operator(output: Tensor, x: Tensor, extra: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The registered operator, which ops.sampler_step calls on a GPU."""
+    tensors = (output, x, extra["previous"], extra["noise"])
+    return torch.ops.fastimagen.sampler_step(*tensors, *RECOVERY, *UPDATE, CASE.guidance, CASE.threshold, 0.9)
+
+
+def test_operator_passes_opcheck() -> None:
+    output, x, extra = channels_last_inputs()
     torch.library.opcheck(
         torch.ops.fastimagen.sampler_step, (output, x, extra["previous"], None, *RECOVERY, *UPDATE, 3.0, "dynamic", 0.9)
     )
-    monkeypatch.setattr(sys.modules["fastimagen.ops.sampler_step"], "use_triton", lambda *unused: True)
-    case.check()
-    assert case.run(output, x, extra)[0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_operator_without_kernels_equals_the_reference() -> None:
+    inputs = channels_last_inputs()
+    for found, expected in zip(operator(*inputs), CASE.run(*inputs)):
+        assert found.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("function", [CASE.run, operator], ids=["reference", "operator"])
+def test_compiles_into_one_graph(function: Callable[..., tuple[Tensor, Tensor]]) -> None:
+    inputs = channels_last_inputs()
     torch._dynamo.reset()
-    compiled_op = torch.compile(case.run, fullgraph=True, backend="aot_eager")
-    for one, other in zip(compiled_op(output, x, extra), case.run(output, x, extra)):
-        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for found, expected in zip(compiled(*inputs), function(*inputs)):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
