@@ -1,8 +1,7 @@
-"""ops.attention in plain PyTorch, its operator without kernels, and how it calls xFormers."""
+"""ops.attention in plain PyTorch and through xFormers, and its operator without kernels."""
 
 from __future__ import annotations
 
-import importlib
 import subprocess
 import sys
 import types
@@ -13,12 +12,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastimagen import ops
-from fastimagen.ops.attention import Keys
+from fastimagen.ops import dispatch
+from fastimagen.ops.attention import Keys, attention_xformers
 from fastimagen.ops.attention_op import fused
 from tests.conftest import ROOT
 from tests.kernels.attention_cases import Case, assert_close, exact, make, results
 
-backends = importlib.import_module("fastimagen.ops.dispatch")  # `ops.backend` is its function of that name
 CASES = [
     Case(queries=9, heads=4, width=24, keys=9, context=20, lengths=(20, 0)),
     Case(queries=6, heads=3, width=16, keys=5, key_heads=3, null="heads", context=4, lengths=(4, 1)),
@@ -31,15 +30,20 @@ OPERATOR_ARGUMENTS = ("q", "k", "v", "null_k", "null_v", "context_k", "context_v
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_equals_the_definition(case: Case) -> None:
+def test_output_and_gradients_match_float64(case: Case) -> None:
     tensors = make(case)
     assert_close(results(ops.attention, tensors), exact(tensors))
-    if case.lengths == (0, 4):  # no null key, no image: the first sample has no key at all
-        assert (results(ops.attention, tensors)["out"][0] == 0).all()
+
+
+def test_query_without_any_key_gives_zeros() -> None:
+    tensors = make(Case(queries=6, heads=2, width=16, key_heads=2, null="", context=6, lengths=(0, 4)))
+    got = results(ops.attention, tensors)
+    assert all((got[name][0] == 0).all() for name in ("out", "dq", "dcontext_k", "dcontext_v"))
+    assert (got["out"][1] != 0).all()
 
 
 @pytest.mark.parametrize("case", CASES[:4], ids=str)
-def test_gradients_of_reference_and_operator(case: Case) -> None:
+def test_gradients_of_reference_and_operator_pass_gradcheck(case: Case) -> None:
     tensors = make(case, torch.float64)
     tensors = {name: x.requires_grad_(x.is_floating_point()) for name, x in tensors.items()}
     arguments = tuple(tensors.get(name) for name in OPERATOR_ARGUMENTS)
@@ -54,7 +58,7 @@ def test_gradients_of_reference_and_operator(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", CASES[:2], ids=str)
-def test_operator_registration(case: Case) -> None:
+def test_operator_passes_opcheck(case: Case) -> None:
     tensors = make(case)
     leaves = [
         x.requires_grad_() if (x := tensors.get(name)) is not None and x.is_floating_point() else x
@@ -63,7 +67,7 @@ def test_operator_registration(case: Case) -> None:
     torch.library.opcheck(torch.ops.fastimagen.attention, (*leaves, 0.25))
 
 
-def test_normalised_queries_and_keys() -> None:
+def test_qk_scales_normalize_queries_and_keys() -> None:
     tensors = make(CASES[0])
     scales = torch.rand(2, 24) + 0.5
     del tensors["dout"]
@@ -75,20 +79,24 @@ def test_normalised_queries_and_keys() -> None:
     torch.testing.assert_close(out, ops.attention(**by_hand, scale=8.0))
 
 
-def test_autocast_and_compilation() -> None:
+def test_autocast_gives_bf16_output_and_fp32_gradients() -> None:
     tensors = make(CASES[0])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = results(ops.attention, tensors)
     assert got["out"].dtype == torch.bfloat16 and got["dq"].dtype == torch.float32
     assert_close(got, exact(tensors), 2e-2)
+
+
+def test_compiles_into_one_graph() -> None:
+    tensors = make(CASES[0])
     torch._dynamo.reset()
     compiled = torch.compile(lambda q, **keys: ops.attention(q, **keys), fullgraph=True, backend="aot_eager")
     assert_close(results(compiled, tensors), exact(tensors))
 
 
 @pytest.mark.parametrize("lengths", [None, (4, 2)], ids=["all", "masked"])
-def test_nothing_of_the_size_of_all_scores_is_kept(lengths: tuple[int, ...] | None) -> None:
-    """SDPA's blockwise kernel computes it, masked or not, and not the one that writes all scores down."""
+def test_flash_attention_of_sdpa_is_used(lengths: tuple[int, ...] | None) -> None:
+    """Masked or not, SDPA uses its blockwise kernel, which never stores all scores."""
     case = Case(queries=8, heads=2, width=16, keys=8, context=4, lengths=lengths)
     with torch.profiler.profile() as profile:
         results(ops.attention, make(case))
@@ -109,16 +117,16 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
 
 
-def test_memory_of_self_attention() -> None:
-    """2048 tokens, 8 heads: forward and backward take less than one matrix of all scores."""
+def test_self_attention_needs_less_memory_than_all_scores() -> None:
+    """Forward and backward of 2048 tokens and 8 heads."""
     child = subprocess.run([sys.executable, "-c", PEAK], cwd=ROOT, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr
     assert int(child.stdout) < 8 * 2048 * 2049 * 4, child.stdout
 
 
-@pytest.mark.parametrize("case", CASES[:4], ids=str)
-def test_how_xformers_is_called(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in with xFormers' contract: one shape of heads, a bias with aligned rows, NaN where all is masked."""
+@pytest.fixture
+def xformers_stub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module that takes what xFormers takes: equal heads of q, k and v, and a bias with aligned rows."""
 
     def memory_efficient_attention(
         query: Tensor,
@@ -134,19 +142,34 @@ def test_how_xformers_is_called(case: Case, monkeypatch: pytest.MonkeyPatch) -> 
             assert attn_bias.stride(-1) == 1 and all(stride % 8 == 0 for stride in attn_bias.stride()[:3])
             assert attn_bias.dtype == query.dtype
         logits = torch.einsum("bmhd,bnhd->bhmn", query, key) * scale
-        weights = (logits if attn_bias is None else logits + attn_bias).softmax(dim=-1)
+        weights = (logits if attn_bias is None else logits + attn_bias).softmax(dim=-1)  # NaN where all is masked
         return torch.einsum("bhmn,bnhd->bmhd", weights, value)
 
     module = types.ModuleType("xformers.ops")
     module.memory_efficient_attention = memory_efficient_attention
     monkeypatch.setitem(sys.modules, "xformers", types.ModuleType("xformers"))
     monkeypatch.setitem(sys.modules, "xformers.ops", module)
-    monkeypatch.setattr(backends, "_requested", "xformers")
+
+
+@pytest.mark.parametrize("case", CASES[:4], ids=str)
+@pytest.mark.usefixtures("xformers_stub")
+def test_xformers_gets_arguments_that_it_supports(case: Case) -> None:
+    def through_xformers(q: Tensor, context_lengths: Tensor | None = None, **tensors: Tensor) -> Tensor:
+        keys = Keys(**dict.fromkeys(Keys._fields) | tensors | {"lengths": context_lengths})
+        return attention_xformers(q, keys, case.width**-0.5)
+
     tensors = make(case)
-    with pytest.raises(ValueError, match=r'attention with backend "xformers": .*'):
-        ops.attention(tensors["q"], null_k=torch.ones(case.width), null_v=torch.ones(case.width))
-    monkeypatch.setattr(sys.modules["fastimagen.ops.attention"], "_no_xformers_for", lambda q: None)
-    assert_close(results(ops.attention, tensors), exact(tensors))
+    assert_close(results(through_xformers, tensors), exact(tensors))
+
+
+def test_cpu_tensors_raise_with_backend_xformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "no_xformers", lambda: None)  # as on a machine with xFormers and a GPU
+    ops.set_backend("xformers")
+    try:
+        with pytest.raises(ValueError, match='attention with backend "xformers": xformers needs CUDA tensors'):
+            ops.attention(torch.ones(1, 2, 1, 16), null_k=torch.ones(16), null_v=torch.ones(16))
+    finally:
+        ops.set_backend("auto")
 
 
 @pytest.mark.parametrize(
@@ -171,7 +194,7 @@ def test_how_xformers_is_called(case: Case, monkeypatch: pytest.MonkeyPatch) -> 
         ),
     ],
 )
-def test_arguments_that_do_not_fit(change: dict[str, Tensor | None], message: str) -> None:
+def test_invalid_arguments_raise(change: dict[str, Tensor | None], message: str) -> None:
     arguments = {"q": torch.ones(2, 4, 2, 16), "k": torch.ones(2, 5, 1, 16), "v": torch.ones(2, 5, 1, 16)}
     with pytest.raises(ValueError, match=message):
         ops.attention(**(arguments | change))
