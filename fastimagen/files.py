@@ -1,4 +1,4 @@
-"""Reading and writing files: complete or not at all, and one clear line for what cannot be read."""
+"""Files: written completely or not at all; an error about a file that cannot be read is one line that names it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or the name of its class if the message is empty."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    return str(error).strip().partition("\n")[0].rstrip() or type(error).__name__
 
 
 def require_empty(folder: str | Path) -> None:
@@ -38,13 +38,16 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path to write; it replaces `path` when the block ends, after a sync to the disk.
 
     At any time `path` is absent, the old file or the whole new one. Creates the folder. If the block raises, `path`
-    stays as it was and the temporary file is removed.
+    stays as it was and the temporary file is removed. The file gets the permissions of a file made by `open`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_path(path)
     try:
+        temporary.touch(exist_ok=False)
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)  # safetensors creates files that only their owner may read
         sync(temporary)
         os.replace(temporary, path)
     finally:
@@ -103,13 +106,19 @@ def write_json(path: str | Path, content: Any) -> None:
 
 
 def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file atomically. tensors: any device, any shape; metadata: strings for the header."""
+    """Write a safetensors file atomically. tensors: any device, any shape; metadata: strings for the header.
+
+    Raises OSError if the file cannot be written.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    on_cpu = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     with atomic_file(path) as temporary:
-        save_file(
-            {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, temporary, dict(metadata)
-        )
+        try:
+            save_file(on_cpu, temporary, dict(metadata))
+        except SafetensorError as error:
+            raise OSError(f"cannot write {path}: {first_line(error)}") from error
 
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:

@@ -1,9 +1,12 @@
 """The cache of text embeddings: one safetensors file per shard and encoder, next to the tar.
 
-tokens (sum of lengths, E) bfloat16: the tokens of all distinct captions of the shard, without padding
-offsets (number of distinct captions + 1,) int64: distinct caption n is tokens[offsets[n]:offsets[n + 1]]
-rows (S,) int64: the distinct caption of each of the shard's S samples;  keys: their names, JSON as uint8
-Header: the encoder's identity, the hash of keys and captions, the schema. A difference on reading is an error.
+A shard of S samples has U distinct captions. The file contains
+    tokens (sum of lengths, E) bfloat16: the tokens of all distinct captions, without padding
+    offsets (U + 1,) int64: distinct caption n is tokens[offsets[n]:offsets[n + 1]]
+    rows (S,) int64: the distinct caption of each sample
+    keys: the names of the samples, JSON as uint8
+and, in its header, the encoder's identity, the hash of keys and captions, and the schema. Reading a file that differs
+from what is expected is an error.
 """
 
 from __future__ import annotations
@@ -22,13 +25,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..files import write_safetensors
+from ..files import first_line, write_safetensors
 from ..text.embeddings import TextEmbeddings
 
 logger = logging.getLogger(__name__)
 
 SCHEMA = "fastimagen.embeddings.1"
-REBUILD = "fastimagen embed --config CONFIG"
+ADVICE = "; rebuild it with: fastimagen embed --config CONFIG"
 
 
 class Encoder(Protocol):
@@ -59,13 +62,12 @@ def captions_hash(keys: Sequence[str], captions: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps([list(keys), list(captions)]).encode()).hexdigest()
 
 
-def cache_path(tar_path: str | Path, identity: Mapping[str, str] | str, cache_dir: str | Path | None = None) -> Path:
+def cache_path(tar_path: str | Path, identity: Mapping[str, str], cache_dir: str | Path | None = None) -> Path:
     """FOLDER/STEM.ENCODER.safetensors, where FOLDER is `cache_dir` or the folder of the tar.
 
-    identity: of the encoder, or its "encoder" entry.
+    identity: of the encoder.
     """
-    encoder = identity if isinstance(identity, str) else identity["encoder"]
-    slug = re.sub(r"[^\w.-]", "-", encoder.replace("/", "--"))
+    slug = re.sub(r"[^\w.-]", "-", identity["encoder"].replace("/", "--"))
     folder = Path(tar_path).parent if cache_dir is None else Path(cache_dir)
     return folder / f"{Path(tar_path).stem}.{slug}.safetensors"
 
@@ -82,41 +84,37 @@ def write_cache(
     """
     if len(keys) != len(captions):
         raise ValueError(f"{len(keys)} sample keys but {len(captions)} captions for {path}")
-    distinct = {caption: row for row, caption in enumerate(dict.fromkeys(captions))}
-    texts = list(distinct)
-    tokens: list[Tensor] = [torch.empty(0, encoder.dim)] * len(texts)
+    rows = {caption: row for row, caption in enumerate(dict.fromkeys(captions))}
+    distinct = list(rows)
+    tokens: list[Tensor] = [torch.empty(0, encoder.dim)] * len(distinct)
     already_truncated = encoder.truncated
-    order = sorted(range(len(texts)), key=lambda row: len(texts[row]))  # similar lengths: little padding
+    order = sorted(range(len(distinct)), key=lambda row: len(distinct[row]))  # similar lengths: little padding
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        encoded = encoder.encode([texts[row] for row in batch], batch_size)
+        encoded = encoder.encode([distinct[row] for row in batch], batch_size)
         for row, caption_tokens in zip(batch, encoded.to(device="cpu", dtype=torch.bfloat16).unpadded()):
             if not caption_tokens.isfinite().all():
-                raise ValueError(f"the text encoder gave infinite or NaN embeddings for {texts[row]!r:.80}")
+                raise ValueError(f"the text encoder returned infinite or NaN embeddings for {distinct[row]!r:.80}")
             tokens[row] = caption_tokens.clone()  # (L, E); a copy, because a view keeps the padded batch in memory
-    lengths = torch.tensor([len(caption_tokens) for caption_tokens in tokens], dtype=torch.int64)  # (number,)
+    lengths = torch.tensor([len(caption_tokens) for caption_tokens in tokens], dtype=torch.int64)  # (U,)
     tensors = {
         "tokens": torch.cat([torch.empty(0, encoder.dim, dtype=torch.bfloat16), *tokens]),  # (sum of lengths, E)
-        "offsets": torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]),  # (number + 1,)
-        "rows": torch.tensor([distinct[caption] for caption in captions], dtype=torch.int64),  # (S,)
+        "offsets": torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]),  # (U + 1,)
+        "rows": torch.tensor([rows[caption] for caption in captions], dtype=torch.int64),  # (S,)
         "keys": torch.from_numpy(np.frombuffer(json.dumps(list(keys)).encode(), dtype=np.uint8).copy()),
     }
-    write_safetensors(
-        path,
-        tensors,
-        encoder.identity()
-        | {
-            "schema": SCHEMA,
-            "samples": captions_hash(keys, captions),
-            "dim": str(encoder.dim),
-            "truncated": str(encoder.truncated - already_truncated),
-        },
-    )
+    header = encoder.identity() | {
+        "schema": SCHEMA,
+        "samples": captions_hash(keys, captions),
+        "dim": str(encoder.dim),
+        "truncated": str(encoder.truncated - already_truncated),
+    }
+    write_safetensors(path, tensors, header)
 
 
-@dataclass(frozen=True)
+@dataclass
 class EmbedReport:
-    """What `embed_shards` did; the last four count written and kept shards."""
+    """What `embed_shards` did; all but the first two count the samples of written and of kept shards."""
 
     written: int = 0
     """Shards encoded."""
@@ -125,7 +123,7 @@ class EmbedReport:
     captions: int = 0
     """Samples."""
     truncated: int = 0
-    """Distinct captions cut to the encoder's max_length."""
+    """Distinct captions truncated to the encoder's max_length."""
     empty: int = 0
     """Samples with an empty caption."""
     tokens: int = 0
@@ -151,40 +149,42 @@ def embed_shards(
     identity = encoder.identity()
     paths = [cache_path(shard.path, identity, cache_dir) for shard in shards]
     _refuse_collisions(shards, paths)
-    counts = dict.fromkeys(EmbedReport.__dataclass_fields__, 0)
-    mine = range(rank, len(shards), world_size)
-    for done, index in enumerate(mine, start=1):
+    report = EmbedReport()
+    own_shards = range(rank, len(shards), world_size)
+    for done, index in enumerate(own_shards, start=1):
         keys, captions = list(shards[index].keys), list(shards[index].captions())
         samples_hash = captions_hash(keys, captions)
         cache = _open_matching(paths[index], identity, keys, samples_hash)
-        counts["written" if cache is None else "kept"] += 1
         if cache is None:
             write_cache(paths[index], keys, captions, encoder, batch_size)
             cache = open_cache(paths[index], identity=identity, keys=keys, captions_hash=samples_hash)
+            report.written += 1
+        else:
+            report.kept += 1
         empty = sum(not caption.strip() for caption in captions)
         if empty:
             logger.warning("%s: %d of %d captions are empty", shards[index].path, empty, len(captions))
-        for name, more in (
-            ("captions", len(keys)),
-            ("truncated", cache.truncated),
-            ("empty", empty),
-            ("tokens", int(cache.offsets[-1])),
-        ):
-            counts[name] += more
+        report.captions += len(keys)
+        report.truncated += cache.truncated
+        report.empty += empty
+        report.tokens += int(cache.offsets[-1])
         if progress:
-            progress(done, len(mine))
-    return EmbedReport(**counts)
+            progress(done, len(own_shards))
+    return report
 
 
 def _refuse_collisions(shards: Sequence[Shard], paths: Iterable[Path]) -> None:
-    owner: dict[Path, Shard] = {}
+    owners: dict[Path, Shard] = {}
     for shard, path in zip(shards, paths):
-        other = owner.setdefault(path, shard)
-        if other is not shard:
-            raise ValueError(
-                f"shards {other.path} and {shard.path} would share the embedding cache "
-                f"{path}: give them different names, or set text.cache to null"
-            )
+        other = owners.setdefault(path, shard)
+        if other is shard:
+            continue
+        if other.path == shard.path:
+            raise ValueError(f"shard {shard.path} is listed twice, for example for training and for validation")
+        raise ValueError(
+            f"shards {other.path} and {shard.path} would share the embedding cache {path}: "
+            f"rename one of them, or set fastimagen.text.cache to null to keep each cache next to its shard"
+        )
 
 
 def _open_matching(
@@ -204,9 +204,9 @@ def _open_matching(
 
 
 class EmbeddingCache:
-    """Embeddings of a shard's samples, memory-mapped: cache[i] reads the tokens of sample i only.
+    """Embeddings of a shard's samples, memory-mapped: cache[i] reads only the tokens of sample i.
 
-    Threads may share it; unpickling opens the file again. `open_cache` constructs it after checking the file.
+    Threads may share it; unpickling opens the file again. `open_cache` also checks that it belongs to the shard.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -232,7 +232,7 @@ class EmbeddingCache:
 
     @property
     def truncated(self) -> int:
-        """Distinct captions that were cut to the encoder's max_length."""
+        """Distinct captions that were truncated to the encoder's max_length."""
         return int(self.metadata["truncated"])
 
     def keys(self) -> list[str]:
@@ -245,55 +245,54 @@ class EmbeddingCache:
     def __getitem__(self, index: int) -> Tensor:
         """Embeddings (L, E) of sample `index`, bfloat16, without padding. Raises IndexError beyond the last sample."""
         row = self.rows[index]
-        # A copy: a view would take the whole mapped file along when a batch goes to another process.
+        # A copy: pickling a view for another process would pickle the whole file.
         return self.tokens[int(self.offsets[row]) : int(self.offsets[row + 1])].clone()  # (L, E)
 
 
 def open_cache(
-    path: str | Path, *, identity: Mapping[str, str], keys: Sequence[str], captions_hash: str, rebuild: str = REBUILD
+    path: str | Path, *, identity: Mapping[str, str], keys: Sequence[str], captions_hash: str
 ) -> EmbeddingCache:
     """Open a shard's cache after checking that it is complete and belongs to this encoder and these captions.
 
     identity: `T5Encoder.identity()` or `encoder_identity(...)`; keys, captions_hash: of the shard now. Raises
-    ValueError with one line that says what differs and which command rebuilds the cache (`rebuild`)."""
+    ValueError with one line that says what differs and which command rebuilds the cache.
+    """
     from safetensors import SafetensorError
 
-    advice = f"; rebuild it with: {rebuild}"
     try:
         cache = EmbeddingCache(path)
     except FileNotFoundError as error:
-        raise ValueError(f"there is no embedding cache {path}{advice}") from error
+        raise ValueError(f"there is no embedding cache {path}{ADVICE}") from error
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"embedding cache {path} is damaged ({error}){advice}") from error
+        raise ValueError(f"embedding cache {path} is damaged ({first_line(error)}){ADVICE}") from error
     except ValueError as error:
-        raise ValueError(f"{error}{advice}") from error
-    for name, wanted in identity.items():
+        raise ValueError(f"{error}{ADVICE}") from error
+    for name, expected in identity.items():
         found = cache.metadata.get(name, "none")
-        if found != wanted:
-            raise ValueError(f"embedding cache {path} was made with {name} {found}, this run has {wanted}{advice}")
+        if found != expected:
+            raise ValueError(f"embedding cache {path} was written with {name} {found}, this run has {expected}{ADVICE}")
     if cache.metadata.get("samples") != captions_hash:
         difference = _difference(cache.keys(), keys)
-        raise ValueError(f"embedding cache {path} belongs to other samples: {difference}{advice}")
+        raise ValueError(f"embedding cache {path} belongs to other samples: {difference}{ADVICE}")
     if not _is_consistent(cache):
-        raise ValueError(f"embedding cache {path} is damaged: its tables contradict each other{advice}")
+        raise ValueError(f"embedding cache {path} is damaged: its tensors do not fit together{ADVICE}")
     return cache
 
 
-def _difference(found: Sequence[str], wanted: Sequence[str]) -> str:
-    if len(found) != len(wanted):
-        return f"it has {len(found)}, the shard has {len(wanted)}"
-    for old, new in zip(found, wanted):
+def _difference(found: Sequence[str], expected: Sequence[str]) -> str:
+    """How the samples of a cache differ from those of the shard."""
+    if len(found) != len(expected):
+        return f"it has {len(found)}, the shard has {len(expected)}"
+    for old, new in zip(found, expected):
         if old != new:
             return f'sample "{new}" of the shard was "{old}"'
     return "captions of the shard have changed"
 
 
 def _is_consistent(cache: EmbeddingCache) -> bool:
+    """Whether shapes, dtype and indices of the tensors agree."""
     offsets, rows = cache.offsets, cache.rows
-    return (
-        cache.tokens.get_shape() == [int(offsets[-1]), cache.dim]
-        and offsets[0] == 0
-        and bool((np.diff(offsets) >= 0).all())
-        and cache.tokens.get_dtype() == "BF16"
-        and (rows.size == 0 or (rows.min() >= 0 and rows.max() < len(offsets) - 1))
-    )
+    tokens_fit = cache.tokens.get_shape() == [int(offsets[-1]), cache.dim] and cache.tokens.get_dtype() == "BF16"
+    offsets_ascend = offsets[0] == 0 and bool((np.diff(offsets) >= 0).all())
+    rows_fit = rows.size == 0 or (rows.min() >= 0 and rows.max() < len(offsets) - 1)
+    return bool(tokens_fit and offsets_ascend and rows_fit)

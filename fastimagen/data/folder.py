@@ -1,7 +1,6 @@
 """A folder of images with captions beside them, or a list of both -> WebDataset tars in img2dataset's format.
 
-A sample becomes KEY.jpg (or jpeg, png, webp, with unchanged bytes), KEY.txt and KEY.json with its original path. KEY is
-five digits for the shard and four or more for the number within it.
+A sample becomes KEY.jpg (or jpeg, png, webp, with unchanged bytes), KEY.txt and KEY.json with its original path.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from ..images import open_rgb
 from ..seeds import random_bits
 from .order import SAMPLES
 from .shards import IMAGES
+from .tar_writer import write_tars
 
 logger = logging.getLogger(__name__)
 
@@ -63,10 +63,9 @@ def pack_folder(source: str | Path, out: str | Path, *, shard_size: int = 1000, 
 
     They are shuffled, always in the same order, so that images of one folder do not fill whole shards.
     validation: share of the images, in [0, 1). Above 0, that share goes into `out`/val and the rest into `out`/train.
-    Skipped and reported: images without caption, captions without image, empty or undecodable captions,
-    unreadable images.
-    Raises ValueError if `source` is not a folder, `out` is not empty or nothing is left to pack; then `out` is
-    not touched.
+    Skipped and reported: images without caption, captions without image, empty captions, captions that are not UTF-8
+    and unreadable images. Raises ValueError if `source` is not a folder, `out` is not empty or nothing is left to pack;
+    then `out` is not touched.
     """
     root = Path(source)
     if not root.is_dir():
@@ -83,13 +82,14 @@ def pack_folder(source: str | Path, out: str | Path, *, shard_size: int = 1000, 
     order = np.argsort(random_bits(0, SAMPLES, (0, 0), len(images)), kind="stable")
 
     def items() -> Iterator[Item]:
-        for path in (images[i] for i in order):
-            name, beside = str(path.relative_to(root)), captions.get(path.with_suffix(""))
-            if beside is None:
+        for index in order:
+            path = images[index]
+            name, caption_path = str(path.relative_to(root)), captions.get(path.with_suffix(""))
+            if caption_path is None:
                 report.skip("image without caption", name)
                 continue
             try:
-                caption = beside.read_text(encoding="utf-8-sig")
+                caption = caption_path.read_text(encoding="utf-8-sig")
             except UnicodeDecodeError:
                 report.skip("caption not in UTF-8", name)
             else:
@@ -104,9 +104,9 @@ def pack_manifest(
     """Pack the images that a JSONL file lists, in its order: {"image": path from the file's folder, "caption": text}.
 
     validation: share of the images, in [0, 1). Above 0, that share goes into `out`/val and the rest into `out`/train.
-    Skipped and reported: missing, unreadable and other images, empty captions. Raises ValueError if the
-    file is missing, a line is something else, `out` is not empty or nothing is left to pack; then `out` is
-    not touched.
+    Skipped and reported: images that are missing, unreadable or of another file type, and empty captions. Raises
+    ValueError if the file is missing, a line is not such an object, `out` is not empty or nothing is left to pack;
+    then `out` is not touched.
     """
     manifest = Path(manifest)
     if not manifest.is_file():
@@ -131,21 +131,23 @@ def pack_manifest(
     return _pack(items(), report, shard_size, validation)
 
 
-def _entry(line: str, place: str) -> tuple[str, str]:
+def _entry(line: str, where: str) -> tuple[str, str]:
+    """Image path and caption in a line. where: the file and the number of the line, for errors."""
     try:
         entry = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{place}: not JSON: {error}") from error
-    values = [entry.get(key) for key in ("image", "caption")] if isinstance(entry, dict) else [None]
-    if not all(isinstance(value, str) for value in values):
-        raise ValueError(f'{place}: expected {{"image": "path", "caption": "text"}}, got {line.strip():.80}')
-    return entry["image"], entry["caption"]
+        raise ValueError(f"{where}: not JSON: {error}") from error
+    if isinstance(entry, dict):
+        image, caption = entry.get("image"), entry.get("caption")
+        if isinstance(image, str) and isinstance(caption, str):
+            return image, caption
+    raise ValueError(f'{where}: expected {{"image": "path", "caption": "text"}}, got {line.strip():.80}')
 
 
 def _pack(items: Iterable[Item], report: PackReport, shard_size: int, validation: float) -> PackReport:
     """Write the shards, or the shards of both splits, complete or not at all."""
     if shard_size < 1:
-        raise ValueError(f"a shard takes at least one sample, not {shard_size}")
+        raise ValueError(f"a shard holds at least one sample: got a shard size of {shard_size}")
     if not 0 <= validation < 1:
         raise ValueError(f"the validation share must lie in [0, 1), got {validation}")
     with atomic_folder(report.folder.resolve()) as temporary:
@@ -175,36 +177,28 @@ def _choose_held_out(names: list[str], share: float) -> set[str]:
 
 def _write_shards(items: Iterable[Item], folder: Path, report: PackReport, shard_size: int) -> None:
     """Write items as tars of `shard_size` samples into `folder` and count them in `report`."""
-    from webdataset import ShardWriter
-
-    folder.mkdir(exist_ok=True)
-    digits = max(4, len(str(shard_size - 1)))
-    packed = 0
-    # Bytes and fixed times: the same input gives the same tars. ShardWriter fills its pattern in with %.
-    pattern = str(folder).replace("%", "%%") + "/%05d.tar"
-    with ShardWriter(pattern, maxcount=shard_size, maxsize=float("inf"), verbose=0, encoder=False, mtime=0) as writer:
-        for name, path, caption in items:
-            caption, data = caption.strip(), path.read_bytes()
-            if not caption:
-                report.skip("empty caption", name)
-                continue
-            try:
-                open_rgb(data)
-            except ValueError as error:
-                report.skip("unreadable image", f"{name}: {error}")
-                continue
-            shard, index = divmod(packed, shard_size)
-            writer.write(
-                {
-                    "__key__": f"{shard:05d}{index:0{digits}d}",
-                    path.suffix[1:].lower(): data,
-                    "txt": caption.encode(),
-                    "json": json.dumps({"path": name}).encode(),
-                }
-            )
-            packed += 1
+    packed = write_tars(folder, _samples(items, report), shard_size)
     if not packed:
         reasons = ", ".join(f"{count} {reason}" for reason, count in report.skipped.items())
         raise ValueError(f"nothing to pack for {report.folder}: {reasons or 'there are no images'}")
     report.packed += packed
     report.shards += -(-packed // shard_size)
+
+
+def _samples(items: Iterable[Item], report: PackReport) -> Iterator[dict[str, bytes]]:
+    """The files of each sample, by extension; items that cannot be used are counted in `report`."""
+    for name, path, caption in items:
+        caption, data = caption.strip(), path.read_bytes()
+        if not caption:
+            report.skip("empty caption", name)
+            continue
+        try:
+            open_rgb(data)
+        except ValueError as error:
+            report.skip("unreadable image", f"{name}: {error}")
+            continue
+        yield {
+            path.suffix[1:].lower(): data,
+            "txt": caption.encode(),
+            "json": json.dumps({"path": name}).encode(),
+        }

@@ -1,8 +1,8 @@
 """Tars -> batches of images and text embeddings, in an order that depends on the seed and the step only.
 
-Global batch n holds positions n G .. (n + 1) G - 1 of the data order, whatever the number of ranks,
-micro-batches and threads; so a run resumes from its step number. Threads decode ahead (Pillow and numpy
-release Python's lock).
+A global batch of M samples at step n holds positions n M to (n + 1) M - 1 of the data order, for any number of ranks,
+micro-batches and threads, so that a run resumes from its step number. Threads decode images in advance (Pillow and
+NumPy release Python's global interpreter lock).
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from .shards import Shard
 logger = logging.getLogger(__name__)
 
 MIN_READ = 100
-"""Images read before the share of bad ones is checked; as many unreadable ones in a row end the run as well."""
+"""Images read before the share of bad ones is checked. As many unreadable images in a row also stop the run."""
 
 
 class Embeddings(Protocol):
-    """The text embeddings of a shard, such as EmbeddingCache."""
+    """The text embeddings of a shard's samples; EmbeddingCache is one."""
 
     def __len__(self) -> int: ...
 
@@ -44,8 +44,8 @@ class Embeddings(Protocol):
 class Batch:
     """B samples.
 
-    images (B, 3, H, W) float32 in [-1, 1]; text is None if the loader has no embeddings; positions (B,) int64 in the
-    data order; keys of the samples (of the replacement if an image was unreadable).
+    images (B, 3, H, W): float32 in [-1, 1]; text: None if the loader has no embeddings; positions (B,): int64, in the
+    data order; keys: of the samples, or of the replacement if an image was unreadable.
     """
 
     images: Tensor
@@ -69,7 +69,7 @@ class _Sample:
     key: str
     tokens: Tensor | None
     upscaled: bool
-    bad: list[tuple[int, int, str]]  # (shard, index, reason) of unreadable images that came before
+    bad: list[tuple[int, int, str]]  # (shard, index, reason) of the unreadable images that this sample replaces
 
 
 Locate = Callable[[int], tuple[int, int]]  # position -> (shard, index)
@@ -79,16 +79,19 @@ class Loader:
     """The micro-batches of one rank.
 
     shards, caches: the tars, and the text embeddings of each (None: no text); order: of their samples. size: of the
-    centre square of a scaled image; crop_size: of a random crop of it, drawn from (seed, position). global_batch:
-    samples per optimizer step on all ranks, a multiple of world_size * micro_batch. threads: for decoding; prefetch:
-    micro-batches prepared in advance.
+    centre square of the scaled image; crop_size: of a random crop of it, which depends on (seed, position).
+    global_batch: samples per optimizer step on all ranks, a multiple of world_size * micro_batch. threads: that decode
+    images; prefetch: micro-batches prepared in advance.
 
     An unreadable image is replaced by the next readable sample of the order, and logged once. Training stops if the
-    share of bad samples (unreadable, or excluded by the index) exceeds max_bad_share: immediately if the index shows
-    it, or if at least MIN_READ images were read and more of them are bad than that share explains by chance (three
-    standard deviations). The index is not checked for data sets of fewer than MIN_READ samples. counters: images read
-    (attempts), bad (unreadable), upscaled (smaller than size), on this rank so far; excluded: by the index, in all
-    shards. Raises ValueError for sizes that do not fit together, and if training must stop."""
+    share of bad samples (unreadable, or excluded by the index) exceeds max_bad_share: at once if the index alone
+    exceeds it, or when at least MIN_READ images were read and more are bad than max_bad_share explains by chance
+    (three standard deviations). The index is not checked for data sets of fewer than MIN_READ samples.
+
+    counters: images read (attempts), bad (unreadable) and upscaled (smaller than size) on this rank so far; excluded:
+    samples that the index excludes, in all shards. Raises ValueError for sizes that do not fit together, and if
+    training must stop.
+    """
 
     def __init__(
         self,
@@ -107,7 +110,8 @@ class Loader:
         max_bad_share: float = 0.01,
         seed: int,
     ) -> None:
-        assert [len(shard) for shard in shards] == order.sizes.tolist(), "the order belongs to other shards"
+        sizes = order.sizes.tolist()
+        assert [len(shard) for shard in shards] == sizes, "the order belongs to other shards"
         assert 0 <= rank < world_size and threads > 0 and prefetch > 0
         if global_batch < 1 or micro_batch < 1 or global_batch % (world_size * micro_batch):
             raise ValueError(
@@ -116,8 +120,8 @@ class Loader:
             )
         if crop_size is not None and not 1 <= crop_size <= size:
             raise ValueError(f"crop_size must lie between 1 and size {size}, got {crop_size}")
-        if caches is not None and [len(cache) for cache in caches] != order.sizes.tolist():
-            raise ValueError("the text embeddings belong to other shards: run fastimagen embed")
+        if caches is not None and [len(cache) for cache in caches] != sizes:
+            raise ValueError("the text embeddings belong to other shards: rebuild them with fastimagen embed")
         self.shards, self.caches, self.order = shards, caches, order
         self.size, self.crop_size, self.seed = size, crop_size, seed
         self.global_batch, self.micro_batch = global_batch, micro_batch
@@ -132,16 +136,16 @@ class Loader:
         known = order.total + reasons.total()
         self._excluded_share = reasons.total() / known if known >= MIN_READ else 0.0
         if self._excluded_share > max_bad_share:
-            what = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+            counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
             raise ValueError(
-                f"{reasons.total()} of {known} samples cannot be used ({what}), more than "
-                f"data.max_bad_share = {max_bad_share} allows"
+                f"{reasons.total()} of {known} samples cannot be used ({counts}), more than "
+                f"fastimagen.data.max_bad_share = {max_bad_share} allows"
             )
 
     def batches(self, start_step: int) -> Generator[Batch, None, None]:
-        """This rank's micro-batches from optimizer step `start_step` on, endlessly.
+        """This rank's micro-batches, beginning with optimizer step `start_step`, without end.
 
-        Closing the generator ends the decoding threads; errors in them are raised here.
+        Closing the generator stops the decoding threads; their errors are raised here.
         """
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
         pending: deque[Future[tuple[Batch, list[_Sample]]]] = deque()
@@ -154,9 +158,9 @@ class Loader:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def fixed_batch(self, indices: Sequence[int]) -> Batch:
-        """Samples by their number in the unshuffled sequence of all shards: the same in every run.
+        """Samples by their index in the unshuffled sequence of all shards: the same in every run.
 
-        `positions` are the indices. Raises IndexError beyond the last sample.
+        The batch's positions are these indices. Raises IndexError beyond the last sample.
         """
         if not all(0 <= index < self.order.total for index in indices):
             raise IndexError(f"indices {min(indices)} to {max(indices)} of {self.order.total} samples")
@@ -181,14 +185,14 @@ class Loader:
         self, pool: ThreadPoolExecutor, positions: Sequence[int], locate: Locate
     ) -> Future[tuple[Batch, list[_Sample]]]:
         side = self.crop_size or self.size
-        images = torch.empty(len(positions), 3, side, side)
+        images = torch.empty(len(positions), 3, side, side)  # (B, 3, H, W), filled by the decoding threads
         rows = images.numpy()
         samples = [pool.submit(self._read, position, locate, rows[i]) for i, position in enumerate(positions)]
-        # Tasks start in order: the ones that this task waits for have started before it, so it cannot block them.
+        # The pool starts tasks in order: those that _assemble waits for run already, so that it cannot block them.
         return pool.submit(self._assemble, images, positions, samples)
 
     def _read(self, position: int, locate: Locate, pixels: np.ndarray) -> _Sample:
-        """In a decoding thread: write the image into `pixels` (3, H, W)."""
+        """Decode one image into `pixels` (3, H, W); runs in a decoding thread."""
         bad = []
         for candidate in range(position, position + MIN_READ):
             shard, index = locate(candidate)
@@ -222,7 +226,7 @@ class Loader:
         return Batch(images, text, order_positions, [sample.key for sample in samples]), samples
 
     def _count(self, batch: Batch, samples: list[_Sample]) -> Batch:
-        """In the consumer's thread: count the samples of a batch. Raises ValueError if too many were bad."""
+        """Count the samples of a batch; runs in the consumer's thread. Raises ValueError if too many were bad."""
         for sample in samples:
             self.counters["read"] += 1 + len(sample.bad)
             self.counters["bad"] += len(sample.bad)
@@ -236,7 +240,7 @@ class Loader:
         if read >= MIN_READ and bad > expected + 3 * math.sqrt(expected):
             first = "; ".join(list(self._bad.values())[:3])
             raise ValueError(
-                f"{bad} of {read} images read are unreadable, more than data.max_bad_share = "
+                f"{bad} of {read} images read are unreadable, more than fastimagen.data.max_bad_share = "
                 f"{self.max_bad_share} allows: {first}{' ...' if len(self._bad) > 3 else ''}"
             )
         return batch

@@ -51,12 +51,12 @@ class Order:
         """The shards of an epoch in order, and the position in the epoch at which each block starts."""
         shards = np.argsort(random_bits(self.seed, SHARDS, (epoch, 0), len(self.sizes)), kind="stable")
         ends = np.cumsum(self.sizes[shards])
-        return shards, np.concatenate([[0], ends[self.block - 1 : -1 : self.block]])
+        return shards, np.concatenate([[0], ends[self.block - 1 : -1 : self.block]])  # (shards,), (blocks,)
 
     def _permute_samples(self, epoch: int, block: int) -> tuple[np.ndarray, np.ndarray]:
         """(shard, index) of each sample of a block in order, as two arrays."""
         shards = self._shards(epoch)[0][block * self.block : (block + 1) * self.block]
         owners = np.repeat(shards, self.sizes[shards])
-        indices = np.concatenate([np.arange(size) for size in self.sizes[shards]])
+        indices = np.concatenate([np.arange(size) for size in self.sizes[shards]])  # (samples of the block,)
         order = np.argsort(random_bits(self.seed, SAMPLES, (epoch, block), len(owners)), kind="stable")
         return owners[order], indices[order]

@@ -2,7 +2,8 @@
 
 An image and its caption are a pure function of (split, index, seed, size). Some pairs of colour and shape never occur
 in training; every caption of the split "unseen" names one of them, so that this split measures composition and not
-memory. Lengths are in pixels of a 64-pixel canvas; x increases to the right, y downwards."""
+memorization. Lengths are in pixels of a 64-pixel canvas; x increases to the right, y downwards.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +21,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ..files import atomic_folder, require_empty
+from ..files import atomic_folder, read_json_object, require_empty
 from ..seeds import numpy_generator
+from .tar_writer import write_tars
 
 COLORS: dict[str, tuple[int, int, int]] = {
     "red": (220, 25, 25),
@@ -163,7 +165,8 @@ def scene(split: str, index: int, seed: int = 0) -> Scene:
 
     Each attribute takes all its values equally often, in shuffled runs, so that every prefix of a split is balanced.
     Test captions ("seen", "unseen") of one object mention all attributes. Raises ValueError for an unknown split and
-    for a negative index or seed."""
+    for a negative index or seed.
+    """
 
     def draw(choices: Sequence[Any], stream: str) -> Any:
         run, offset = divmod(number, len(choices))
@@ -190,8 +193,8 @@ def scene(split: str, index: int, seed: int = 0) -> Scene:
 
 def sample(split: str, index: int, seed: int = 0, size: int = CANVAS) -> tuple[np.ndarray, str]:
     """Image (size, size, 3) uint8 and caption number `index` of a split. Raises ValueError as `scene` does."""
-    drawn = scene(split, index, seed)
-    return render(drawn, size, _generator(seed, split, "image", index)), caption(drawn)
+    item = scene(split, index, seed)
+    return render(item, size, _generator(seed, split, "image", index)), caption(item)
 
 
 def _generator(seed: int, split: str, stream: str, number: int) -> np.random.Generator:
@@ -219,23 +222,24 @@ def outline(shape: str) -> np.ndarray:
     elif shape == "triangle":
         corners = _regular(3, 1.2)
     elif shape == "star":
-        corners = np.stack([_regular(5, 1.14), _regular(5, 0.55, turn=math.pi / 5)], 1).reshape(10, 2)
+        corners = np.stack([_regular(5, 1.14), _regular(5, 0.55, turn=math.pi / 5)], 1)  # (5, 2, 2)
+        corners = corners.reshape(10, 2)  # (10, 2), outer and inner corners in turn
     else:
         arm, half = 1.0, 0.38
         corner = np.array([(-half, -arm), (half, -arm), (half, -half)])
         quarter = np.array([(0, 1), (-1, 0)])  # (x, y) @ quarter turns by 90 degrees
-        corners = np.concatenate([corner @ np.linalg.matrix_power(quarter, turns) for turns in range(4)])
+        corners = np.concatenate([corner @ np.linalg.matrix_power(quarter, turns) for turns in range(4)])  # (12, 2)
     return corners - (corners.min(0) + corners.max(0)) / 2
 
 
 def _regular(count: int, radius: float, turn: float = 0.0) -> np.ndarray:
     """Corners (count, 2) of a regular polygon around (0, 0), the first one on top."""
     angles = turn + 2 * math.pi / count * np.arange(count)
-    return radius * np.stack([np.sin(angles), -np.cos(angles)], 1)
+    return radius * np.stack([np.sin(angles), -np.cos(angles)], 1)  # (count, 2)
 
 
 def render(scene: Scene, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw a scene: (size, size, 3) uint8, antialiased. Centre and radius jitter; what is None is random."""
+    """Draw a scene: (size, size, 3) uint8, antialiased. Centre and radius are jittered, unknown attributes random."""
     scale = SUPERSAMPLING * size / CANVAS
     canvas = Image.new("RGB", (SUPERSAMPLING * size,) * 2, BACKGROUNDS[scene.background])
     pen = ImageDraw.Draw(canvas)
@@ -266,8 +270,8 @@ def write_shards(
 ) -> None:
     """Write WebDataset shards out/train (count samples), out/val, out/seen, out/unseen: KEY.png, .txt, .json.
 
-    Complete or not at all. Existing shards of the same images are kept. Raises ValueError if `out` contains anything
-    else, and for counts and sizes out of range. progress(done, total) is called every 1000 samples.
+    All of them appear at once. Existing shards of the same images are kept. Raises ValueError if `out` contains
+    anything else, and for counts and sizes out of range. progress(done, total) is called every 1000 samples.
     """
     if count < 1 or size < 16 or seed < 0 or not 1 <= shard_size <= 10000:
         raise ValueError(
@@ -280,52 +284,36 @@ def write_shards(
     require_empty(out)
     counts = {split: HELD_OUT.get(split, count) for split in SPLITS}
     done, total = 0, sum(counts.values())
+
+    def samples(split: str) -> Iterator[dict[str, bytes]]:
+        nonlocal done
+        for index in range(counts[split]):
+            yield _files(*sample(split, index, seed, size))
+            done += 1
+            if progress and done % 1000 == 0:
+                progress(done, total)
+
     with atomic_folder(out) as temporary:
         for split in SPLITS:
-            for _ in _write_split(temporary / split, split, counts[split], size, seed, shard_size):
-                done += 1
-                if progress and done % 1000 == 0:
-                    progress(done, total)
+            write_tars(temporary / split, samples(split), shard_size)
         (temporary / "shapes.json").write_text(json.dumps(_stamp(count, size, seed)) + "\n")
 
 
-def _write_split(folder: Path, split: str, count: int, size: int, seed: int, shard_size: int) -> Iterator[int]:
-    """Write one split; yields the number of samples written so far."""
-    """Write the shards of one split; yields the number of samples written so far."""
-    from webdataset import ShardWriter
-
-    folder.mkdir(parents=True)
-    # Encoded bytes and fixed time stamps: the same images give the same tars. ShardWriter formats its pattern with %.
-    pattern = str(folder).replace("%", "%%") + "/%05d.tar"
-    with ShardWriter(pattern, maxcount=shard_size, maxsize=float("inf"), verbose=0, encoder=False, mtime=0) as writer:
-        for index in range(count):
-            image, text = sample(split, index, seed, size)
-            shard, within = divmod(index, shard_size)
-            about = {"caption": text, **asdict(parse(text))}
-            writer.write(
-                {
-                    "__key__": f"{shard:05d}{within:04d}",
-                    "png": _png(image),
-                    "txt": text.encode(),
-                    "json": json.dumps(about).encode(),
-                }
-            )
-            yield index + 1
+def _files(image: np.ndarray, text: str) -> dict[str, bytes]:
+    """The files of a sample, by extension."""
+    buffer = BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG", compress_level=1)
+    about = {"caption": text, **asdict(parse(text))}
+    return {"png": buffer.getvalue(), "txt": text.encode(), "json": json.dumps(about).encode()}
 
 
 def has_shards(out: str | Path, count: int, size: int, seed: int) -> bool:
-    """Whether `out` holds exactly these images, complete."""
+    """Whether `out` contains exactly these images, complete."""
     try:
-        return json.loads((Path(out) / "shapes.json").read_text()) == _stamp(count, size, seed)
-    except (OSError, ValueError):  # missing, or another file
+        return read_json_object(Path(out) / "shapes.json") == _stamp(count, size, seed)
+    except ValueError:  # missing, or another file
         return False
 
 
 def _stamp(count: int, size: int, seed: int) -> dict[str, int]:
     return {"count": count, "size": size, "seed": seed, "version": VERSION}
-
-
-def _png(image: np.ndarray) -> bytes:
-    buffer = BytesIO()
-    Image.fromarray(image).save(buffer, format="PNG", compress_level=1)
-    return buffer.getvalue()

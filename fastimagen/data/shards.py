@@ -15,9 +15,8 @@ import logging
 import os
 import re
 import shutil
-import uuid
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from glob import escape, glob, has_magic
@@ -27,17 +26,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..files import write_safetensors
+from ..extras import import_extra
+from ..files import atomic_file, first_line, write_safetensors
+from .tar_headers import OpenFile, decode_name, tar_members
 
 logger = logging.getLogger(__name__)
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 """File extensions of images, in upper or lower case."""
 
-FORMAT = "fastimagen.shard.1"
-BLOCK = 512  # bytes of a tar header; contents are padded to multiples of it
+INDEX_FORMAT = "fastimagen.shard.1"
+MAX_OPEN_FILES = 128
+"""Open shards; training reads the few shards of a block at a time (order.py)."""
+
 URL = re.compile(r"(?:pipe|file):|[a-zA-Z][a-zA-Z0-9+.-]*://")
-MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
+MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)  # key, extension
 PRIVATE = re.compile(r"__[^/]*__($|/)")  # webdataset's metadata inside a tar
 
 
@@ -46,16 +49,16 @@ PRIVATE = re.compile(r"__[^/]*__($|/)")  # webdataset's metadata inside a tar
 
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """One local tar of S samples; any thread may read their contents.
+    """One local tar of S samples; threads may share it.
 
-    path: the tar; stamp: its size and modification time when it was indexed; places (S, 6) int64: offset and size in
+    path: the tar; stamp: its size and modification time when it was indexed; extents (S, 6) int64: offset and size in
     bytes of image, caption and json (size 0: no json); names (S,): keys as bytes; excluded: number of keys that do not
     make a sample, by reason. Reading raises ValueError if the tar has changed.
     """
 
     path: str
     stamp: str
-    places: np.ndarray
+    extents: np.ndarray
     names: np.ndarray
     excluded: dict[str, int]
 
@@ -65,11 +68,11 @@ class Shard:
     @property
     def keys(self) -> list[str]:
         """The keys of all samples, in the order of the tar."""
-        return [_text(name) for name in self.names.tolist()]
+        return [decode_name(name) for name in self.names.tolist()]
 
     def key(self, index: int) -> str:
         """The key of one sample."""
-        return _text(self.names[index])
+        return decode_name(self.names[index])
 
     def image(self, index: int) -> bytes:
         """The image file of one sample, as stored."""
@@ -88,59 +91,40 @@ class Shard:
         return json.loads(self._read(index, 4) or "{}")
 
     def _read(self, index: int, column: int) -> bytes:
-        offset, size = self.places[index, column : column + 2].tolist()
-        file = _open(self.path, self.stamp)  # keeps the descriptor open even if the cache drops it
-        data = os.pread(file.fd, size, offset)
+        offset, size = self.extents[index, column : column + 2].tolist()
+        file = _open(self.path, self.stamp)  # this reference keeps the file open even if the cache drops it
+        data = file.read(offset, size)
         if len(data) != size:
             raise ValueError(f"shard {self.path} has changed since it was indexed")
         return data
 
 
-class _File:
-    """A file descriptor that stays open while the cache or a reading thread refers to it."""
-
-    def __init__(self, path: str) -> None:
-        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        stat = os.fstat(self.fd)
-        self.size = stat.st_size
-        self.stamp = f"{stat.st_size} bytes of {stat.st_mtime_ns} ns"
-
-    def __del__(self) -> None:
-        if hasattr(self, "fd"):
-            os.close(self.fd)
-
-
-@lru_cache(maxsize=128)
-def _open(path: str, stamp: str) -> _File:
-    file = _File(path)
+@lru_cache(maxsize=MAX_OPEN_FILES)
+def _open(path: str, stamp: str) -> OpenFile:
+    file = OpenFile(path)
     if file.stamp != stamp:
         raise ValueError(f"shard {path} has changed since it was indexed")
     return file
-
-
-def _text(name: bytes) -> str:
-    return name.decode("utf-8", "surrogateescape")
 
 
 # ---- the index
 
 
 def index_shard(path: str | Path) -> Shard:
-    """Walks the headers of a tar, and reads its captions.
+    """Index a tar from its headers and captions.
 
-    Not samples, and counted: keys with "no image", "no caption", "empty caption" or a "caption not in UTF-8";
-    images with a "dot in the key", which webdataset's rule merges into one key; the "duplicate" second
-    image or caption of a key. Raises ValueError, one line, if the file is missing, empty, truncated,
-    damaged or no plain tar.
+    Not samples, and counted: keys with "no image", "no caption", "empty caption" or a "caption not in UTF-8"; images
+    with a "dot in the key", which webdataset's rule merges into one key; the "duplicate" second image or caption of a
+    key. Raises ValueError, one line, if the file is missing, or as `tar_members` does.
     """
     try:
-        file = _File(str(path))
+        file = OpenFile(str(path))
     except OSError as error:
         raise ValueError(f"cannot open shard {path}: {error.strerror}") from error
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     excluded: Counter[str] = Counter()
     dotted: Counter[str] = Counter()
-    for name, offset, size in _walk(file, path):
+    for name, offset, size in tar_members(file):
         match = MEMBER.fullmatch(name)
         if match is None or PRIVATE.match(name):
             continue
@@ -152,109 +136,73 @@ def index_shard(path: str | Path) -> Shard:
             files.setdefault(kind, (offset, size))
         elif extension.rpartition(".")[2] in IMAGES:
             dotted[key] += 1
-    places, names = [], []
+    extents, names = [], []
     for key, files in samples.items():
-        reason = _fault(file.fd, files)
+        reason = _reason_to_exclude(file, files)
         if reason == "no image" and dotted[key]:
             excluded["dot in the key"] += dotted[key]
         elif reason:
             excluded[reason] += 1
         else:
-            places.append((*files["image"], *files["txt"], *files.get("json", (0, 0))))
+            extents.append((*files["image"], *files["txt"], *files.get("json", (0, 0))))
             names.append(key.encode("utf-8", "surrogateescape"))
     return Shard(
         str(path),
         file.stamp,
-        np.array(places, dtype=np.int64).reshape(-1, 6),
+        np.array(extents, dtype=np.int64).reshape(-1, 6),  # (S, 6)
         np.array(names, dtype=np.bytes_),
-        {reason: n for reason, n in excluded.items() if n},
+        {reason: count for reason, count in excluded.items() if count},
     )
 
 
-def _fault(fd: int, files: dict[str, tuple[int, int]]) -> str | None:
-    """Why these files of one key do not make a sample; None if they do."""
+def _reason_to_exclude(file: OpenFile, files: dict[str, tuple[int, int]]) -> str | None:
+    """Why the files of one key do not make a sample; None if they do."""
     if "image" not in files:
         return "no image"
     if "txt" not in files:
         return "no caption"
-    offset, size = files["txt"]
     try:
-        return None if os.pread(fd, size, offset).decode("utf-8-sig").strip() else "empty caption"
+        caption = file.read(*files["txt"]).decode("utf-8-sig")
     except UnicodeDecodeError:
         return "caption not in UTF-8"
+    return None if caption.strip() else "empty caption"
 
 
-def _walk(file: _File, path: str | Path) -> Iterator[tuple[str, int, int]]:
-    """(name, offset, size) of each regular file of a tar: POSIX.1-1988 (ustar), pax and GNU long names."""
-    fd, total = file.fd, file.size
-    if not total:
-        raise ValueError(f"shard {path} is empty: 0 bytes")
-    offset = 0
-    long: dict[str, str] = {}  # what pax and GNU headers say about the next file
-    while True:
-        header = os.pread(fd, BLOCK, offset)
-        if len(header) < BLOCK:
-            raise ValueError(f"shard {path} is truncated: it stops at byte {total} without a tar's end mark")
-        if not any(header):
-            break
-        size, kind = _check(header, offset, path), header[156:157]
-        offset += BLOCK
-        if kind in b"123456":  # links, devices, directories have no content
-            size, long = 0, {}
-        elif kind in b"xL":
-            content = os.pread(fd, size, offset)
-            long |= _pax(content, path) if kind == b"x" else {"path": _text(content.rstrip(b"\0"))}
-        elif kind not in b"gK":
-            size = int(long.get("size", size))
-            if offset + size > total:
-                raise ValueError(f"shard {path} is truncated: a file ends at byte {offset + size} of {total}")
-            if kind in b"07\0":
-                yield long.get("path") or _name(header), offset, size
-            long = {}
-        offset += -(-size // BLOCK) * BLOCK
-    if not offset:
-        raise ValueError(f"shard {path} is empty: a tar without files")
-    if any(os.pread(fd, 1 << 16, offset)):
-        raise ValueError(f"shard {path} has data after a tar's end mark: are these several tars in one file?")
+def _load_or_build_index(path: str) -> Shard:
+    """The shard with its stored index if that matches the tar, otherwise with a new one."""
+    from safetensors import SafetensorError, safe_open
 
-
-def _check(header: bytes, offset: int, path: str | Path) -> int:
-    """Size in the header, once its checksum is right."""
     try:
-        expected = int(header[148:156].strip(b"\0 "), 8)
-        if header[124] == 0x80:  # GNU: binary, since octal digits end at 8 GiB
-            size = int.from_bytes(header[125:136], "big")
-        else:
-            size = int(header[124:136].strip(b"\0 ") or b"0", 8)
-    except ValueError:
-        expected = size = -1
-    if expected != sum(header) - sum(header[148:156]) + 8 * ord(" "):
-        what = f"damaged at byte {offset}" if offset else "not a tar"
-        if header.startswith(b"\x1f\x8b"):
-            what += ": it is compressed, and cannot be read at random places"
-        raise ValueError(f"shard {path} is {what}")
-    return size
+        stamp = OpenFile(path).stamp
+        with safe_open(f"{path}.index", framework="np") as stored:
+            header = stored.metadata() or {}
+            if (header.get("format"), header.get("tar")) == (INDEX_FORMAT, stamp):
+                names = stored.get_tensor("names")  # (S, longest) uint8
+                names = names.view(f"S{names.shape[1]}").reshape(-1)  # (S,)
+                return Shard(path, stamp, stored.get_tensor("places"), names, json.loads(header["excluded"]))
+    except FileNotFoundError:
+        pass  # no index yet; or no tar, which index_shard reports
+    except (OSError, SafetensorError) as error:
+        logger.warning("rebuilding %s.index: %s", path, error)
+    shard = index_shard(path)
+    _store_index(shard)
+    return shard
 
 
-def _name(header: bytes) -> str:
-    name = header[:100].partition(b"\0")[0]
-    prefix = header[345:500].partition(b"\0")[0] if header[257:263] == b"ustar\0" else b""
-    return _text(prefix + b"/" + name if prefix else name)
+def _store_index(shard: Shard) -> None:
+    names = shard.names.view(np.uint8).reshape(len(shard), shard.names.itemsize)  # (S, longest)
+    tensors = {"places": torch.from_numpy(shard.extents), "names": torch.from_numpy(names)}
+    header = {"format": INDEX_FORMAT, "tar": shard.stamp, "excluded": json.dumps(shard.excluded)}
+    try:
+        write_safetensors(f"{shard.path}.index", tensors, header)
+    except OSError as error:
+        _warn_index_not_stored(os.path.dirname(shard.path), error.strerror or first_line(error))
 
 
-def _pax(content: bytes, path: str | Path) -> dict[str, str]:
-    """Records "LENGTH KEY=VALUE\\n" of a pax header."""
-    records = {}
-    while content.strip(b"\0"):
-        length = content.partition(b" ")[0]
-        if not length.isdigit() or not 0 < int(length) <= len(content):
-            raise ValueError(f"shard {path} is damaged: it has an invalid pax header")
-        key, _, value = content[len(length) + 1 : int(length) - 1].partition(b"=")
-        records[_text(key)] = _text(value)
-        content = content[int(length) :]
-    if any(key.startswith("GNU.sparse.") for key in records):
-        raise ValueError(f"shard {path} contains sparse files: write it without --sparse")
-    return records
+@lru_cache
+def _warn_index_not_stored(folder: str, reason: str) -> None:
+    """Cached, so that each folder is reported once."""
+    logger.warning("the index of shards in %s cannot be stored (%s): every run rebuilds it", folder, reason)
 
 
 # ---- many shards
@@ -263,13 +211,15 @@ def _pax(content: bytes, path: str | Path) -> dict[str, str]:
 def list_shards(source: str | Path | Sequence[str | Path]) -> list[str]:
     """The tars of a folder (sorted), glob, {000..999} range, path or URL, or of a list of these in its order.
 
-    Raises ValueError that says what was looked for if there is nothing, or if a shard comes twice.
+    Raises ValueError that names the source if it has no shards, and if a shard is listed twice.
     """
     if not isinstance(source, (str, Path)):
         shards = [shard for part in source for shard in list_shards(part)]
-        twice = [shard for shard, count in Counter(shards).items() if count > 1]
-        if twice or not shards:
-            raise ValueError(f"shard {twice[0]} is listed twice" if twice else "the list of shards is empty")
+        if not shards:
+            raise ValueError("the list of shards is empty")
+        shard, count = Counter(shards).most_common(1)[0]
+        if count > 1:
+            raise ValueError(f"shard {shard} is listed twice")
         return shards
     pattern = str(source)
     if os.path.isdir(pattern):
@@ -278,11 +228,10 @@ def list_shards(source: str | Path | Sequence[str | Path]) -> list[str]:
             raise ValueError(f"no *.tar in the folder {pattern}")
         return shards
     if "{" in pattern and not os.path.exists(pattern):
-        from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]  # stubs lack the error
-
+        braceexpand = import_extra("braceexpand", user="a {000..999} range of shards", extra="data")
         try:
-            expanded = list(braceexpand(pattern))
-        except UnbalancedBracesError as error:
+            expanded = list(braceexpand.braceexpand(pattern))
+        except braceexpand.UnbalancedBracesError as error:
             raise ValueError(f"shards {pattern}: {error}") from error
         if expanded != [pattern]:
             return list_shards(expanded)
@@ -300,41 +249,36 @@ def open_shards(
     """All shards of `source` (see `list_shards`), those of URLs fetched into the folder `cache`.
 
     Indices are read from files next to the tars, or written there. Each rank starts at another shard, so that ranks
-    share the work of the first start. Raises ValueError as `list_shards` and `index_shard` do, for a URL without cache,
+    share the work of the first run. Raises ValueError as `list_shards` and `index_shard` do, for a URL without cache,
     for a failed download, and if there are no samples.
     """
     paths = list_shards(source)
     shards: dict[int, Shard] = {}
-    for i in range(len(paths)):
-        i = (i + rank * len(paths) // world_size) % len(paths)
-        shards[i] = _indexed(fetch(paths[i], cache) if URL.match(paths[i]) else paths[i])
+    for step in range(len(paths)):
+        index = (step + rank * len(paths) // world_size) % len(paths)
+        path = paths[index]
+        shards[index] = _load_or_build_index(fetch(path, cache) if URL.match(path) else path)
     excluded: Counter[str] = Counter()
     for shard in shards.values():
         excluded.update(shard.excluded)
     samples = sum(map(len, shards.values()))
     reasons = ", ".join(f"{count} {reason}" for reason, count in excluded.items()) or "nothing"
     if not samples:
-        raise ValueError(f"no sample in {len(shards)} shards ({paths[0]} ...): left out {reasons}")
-    logger.log(
-        logging.WARNING if excluded else logging.INFO,
-        "%d samples in %d shards; left out: %s",
-        samples,
-        len(shards),
-        reasons,
-    )
-    return [shards[i] for i in range(len(paths))]
+        raise ValueError(f"no samples in {len(shards)} shards ({paths[0]} ...); excluded: {reasons}")
+    level = logging.WARNING if excluded else logging.INFO
+    logger.log(level, "%d samples in %d shards; excluded: %s", samples, len(shards), reasons)
+    return [shards[index] for index in range(len(paths))]
 
 
 def fetch(url: str, cache: str | Path | None) -> str:
     """Download a shard, once, with webdataset's gopen into the folder `cache`; returns its path.
 
-    The file appears complete, after it was indexed. If several processes need the same shard, one downloads it.
+    The file appears when it is complete and indexed. If several processes need the same shard, one downloads it.
     Raises ValueError if there is no cache folder, the download fails or the tar is damaged.
     """
-    from webdataset import gopen
-
     if cache is None:
-        raise ValueError(f"shard {url} is remote: set data.cache to a folder for downloaded shards")
+        raise ValueError(f"shard {url} is remote: set fastimagen.data.cache to a folder for downloaded shards")
+    webdataset = import_extra("webdataset", user="downloading shards", extra="data")
     stem = (re.findall(r"[\w.-]+\.tar\b", url) or ["shard.tar"])[-1]
     target = Path(cache) / f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{stem}"
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -342,61 +286,21 @@ def fetch(url: str, cache: str | Path | None) -> str:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if target.exists():
             return str(target)
-        logger.info("fetching %s", url)
-        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+        logger.info("downloading %s", url)
         try:
-            with gopen(url) as stream, open(temporary, "wb") as file:
-                shutil.copyfileobj(stream, file, 1 << 20)
-            shard = index_shard(temporary)
-            os.replace(temporary, target)
+            with atomic_file(target) as temporary:
+                with webdataset.gopen(url) as stream, open(temporary, "wb") as file:
+                    shutil.copyfileobj(stream, file, 1 << 20)
+                shard = _index_download(temporary)
         except (OSError, ValueError) as error:
-            reason = str(error).partition("\n")[0].replace(f"shard {temporary}", "it")
-            raise ValueError(f"cannot fetch shard {url}: {reason}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
-        _keep_index(replace(shard, path=str(target)))
+            raise ValueError(f"cannot fetch shard {url}: {first_line(error)}") from error
+        _store_index(replace(shard, path=str(target)))
     return str(target)
 
 
-def _indexed(path: str) -> Shard:
-    """The shard with its stored index if that matches the tar, otherwise with a new one."""
-    from safetensors import SafetensorError, safe_open
-
+def _index_download(temporary: Path) -> Shard:
+    """As `index_shard`; errors do not name the temporary file."""
     try:
-        stamp = _File(path).stamp
-        with safe_open(f"{path}.index", framework="np") as kept:
-            header = kept.metadata() or {}
-            if (header.get("format"), header.get("tar")) == (FORMAT, stamp):
-                names = kept.get_tensor("names")  # (n, longest) uint8
-                return Shard(
-                    path,
-                    stamp,
-                    kept.get_tensor("places"),
-                    names.view(f"S{names.shape[1]}").reshape(-1),
-                    json.loads(header["excluded"]),
-                )
-    except FileNotFoundError:
-        pass  # no index yet, or no tar: then index_shard raises
-    except (OSError, SafetensorError) as error:
-        logger.warning("rebuilding %s.index: %s", path, error)
-    shard = index_shard(path)
-    _keep_index(shard)
-    return shard
-
-
-def _keep_index(shard: Shard) -> None:
-    names = shard.names.view(np.uint8).reshape(len(shard), shard.names.itemsize)  # (n, longest)
-    tensors = {"places": torch.from_numpy(shard.places), "names": torch.from_numpy(names)}
-    try:
-        write_safetensors(
-            f"{shard.path}.index",
-            tensors,
-            {"format": FORMAT, "tar": shard.stamp, "excluded": json.dumps(shard.excluded)},
-        )
-    except OSError as error:
-        _warn_unkept(os.path.dirname(shard.path), error.strerror)
-
-
-@lru_cache
-def _warn_unkept(folder: str, reason: str) -> None:
-    logger.warning("the index of shards in %s cannot be stored (%s): every start rebuilds it", folder, reason)
+        return index_shard(temporary)
+    except ValueError as error:
+        raise ValueError(str(error).replace(f"shard {temporary}", "it")) from None

@@ -1,4 +1,4 @@
-"""From the configuration to open data: shards with their embedding caches, and the built-in shapes made on demand."""
+"""From the configuration to open data: shards with their embedding caches, and the built-in shapes if asked for."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..config import FastimagenConfig
+from ..config import DataConfig, FastimagenConfig
 from ..text.embeddings import TextEmbeddings
-from ..text.t5 import T5_NAMES, T5Encoder, encoder_identity, is_random_encoder, text_width
+from ..text.t5 import T5_NAMES, T5Encoder, encoder_identity, is_path, is_random_encoder, text_width
 from ..text.tiny_t5 import build_tiny_t5
 from .embedding_cache import EmbeddingCache, EmbedReport, cache_path, captions_hash, embed_shards, open_cache
 from .loader import Batch, Loader
 from .order import Order
-from .shards import Shard, open_shards
+from .shards import Shard, list_shards, open_shards
 
+Source = str | tuple[str, ...]
 Say = Callable[[str], None]
+
 TINY_T5_WIDTH = 64
-SHORT_NAMES = f"{next(iter(T5_NAMES))} ... {list(T5_NAMES)[-1]}, or a folder"
+TRAINED_T5 = f"a trained T5 ({next(iter(T5_NAMES))} ... {list(T5_NAMES)[-1]}, or a folder)"
 
 
 @dataclass(frozen=True)
@@ -85,9 +87,9 @@ class Split:
         return captions, batch.text, batch.images
 
 
-def open_split(source: str | tuple[str, ...], config: FastimagenConfig, *, with_text: bool) -> Split:
-    """Open shards and caches. Raises ValueError naming the command that makes what is missing."""
-    shards = open_shards(source, cache=config.data.cache)
+def open_split(source: Source, config: FastimagenConfig, *, with_text: bool) -> Split:
+    """Open shards and caches. Raises ValueError that names the key to change or the command to run."""
+    shards = _open_shards(source, config)
     if not with_text:
         return Split(shards, None)
     text = config.text
@@ -104,27 +106,69 @@ def open_split(source: str | tuple[str, ...], config: FastimagenConfig, *, with_
     return Split(shards, caches)
 
 
+def _open_shards(source: Source, config: FastimagenConfig) -> list[Shard]:
+    """The shards of data.shards or data.validation. Raises ValueError that names the key if there are none."""
+    try:
+        list_shards(source)
+    except ValueError as error:
+        if source == config.data.validation:
+            raise ValueError(
+                f"fastimagen.data.validation: {error}; set it to null to train without validation, or pack validation "
+                f"images with: fastimagen shards folder --validation SHARE"
+            ) from None
+        raise ValueError(
+            f"fastimagen.data.shards: {error}; pack a folder of images with: fastimagen shards folder"
+        ) from None
+    return open_shards(source, cache=config.data.cache)
+
+
+# ---- which data and text encoder belong together
+
+
 def check_data(config: FastimagenConfig) -> None:
     """Raise ValueError, with one line that says what to change, if data and text encoder do not belong together.
 
-    data.shapes renders the built-in shapes, so the shards must be these; and only they work with the built-in text
-    encoder, whose weights are random. Opens no shards.
+    data.shapes renders the built-in shapes, so that data.shards must be these; and only they work with the built-in
+    text encoder, whose weights are random. Opens no shards.
     """
-    data, encoder = config.data, config.text.encoder
-    if data.shapes is not None:
-        shards = data.shards if isinstance(data.shards, str) else ""
-        if Path(shards).name != "train":
-            raise ValueError(f"fastimagen.data.shapes renders FOLDER/train: set data.shards to it, not {data.shards!r}")
-        if Path(shards).exists() and not _are_shapes(shards):
-            raise ValueError(
-                f"fastimagen.data.shapes renders the built-in shapes, but {shards} contains other shards: "
-                f"set fastimagen.data.shapes to null and fastimagen.text.encoder to a trained T5 ({SHORT_NAMES})"
-            )
-    elif is_random_encoder(encoder) and not all(map(_are_shapes, _sources(config))):
+    if config.data.shapes is not None:
+        _check_shapes(config.data)
+    if _uses_text(config):
+        _check_encoder(config)
+
+
+def _check_shapes(data: DataConfig) -> None:
+    own_images = f"set fastimagen.data.shapes to null and fastimagen.text.encoder to {TRAINED_T5}"
+    if not isinstance(data.shards, str) or Path(data.shards).name != "train":
         raise ValueError(
-            f"the text encoder {encoder} has random weights and is for the built-in shapes only: "
-            f"set fastimagen.text.encoder to a trained T5 ({SHORT_NAMES})"
+            f"fastimagen.data.shapes renders the built-in shapes into FOLDER/train, but fastimagen.data.shards is "
+            f"{data.shards!r}: set it to FOLDER/train, or, for your own images, {own_images}"
         )
+    if Path(data.shards).exists() and not _are_shapes(data.shards):
+        raise ValueError(
+            f"fastimagen.data.shapes renders the built-in shapes, but {data.shards} contains other shards: {own_images}"
+        )
+
+
+def _check_encoder(config: FastimagenConfig) -> None:
+    """Raise ValueError if the text encoder is missing, or has random weights and the data are not the shapes."""
+    encoder = config.text.encoder
+    built_in = _builds_encoder(config) or is_random_encoder(encoder)
+    if not built_in and is_path(encoder) and not Path(encoder).is_dir():
+        raise ValueError(f"fastimagen.text.encoder: there is no folder {encoder}: set it to {TRAINED_T5}")
+    if not built_in:
+        return
+    for source in _sources(config):
+        if not _are_shapes(source) and not _renders(source, config.data):
+            raise ValueError(
+                f"the text encoder {encoder} has random weights and works with the built-in shapes only, not with "
+                f"{source}: set fastimagen.text.encoder to {TRAINED_T5}"
+            )
+
+
+def _uses_text(config: FastimagenConfig) -> bool:
+    """Whether a stage is conditioned on text; all presets are."""
+    return isinstance(config.cascade, str) or any(stage.unet.text_dim for stage in config.cascade.stages)
 
 
 def _sources(config: FastimagenConfig) -> list[str]:
@@ -136,31 +180,59 @@ def _sources(config: FastimagenConfig) -> list[str]:
 
 
 def _are_shapes(source: str) -> bool:
-    """Whether a folder of shards is a split of the built-in shapes: shapes.json is written beside the splits."""
-    return (Path(source).parent / "shapes.json").is_file()
+    """Whether shards are built-in shapes: shapes.json is written beside the folders of their splits."""
+    folder = Path(source)
+    if not folder.is_dir():  # a tar or a pattern
+        folder = folder.parent
+    return (folder.parent / "shapes.json").is_file()
+
+
+def _renders(source: str, data: DataConfig) -> bool:
+    """Whether `prepare_shapes` will write these shards."""
+    return data.shapes is not None and Path(source).parent == _shapes_folder(data) and not Path(source).exists()
+
+
+def _shapes_folder(data: DataConfig) -> Path:
+    """The folder that contains the built-in shapes, for a configuration that `_check_shapes` accepts."""
+    assert isinstance(data.shards, str)
+    return Path(data.shards).parent
+
+
+def _builds_encoder(config: FastimagenConfig) -> bool:
+    """Whether `prepare_shapes` will build the built-in text encoder: text.encoder is a folder that is missing."""
+    if config.data.shapes is None or Path(config.text.encoder).exists():
+        return False
+    return is_path(config.text.encoder) or Path(config.text.encoder).parent == _shapes_folder(config.data)
+
+
+# ---- embeddings and built-in shapes
 
 
 def embed_all(config: FastimagenConfig, *, say: Say, rank: int = 0, world_size: int = 1) -> EmbedReport:
-    """Fill the embedding caches of training and validation shards; complete ones are kept. Raises as `check_data`."""
+    """Fill the embedding caches of training and validation shards; complete ones are kept.
+
+    Raises ValueError as `check_data` does, and for missing shards.
+    """
     check_data(config)
+    _check_encoder(config)  # also for a cascade without text
     text = config.text
     sources = [source for source in (config.data.shards, config.data.validation) if source]
-    shards = [shard for source in sources for shard in open_shards(source, cache=config.data.cache)]
+    shards = [shard for source in sources for shard in _open_shards(source, config)]
     encoder = T5Encoder(text.encoder, revision=text.revision, max_length=text.max_length, device=_device())
     report = embed_shards(
         shards, encoder, cache_dir=text.cache, batch_size=text.batch_size, rank=rank, world_size=world_size
     )
     say(
         f"embedding cache: {report.written} shards written, {report.kept} kept, {report.captions} captions, "
-        f"{report.truncated} cut to {text.max_length} tokens"
+        f"{report.truncated} truncated to {text.max_length} tokens"
     )
     return report
 
 
 def prepare_shapes(config: FastimagenConfig, *, say: Say) -> None:
-    """Make the built-in shapes and their text encoder where the configuration asks for them and they are missing.
+    """Render the built-in shapes and build their text encoder, if the configuration asks for them and they are missing.
 
-    Raises ValueError if the folder holds something else.
+    Raises ValueError if the folder contains other files.
     """
     from .shapes import has_shards, write_shards
 
@@ -168,19 +240,19 @@ def prepare_shapes(config: FastimagenConfig, *, say: Say) -> None:
     if shapes is None:
         return
     check_data(config)
-    assert isinstance(config.data.shards, str)
-    folder, encoder = Path(config.data.shards).parent, Path(config.text.encoder)
+    folder, encoder = _shapes_folder(config.data), config.text.encoder
+    build_encoder = _builds_encoder(config)
     if not has_shards(folder, shapes.count, shapes.size, shapes.seed):
         say(f"{folder}: rendering {shapes.count} captioned shapes of {shapes.size}x{shapes.size}")
         write_shards(folder, shapes.count, shapes.size, shapes.seed)
-    if not encoder.exists():
-        say(f"{encoder}: building the small text encoder (random features, for the shapes only)")
+    if build_encoder:
+        say(f"{encoder}: building the built-in text encoder (random weights, for the shapes only)")
         captions = [caption for shard in open_shards(config.data.shards) for caption in shard.captions()]
         build_tiny_t5(encoder, captions, dim=TINY_T5_WIDTH)
 
 
 def is_embedded(config: FastimagenConfig) -> bool:
-    """Whether the embedding caches are complete; looks at files only, the text encoder stays unloaded."""
+    """Whether the embedding caches are complete; the text encoder is not loaded."""
     try:
         for source in (config.data.shards, config.data.validation):
             if source:
@@ -191,10 +263,8 @@ def is_embedded(config: FastimagenConfig) -> bool:
 
 
 def encoder_width(config: FastimagenConfig) -> int:
-    """Width of the text embeddings; the built-in encoder's is known before it is built."""
-    if config.data.shapes is not None and not Path(config.text.encoder).exists():
-        return TINY_T5_WIDTH
-    return text_width(config.text.encoder)
+    """Width of the text embeddings; that of the built-in encoder is known before it is built."""
+    return TINY_T5_WIDTH if _builds_encoder(config) else text_width(config.text.encoder)
 
 
 def _device() -> str:

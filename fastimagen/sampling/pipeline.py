@@ -221,7 +221,7 @@ class ImagenPipeline:
         if self.cascade.text_dim is not None and request.text is None:
             captions += request.labels
             request = replace(request, text=self.encode(request.labels))
-        return request, self._load_encoder().unread(captions) if captions else []
+        return request, self._load_encoder().caption_warnings(captions) if captions else []
 
     def save_pretrained(self, path: str | Path, *, card: str | None = None) -> Path:
         """Write a model directory. card: text of README.md; None copies that of the directory this model is from.

@@ -41,7 +41,7 @@ class TextEmbeddings:
 
     @staticmethod
     def _derive(embeds: Tensor, mask: Tensor) -> TextEmbeddings:
-        """From checked parts: no second look at the mask, which would be a host synchronisation."""
+        """From parts that are known to be valid: checking the mask again would be a host synchronisation."""
         derived = object.__new__(TextEmbeddings)
         object.__setattr__(derived, "embeds", embeds)
         object.__setattr__(derived, "mask", mask)
@@ -49,7 +49,7 @@ class TextEmbeddings:
 
     @property
     def lengths(self) -> Tensor:
-        """Real tokens of each caption, (B,) int64."""
+        """Number of real tokens of each caption, (B,) int64."""
         return self.mask.sum(dim=1)  # (B,)
 
     def __len__(self) -> int:
@@ -67,15 +67,15 @@ class TextEmbeddings:
 
     @classmethod
     def from_list(cls, captions: Sequence[Tensor]) -> TextEmbeddings:
-        """Pads one (L_i, E) per caption with zeros to the longest. Raises ValueError if E or dtype differ."""
+        """Pad one (L_i, E) per caption with zeros to the longest. Raises ValueError if E or dtype differ."""
         if not captions:
-            raise ValueError("no captions to make text embeddings of")
+            raise ValueError("no captions: text embeddings need at least one")
         first = captions[0]
         for tokens in captions:
             if tokens.ndim != 2 or tokens.shape[1] != first.shape[-1] or tokens.dtype != first.dtype:
                 raise ValueError(
-                    f"captions must be (L, E) with one E and dtype, got {tokens.dtype} "
-                    f"{tuple(tokens.shape)} beside {first.dtype} {tuple(first.shape)}"
+                    f"captions must be (L, E) with the same E and dtype, got {tokens.dtype} {tuple(tokens.shape)} "
+                    f"and {first.dtype} {tuple(first.shape)}"
                 )
         embeds = torch.nn.utils.rnn.pad_sequence(list(captions), batch_first=True)  # (B, L, E)
         lengths = torch.tensor([len(tokens) for tokens in captions], device=embeds.device)
@@ -89,10 +89,10 @@ class TextEmbeddings:
 
     def unpadded(self) -> list[Tensor]:
         """One (L_i, E) tensor per caption."""
-        return [row[:length] for row, length in zip(self.embeds, self.lengths.tolist())]
+        return [row[:length] for row, length in zip(self.embeds, self.lengths.tolist())]  # (L_i, E) each
 
     def save(self, path: str | Path, captions: Sequence[str] | None = None) -> None:
-        """Writes safetensors without padding: tokens (sum of L_i, E), offsets (B + 1,), captions."""
+        """Write safetensors without padding: tokens (sum of L_i, E), offsets (B + 1,), captions."""
         if captions is not None and len(captions) != len(self):
             raise ValueError(f"{len(captions)} captions for {len(self)} text embeddings")
         offsets = torch.cat([torch.zeros(1, dtype=torch.int64), self.lengths.cpu().cumsum(0)])  # (B + 1,)
@@ -103,14 +103,14 @@ class TextEmbeddings:
 
     @classmethod
     def load(cls, path: str | Path) -> TextEmbeddings:
-        """Reads what `save` wrote, onto the CPU. Raises ValueError for a missing, damaged or foreign file."""
+        """Read what `save` wrote, onto the CPU. Raises ValueError for a missing, damaged or foreign file."""
         with _open_saved(path) as file:
             tokens, offsets = file.get_tensor("tokens"), file.get_tensor("offsets")
         return cls.from_list(tokens.split(offsets.diff().tolist()))
 
     @staticmethod
     def load_captions(path: str | Path) -> list[str] | None:
-        """The captions stored by `save`, None if it was given none. Raises ValueError as `load` does."""
+        """The captions stored by `save`, or None. Raises ValueError as `load` does."""
         with _open_saved(path) as file:
             captions = file.metadata().get("captions")
         return None if captions is None else json.loads(captions)

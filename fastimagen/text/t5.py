@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import unicodedata
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
 
+from ..extras import import_extra
 from ..files import first_line, read_json_object
 from .embeddings import TextEmbeddings
 
@@ -23,10 +22,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PREPROCESSING = "nfc-strip-1"
-"""Name of what `preprocess` does and of how special tokens are refused; part of every encoder's identity."""
+"""Version of `preprocess` and of the treatment of special tokens; part of every encoder's identity."""
 
 RANDOM_WEIGHTS = "fastimagen_random_weights"
-"""Key in the config.json of the built-in text encoder."""
+"""Key in the config.json of the built-in text encoder (tiny_t5.py). Its README.md says the same in words."""
+
+RANDOM_WEIGHTS_README = "**Its weights are random"
 
 T5_NAMES: dict[str, tuple[str, int]] = {
     "t5_small": ("google-t5/t5-small", 512),
@@ -48,8 +49,14 @@ def preprocess(caption: str) -> str:
     return unicodedata.normalize("NFC", caption).strip()
 
 
+def is_path(name_or_path: str | Path) -> bool:
+    """Whether a text encoder is given as a folder, which may be missing, and not as a name on the hub."""
+    name = str(name_or_path)
+    return Path(name).is_dir() or name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
 def text_width(name_or_path: str | Path) -> int:
-    """Width D of an encoder's embeddings; no network for folders and for the encoders of T5_NAMES.
+    """Width E of an encoder's embeddings; no network for folders and for the encoders of T5_NAMES.
 
     Raises ValueError if the encoder is not found, ImportError if asking the hub needs transformers.
     """
@@ -62,16 +69,21 @@ def text_width(name_or_path: str | Path) -> int:
 
 def is_random_encoder(name_or_path: str | Path) -> bool:
     """Whether this is the folder of a built-in text encoder, whose weights are random (tiny_t5.py)."""
-    config = Path(name_or_path) / "config.json"
-    return config.is_file() and bool(read_json_object(config).get(RANDOM_WEIGHTS))
+    config, readme = Path(name_or_path) / "config.json", Path(name_or_path) / "README.md"
+    if not config.is_file():
+        return False
+    if read_json_object(config).get(RANDOM_WEIGHTS):
+        return True
+    # Encoders built before the key existed have the README.md only.
+    return readme.is_file() and RANDOM_WEIGHTS_README in readme.read_text(encoding="utf-8", errors="replace")
 
 
 def encoder_identity(name_or_path: str | Path, *, revision: str | None = None, max_length: int = 256) -> dict[str, str]:
-    """Everything that decides what an encoder makes of a caption, as strings, without loading its weights.
+    """Everything that an encoder's embeddings depend on, as strings, without loading its weights.
 
-    encoder: name on the hub, or the last part of the folder's path (the folder may move); revision: commit on
-    the hub, or sha256 of the folder's weights (read in full); tokenizer: sha256 of its file; preprocessing.
-    Raises ValueError if the encoder is not found, ImportError if transformers is missing for a hub name.
+    encoder: name on the hub, or the last part of the folder's path (the folder may move); revision: commit on the hub,
+    or sha256 of the folder's weights (reads the whole files); tokenizer: sha256 of its file; preprocessing. Raises
+    ValueError if the encoder is not found, ImportError if transformers is missing for a hub name.
     """
     name, config, commit = _locate(name_or_path, revision)
     if commit is None:
@@ -94,9 +106,9 @@ def encoder_identity(name_or_path: str | Path, *, revision: str | None = None, m
 class T5Encoder:
     """A frozen T5 encoder: a name on the Hugging Face hub, a folder, or a short name of T5_NAMES.
 
-    dtype: float32, bfloat16 or float64; not float16, in which T5 overflows. truncated: number of captions cut to
-    max_length tokens so far; unknown: number of captions with unknown tokens. The first of each is logged.
-    Raises ValueError for an encoder that is not found or not a T5, ImportError without transformers.
+    dtype: float32, bfloat16 or float64; not float16, in which T5 overflows. truncated: number of captions truncated to
+    max_length tokens so far; unknown: number of captions with unknown tokens. The first of each is logged. Raises
+    ValueError for an encoder that is not found or not a T5, ImportError without transformers.
     """
 
     def __init__(
@@ -111,12 +123,12 @@ class T5Encoder:
         if dtype not in (torch.float32, torch.bfloat16, torch.float64):
             raise ValueError(f"T5 overflows in {dtype}: use torch.bfloat16 or torch.float32")
         if max_length < 2:
-            raise ValueError(f"max_length {max_length} is too small: give at least 2, one for </s>")
-        transformers = need("transformers")
+            raise ValueError(f"max_length is {max_length}, but must be at least 2: one token is </s>")
+        transformers = import_for_text("transformers")
         name, config, commit = _locate(name_or_path, revision)
         if _tokenizer_file(name, config, revision=commit).suffix == ".model":
             for module in ("sentencepiece", "google.protobuf"):  # transformers converts the file with them
-                need(module)
+                import_for_text(module)
         dim = _width(config)
         self._source = (name_or_path, commit)
         self._identity: dict[str, str] | None = None
@@ -146,39 +158,37 @@ class T5Encoder:
         return dict(self._identity)
 
     def tokenize(self, captions: Sequence[str]) -> list[list[int]]:
-        """Token ids of each caption with the final </s>, cut to max_length; counts `truncated` and `unknown`.
+        """Token ids of each caption with the final </s>, truncated to max_length; counts `truncated` and `unknown`.
 
         A literal </s>, <pad> or <extra_id_0> in a caption becomes <unk>: a caption cannot end itself.
         """
         result = []
-        for text, row, unknown in self._rows(captions):
-            if unknown:
+        for text, ids in self._token_ids(captions):
+            if self._has_unknown(ids):
                 if not self.unknown:
-                    logger.warning("text encoder: parts of a caption are unknown to the tokenizer: %.60s", text)
+                    logger.warning("text encoder: %s (further ones are not logged)", _unknown_warning(text))
                 self.unknown += 1
-            if len(row) > self.max_length:
+            if len(ids) > self.max_length:
                 if not self.truncated:
-                    logger.warning(
-                        "text encoder: a caption of %d tokens is cut to %d: %.60s...", len(row), self.max_length, text
-                    )
+                    warning = _truncation_warning(text, len(ids), self.max_length)
+                    logger.warning("text encoder: %s (further ones are not logged)", warning)
                 self.truncated += 1
-                row = [*row[: self.max_length - 1], row[-1]]
-            result.append(row)
+                ids = [*ids[: self.max_length - 1], ids[-1]]
+            result.append(ids)
         return result
 
-    def unread(self, captions: Sequence[str]) -> list[str]:
-        """A warning for each of these captions that is truncated or has unknown tokens."""
-        lines = []
-        for text, row, unknown in self._rows(list(dict.fromkeys(captions))):
-            quoted = text if len(text) <= 60 else f"{text[:60]}..."
-            if unknown:
-                lines.append(f'the text encoder does not know all words of "{quoted}"')
-            if len(row) > self.max_length:
-                lines.append(f'the text encoder reads {self.max_length} of the {len(row)} tokens of "{quoted}"')
-        return lines
+    def caption_warnings(self, captions: Sequence[str]) -> list[str]:
+        """One line for each distinct caption that is truncated, and for each that has unknown tokens."""
+        warnings = []
+        for text, ids in self._token_ids(list(dict.fromkeys(captions))):
+            if self._has_unknown(ids):
+                warnings.append(_unknown_warning(text))
+            if len(ids) > self.max_length:
+                warnings.append(_truncation_warning(text, len(ids), self.max_length))
+        return warnings
 
-    def _rows(self, captions: Sequence[str]) -> list[tuple[str, list[int], bool]]:
-        """For each caption its text, all token ids with the final </s>, and whether some are <unk>."""
+    def _token_ids(self, captions: Sequence[str]) -> list[tuple[str, list[int]]]:
+        """The text of each caption after `preprocess`, and all its token ids with the final </s>."""
         if isinstance(captions, str) or not all(isinstance(caption, str) for caption in captions):
             raise ValueError(f"captions must be a list of strings, got {captions!r:.80}")
         if not captions:
@@ -186,14 +196,18 @@ class T5Encoder:
         texts = [preprocess(caption) for caption in captions]
         unk, eos = self.tokenizer.unk_token_id, self.tokenizer.eos_token_id
         rows = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        # split_special_tokens=True is not enough: T5's unigram model has </s> and <pad> as plain pieces
+        # split_special_tokens=True is not enough: in T5's unigram model </s> and <pad> are ordinary pieces too.
         rows = [[unk if token in self._special else token for token in row] for row in rows]
-        return [(text, [*row, eos], unk in row) for text, row in zip(texts, rows)]
+        return [(text, [*row, eos]) for text, row in zip(texts, rows)]
+
+    def _has_unknown(self, ids: list[int]) -> bool:
+        return self.tokenizer.unk_token_id in ids
 
     def encode(self, captions: Sequence[str], batch_size: int = 32) -> TextEmbeddings:
-        """Embeds captions on the encoder's device, in its dtype; padding is zero, an empty caption its </s>.
+        """Embeddings of captions on the encoder's device, in its dtype. Padding is zero; an empty caption is its </s>.
 
-        batch_size: captions of like length at once. Raises ValueError for no captions or other than strings.
+        batch_size: captions of similar length per forward pass. Raises ValueError if `captions` is empty or contains
+        anything but strings.
         """
         rows = self.tokenize(captions)
         if not rows:
@@ -202,48 +216,54 @@ class T5Encoder:
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
         lengths = torch.tensor([len(row) for row in rows], device=device)
         mask = torch.arange(len(rows[order[0]]), device=device) < lengths[:, None]  # (B, L)
-        embeds = torch.zeros(*mask.shape, self.dim, dtype=self.model.dtype, device=device)  # (B, L, D)
+        embeds = torch.zeros(*mask.shape, self.dim, dtype=self.model.dtype, device=device)  # (B, L, E)
         for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
+            batch = order[start : start + batch_size]  # b captions, of up to l tokens
             longest = len(rows[batch[0]])
             padded = [rows[i] + [0] * (longest - len(rows[i])) for i in batch]
-            ids, real = torch.tensor(padded, device=device), mask[batch, :longest]  # (b, l) both
-            with torch.inference_mode():  # around the model only: training could not use what is made inside
-                hidden = self.model(input_ids=ids, attention_mask=real.long()).last_hidden_state  # (b, l, D)
+            ids, real = torch.tensor(padded, device=device), mask[batch, :longest]  # (b, l), (b, l)
+            with torch.inference_mode():  # only around the model: autograd cannot save inference tensors for backward
+                hidden = self.model(input_ids=ids, attention_mask=real.long()).last_hidden_state  # (b, l, E)
                 embeds[batch, :longest] = hidden.masked_fill(~real[..., None], 0)
         return TextEmbeddings(embeds, mask)
 
 
-def need(module: str) -> ModuleType:
-    try:
-        return import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise  # it is there, but something that it needs is not
-        name = module.rpartition(".")[2]
-        raise ImportError(f"the T5 text encoder needs {name}: pip install --editable '.[text]'") from error
+def import_for_text(module: str) -> ModuleType:
+    """Import a dependency of the text encoder. Raises ImportError that says how to install it."""
+    return import_extra(module, user="the T5 text encoder", extra="text")
+
+
+def _unknown_warning(text: str) -> str:
+    return f"caption with unknown tokens: {_quoted(text)}"
+
+
+def _truncation_warning(text: str, tokens: int, max_length: int) -> str:
+    return f"caption truncated from {tokens} to {max_length} tokens: {_quoted(text)}"
+
+
+def _quoted(text: str) -> str:
+    return f'"{text}"' if len(text) <= 60 else f'"{text[:60]}..."'
 
 
 def _locate(name_or_path: str | Path, revision: str | None) -> tuple[str, Path, str | None]:
-    """(folder or full hub name, its config.json, hub commit or None); ValueError says what was tried."""
+    """(folder or full hub name, its config.json, hub commit or None). Raises ValueError that says what was tried."""
     if Path(name_or_path).is_dir():
         if revision is not None:
-            raise ValueError(f'revision "{revision}" is for the hub; text encoder {name_or_path} is a folder')
+            raise ValueError(f'revision "{revision}" is for the hub, but text encoder {name_or_path} is a folder')
         config = Path(name_or_path) / "config.json"
         if not config.is_file():
             raise ValueError(f"text encoder folder {name_or_path} has no config.json")
         return str(name_or_path), config, None
-    name = T5_NAMES[str(name_or_path)][0] if str(name_or_path) in T5_NAMES else str(name_or_path)
-    missing = f'text encoder "{name_or_path}": no such folder here'
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+    missing = f'text encoder "{name_or_path}": there is no such folder'
+    if is_path(name_or_path):
         raise ValueError(missing)
-    need("transformers")
+    import_for_text("transformers")
+    name = T5_NAMES.get(str(name_or_path), (str(name_or_path), 0))[0]
     try:
         config = _hub_file(name, "config.json", revision)
     except OSError as error:
         at = f' at revision "{revision}"' if revision else ""
-        reason = first_line(error)
-        raise ValueError(f"{missing}, and the Hugging Face hub gave no {name}{at}: {reason}") from error
+        raise ValueError(f"{missing}, and {name}{at} is not on the Hugging Face hub: {first_line(error)}") from error
     return name, config, config.parent.name  # .../snapshots/COMMIT/config.json
 
 
@@ -264,12 +284,12 @@ def _tokenizer_file(name: str, config: Path, *, revision: str | None) -> Path:
             try:
                 return _hub_file(name, file, revision)
             except OSError:
-                continue  # the hub has the other one; if it has neither, the line below says so
+                continue  # try the other file
     raise ValueError(f"text encoder {name} has no tokenizer (tokenizer.json or spiece.model)")
 
 
 def _width(config: Path) -> int:
-    content = json.loads(config.read_text())
+    content = read_json_object(config)
     if content.get("model_type") != "t5":
         raise ValueError(f'{config} describes a model of type "{content.get("model_type")}", not "t5"')
     return content["d_model"]

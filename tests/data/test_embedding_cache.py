@@ -32,13 +32,13 @@ IDENTITY = {"encoder": "org/stub", "revision": "1", "max_length": "8", "tokenize
 
 @dataclass
 class StubEncoder:
-    """One token per word, at most 8; remembers what it was asked."""
+    """One token per word, at most 8; records the captions it encoded."""
 
     dim: int = 4
     truncated: int = 0
     fails_at: str | None = None
     names: dict[str, str] = field(default_factory=lambda: dict(IDENTITY))
-    asked: list[str] = field(default_factory=list)
+    encoded: list[str] = field(default_factory=list)
 
     def identity(self) -> dict[str, str]:
         return dict(self.names)
@@ -46,8 +46,8 @@ class StubEncoder:
     def encode(self, captions, batch_size) -> TextEmbeddings:
         assert 0 < len(captions) <= batch_size
         if self.fails_at in captions:
-            raise RuntimeError("power cut")
-        self.asked += captions
+            raise RuntimeError("the GPU failed")
+        self.encoded += captions
         self.truncated += sum(len(caption.split()) > 7 for caption in captions)
         return TextEmbeddings.from_list(
             [
@@ -86,7 +86,7 @@ def cached(tmp_path) -> Path:
 # ---- round trip
 
 
-def test_the_cache_gives_what_the_encoder_gives_one_caption_at_a_time(tmp_path):
+def test_the_cache_stores_the_embeddings_of_each_caption_alone(tmp_path):
     encoder = T5Encoder(build_tiny_t5(tmp_path / "tiny", CAPTIONS))
     path = tmp_path / "00000.tiny.safetensors"
     write_cache(path, KEYS, CAPTIONS, encoder, batch_size=3)
@@ -103,7 +103,7 @@ def test_the_cache_gives_what_the_encoder_gives_one_caption_at_a_time(tmp_path):
 def test_a_repeated_caption_is_encoded_and_stored_once(tmp_path):
     encoder, path = StubEncoder(), tmp_path / "c.safetensors"
     write_cache(path, KEYS, CAPTIONS, encoder, batch_size=2)
-    assert sorted(encoder.asked) == sorted(set(CAPTIONS))
+    assert sorted(encoder.encoded) == sorted(set(CAPTIONS))
     with safe_open(path, framework="pt") as file:
         assert file.get_slice("tokens").get_shape() == [4 + 8 + 1 + 3, 4]
         assert file.get_tensor("offsets").tolist() == [0, 4, 12, 13, 16]
@@ -112,7 +112,7 @@ def test_a_repeated_caption_is_encoded_and_stored_once(tmp_path):
     assert len(reopen(path)[1]) == 8 and len(reopen(path)[2]) == 1
 
 
-def test_reading_is_by_copy_and_safe_from_threads_and_other_processes(tmp_path):
+def test_threads_and_processes_read_independent_copies(tmp_path):
     keys, captions = [str(i) for i in range(500)], [" ".join(["x" * (i % 9)] * (i % 7)) for i in range(500)]
     path = tmp_path / "c.safetensors"
     write_cache(path, keys, captions, StubEncoder(), batch_size=64)
@@ -136,7 +136,7 @@ def test_an_empty_shard_has_a_cache_too(tmp_path):
     assert len(reopen(tmp_path / "c.safetensors", keys=[], captions_hash=captions_hash([], []))) == 0
 
 
-def test_bad_input_is_refused(tmp_path):
+def test_wrong_counts_and_infinite_embeddings_are_refused(tmp_path):
     path = tmp_path / "c.safetensors"
     with pytest.raises(ValueError, match="6 sample keys but 5 captions"):
         write_cache(path, KEYS, CAPTIONS[:5], StubEncoder(), batch_size=2)
@@ -155,15 +155,15 @@ def test_bad_input_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "tar, folder, expected",
+    "folder, expected",
     [
-        ("data/train/00007.tar", None, "data/train/00007.google--t5-v1_1-xxl.safetensors"),
-        ("data/train/00007.tar", "cache", "cache/00007.google--t5-v1_1-xxl.safetensors"),
+        (None, "data/train/00007.google--t5-v1_1-xxl.safetensors"),
+        ("cache", "cache/00007.google--t5-v1_1-xxl.safetensors"),
     ],
 )
-def test_cache_paths(tar, folder, expected):
-    assert cache_path(tar, "google/t5-v1_1-xxl", folder) == Path(expected)
-    assert cache_path(tar, IDENTITY | {"encoder": "google/t5-v1_1-xxl"}, folder) == Path(expected)
+def test_a_cache_is_named_after_shard_and_encoder(folder, expected):
+    identity = IDENTITY | {"encoder": "google/t5-v1_1-xxl"}
+    assert cache_path("data/train/00007.tar", identity, folder) == Path(expected)
 
 
 # ---- mismatches
@@ -171,8 +171,8 @@ def test_cache_paths(tar, folder, expected):
 
 @pytest.mark.parametrize("name", list(IDENTITY))
 def test_another_encoder_is_an_error_that_names_what_differs(cached, name):
-    with pytest.raises(ValueError, match=f"with {name} .*, this run has other; .*: my command$") as caught:
-        reopen(cached, identity=IDENTITY | {name: "other"}, rebuild="my command")
+    with pytest.raises(ValueError, match=f"with {name} .*, this run has other; rebuild it with: fastimagen ") as caught:
+        reopen(cached, identity=IDENTITY | {name: "other"})
     assert "\n" not in str(caught.value) and str(cached) in str(caught.value)
 
 
@@ -190,7 +190,7 @@ def test_changed_samples_are_an_error(cached, keys, captions, message):
         reopen(cached, keys=keys, captions_hash=captions_hash(keys, captions))
 
 
-def test_missing_damaged_and_foreign_files_are_errors(cached, tmp_path):
+def test_missing_damaged_and_other_files_are_errors_that_say_how_to_rebuild(cached, tmp_path):
     content = cached.read_bytes()
     with safe_open(cached, framework="pt") as file:
         tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118 - not a dict
@@ -200,8 +200,8 @@ def test_missing_damaged_and_foreign_files_are_errors(cached, tmp_path):
         r"is damaged \(.*header": lambda path: path.write_bytes(b"not a safetensors file"),
         "is not an embedding cache of schema": lambda path: save_file({"tokens": torch.zeros(1)}, path),
         r"is damaged \(.*offsets": lambda path: save_file({"tokens": tensors["tokens"]}, path, metadata),
-        "contradict": lambda path: save_file(tensors | {"rows": tensors["rows"] + 1}, path, metadata),
-        "contradict ea": lambda path: save_file(tensors | {"offsets": torch.ones(5)}, path, metadata),
+        "do not fit together": lambda path: save_file(tensors | {"rows": tensors["rows"] + 1}, path, metadata),
+        "do not fit": lambda path: save_file(tensors | {"offsets": torch.ones(5)}, path, metadata),
     }
     for message, damage in cases.items():
         cached.write_bytes(content)
@@ -223,16 +223,16 @@ def test_embedding_resumes_and_replaces_only_what_changed(tmp_path, caplog):
     assert seen == [(i, 5) for i in range(1, 6)]
     assert len(list(tmp_path.glob("*.org--stub.safetensors"))) == 5 == len(list(tmp_path.iterdir()))
 
-    asked = len(encoder.asked)
+    before = len(encoder.encoded)
     shards[1].texts[2] = "something else"
     (tmp_path / "00003.org--stub.safetensors").write_bytes(b"half")
     with caplog.at_level(logging.INFO):
         report = embed_shards(shards, encoder, cache_dir=None, batch_size=3)
     assert (report.written, report.kept, report.truncated, report.captions) == (2, 3, 5, 30)
-    assert len(encoder.asked) == asked + 2 * 4
+    assert len(encoder.encoded) == before + 2 * 4
     assert "captions of the shard have changed" in caplog.text and "damaged" in caplog.text
     assert embed_shards(shards, encoder, cache_dir=None, batch_size=3).kept == 5
-    assert len(encoder.asked) == asked + 2 * 4
+    assert len(encoder.encoded) == before + 2 * 4
 
     longer = StubEncoder(names=IDENTITY | {"max_length": "9"})
     assert embed_shards(shards, longer, cache_dir=None, batch_size=3).written == 5
@@ -254,24 +254,30 @@ def test_empty_captions_are_counted_and_logged(tmp_path, caplog):
     assert report.empty == 2 and "2 of 3 captions are empty" in caplog.text
 
 
-def test_shards_that_would_share_a_file_are_refused(tmp_path):
+def test_shards_that_would_share_a_cache_file_are_refused(tmp_path):
     shards = [StubShard(tmp_path / folder / "00000.tar") for folder in "ab"]
     assert embed_shards(shards, StubEncoder(), cache_dir=None, batch_size=4).written == 2
     with pytest.raises(ValueError, match="would share the embedding cache"):
         embed_shards(shards, StubEncoder(), cache_dir=tmp_path, batch_size=4)
 
 
-def test_a_failure_in_the_middle_keeps_finished_shards_and_leaves_no_half_file(tmp_path):
+def test_a_shard_for_training_and_validation_is_refused(tmp_path):
+    shards = [StubShard(tmp_path / "00000.tar"), StubShard(tmp_path / "00000.tar")]
+    with pytest.raises(ValueError, match=r"00000\.tar is listed twice"):
+        embed_shards(shards, StubEncoder(), cache_dir=None, batch_size=4)
+
+
+def test_a_failure_keeps_finished_caches_and_leaves_no_partial_file(tmp_path):
     shards = shards_in(tmp_path)
-    with pytest.raises(RuntimeError, match="power cut"):
+    with pytest.raises(RuntimeError, match="the GPU failed"):
         embed_shards(shards, StubEncoder(fails_at="a star 2"), cache_dir=None, batch_size=2)
     assert sorted(path.name[:6] for path in tmp_path.iterdir()) == ["00000.", "00001."]
     report = embed_shards(shards, StubEncoder(), cache_dir=None, batch_size=2)
     assert (report.kept, report.written) == (2, 3)
 
 
-def test_a_kill_while_writing_leaves_the_old_cache(cached):
-    """The process dies, without any clean-up, after the data is written and before it takes its name."""
+def test_a_process_killed_while_writing_leaves_the_old_cache(cached):
+    """The process ends without clean-up after writing the temporary file and before renaming it."""
     before = cached.read_bytes()
     code = f"""
 import os, sys

@@ -45,7 +45,7 @@ def stored(folder) -> dict[str, dict]:
     return {json.loads(sample["json"])["path"]: sample for sample in samples}
 
 
-def test_everything_arrives_as_it_was(images, tmp_path):
+def test_image_bytes_captions_and_paths_are_packed_unchanged(images, tmp_path):
     report = pack_folder(images, tmp_path / "out", shard_size=10)
     assert (report.packed, report.shards, report.skipped) == (25, 3, {})
     samples = stored(tmp_path / "out")
@@ -60,7 +60,7 @@ def test_everything_arrives_as_it_was(images, tmp_path):
     assert [len(shard) for shard in shards] == [10, 10, 5] and not any(shard.excluded for shard in shards)
 
 
-def test_shards_are_mixed_and_the_same_every_time(images, tmp_path):
+def test_images_are_shuffled_and_packing_again_gives_the_same_bytes(images, tmp_path):
     for name in ("one", "two"):
         pack_folder(images, tmp_path / name, shard_size=9)
     for path in (tmp_path / "one").iterdir():
@@ -72,7 +72,7 @@ def test_shards_are_mixed_and_the_same_every_time(images, tmp_path):
     assert set(folders) == {"a", "b", "c"}
 
 
-def test_what_cannot_be_packed_is_listed(tmp_path, caplog):
+def test_skipped_files_are_reported_by_reason(tmp_path, caplog):
     good = image("red")
     source = write(
         tmp_path / "in",
@@ -106,7 +106,7 @@ def test_what_cannot_be_packed_is_listed(tmp_path, caplog):
         assert part in str(report)
 
 
-def test_nothing_to_pack_leaves_nothing(tmp_path):
+def test_a_folder_without_captioned_images_is_refused_and_nothing_is_written(tmp_path):
     source = write(tmp_path / "in", {"a.png": image("red"), "b.txt": "x"})
     for folder in (source, write(tmp_path / "none", {"c.md": "x"})):
         with pytest.raises(ValueError, match="nothing to pack"):
@@ -118,7 +118,7 @@ def test_nothing_to_pack_leaves_nothing(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["in", "none"]
 
 
-def test_an_interrupted_run_leaves_nothing(images, tmp_path, monkeypatch):
+def test_interrupted_packing_leaves_no_files(images, tmp_path, monkeypatch):
     count = iter(range(9))
 
     def interrupt(data):
@@ -131,7 +131,7 @@ def test_an_interrupted_run_leaves_nothing(images, tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["images"]
 
 
-def test_only_empty_folders_are_written_to(images, tmp_path):
+def test_an_output_folder_that_is_not_empty_is_refused(images, tmp_path):
     (tmp_path / "empty").mkdir()
     assert pack_folder(images, tmp_path / "empty").packed == 25
     with pytest.raises(ValueError, match="is not empty"):
@@ -143,7 +143,7 @@ def test_only_empty_folders_are_written_to(images, tmp_path):
     assert len(stored(tmp_path / "new" / "100% odd {name}")) == 25
 
 
-def test_manifest_keeps_its_order(images, tmp_path):
+def test_a_manifest_is_packed_in_its_order(images, tmp_path):
     names = sorted(str(path.relative_to(tmp_path)) for path in images.rglob("*.png"))[::-1]
     lines = [json.dumps({"image": name, "caption": f"nr {i}", "more": 1}) for i, name in enumerate(names)]
     lines[2:2] = [
@@ -171,7 +171,7 @@ def test_manifest_keeps_its_order(images, tmp_path):
         ('{"image": "a.png", "caption": 5}', "expected"),
     ],
 )
-def test_broken_manifests_are_refused(tmp_path, line, message):
+def test_an_invalid_line_of_a_manifest_is_an_error_with_its_number(tmp_path, line, message):
     write(tmp_path, {"a.png": image("red"), "list.jsonl": '{"image": "a.png", "caption": "x"}\n' + line})
     with pytest.raises(ValueError, match=message) as error:
         pack_manifest(tmp_path / "list.jsonl", tmp_path / "out")

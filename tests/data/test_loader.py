@@ -1,4 +1,4 @@
-"""The loader: the same batches for every way to split them, replacements for damaged images, clean ends."""
+"""The loader: batches for any number of ranks and threads, replacements for unreadable images, end of threads."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WIDTH = 4
 
 
 def image(number: int, side: int = 8) -> bytes:
-    """An image whose color is its number."""
+    """An image whose colour encodes its number."""
     buffer = io.BytesIO()
     Image.new("RGB", (side + 3, side), (number % 256, number // 256, 77)).save(buffer, "PNG")
     return buffer.getvalue()
@@ -71,7 +71,7 @@ def take(loader: Loader, start: int, count: int) -> list[Batch]:
 
 
 def numbers(batch: Batch) -> list[int]:
-    """What the images show."""
+    """The numbers that the colours of the images encode."""
     colors = ((batch.images[:, :, 2, 2] + 1) * 127.5).round().int()  # (b, 3)
     assert (colors[:, 2] == 77).all()
     return (colors[:, 0] + 256 * colors[:, 1]).tolist()
@@ -90,7 +90,9 @@ def shards(tmp_path_factory):
     [(1, 12, 1, 1), (2, 6, 2, 2), (2, 3, 3, 1), (4, 3, 2, 2), (3, 2, 1, 3), (12, 1, 2, 1)],
 )
 @pytest.mark.parametrize("start", [0, 17])
-def test_global_batches_do_not_depend_on_how_they_are_split(shards, world, micro, threads, prefetch, start):
+def test_global_batches_do_not_depend_on_ranks_micro_batches_and_threads(
+    shards, world, micro, threads, prefetch, start
+):
     order = Order([len(shard) for shard in shards], 5, block=2)
     steps, per_step = 16, 12 // world // micro  # 178 samples: the 14th step crosses the end of an epoch
     parts = []
@@ -138,7 +140,7 @@ def test_no_sample_is_lost_or_repeated_in_an_epoch(tmp_path_factory, sizes, worl
             for position, key in zip(batch.positions.tolist(), batch.keys):
                 assert seen.setdefault(position, key) is key
     for epoch in (0, 1):
-        keys = Counter(seen[epoch * total + place] for place in range(total))
+        keys = Counter(seen[epoch * total + offset] for offset in range(total))
         assert keys == Counter(str(number) for number in range(total))
 
 
@@ -151,7 +153,7 @@ def test_fixed_batch_is_in_the_order_of_the_shards(shards):
         loader.fixed_batch([3, 178])
 
 
-def test_models_without_text_need_no_embeddings(shards):
+def test_a_loader_without_embeddings_has_no_text(shards):
     order = Order([len(shard) for shard in shards], 0)
     (batch,) = take(Loader(shards, None, order, size=8, global_batch=4, micro_batch=4, seed=0), 0, 1)
     assert batch.text is None and numbers(batch) == [int(key) for key in batch.keys]
@@ -160,7 +162,7 @@ def test_models_without_text_need_no_embeddings(shards):
 # ---- sizes
 
 
-def test_random_windows_depend_on_the_position_alone(tmp_path):
+def test_random_crops_depend_on_the_position_only(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, size=(3, 48, 40, 3), dtype=np.uint8)
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         for i, pixels in enumerate(noise):
@@ -189,7 +191,7 @@ def test_random_windows_depend_on_the_position_alone(tmp_path):
     assert len(offsets) > 50 and min(rows) < 3 and max(rows) > 21 and min(columns) < 3 and max(columns) > 21
 
 
-def test_enlarged_images_are_counted(shards):
+def test_upscaled_images_are_counted(shards):
     loader = make_loader(shards, size=16)
     (batch,) = take(loader, 0, 1)
     assert batch.images.shape == (12, 3, 16, 16) and loader.counters["upscaled"] == 12
@@ -199,7 +201,7 @@ def test_enlarged_images_are_counted(shards):
 # ---- bad samples
 
 
-def test_damaged_images_are_replaced_alike_in_every_run(tmp_path, caplog):
+def test_unreadable_images_are_replaced_by_the_same_samples_in_every_run(tmp_path, caplog):
     bad = {3, 17, 44, 45, 46, 90}
     shards = make_shards(tmp_path, [50, 30, 40], bad)
     order, total = Order([50, 30, 40], 5, block=2), 120
@@ -222,17 +224,17 @@ def test_damaged_images_are_replaced_alike_in_every_run(tmp_path, caplog):
     assert [key for batch in resumed for key in batch.keys] == batches[7].keys[8:]
 
 
-def test_one_bad_image_of_two_does_not_stop(tmp_path):
+def test_one_unreadable_image_of_two_does_not_stop_training(tmp_path):
     loader = make_loader(make_shards(tmp_path, [2], bad={0}), global_batch=2, micro_batch=2)
     assert [key for batch in take(loader, 0, 3) for key in batch.keys] == ["1"] * 6
 
 
-def test_chance_does_not_stop_but_a_larger_share_does(tmp_path):
+def test_too_large_a_share_of_unreadable_images_stops_training_but_chance_does_not(tmp_path):
     rare = make_shards(tmp_path, [300], bad={10, 20, 30})  # 1.0 %
     assert len(take(make_loader(rare), 0, 100)) == 100
     often = make_shards(tmp_path, [300], bad=set(range(0, 300, 20)))  # 5 %
     loader = make_loader(often)
-    with pytest.raises(ValueError, match=r'unreadable, more than data.max_bad_share = 0.01 .*"\d*0" of'):
+    with pytest.raises(ValueError, match=r'unreadable, more than fastimagen.data.max_bad_share = 0.01 .*"\d*0" of'):
         take(loader, 0, 100)
     assert 100 <= loader.counters["read"] < 600
     assert len(take(make_loader(often, max_bad_share=0.05), 0, 50)) == 50
@@ -240,13 +242,13 @@ def test_chance_does_not_stop_but_a_larger_share_does(tmp_path):
         take(make_loader(rare, max_bad_share=0.0), 0, 100)
 
 
-def test_nothing_but_bad_images_ends(tmp_path):
+def test_a_data_set_of_unreadable_images_stops_training(tmp_path):
     loader = make_loader(make_shards(tmp_path, [5], bad=set(range(5))), max_bad_share=1.0)
     with pytest.raises(ValueError, match='100 images in a row are unreadable, first "'):
         take(loader, 0, 1)
 
 
-def test_what_the_index_excludes_counts(tmp_path):
+def test_samples_that_the_index_excludes_count_as_bad(tmp_path):
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w") as tar:
         for i in range(200):
@@ -260,14 +262,14 @@ def test_what_the_index_excludes_counts(tmp_path):
     assert make_loader(shards, max_bad_share=0.1).counters["excluded"] == 20
 
 
-# ---- ends
+# ---- threads and errors
 
 
 def decoding_threads() -> int:
     return sum(thread.name.startswith("decode") for thread in threading.enumerate())
 
 
-def test_threads_end_with_the_iterator(shards):
+def test_decoding_threads_end_with_the_iterator(shards):
     batches = make_loader(shards, threads=3).batches(0)
     next(batches)
     assert decoding_threads() > 0
@@ -280,19 +282,19 @@ def test_threads_end_with_the_iterator(shards):
     assert decoding_threads() == 0
 
 
-def test_errors_of_threads_reach_the_consumer(shards):
+def test_errors_in_decoding_threads_reach_the_consumer(shards):
     class Broken(list):
         def __getitem__(self, index):
-            raise OSError("the disk is gone")
+            raise OSError("disk failure")
 
     order = Order([len(shard) for shard in shards], 0)
     caches = [Broken(cache) for cache in embeddings(shards)]
-    with pytest.raises(OSError, match="the disk is gone"):
+    with pytest.raises(OSError, match="disk failure"):
         take(Loader(shards, caches, order, size=8, global_batch=4, micro_batch=4, seed=0), 0, 1)
     assert decoding_threads() == 0
 
 
-def test_a_vanished_shard_is_an_error_not_a_bad_image(tmp_path):
+def test_a_shard_overwritten_during_training_is_an_error_not_an_unreadable_image(tmp_path):
     shards = make_shards(tmp_path, [30])
     (tmp_path / "000.tar").write_bytes(b"")
     with pytest.raises(ValueError, match="has changed since"):
@@ -308,7 +310,7 @@ def test_a_vanished_shard_is_an_error_not_a_bad_image(tmp_path):
         (dict(micro_batch=0), "micro-batches of 0"),
     ],
 )
-def test_sizes_that_do_not_fit_are_refused(shards, options, message):
+def test_inconsistent_sizes_are_refused(shards, options, message):
     with pytest.raises(ValueError, match=message):
         make_loader(shards, **options)
 

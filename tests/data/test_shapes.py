@@ -1,4 +1,4 @@
-"""Captioned shapes: what captions say, what images show, what the splits hold, how shards are written."""
+"""Captioned shapes: captions, images, splits and shards."""
 
 from __future__ import annotations
 
@@ -95,12 +95,12 @@ class Placed:
         ),
     ],
 )
-def test_captions_are_plain_english_and_parse_back(text, expected):
+def test_captions_parse_to_their_scenes(text, expected):
     assert parse(text) == expected
     assert caption(expected) == text
 
 
-def test_every_scene_has_its_own_caption_and_parses_back(scenes):
+def test_different_scenes_have_different_captions(scenes):
     every = [
         Scene((Object(color, shape, size, position),), ground)
         for color, shape, size, position, ground in itertools.product(
@@ -144,7 +144,7 @@ def test_other_sentences_are_refused_in_one_line(text):
 # ---- splits
 
 
-def test_scenes_and_images_depend_on_their_number_alone():
+def test_a_sample_depends_on_split_index_and_seed_only():
     forwards = [sample("train", i) for i in range(8)]
     backwards = [sample("train", i) for i in reversed(range(8))][::-1]
     for (image, text), (again, text_again) in zip(forwards, backwards):
@@ -156,7 +156,7 @@ def test_scenes_and_images_depend_on_their_number_alone():
     assert len({sample("train", i)[0].tobytes() for i in range(200)}) == 200
 
 
-def test_a_image_shows_the_same_at_any_size():
+def test_an_image_shows_the_same_scene_at_any_size():
     for i in range(12):
         full, half = sample("seen", i)[0], sample("seen", i, size=32)[0]
         reduced = np.asarray(Image.fromarray(full).reduce(2))
@@ -164,7 +164,7 @@ def test_a_image_shows_the_same_at_any_size():
         assert np.abs(reduced.astype(int) - half).mean() < 2
 
 
-def test_unseen_pairs_are_in_the_unseen_split_and_nowhere_else(scenes):
+def test_unseen_pairs_occur_in_the_unseen_split_only(scenes):
     assert len({color for color, _ in UNSEEN_PAIRS}) == len({shape for _, shape in UNSEEN_PAIRS}) == 5
     for split in ("train", "val", "seen"):
         assert not any(pair in UNSEEN_PAIRS for item in scenes[split] for pair in pairs_of(item))
@@ -175,7 +175,7 @@ def test_unseen_pairs_are_in_the_unseen_split_and_nowhere_else(scenes):
     assert abs(places[0] - places[1]) <= 1
 
 
-def test_splits_are_drawn_apart(scenes):
+def test_splits_are_independent(scenes):
     for split, other in itertools.combinations(("train", "val", "seen"), 2):
         both = list(zip(scenes[split], scenes[other]))
         alike = sum(pairs_of(a) == pairs_of(b) for a, b in both)
@@ -196,7 +196,7 @@ def test_splits_are_balanced(scenes, split):
     assert all(len(set(item.objects)) == len(item.objects) for item in items)
 
 
-def test_captions_of_tests_mention_everything_and_those_of_training_most(scenes):
+def test_test_captions_mention_every_attribute_and_training_captions_most(scenes):
     for split in ("seen", "unseen"):
         places = Counter((item.objects[0].size, item.objects[0].position) for item in singles(scenes[split]))
         assert set(places) == {*itertools.product(RADIUS, POSITIONS)}
@@ -225,8 +225,8 @@ def test_unknown_splits_and_negative_numbers_are_refused(split, index, seed, wor
         sample(split, index, seed)
 
 
-def test_changed_images_need_a_new_version():
-    """Folders of another version count as other images: raise VERSION, then replace these figures."""
+def test_images_of_this_version_are_unchanged():
+    """If images change, increase VERSION, so that folders of older images are not reused, and update these numbers."""
     texts = [sample("train", i)[1] for i in (0, 1, 3)]
     means = [[round(float(value)) for value in sample("train", i)[0].mean((0, 1))] for i in (0, 1, 3)]
     assert shapes.VERSION == 2
@@ -249,7 +249,7 @@ def cover(image: np.ndarray, color: str, background: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_pixels_are_what_the_caption_says(split):
+def test_pixels_match_the_caption(split):
     for i in range(60):
         image, text = sample(split, i)
         item = parse(text)
@@ -284,7 +284,7 @@ def test_every_large_shape_is_larger_than_every_small_one():
 
 @pytest.mark.parametrize("size", [32, 64])
 @pytest.mark.parametrize("shape", ["circle", "square", "cross"])  # their centroid is their middle
-def test_images_are_where_they_should_be(size, shape):
+def test_shapes_are_centred_to_subpixel_accuracy(size, shape):
     errors = []
     for offset in np.random.default_rng(0).uniform(-1.5, 1.5, (40, 2)):
         image = render(Scene((Object("red", shape, "large", "center"),), "white"), size, Placed(offset))
@@ -295,7 +295,7 @@ def test_images_are_where_they_should_be(size, shape):
     assert np.abs(np.mean(errors, axis=0)).max() < 0.04
 
 
-def test_edges_are_antialiased_and_what_is_not_mentioned_varies():
+def test_edges_are_antialiased_and_unmentioned_attributes_vary():
     item = Scene((Object("red", "circle"),), "white")
     images = [render(item, 64, np.random.default_rng(i)) for i in range(40)]
     masks = [cover(image, "red", "white") for image in images]
@@ -318,7 +318,7 @@ def contents(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_shards_are_read_by_webdataset_and_by_us(few, tmp_path):
+def test_webdataset_and_open_shards_read_the_shards(few, tmp_path):
     out = tmp_path / "100%" / "shapes"
     ticks = []
     write_shards(out, 1003, 16, seed=3, shard_size=500, progress=lambda *figures: ticks.append(figures))
@@ -351,9 +351,9 @@ def test_shards_are_read_by_webdataset_and_by_us(few, tmp_path):
     assert [path.name for path in out.parent.iterdir()] == ["shapes"]
 
 
-def test_the_same_images_are_the_same_bytes_and_left_alone(few, tmp_path):
+def test_rendering_again_gives_the_same_bytes_and_keeps_existing_shards(few, tmp_path):
     write_shards(tmp_path / "a", 9, 16)
-    (tmp_path / "b").mkdir()  # an empty folder is as good as none
+    (tmp_path / "b").mkdir()  # an empty folder is accepted
     write_shards(tmp_path / "b", 9, 16)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     assert has_shards(tmp_path / "a", 9, 16, 0)
@@ -362,7 +362,7 @@ def test_the_same_images_are_the_same_bytes_and_left_alone(few, tmp_path):
     assert (tmp_path / "a" / "train").stat().st_mtime_ns == before
 
 
-def test_a_folder_that_holds_something_else_is_refused_and_kept(few, tmp_path, monkeypatch):
+def test_a_folder_with_other_files_is_refused_and_unchanged(few, tmp_path, monkeypatch):
     out = tmp_path / "shapes"
     assert not has_shards(out, 9, 16, 0)
     write_shards(out, 9, 16)
@@ -389,7 +389,7 @@ def test_a_folder_that_holds_something_else_is_refused_and_kept(few, tmp_path, m
     assert not has_shards(out, 9, 16, 0)
 
 
-def test_an_interrupted_run_leaves_nothing_behind(few, tmp_path, monkeypatch):
+def test_interrupted_rendering_leaves_no_files(few, tmp_path, monkeypatch):
     def fail_late(split, index, *rest):
         if split == "unseen":
             raise KeyboardInterrupt
@@ -401,12 +401,12 @@ def test_an_interrupted_run_leaves_nothing_behind(few, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failing_progress_leaves_nothing_behind(few, tmp_path, monkeypatch):
+def test_a_failing_progress_callback_leaves_no_files(few, tmp_path, monkeypatch):
     def stop(done, total):
         raise RuntimeError(f"{done} of {total}")
 
     one = sample("train", 0, 0, 16)
-    monkeypatch.setattr(shapes, "sample", lambda *_: one)  # a thousand take their time
+    monkeypatch.setattr(shapes, "sample", lambda *_: one)  # rendering a thousand images takes seconds
     with pytest.raises(RuntimeError, match="1000 of 1018"):
         write_shards(tmp_path / "shapes", 1000, 16, progress=stop)
     assert list(tmp_path.iterdir()) == []
@@ -415,7 +415,7 @@ def test_a_failing_progress_leaves_nothing_behind(few, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "numbers", [dict(count=0), dict(size=8), dict(seed=-1), dict(shard_size=0), dict(shard_size=20000)]
 )
-def test_senseless_numbers_are_refused(tmp_path, numbers):
+def test_counts_and_sizes_out_of_range_are_refused(tmp_path, numbers):
     with pytest.raises(ValueError, match="shapes need count >= 1"):
         write_shards(tmp_path / "out", **{"count": 4, "size": 16, **numbers})
     assert list(tmp_path.iterdir()) == []
