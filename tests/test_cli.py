@@ -368,8 +368,8 @@ def test_importing_an_empty_folder_is_refused(tmp_path: Path, refused: Callable[
         ('{"fastimagen": {}}', ["fastimagen"], "--set takes KEY=VALUE, got 'fastimagen'"),
         (
             '{"fastimagen": {"data": {"shards": "nowhere", "validation": null}}}',
-            [],
-            "no shards: nowhere is not a tar, folder",
+            ["fastimagen.text.encoder=t5_small"],
+            "fastimagen.data.shards: no shards: nowhere is not a tar, folder",
         ),
     ],
 )
