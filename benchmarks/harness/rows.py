@@ -27,8 +27,15 @@ from .checkout import ROOT
 RESULTS = ROOT / "benchmarks/results"
 KEY = ("op", "shape", "dtype", "mode", "provider")
 KERNELS = {
-    "attention": ("attention.py", "attention_tiles.py", "device.py"),
-    "group_norm": ("group_norm.py", "group_norm_device.py"),
+    "attention": (
+        "attention.py",
+        "attention_backward_kernels.py",
+        "attention_device.py",
+        "attention_forward_kernel.py",
+        "attention_tiles.py",
+        "device.py",
+    ),
+    "group_norm": ("group_norm.py", "group_norm_device.py", "group_norm_kernels.py"),
     "threshold": ("dynamic_threshold.py",),
     "sampler step": ("sampler_step.py", "dynamic_threshold.py"),
 }
