@@ -1,11 +1,11 @@
-"""Compile the kernels for GPUs that are not here: registers, spills, shared memory and matrix instructions of each.
+"""Compile the kernels without a GPU: registers, spills, shared memory and matrix instructions of each, per target.
 
-    python -m benchmarks.studies.aot [--kernels attention,group_norm] [--targets sm_90,gfx942] [--labels REGEX] [--out
-    FILE]
+    python -m benchmarks.studies.aot [--kernels attention,group_norm] [--targets sm_90,gfx942]
+                                     [--labels REGEX] [--out FILE]
 
-Every kernel file has a function `shipped`, which yields labelled calls of its launchers on meta tensors. A driver
-without a GPU stands in for Triton's, and a launch compiles instead of launching: so what is compiled is what a GPU
-would be given, table row, specialisation and all.
+Every file with launchers has a function `shipped`, which yields labelled calls of them on meta tensors. A stub replaces
+Triton's driver, and a launch compiles the kernel instead of running it. So each kernel is compiled exactly as a GPU
+would run it, with the tiles and the argument specialization of that call.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ AMD_INSTRUCTIONS = {"mfma": r"\bv_mfma", "fma": r"\bv_(?:pk_)?fma", "exp2": r"\b
 
 
 class Offline:
-    """What a launch asks Triton's driver, answered for a GPU that is not here."""
+    """A stub of Triton's driver for `target`, with what a launch asks of it."""
 
     def __init__(self, target: GPUTarget) -> None:
         self.target = target
@@ -63,7 +63,7 @@ class Offline:
 
 @contextmanager
 def compiling_for(target: GPUTarget) -> Iterator[list[tuple[JITFunction, Any]]]:
-    """Launches inside compile for `target`, do not run, and are noted in the list: (kernel, compiled)."""
+    """Inside, a launch compiles the kernel for `target` without running it, and adds (kernel, compiled) to the list."""
     from fastimagen_kernels.device import architecture
 
     launches: list[tuple[JITFunction, Any]] = []
@@ -85,7 +85,7 @@ def compiling_for(target: GPUTarget) -> Iterator[list[tuple[JITFunction, Any]]]:
 
 
 def compile_all(file: str, name: str, labels: str) -> Iterator[dict[str, Any]]:
-    """One row for every kernel that the calls of a file's `shipped` compile for the target of that name."""
+    """One row for every kernel that the calls in `shipped` of kernels/`file`.py compile for the target `name`."""
     seen: set[str] = set()
     with compiling_for(TARGETS[name]) as launches:
         for label, call in shipped(file):
@@ -157,19 +157,19 @@ def count(patterns: dict[str, str], code: str) -> dict[str, int]:
 
 
 def kernel_files() -> list[str]:
-    """Those that ship kernels, by name."""
+    """The files in kernels/ that have launchers, by name."""
     return sorted(path.stem for path in (ROOT / "kernels").glob("*.py") if "def shipped(" in path.read_text())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--kernels", default="", help="file names in kernels/, by default all that ship kernels")
+    parser.add_argument("--kernels", default="", help="file names in kernels/ (default: all with launchers)")
     parser.add_argument("--targets", default=",".join(TARGETS))
-    parser.add_argument("--labels", default="", help="only what matches this regular expression")
+    parser.add_argument("--labels", default="", help="only labels that match this regular expression")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/aot.json")
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
-        sys.exit("TRITON_INTERPRET=1 interprets kernels: nothing could be compiled")
+        sys.exit("TRITON_INTERPRET=1 is set: kernels are interpreted and cannot be compiled; unset it")
     files = options.kernels.split(",") if options.kernels else kernel_files()
     targets = options.targets.split(",")
     rows = []
@@ -182,7 +182,7 @@ def main() -> None:
 
 
 def write(path: Path, rows: list[dict[str, Any]], made: set[tuple[str, str]]) -> None:
-    """Write the rows, beside those that `path` has of other kernels and targets."""
+    """Write the rows, and keep those in `path` of other kernels and targets."""
     if path.exists():
         before = json.loads(path.read_text())["rows"]
         rows = [row for row in before if (row["file"], row["target"]) not in made] + rows
@@ -199,7 +199,7 @@ def order(row: dict[str, Any]) -> tuple[str, int]:
 def line(row: dict[str, Any]) -> str:
     found = " ".join(f"{name}:{number}" for name, number in row["instructions"].items())
     return (
-        f"{row['target']:7}{row['kernel']:24}{row['label']:36} {row['num_warps']:2} warps "
+        f"{row['target']:7}{row['kernel']:42}{row['label']:36} {row['num_warps']:2} warps "
         f"{row['registers']:3} registers {row['spills']:4} spills {row['shared_bytes']:6} B shared  {found}"
     )
 

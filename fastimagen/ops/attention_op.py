@@ -175,12 +175,11 @@ def _dense_backward(
         grads, results = _rows(dout, keys.shape[1]), _rows(out, keys.shape[1])  # (B, A_kv, N G, D) each
         p = torch.exp2(scores - lse[..., None])  # (B, A_kv, N G, J)
         ds = p * (grads @ values.mT - (grads * results).sum(dim=-1, keepdim=True)) * scale  # (B, A_kv, N G, J)
-        dkeys = [x.transpose(1, 2) for x in (ds.mT @ rows, p.mT @ grads)]  # (B, J, A_kv, D) each, all sources
+        dkeys = (ds.mT @ rows).transpose(1, 2)  # (B, J, A_kv, D), all sources
+        dvalues = (p.mT @ grads).transpose(1, 2)  # (B, J, A_kv, D), all sources
         sizes = [0 if null_k is None else 1, *(0 if x is None else x.shape[1] for x in (context_k, k))]
-        (dnull_k, dcontext_k, dk), (dnull_v, dcontext_v, dv) = (
-            x.split(sizes, dim=1)
-            for x in dkeys  # (B, 1, A_kv, D), (B, L, A_kv, D), (B, J, A_kv, D)
-        )
+        dnull_k, dcontext_k, dk = dkeys.split(sizes, dim=1)  # (B, 1, A_kv, D), (B, L, A_kv, D), (B, J, A_kv, D)
+        dnull_v, dcontext_v, dv = dvalues.split(sizes, dim=1)  # as the keys
         dnull = None
         if null_k is not None:
             both = torch.stack([dnull_k, dnull_v]).sum(dim=(1, 2))  # (2, A_kv, D)

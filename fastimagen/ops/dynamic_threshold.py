@@ -63,11 +63,9 @@ def dynamic_threshold_unsupported(x0: Tensor) -> str | None:
     if not x0.numel():
         return "there are no samples"
     elements = x0[0].numel()
-    return (
-        None
-        if elements <= MAX_ELEMENTS
-        else f"the kernel takes samples of at most {MAX_ELEMENTS} elements, not {elements}"
-    )
+    if elements > MAX_ELEMENTS:
+        return f"the kernel takes samples of at most {MAX_ELEMENTS} elements, not {elements}"
+    return None
 
 
 # ---- the operator

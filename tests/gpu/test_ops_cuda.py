@@ -165,7 +165,7 @@ def test_attention_of_strided_inputs(backend: str) -> None:
     assert error < 5e-6, f"relative error {error:.1e}"
 
 
-def test_normalised_queries_and_keys(backend: str) -> None:
+def test_normalized_queries_and_keys(backend: str) -> None:
     inputs = attention_inputs(2, 64, 4, 1, 32, image=64, text=10, lengths=[10, 4])
     scales = (normal(32, seed=8), normal(32, seed=9))
     exact = {name: x.double() if _is_real(x) else x for name, x in inputs.items()}
@@ -281,7 +281,7 @@ def test_sampler_step(threshold: str, guidance: float | None, dtype: torch.dtype
         pytest.skip("xformers has no samplers")
     output = normal(3 if guidance is None else 6, 3, 65, 64, seed=1).to(dtype)
     x, previous, noise = (normal(3, 3, 65, 64, seed=seed) for seed in (2, 3, 4))
-    following, x0 = ops.sampler_step(
+    x_next, x0 = ops.sampler_step(
         output,
         x,
         (1.7, -1.3),
@@ -302,7 +302,7 @@ def test_sampler_step(threshold: str, guidance: float | None, dtype: torch.dtype
         exact = exact.clamp(-1, 1)
     right = 0.6 * x.double() + 0.5 * exact - 0.2 * previous.double() + 0.3 * noise.double()
     torch.testing.assert_close(x0.double(), exact, rtol=3e-6, atol=3e-6)
-    torch.testing.assert_close(following.double(), right, rtol=3e-6, atol=3e-6)
+    torch.testing.assert_close(x_next.double(), right, rtol=3e-6, atol=3e-6)
 
 
 def test_sampler_step_in_a_cuda_graph() -> None:
@@ -321,12 +321,12 @@ def test_sampler_step_in_a_cuda_graph() -> None:
     assert all(torch.equal(one, other) for one, other in zip(captured, step()))
 
 
-# ---- the same again
+# ---- reproducibility
 
 
-def test_gradients_are_the_same_every_time(backend: str) -> None:
+def test_outputs_and_gradients_are_bitwise_reproducible(backend: str) -> None:
     if backend != "triton":
-        pytest.skip("only our kernels promise this")
+        pytest.skip("only the Triton kernels are deterministic")
     attention = attention_inputs(4, 300, 8, 1, 64, image=300, text=100, lengths=[100, 50, 0, 1])
     norm = {
         "x": normal(4, 256, 40, 40).contiguous(memory_format=torch.channels_last),

@@ -73,11 +73,11 @@ def by_definition(
             if k is not None:
                 keys.append(k[b, :, h % k.shape[2]])
                 values.append(v[b, :, h % k.shape[2]])
-            keys, values = torch.cat(keys), torch.cat(values)  # (S', D)
-            logits = q[b, :, h] @ keys.T * (q.shape[-1] ** -0.5 if scale is None else scale)  # (N, S')
+            keys, values = torch.cat(keys), torch.cat(values)  # (J, D) each
+            logits = q[b, :, h] @ keys.T * (q.shape[-1] ** -0.5 if scale is None else scale)  # (N, J)
             heads.append(logits.softmax(dim=-1) @ values if len(keys) else torch.zeros_like(q[b, :, h]))
-        samples.append(torch.stack(heads, dim=1))  # (N, H, D)
-    return torch.stack(samples)
+        samples.append(torch.stack(heads, dim=1))  # (N, A, D)
+    return torch.stack(samples)  # (B, N, A, D)
 
 
 def results(function: Callable[..., Tensor], tensors: dict[str, Tensor], **options: object) -> dict[str, Tensor]:

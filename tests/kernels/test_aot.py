@@ -1,4 +1,4 @@
-"""What the kernels compile to for GPUs that are not here; of attention's, test_attention.py."""
+"""What the kernels compile to, without a GPU; for those of attention see test_attention.py."""
 
 from __future__ import annotations
 
