@@ -1,10 +1,11 @@
-"""Shared by all tests: a toy data set with its cache, and a toy ds.json, made once."""
+"""Toy data, a toy model and toy configurations, shared by all tests. Session fixtures must not be modified."""
 
 from __future__ import annotations
 
 import copy
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ import pytest
 if TYPE_CHECKING:
     from fastimagen.config import CascadeConfig
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests' processes share few cores: spinning threads cost more
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run several processes on few cores: idle threads would spin
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,7 +46,7 @@ TOY_STAGES = [
 
 @pytest.fixture(scope="session")
 def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with shapes of 16x16, their text encoder and their embedding cache."""
+    """A folder with shards of 16x16 shapes, their text encoder and their embedding cache."""
     from fastimagen.config import FastimagenConfig
     from fastimagen.data.source import embed_all, prepare_shapes
 
@@ -56,8 +57,20 @@ def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def toy_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the built-in text encoder."""
+    return write_toy_encoder(tmp_path_factory.mktemp("encoder") / "text_encoder")
+
+
+@pytest.fixture(scope="session")
+def toy_model(tmp_path_factory: pytest.TempPathFactory, toy_encoder: Path) -> Path:
+    """A model directory with random weights that contains its text encoder."""
+    return write_toy_model(tmp_path_factory.mktemp("toy_model") / "model", toy_encoder)
+
+
 def toy_tree(data: Path) -> dict[str, Any]:
-    """The content of a ds.json for seconds on a CPU."""
+    """The content of a ds.json that trains in seconds on a CPU. data: the folder of `toy_data`."""
     return copy.deepcopy(
         {
             "train_batch_size": 4,
@@ -93,8 +106,8 @@ def toy_config(toy_data: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
-def write_config(tmp_path: Path):
-    """Write a ds.json and return its path."""
+def write_config(tmp_path: Path) -> Callable[[dict[str, Any]], Path]:
+    """A function that writes a ds.json and returns its path."""
 
     def write(tree: dict[str, Any]) -> Path:
         path = tmp_path / "ds.json"
@@ -105,7 +118,10 @@ def write_config(tmp_path: Path):
 
 
 def toy_cascade(**base: Any) -> CascadeConfig:
-    """The toy stages with outputs that are not zero without training; `base` changes the first one."""
+    """The toy cascade without zero initialization, so that an untrained output depends on the input.
+
+    base: changes to the first stage.
+    """
     from fastimagen.config import CascadeConfig
 
     stages = copy.deepcopy(TOY_STAGES)
@@ -116,7 +132,7 @@ def toy_cascade(**base: Any) -> CascadeConfig:
 
 
 def write_toy_model(path: Path, encoder: Path | None = None, config: CascadeConfig | None = None) -> Path:
-    """A model directory with random weights and, if given, the text encoder in full."""
+    """Write a model directory with random weights, the same every time, and a copy of the text encoder if given."""
     import torch
 
     from fastimagen.cascade import Cascade
@@ -138,6 +154,7 @@ def write_toy_model(path: Path, encoder: Path | None = None, config: CascadeConf
 
 
 def write_toy_encoder(path: Path) -> Path:
+    """Write the built-in text encoder with a tokenizer for the quickstart's captions."""
     from fastimagen.text.tiny_t5 import build_tiny_t5
 
     return build_tiny_t5(path, (ROOT / "launch/captions.txt").read_text().splitlines())

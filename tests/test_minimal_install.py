@@ -1,4 +1,4 @@
-"""Sampling with nothing installed but the core dependencies, and a command line that is there at once."""
+"""Sampling with only the core dependencies installed, and the command line's help without heavy imports."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from fastimagen import __version__
 from fastimagen.cli import main
 from fastimagen.sampling.pipeline import ImagenPipeline
 from fastimagen.text.embeddings import TextEmbeddings
-from tests.conftest import ROOT, write_toy_encoder, write_toy_model
+from tests.conftest import ROOT
 
 CORE = ["torch", "safetensors", "numpy", "einops", "pydantic", "pillow"]
 
-# Finders that do not know the other packages, neither to import nor to list: a machine without them.
+# Hides all other packages from imports and from importlib.metadata, as if they were not installed.
 HIDE = """
 import json, sys
 from importlib.metadata import DistributionFinder
@@ -40,7 +40,7 @@ class Minimal:
         find = getattr(self.finder, "find_distributions", lambda context: ())
         return (d for d in find(context) if d.metadata["Name"].lower().replace("_", "-") in distributions)
 
-started = set(sys.modules)
+modules_at_start = set(sys.modules)
 sys.meta_path[:] = [Minimal(finder) for finder in sys.meta_path]
 """
 
@@ -64,23 +64,26 @@ except ImportError as error:
     print(error)
 assert main([*sample, "--captions", "a red circle", "--out", str(out / "none")]) == 1
 assert main(["info"]) == 0
-found = hidden & (set(sys.modules) - started)
-assert not found, found
+imported = hidden & (set(sys.modules) - modules_at_start)
+assert not imported, imported
 """
 )
 
 
 def minimal() -> list[list[str]]:
-    """What stands in for a minimal installation: the modules to hide, and the distributions to show:
-    the core dependencies and what they need themselves."""
+    """A minimal installation: the modules to hide, and the distributions to show.
+
+    Shown are the core dependencies and their own dependencies.
+    """
     distributions: set[str] = set()
     waiting = [*CORE]
     while waiting:
         name = canonicalize_name(waiting.pop())
         if name not in distributions:
             distributions.add(name)
-            needs = map(Requirement, requires(name) or [])
-            waiting += [need.name for need in needs if need.marker is None or need.marker.evaluate({"extra": ""})]
+            for requirement in map(Requirement, requires(name) or []):
+                if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                    waiting.append(requirement.name)
     hidden = {
         module
         for module, owners in packages_distributions().items()
@@ -89,58 +92,59 @@ def minimal() -> list[list[str]]:
     return [sorted(hidden), sorted(distributions)]
 
 
-def test_what_is_hidden_from_the_sampler() -> None:
+def test_only_the_core_dependencies_count_as_installed() -> None:
     hidden, distributions = minimal()
     assert {"transformers", "webdataset", "deepspeed", "sentencepiece", "tqdm", "psutil"} <= set(hidden)
-    assert {*CORE, "pydantic-core"} <= set(distributions) and not {"torch", "PIL", "fastimagen"} & set(hidden)
+    assert {*CORE, "pydantic-core"} <= set(distributions)
+    assert not {"torch", "PIL", "fastimagen"} & set(hidden)
 
 
-def test_the_core_dependencies_are_enough_to_sample(tmp_path: Path) -> None:
-    model = write_toy_model(tmp_path / "model", write_toy_encoder(tmp_path / "encoder"))
-    captions = ["a red circle", "a small blue star"]
-    pipe = ImagenPipeline.from_pretrained(model)
-    pipe.encode(captions).save(tmp_path / "text.safetensors", captions)
-    child = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            SAMPLE,
-            json.dumps(minimal()),
-            str(model),
-            str(tmp_path / "text.safetensors"),
-            str(tmp_path),
-        ],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        cwd=tmp_path,
-    )
+def run_python(script: str, *arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Run a script in a process of its own inside `folder`; it must succeed."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", script, *arguments]
+    child = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
     assert child.returncode == 0, child.stderr
+    return child
+
+
+def test_sampling_needs_only_the_core_dependencies(toy_model: Path, tmp_path: Path) -> None:
+    captions = ["a red circle", "a small blue star"]
+    pipe = ImagenPipeline.from_pretrained(toy_model)
+    text = tmp_path / "text.safetensors"
+    pipe.encode(captions).save(text, captions)
+    child = run_python(SAMPLE, json.dumps(minimal()), str(toy_model), str(text), str(tmp_path), folder=tmp_path)
 
     needs_text = "the T5 text encoder needs transformers: pip install --editable '.[text]'"
     assert needs_text in child.stdout.splitlines()
-    assert child.stderr.splitlines() == [f"error: {needs_text}"] and not (tmp_path / "none").exists()
+    assert child.stderr.splitlines() == [f"error: {needs_text}"]
+    assert not (tmp_path / "none").exists()
     rows = facts(child.stdout)
-    assert rows["torch"] == torch.__version__ and rows["deepspeed"] == rows["transformers"] == "not installed"
+    assert rows["torch"] == torch.__version__
+    assert rows["deepspeed"] == rows["transformers"] == "not installed"
 
-    expected = pipe(text=TextEmbeddings.load(tmp_path / "text.safetensors"), seeds=[3, 4])
+    expected = pipe(text=TextEmbeddings.load(text), seeds=[3, 4])
     assert Image.open(tmp_path / "grid.png").size == expected.grid().size
-    expected.save(tmp_path / "here")
-    for index in range(2):
-        paths = [tmp_path / f"{folder}/images/{index:06d}.png" for folder in ("here", "python", "cli")]
-        ours, *others = (torch.tensor(list(Image.open(path).tobytes())) for path in paths)
-        assert all((ours - other).abs().max() <= 1 for other in others)
+    expected.save(tmp_path / "expected")
+    for name in ("images/000000.png", "images/000001.png"):
+        pixels = read_pixels(tmp_path / "expected" / name)
+        for folder in ("python", "cli"):
+            assert (read_pixels(tmp_path / folder / name) - pixels).abs().max() <= 1
     assert (tmp_path / "cli/captions.txt").read_text().splitlines() == captions
 
 
+def read_pixels(path: Path) -> torch.Tensor:
+    """The values of an image file, in [0, 255]."""
+    return torch.tensor(list(Image.open(path).tobytes()))
+
+
 def facts(printed: str) -> dict[str, str]:
-    """`fastimagen info` as a mapping."""
-    return {
-        line.split("  ", 1)[0].strip(): line.split("  ", 1)[1].strip() for line in printed.splitlines() if "  " in line
-    }
+    """The table that `fastimagen info` prints: two columns, separated by two or more spaces."""
+    rows = [line.partition("  ") for line in printed.splitlines() if "  " in line]
+    return {name.strip(): value.strip() for name, _, value in rows}
 
 
-def test_info_says_what_a_bug_report_needs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_lists_versions_and_devices(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info"]) == 0
     rows = facts(capsys.readouterr().out)
     assert rows["fastimagen"] == __version__ and rows["python"] == platform.python_version()
@@ -153,24 +157,11 @@ def test_info_says_what_a_bug_report_needs(capsys: pytest.CaptureFixture[str]) -
         assert rows["gpu"] == "none" and rows["cuda"]
 
 
-def test_every_command_has_help_and_none_of_it_imports_torch() -> None:
-    commands = [
-        [],
-        ["sample"],
-        ["shards"],
-        ["shards", "folder"],
-        ["shards", "shapes"],
-        ["embed"],
-        ["export"],
-        ["evaluate"],
-        ["import-minimagen"],
-        ["info"],
-    ]
-    script = """
-import contextlib, io, json, sys
+HELP = """
+import contextlib, io, re, sys
 from fastimagen.cli import main
 
-for command in json.loads(sys.argv[1]):
+def check(*command):
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown):
         try:
@@ -178,13 +169,17 @@ for command in json.loads(sys.argv[1]):
         except SystemExit as stop:
             assert stop.code == 0
     assert shown.getvalue().startswith(" ".join(["usage: fastimagen", *command])), shown.getvalue()
+    print(*command)
+    for subcommand in re.findall(r"^    ([a-z-]+)(?: |$)", shown.getvalue(), re.MULTILINE):
+        check(*command, subcommand)
+
+check()
 heavy = {"torch", "numpy", "PIL", "transformers"} & set(sys.modules)
 assert not heavy, heavy
 """
-    child = subprocess.run(
-        [sys.executable, "-c", script, json.dumps(commands)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert child.returncode == 0, child.stderr
+
+
+def test_the_help_of_every_command_imports_nothing_heavy() -> None:
+    commands = set(run_python(HELP).stdout.splitlines())
+    assert {"", "sample", "shards", "shards folder", "shards shapes", "embed", "export"} <= commands
+    assert {"demo", "evaluate", "import-minimagen", "info"} <= commands

@@ -225,7 +225,7 @@ def waits(step: Step) -> int:
 
 PARTS = {  # part -> its ops in the profile, and all that they call and these do not name; the first that matches counts
     "attention": r"attention|flash|efficient|_softmax|::bmm$|::baddbmm$",
-    "convolution": r"[cC]onvolution|mkldnn_conv|thnn_conv",
+    "convolution": r"[cC]onv(olution|2d)|mkldnn_conv|thnn_conv",
     "normalisation": r"group_norm|layer_norm|::silu|::addcmul",
     "optimizer": r"_fused_adam|_foreach",
     "linear": r"::mm$|::addmm$|::linear$",

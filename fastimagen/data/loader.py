@@ -188,7 +188,8 @@ class Loader:
         images = torch.empty(len(positions), 3, side, side)  # (B, 3, H, W), filled by the decoding threads
         rows = images.numpy()
         samples = [pool.submit(self._read, position, locate, rows[i]) for i, position in enumerate(positions)]
-        # The pool starts tasks in order: those that _assemble waits for run already, so that it cannot block them.
+        # The pool starts tasks in order: the images that _assemble waits for are being decoded already, so that it
+        # cannot keep their threads from them.
         return pool.submit(self._assemble, images, positions, samples)
 
     def _read(self, position: int, locate: Locate, pixels: np.ndarray) -> _Sample:

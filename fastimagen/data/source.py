@@ -1,4 +1,4 @@
-"""From the configuration to open data: shards with their embedding caches, and the built-in shapes if asked for."""
+"""The data that a configuration names: shards, their embedding caches, and the built-in shapes, rendered on demand."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import sys
 
 import pytest
 import webdataset
@@ -116,6 +117,13 @@ def test_a_folder_without_captioned_images_is_refused_and_nothing_is_written(tmp
     with pytest.raises(ValueError, match="at least one"):
         pack_folder(source, tmp_path / "out", shard_size=0)
     assert sorted(os.listdir(tmp_path)) == ["in", "none"]
+
+
+def test_packing_without_webdataset_says_how_to_install_it(images, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "webdataset", None)
+    with pytest.raises(ImportError, match=r"packing shards needs webdataset: pip install --editable '\.\[data\]'$"):
+        pack_folder(images, tmp_path / "out")
+    assert os.listdir(tmp_path) == ["images"]
 
 
 def test_interrupted_packing_leaves_no_files(images, tmp_path, monkeypatch):
