@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
+EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE, what a shell reports for a program that SIGPIPE ended
+CAPTIONS_HELP = "captions, or text files with one caption per line"
 OUT_OF_MEMORY = "CUDA out of memory: reduce --batch-size, or use --dtype bfloat16, --offload always or --tile"
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point. A user's mistake is one line on stderr and exit status 1; one found by argparse, usage and 2."""
+    _replace_unprintable()
     options = parser().parse_args(arguments)
     from .logs import configure_logging
 
     configure_logging()
     try:
-        options.run_command(options)
+        status = options.run_command(options)
+        sys.stdout.flush()
+        return status or 0
+    except BrokenPipeError:
+        # The reader of a pipe has closed it, as `head` does. Python would print a traceback when it flushes at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         return 1
@@ -30,16 +41,26 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    return 0
+
+
+def _replace_unprintable() -> None:
+    """Print characters that the terminal's encoding lacks as escapes: images must not be lost to a caption's accent."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def parser() -> argparse.ArgumentParser:
     """All commands and their flags."""
+    from . import __version__
+    from .commands.train import add_flags, train
+
     top = argparse.ArgumentParser(prog="fastimagen", description="Train Imagen cascades and sample from them.")
+    top.add_argument("--version", action="version", version=f"fastimagen {__version__}")
     top.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run: Callable[[argparse.Namespace], None], help: str) -> argparse.ArgumentParser:
+    def command(name: str, run: Callable[[argparse.Namespace], int | None], help: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
         sub.set_defaults(run_command=run)
         return sub
@@ -50,11 +71,18 @@ def parser() -> argparse.ArgumentParser:
     embed.add_argument("--config", required=True, help="ds.json")
     embed.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
 
+    add_flags(command("train", train, "train the stages of a cascade; rerun to resume"))
+
     export = command("export", _export, "convert a run directory into a model directory")
     export.add_argument("--run", type=Path, required=True, help="run directory, as training writes it")
     export.add_argument("--out", type=Path, required=True, help="new model directory")
 
     _sample_flags(command("sample", _sample, "sample images for captions"))
+
+    encode = command("encode", _encode, "embed captions into a file for `sample --embeddings`")
+    encode.add_argument("--captions", nargs="+", required=True, metavar="CAPTION|FILE", help=CAPTIONS_HELP)
+    encode.add_argument("--out", type=Path, required=True, help="new .safetensors file")
+    _model_flags(encode)
 
     demo = command("demo", _demo, "serve a web page that samples images for captions")
     demo.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine)")
@@ -103,16 +131,17 @@ def _shards_flags(shards: argparse.ArgumentParser) -> None:
 
 def _sample_flags(sample: argparse.ArgumentParser) -> None:
     """Flags without a default here are None if not given, so that --settings can refuse them."""
-    source = sample.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "--captions", nargs="+", metavar="CAPTION|FILE.txt", help="captions, or text files with one caption per line"
-    )
+    source = sample.add_mutually_exclusive_group()
+    source.add_argument("--captions", nargs="+", metavar="CAPTION|FILE", help=CAPTIONS_HELP)
     source.add_argument("--embeddings", type=Path, help="precomputed text embeddings (.safetensors)")
     source.add_argument("--settings", type=Path, help="samples.json, also from the web page: reproduce its images")
-    sample.add_argument("--out", type=Path, default=Path("samples"), help="new folder (default: %(default)s)")
+    sample.add_argument("--out", type=Path, help="new folder (default: samples, or samples-2, ... if that is taken)")
+    sample.add_argument("--count", type=int, help="images of each caption; without captions, of the model (default: 1)")
     sample.add_argument("--seed", type=int, help="seed of the first image; the next ones count up (default: 0)")
     sample.add_argument("--negative", metavar="CAPTION", help="negative caption: guidance steers away from it")
-    sample.add_argument("--image", type=Path, help="init image; with --mask, the image to inpaint")
+    sample.add_argument(
+        "--image", type=Path, help="init image, cropped to its central square; with --mask, the image to inpaint"
+    )
     sample.add_argument("--strength", type=float, help="with --image: share of the steps, in (0, 1] (default: 1)")
     sample.add_argument("--mask", type=Path, help="inpainting mask of the size of --image, white where to inpaint")
     sample.add_argument("--resamples", type=int, help="with --mask: RePaint's resampling count (default: 5)")
@@ -192,6 +221,12 @@ def _sample(options: argparse.Namespace) -> None:
     from .commands.sample import sample
 
     sample(options)
+
+
+def _encode(options: argparse.Namespace) -> None:
+    from .commands.sample import encode
+
+    encode(options)
 
 
 def _demo(options: argparse.Namespace) -> None:

@@ -10,8 +10,11 @@ import sys
 def configure_logging() -> None:
     """Show fastimagen's log on stderr: warnings from every process, other messages from rank 0 only.
 
-    Programs call it once at their start. The library never does: an application configures logging as it likes.
+    Loading bars of Hugging Face's libraries appear in a terminal only, never in a log file. Programs call it once at
+    their start. The library never does: an application configures logging as it likes.
     """
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when huggingface_hub is imported
     logger = logging.getLogger("fastimagen")
     if not any(isinstance(handler, _StderrHandler) for handler in logger.handlers):
         logger.addHandler(_StderrHandler())

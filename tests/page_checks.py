@@ -12,14 +12,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import io
 import re
 import runpy
 import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -131,16 +129,17 @@ def _problems(words: list[str], *, complete: bool) -> list[str]:
         return []
     if name.startswith("pip") or arguments[:2] == ["-m", "pip"]:
         return _extras_installed(arguments)
-    if "-m" in arguments:
-        at = arguments.index("-m") + 1
-        return _module(arguments[at], arguments[at + 1 :], words, check)
+    for flag in ("-m", "--module"):  # python -m MODULE, torchrun -m MODULE, deepspeed --module MODULE
+        if flag in arguments:
+            at = arguments.index(flag) + 1
+            return _module(arguments[at], arguments[at + 1 :], words, check)
     script = next((i for i, word in enumerate(arguments) if re.fullmatch(r"(\./)?[\w/]+\.py", word)), None)
     if script is None:
         return []
     if not (ROOT / arguments[script]).is_file():
         return [f"{shlex.join(words)}: there is no {arguments[script]}"]
     if Path(arguments[script]).as_posix() == "launch/train.py":
-        return check(_launch_train().parse, arguments[script + 1 :], words)
+        return check(cli.parser().parse_args, ["train", *arguments[script + 1 :]], words)
     return []
 
 
@@ -204,14 +203,6 @@ def _files(options: argparse.Namespace) -> list[str]:
         except ValueError as error:
             found.append(str(error))
     return found
-
-
-def _launch_train() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("launch_train", ROOT / "launch/train.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def _make(arguments: list[str]) -> list[str]:

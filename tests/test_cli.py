@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,10 +17,11 @@ import torch
 from PIL import Image
 
 from fastimagen import __version__
-from fastimagen.cli import main
+from fastimagen.cli import EXIT_BROKEN_PIPE, main
+from fastimagen.config import CascadeConfig
 from fastimagen.sampling.pipeline import ImagenPipeline
 from fastimagen.text.embeddings import TextEmbeddings
-from tests.conftest import write_toy_encoder, write_toy_model
+from tests.conftest import ROOT, TOY_STAGES, write_toy_encoder, write_toy_model
 from tests.sampling.test_pipeline import files, write_toy_run
 
 CAPTIONS = ["a red circle on a blue background", "a small blue star", "a green square on a white background"]
@@ -26,6 +31,16 @@ CAPTIONS = ["a red circle on a blue background", "a small blue star", "a green s
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cli")
     return write_toy_model(folder / "model", write_toy_encoder(folder / "encoder"))
+
+
+@pytest.fixture
+def unconditional(tmp_path: Path) -> Path:
+    """A model directory of a cascade that reads no captions."""
+    stages = copy.deepcopy(TOY_STAGES)
+    for stage in stages:
+        stage["unet"] |= {"text_dim": None}
+        stage["sampling"] |= {"guidance": 1.0}
+    return write_toy_model(tmp_path / "unconditional", config=CascadeConfig.model_validate({"stages": stages}))
 
 
 @pytest.fixture
@@ -139,6 +154,73 @@ def test_several_caption_files_are_one_list(model: Path, tmp_path: Path) -> None
     assert (tmp_path / "out/captions.txt").read_text().splitlines() == CAPTIONS
 
 
+def test_a_caption_file_needs_no_suffix(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "list.captions").write_text("\n".join(CAPTIONS))
+    sample("--model", model, "--captions", tmp_path / "list.captions", "--out", tmp_path / "out", "--steps", 1)
+    assert (tmp_path / "out/captions.txt").read_text().splitlines() == CAPTIONS
+
+
+def test_count_gives_several_images_of_each_caption(model: Path, tmp_path: Path) -> None:
+    sample("--model", model, "--captions", *CAPTIONS[:2], "--count", 2, "--seed", 5, "--out", tmp_path, "--steps", 1)
+    record = json.loads((tmp_path / "samples.json").read_text())
+    found = [(item["caption"], item["seed"]) for item in record["samples"]]
+    assert found == [(CAPTIONS[0], 5), (CAPTIONS[0], 6), (CAPTIONS[1], 7), (CAPTIONS[1], 8)]
+
+
+def test_a_cascade_without_text_needs_no_captions(
+    model: Path, tmp_path: Path, unconditional: Path, refused: Callable[..., str]
+) -> None:
+    sample("--model", unconditional, "--count", 3, "--out", "out", "--steps", 1)
+    assert len(list((tmp_path / "out/images").iterdir())) == 3
+    assert "give captions or text embeddings" in refused("sample", "--model", model, "--count", 3)
+
+
+def test_the_default_folder_is_a_new_one_for_every_call(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for _ in range(3):
+        sample("--model", model, "--captions", "a", "--steps", 1)
+    assert capsys.readouterr().out.split() == ["samples", "samples-2", "samples-3"]
+    assert files(tmp_path / "samples") == files(tmp_path / "samples-3")
+
+
+def test_init_image_and_mask_are_cropped_to_the_central_square(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wide = Image.effect_mandelbrot((24, 16), (-2, -1, 1, 1), 50)
+    mask = Image.new("L", (24, 16))
+    mask.paste(255, (10, 4, 20, 9))
+    for name, image in (("image", wide), ("mask", mask)):
+        image.save(tmp_path / f"wide_{name}.png")
+        image.crop((4, 0, 20, 16)).save(tmp_path / f"square_{name}.png")
+    for kind in ("wide", "square"):
+        inputs = ["--image", tmp_path / f"{kind}_image.png", "--mask", tmp_path / f"{kind}_mask.png"]
+        sample("--model", model, "--captions", "a", *inputs, "--steps", 2, "--out", tmp_path / kind)
+        notice = f"{tmp_path}/wide_image.png is 24x16: only its central 16x16 is used\n"
+        assert (notice in capsys.readouterr().err) == (kind == "wide")
+    assert files(tmp_path / "wide") == files(tmp_path / "square")
+
+
+def test_embeddings_from_encode_give_the_images_of_the_captions(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = tmp_path / "text.safetensors"
+    assert main(["encode", "--model", str(model), "--captions", *CAPTIONS, "--out", str(saved)]) == 0
+    assert f"{saved}: 3 captions, " in capsys.readouterr().out
+    sample("--model", model, "--embeddings", saved, "--steps", 1, "--out", tmp_path / "embeddings")
+    sample("--model", model, "--captions", *CAPTIONS, "--steps", 1, "--out", tmp_path / "captions")
+    for index in range(3):
+        name = f"images/{index:06d}.png"
+        assert (tmp_path / "embeddings" / name).read_bytes() == (tmp_path / "captions" / name).read_bytes()
+
+
+def test_encode_overwrites_no_file(model: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    (tmp_path / "text.safetensors").write_text("precious")
+    error = refused("encode", "--model", model, "--captions", "a", "--out", "text.safetensors")
+    assert error == "text.safetensors exists: choose another file, or remove it first"
+
+
 def test_an_empty_negative_caption_is_none(model: Path, tmp_path: Path) -> None:
     sample("--model", model, "--captions", "a", "--negative", "", "--guidance", 1, "--out", tmp_path / "out")
     assert json.loads((tmp_path / "out/samples.json").read_text())["negative"] is None
@@ -247,8 +329,8 @@ def test_a_folder_that_is_not_a_model_is_refused(refused: Callable[..., str]) ->
         ("--guidance", "-1", "--guidance: Input should be greater than or equal to 0 (given: '-1')"),
         ("--guidance", "nan", "--guidance: "),
         ("--batch-size", "0", "batch_size must be at least 1, got 0"),
-        ("--device", "gpu", "--device gpu is not available: "),
-        ("--device", "cuda:99", "--device cuda:99 is not available: "),
+        ("--device", "gpu", "device gpu is not available: "),
+        ("--device", "cuda:99", "device cuda:99 is not available: "),
     ],
 )
 def test_option_values_out_of_range_are_refused(
@@ -260,7 +342,6 @@ def test_option_values_out_of_range_are_refused(
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["sample", "--model", "m"],
         ["sample", "--model", "m", "--captions", "a", "--embeddings", "e"],
         ["sample", "--model", "m", "--captions", "a", "--dtype", "float7"],
         ["sample", "--model", "m", "--captions", "a", "--batch-size", "many"],
@@ -409,3 +490,48 @@ def raising(error: BaseException) -> None:
 def test_an_interrupt_gives_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("fastimagen.info.report", lambda: raising(KeyboardInterrupt()))
     assert main(["info"]) == 130 and capsys.readouterr().err == "interrupted\n"
+
+
+# ---- the terminal
+
+
+def run_module(*arguments: str, pipe_to: str = "cat", **environment: str) -> subprocess.CompletedProcess[str]:
+    """`python -m fastimagen ARGUMENTS | PIPE_TO`, with the exit status of the former."""
+    command = shlex.join([sys.executable, "-m", "fastimagen", *arguments])
+    script = f"{command} | {pipe_to}; exit ${{PIPESTATUS[0]}}"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=environment, cwd=ROOT)
+
+
+def test_version_is_printed_without_importing_torch() -> None:
+    child = run_module("--version", PYTHONPROFILEIMPORTTIME="1")
+    assert child.stdout == f"fastimagen {__version__}\n"
+    assert "fastimagen.cli" in child.stderr and "torch" not in child.stderr
+
+
+def test_a_closed_pipe_ends_a_command_without_a_traceback() -> None:
+    child = run_module("info", pipe_to="true")
+    assert (child.returncode, child.stderr) == (EXIT_BROKEN_PIPE, "")
+
+
+def test_an_ascii_terminal_gets_escapes_and_keeps_the_images(model: Path, tmp_path: Path) -> None:
+    arguments = ["--model", str(model), "--captions", "ein rötlicher Kreis", "--steps", "1"]
+    child = run_module(
+        "sample", *arguments, "--out", str(tmp_path / "größer"), PYTHONIOENCODING="ascii", PYTHONUTF8="0"
+    )
+    assert child.returncode == 0 and "Loading" not in child.stderr, child.stderr
+    assert child.stdout.strip().endswith("gr\\xf6\\xdfer")
+    assert (tmp_path / "größer/grid.png").is_file()
+
+
+def test_train_is_a_command_of_the_package() -> None:
+    """What a wheel has; launch/train.py of a clone runs the same."""
+    child = run_module("train", "--config", "ds.json", "--dry-run", "--set", "fastimagen.train.steps=7")
+    assert child.returncode == 0, child.stderr
+    assert child.stdout == run_launcher("--config", "ds.json", "--dry-run", "--set", "fastimagen.train.steps=7")
+    assert '"steps": 7' in child.stdout
+
+
+def run_launcher(*arguments: str) -> str:
+    command = [sys.executable, "launch/train.py", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout

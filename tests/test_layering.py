@@ -39,8 +39,9 @@ TRAINING = {
     "interop": "cascade config config_file fastimagen files networks presets sampling text",
     "info": "fastimagen ops",
     "demo": "cascade config files images sampling",
-    "commands": "cascade demo diffusion evaluation files images sampling text",
-    "cli": "commands config config_file data info interop logs sampling train",
+    "commands": "cascade config_file demo diffusion evaluation files images sampling text train",
+    "cli": "commands config config_file data fastimagen info interop logs sampling train",
+    "__main__": "cli",
 }
 KERNELS = {"fastimagen_kernels": ""}
 PROGRAMS = {  # may import all of fastimagen

@@ -1,4 +1,4 @@
-"""`fastimagen sample`, `demo` and `evaluate`: what runs a model directory."""
+"""`fastimagen sample`, `encode`, `demo` and `evaluate`: what runs a model directory."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import os
 import sys
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from ..cascade import Callback
 from ..diffusion.inpainting import InitImage
-from ..files import first_line, require_empty
+from ..files import require_empty
 from ..images import open_rgb, to_tensor
 from ..sampling.distributed import sample_distributed
 from ..sampling.pipeline import ImagenPipeline
@@ -22,16 +23,33 @@ from ..sampling.request import SamplingRequest
 from ..sampling.settings import sampling_settings
 from ..text.embeddings import TextEmbeddings
 
+DEFAULT_OUT = Path("samples")
+
 
 def sample(options: argparse.Namespace) -> None:
     """Sample images into a new folder."""
-    require_empty(options.out)
+    if options.out is not None:
+        require_empty(options.out)
     request = recorded_request(options) if options.settings else request_from(options)
     pipe = load_pipeline(options)
     callback = progress(pipe, request) if sys.stderr.isatty() else None
     output = sample_distributed(pipe, request, batch_size=options.batch_size, callback=callback)
     if output is not None:
-        print(output.save(options.out))
+        print(output.save(options.out or unused_folder(DEFAULT_OUT)))
+
+
+def encode(options: argparse.Namespace) -> None:
+    """Write the embeddings of captions, as `fastimagen sample --embeddings` reads them."""
+    if options.out.exists():
+        raise ValueError(f"{options.out} exists: choose another file, or remove it first")
+    captions = read_captions(options.captions)
+    pipe = load_pipeline(options)
+    embeddings = pipe.encode(captions)
+    for warning in pipe.caption_warnings(captions):
+        print(f"warning: {warning}", file=sys.stderr)
+    embeddings.save(options.out, captions)
+    tokens, width = int(embeddings.lengths.sum()), embeddings.embeds.shape[2]
+    print(f"{options.out}: {len(captions)} captions, {tokens} tokens of width {width}")
 
 
 def demo(options: argparse.Namespace) -> None:
@@ -59,18 +77,22 @@ def evaluate(options: argparse.Namespace) -> None:
     print(table(report))
 
 
+def unused_folder(folder: Path) -> Path:
+    """`folder`, or the first of folder-2, folder-3, ... if it is not empty."""
+    for number in count(1):
+        candidate = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
+        if not candidate.exists() or (candidate.is_dir() and not any(candidate.iterdir())):
+            return candidate
+    raise AssertionError("count() is endless")
+
+
 def load_pipeline(options: argparse.Namespace) -> ImagenPipeline:
     """The model that --model names, on --device. Under a launcher every process has a GPU of its own."""
     default = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    device = options.device or default
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch built without CUDA
-        raise ValueError(f"--device {device} is not available: {first_line(error)}") from None
     return ImagenPipeline.from_pretrained(
         options.model,
-        device=device,
-        dtype=getattr(torch, options.dtype),
+        device=options.device or default,
+        dtype=options.dtype,
         compile=options.compile,
         offload=options.offload,
     )
@@ -90,22 +112,20 @@ def settings_from(options: argparse.Namespace) -> dict[str, Any]:
 
 def request_from(options: argparse.Namespace) -> SamplingRequest:
     """The request that the flags describe."""
-    captions: list[str] | None
-    text = None
-    if options.embeddings:
+    captions = text = None
+    if options.embeddings is not None:
         text = TextEmbeddings.load(options.embeddings)
-        captions, count = TextEmbeddings.load_captions(options.embeddings), len(text)
-    else:
+        captions = TextEmbeddings.load_captions(options.embeddings)
+    elif options.captions is not None:
         captions = read_captions(options.captions)
-        count = len(captions)
-    first_seed = options.seed or 0
-    return SamplingRequest(
-        captions=captions,
+    return SamplingRequest.of(
+        captions,
         text=text,
-        seeds=list(range(first_seed, first_seed + count)),
-        negative=[options.negative] if options.negative and options.negative.strip() else None,
+        count=1 if options.count is None else options.count,
+        seed=options.seed,
+        negative=options.negative,
         init_image=read_init_image(options),
-        lowres=None if options.lowres is None else read_image(options.lowres),
+        lowres=None if options.lowres is None else read_square_image(options.lowres),
         start_at=options.start_at,
         stop_at=options.stop_at,
         settings=settings_from(options),
@@ -114,7 +134,7 @@ def request_from(options: argparse.Namespace) -> SamplingRequest:
 
 def recorded_request(options: argparse.Namespace) -> SamplingRequest:
     """The request of the samples.json that --settings names; no other flag may change it."""
-    inputs = ("seed", "negative", "image", "strength", "mask", "resamples", "lowres", "start_at", "stop_at")
+    inputs = ("count", "seed", "negative", "image", "strength", "mask", "resamples", "lowres", "start_at", "stop_at")
     for name in (*inputs, *(setting.name for setting in sampling_settings())):
         if getattr(options, name) is not None:
             flag = f"--{name.replace('_', '-')}"
@@ -123,16 +143,23 @@ def recorded_request(options: argparse.Namespace) -> SamplingRequest:
 
 
 def read_captions(arguments: list[str]) -> list[str]:
-    """The captions among the arguments, and for every argument that ends in .txt the lines of that file."""
+    """The captions among the arguments, and the lines of every argument that is an existing file or ends in .txt."""
     captions = []
     for number, argument in enumerate(arguments, 1):
-        if argument.lower().endswith(".txt"):
+        if argument.lower().endswith(".txt") or _is_file(argument):
             captions += _caption_lines(Path(argument))
         elif argument.strip():
             captions.append(argument)
         else:
             raise ValueError(f"--captions: caption {number} is blank")
     return captions
+
+
+def _is_file(argument: str) -> bool:
+    try:
+        return Path(argument).is_file()
+    except (OSError, ValueError):  # a caption longer than any path, or with a null character
+        return False
 
 
 def _caption_lines(path: Path) -> list[str]:
@@ -167,8 +194,31 @@ def read_init_image(options: argparse.Namespace) -> InitImage | None:
                 f"--mask and --image must have the same size: {options.mask} is {_size(mask)}, "
                 f"{options.image} is {_size(image)}"
             )
+        mask = center_square(mask)
+    image = cropped_with_notice(image, options.image)
     chosen = {"strength": options.strength, "num_resamples": options.resamples}
     return InitImage(image, mask, **{name: value for name, value in chosen.items() if value is not None})
+
+
+def read_square_image(path: Path) -> Tensor:
+    """An image file as (1, 3, H, H) in [-1, 1], cropped if it is not square."""
+    return cropped_with_notice(read_image(path), path)
+
+
+def cropped_with_notice(image: Tensor, path: Path) -> Tensor:
+    """The central square of an image (1, C, H, W). Says on stderr what was cropped."""
+    square = center_square(image)
+    if square.shape != image.shape:
+        print(f"{path} is {_size(image)}: only its central {_size(square)} is used", file=sys.stderr)
+    return square
+
+
+def center_square(image: Tensor) -> Tensor:
+    """The central square of (B, C, H, W): (B, C, S, S), S the smaller side."""
+    height, width = image.shape[2:]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return image[:, :, top : top + side, left : left + side]  # (B, C, S, S)
 
 
 def read_image(path: Path) -> Tensor:

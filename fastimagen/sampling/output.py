@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..files import require_empty, write_json
-from ..images import grid, save_png
+from ..images import grid, save_png, to_pil
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +29,11 @@ class Output:
     def __repr__(self) -> str:
         size = "x".join(map(str, self.images.shape[2:]))
         return f"Output({len(self.images)} images of {size}, stages: {', '.join(self.record.get('stages', {}))})"
+
+    @property
+    def pil(self) -> list[Image.Image]:
+        """The images as PIL images, 8 bits per channel."""
+        return [to_pil(image) for image in self.images]
 
     def grid(self) -> Image.Image:
         """All images with their captions, in one image."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..cascade import Callback, Cascade
 from ..config import CompileMode, SamplingConfig
 from ..diffusion.inpainting import InitImage
+from ..files import first_line
 from ..text.embeddings import TextEmbeddings
 from ..text.t5 import T5Encoder
 from .model_directory import load_weights, read_model, write_model
@@ -26,6 +27,9 @@ from .request import SamplingRequest
 from .settings import Offload
 
 logger = logging.getLogger(__name__)
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""Of weights and activations."""
 
 
 class ImagenPipeline:
@@ -41,14 +45,14 @@ class ImagenPipeline:
         text_encoder: dict[str, Any] | None,
         source: str = "",
         device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = torch.float32,
         compile: CompileMode | None = None,
         offload: Offload = "auto",
     ) -> None:
         _require_one_of("compile", compile, (None, *get_args(CompileMode)))
         _require_one_of("offload", offload, get_args(Offload))
-        self.device = torch.device(device)
-        self.cascade = cascade.to(dtype=dtype).eval().requires_grad_(False)
+        self.device = _available_device(device)
+        self.cascade = cascade.to(dtype=_floating_dtype(dtype)).eval().requires_grad_(False)
         self.offload = offload == "always" or (offload == "auto" and self._fills_the_gpu())
         if not self.offload:
             self.cascade.to(self.device)
@@ -82,16 +86,18 @@ class ImagenPipeline:
         path: str | Path,
         *,
         device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = torch.float32,
         compile: CompileMode | None = None,
         offload: Offload = "auto",
     ) -> ImagenPipeline:
         """Load a model directory.
 
+        device, dtype: by name or as torch's objects; dtype is float32, bfloat16 or float16.
         compile: mode of torch.compile for the U-Nets; "reduce-overhead" adds CUDA graphs, None does not compile.
         offload: "always" keeps the weights on the CPU and moves a stage to `device` only while it runs, "never" keeps
-        all stages on `device`, "auto" offloads if the weights need more than half of the GPU's free memory. Raises
-        ValueError with one line if the folder is not a model directory or is damaged.
+        all stages on `device`, "auto" offloads if the weights need more than half of the GPU's free memory.
+        Raises ValueError with one line if the folder is not a model directory or is damaged, or if the device is not
+        available.
         """
         config, weights, index = read_model(path)
         with torch.device("meta"):
@@ -109,9 +115,28 @@ class ImagenPipeline:
             offload=offload,
         )
 
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None) -> ImagenPipeline:
+        """Move the model to another device or dtype, by name or as torch's objects, and return it.
+
+        With offloading the weights stay on the CPU, and stages run on `device`. Raises ValueError if it is not
+        available.
+        """
+        if dtype is not None:
+            self.cascade.to(dtype=_floating_dtype(dtype))
+        if device is not None:
+            self.device = _available_device(device)
+            self._encoder = None  # loaded again on the new device
+            if not self.offload:
+                self.cascade.to(self.device)
+        return self
+
     def encode(self, captions: Sequence[str]) -> TextEmbeddings:
         """Embed captions with the model's own text encoder, which is loaded at the first call."""
         return self._load_encoder().encode(captions)
+
+    def caption_warnings(self, captions: Sequence[str]) -> list[str]:
+        """What the text encoder truncates or cannot represent of captions, a line each."""
+        return self._load_encoder().caption_warnings(captions)
 
     def _load_encoder(self) -> T5Encoder:
         if self._encoder is not None:
@@ -136,11 +161,13 @@ class ImagenPipeline:
 
     def __call__(
         self,
-        captions: Sequence[str] | None = None,
+        captions: str | Sequence[str] | None = None,
         *,
         text: TextEmbeddings | None = None,
+        count: int = 1,
+        seed: int | None = None,
         seeds: Sequence[int] | None = None,
-        negative: Sequence[str] | TextEmbeddings | None = None,
+        negative: str | Sequence[str] | TextEmbeddings | None = None,
         init_image: InitImage | None = None,
         lowres: Tensor | None = None,
         start_at: str | None = None,
@@ -149,16 +176,19 @@ class ImagenPipeline:
         callback: Callback | None = None,
         **settings: Any,
     ) -> Output:
-        """Sample one image per caption (or per row of `text`): `pipe(["a red circle"], steps=20, guidance={"sr": 1})`.
+        """Sample `count` images of each caption or row of `text`: `pipe("a red circle", count=4, guidance={"sr": 1})`.
 
-        seeds: one per image, by default 0, 1, 2, ...; an image depends on its caption and seed, not on its batch.
+        seed: of the first image, by default 0; the next ones count up. seeds: one for each image instead. An image
+        depends on its caption and seed, not on its batch. A cascade without text samples `count` images.
         settings: fields of SamplingConfig (steps, sampler, guidance, ...), each with one value for all stages or a
         mapping by stage name; what is not given keeps the model's value. The other arguments: see SamplingRequest.
         """
-        request = SamplingRequest(
-            captions=captions,
+        request = SamplingRequest.of(
+            captions,
             text=text,
-            seeds=() if seeds is None else seeds,
+            count=count,
+            seed=seed,
+            seeds=seeds,
             negative=negative,
             init_image=init_image,
             lowres=lowres,
@@ -221,7 +251,7 @@ class ImagenPipeline:
         if self.cascade.text_dim is not None and request.text is None:
             captions += request.labels
             request = replace(request, text=self.encode(request.labels))
-        return request, self._load_encoder().caption_warnings(captions) if captions else []
+        return request, self.caption_warnings(captions) if captions else []
 
     def save_pretrained(self, path: str | Path, *, card: str | None = None) -> Path:
         """Write a model directory. card: text of README.md; None copies that of the directory this model is from.
@@ -245,6 +275,20 @@ class ImagenPipeline:
 def _for_each_image(rows: Any, count: int) -> Any:
     """`count` rows from as many, or from one row for all images."""
     return rows if rows is None or len(rows) == count else rows[[0] * count]
+
+
+def _available_device(device: torch.device | str) -> torch.device:
+    """The device. Raises ValueError if nothing can be allocated there."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch built without CUDA
+        raise ValueError(f"device {device} is not available: {first_line(error)}") from None
+
+
+def _floating_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    names = [str(allowed).removeprefix("torch.") for allowed in DTYPES]
+    _require_one_of("dtype", str(dtype).removeprefix("torch."), tuple(names))
+    return DTYPES[names.index(str(dtype).removeprefix("torch."))]
 
 
 def _require_one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:

@@ -82,6 +82,42 @@ class SamplingRequest:
         for name, value in (("captions", captions), ("seeds", seeds), ("negative", negative), ("settings", settings)):
             object.__setattr__(self, name, value)  # the class is frozen
 
+    @classmethod
+    def of(
+        cls,
+        captions: str | Sequence[str] | None = None,
+        *,
+        text: TextEmbeddings | None = None,
+        count: int = 1,
+        seed: int | None = None,
+        seeds: Sequence[int] | None = None,
+        negative: str | Sequence[str] | TextEmbeddings | None = None,
+        **fields: Any,
+    ) -> SamplingRequest:
+        """`count` images of each caption or row of `text`, one after the other; without either, `count` images.
+
+        seed: of the first image, the next ones count up; 0 if not given. seeds: one for each image instead. Integers of
+        any kind, a tensor or an array included. negative: one caption, or one for each of `captions`; blank ones are no
+        negative captions. Raises ValueError as the class does.
+        """
+        if _integer(count, "count") < 1:
+            raise ValueError(f"count must be at least 1, got {count}")
+        if seed is not None and seeds is not None:
+            raise ValueError("give seed (of the first image) or seeds (one for each image), not both")
+        has_rows = captions is not None or text is not None
+        rows = cls(
+            captions=[captions] if isinstance(captions, str) else captions,
+            text=text,
+            seeds=() if has_rows else [0] if seeds is None else seeds,
+            negative=_negative(negative),
+            **fields,
+        )
+        request = rows[[row for row in range(len(rows)) for _ in range(count)]]
+        if seeds is None:
+            first = 0 if seed is None else _integer(seed, "seed")
+            seeds = range(first, first + len(request))
+        return replace(request, seeds=seeds)
+
     def __len__(self) -> int:
         """Number of images."""
         return len(self.seeds)
@@ -172,6 +208,26 @@ def _strings(captions: Iterable[str], what: str) -> list[str]:
     if wrong := [caption for caption in captions if not isinstance(caption, str)]:
         raise ValueError(f"{what} must be a list of strings, got {wrong[0]!r}")
     return captions
+
+
+def _negative(captions: str | Sequence[str] | TextEmbeddings | None) -> list[str] | TextEmbeddings | None:
+    """Negative captions as a list; None if all are blank. Raises ValueError if only some are blank."""
+    if captions is None or isinstance(captions, TextEmbeddings):
+        return captions
+    captions = _strings([captions] if isinstance(captions, str) else captions, "negative captions")
+    blank = [number for number, caption in enumerate(captions, 1) if not caption.strip()]
+    if len(blank) == len(captions):
+        return None
+    if blank:
+        raise ValueError(f"negative caption {blank[0]} is blank: give one for every image, or none")
+    return captions
+
+
+def _integer(value: int, name: str) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be an integer, got {value!r}") from None
 
 
 def _integers(seeds: Iterable[int]) -> list[int]:

@@ -229,7 +229,7 @@ def test_given_images_that_make_no_sense(arguments: dict, complaint: str) -> Non
         (dict(init_image=InitImage(image(8, batch=3))), "3 init images for 2 images"),
         (dict(negative=["blue"], guidance=1.0), "negative captions need classifier-free guidance"),
         (dict(negative=["a", "b", "c"]), "3 negative captions for 2 images"),
-        (dict(negative="blue"), "negative captions must be a list"),
+        (dict(negative=[3]), "negative captions must be a list"),
     ],
 )
 def test_calls_that_make_no_sense(arguments: dict, complaint: str, pipe: ImagenPipeline, text: TextEmbeddings) -> None:

@@ -52,6 +52,45 @@ def test_a_slice_takes_the_same_rows_of_every_field() -> None:
         assert (part.stop_at, part.settings) == ("base", {"steps": 3})
 
 
+def test_count_repeats_the_rows_of_every_field() -> None:
+    request = SamplingRequest.of(
+        CAPTIONS,
+        text=TEXT,
+        count=2,
+        seed=7,
+        negative=["x", "y", "z"],
+        init_image=InitImage(images(3)),
+        lowres=images(1),
+    )
+    assert request.captions == ["a", "a", "b", "b", "c", "c"] and request.negative == ["x", "x", "y", "y", "z", "z"]
+    assert request.seeds == [7, 8, 9, 10, 11, 12]
+    assert request.text is not None and request.text.embeds[:, 0, 0].tolist() == [0, 0, 1, 1, 2, 2]
+    assert request.init_image is not None and request.init_image.image.equal(images(3)[[0, 0, 1, 1, 2, 2]])
+    assert request.lowres is not None and len(request.lowres) == 1
+
+
+@pytest.mark.parametrize("seeds", [[5, 2], (5, 2), np.array([5, 2]), torch.tensor([5, 2]), np.uint8([5, 2])])
+def test_seeds_are_integers_of_any_kind(seeds: Any) -> None:
+    """They end up in samples.json, so they must become Python's own."""
+    request = SamplingRequest.of("a", count=2, seeds=seeds)
+    assert json.dumps(request.seeds) == "[5, 2]"
+    assert SamplingRequest.of(seeds=seeds).seeds == [5, 2]  # a cascade without text
+
+
+@pytest.mark.parametrize("seeds", [[0.0, 1.0], np.array([0.5, 1]), torch.tensor([0.0, 1.0]), ["0", "1"], 3])
+def test_seeds_that_are_not_integers_are_refused(seeds: Any) -> None:
+    with pytest.raises(ValueError, match="seeds must be a list of integers"):
+        SamplingRequest.of("a", count=2, seeds=seeds)
+
+
+def test_blank_negative_captions_are_none() -> None:
+    for blank in ("", "  ", ["", " ", ""]):
+        assert SamplingRequest.of(CAPTIONS, negative=blank).negative is None
+    assert SamplingRequest.of(CAPTIONS, negative="blurred").negative == ["blurred"]
+    with pytest.raises(ValueError, match="negative caption 2 is blank"):
+        SamplingRequest.of(CAPTIONS, negative=["x", "", "z"])
+
+
 def test_one_row_for_all_images_stays_one_row_in_a_slice() -> None:
     request = SamplingRequest(captions=CAPTIONS, negative=["x"], lowres=images(1))
     part = request[1:]
