@@ -69,6 +69,15 @@ def in_kernels(tensor: Tensor) -> bool:
     return tensor.is_cuda or (_requested == "triton" and interpreting())
 
 
+def traced() -> bool:
+    """Whether something looks at operators: torch.compile, or a dispatch mode (fake tensors, make_fx, FLOP counters).
+
+    Then a fused op calls its registered operator, and otherwise a torch.autograd.Function with the same formulas: on
+    the CPU an operator costs more than all else of the call.
+    """
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
 def _constant_in_graphs(function: Callable) -> Callable:
     """Let torch.compile call `function` while tracing and treat the result as a constant.
 

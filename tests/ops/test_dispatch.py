@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastimagen import ops
 from fastimagen.ops import dispatch
@@ -87,3 +88,16 @@ def test_choosing_and_logging_do_not_break_a_graph(caplog: pytest.LogCaptureFixt
         compiled = torch.compile(function, fullgraph=True, backend="eager")
         assert torch.equal(compiled(x), function(x))
     assert [record.getMessage() for record in caplog.records].count("logged while tracing") == 1
+
+
+def test_registered_operators_are_called_only_where_something_traces_them() -> None:
+    def add_whether_traced(x: torch.Tensor) -> torch.Tensor:
+        return x + (1 if dispatch.traced() else 2)
+
+    x = torch.zeros(2)
+    torch._dynamo.reset()
+    assert torch.compile(add_whether_traced, fullgraph=True, backend="eager")(x).tolist() == [1, 1]
+    assert add_whether_traced(x).tolist() == [2, 2]
+    with FakeTensorMode():
+        assert dispatch.traced()
+    assert not dispatch.traced()
