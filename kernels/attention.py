@@ -77,7 +77,7 @@ def geometry(q: Tensor, k: Tensor | None, context_k: Tensor | None, null_k: Tens
         G=q.shape[2] // kv_heads,
         D=width,
         DP=padded(width),
-        UPCAST=architecture() == "interpreter" and q.dtype == torch.bfloat16,
+        UPCAST=architecture(q.device) == "interpreter" and q.dtype == torch.bfloat16,
     )
 
 

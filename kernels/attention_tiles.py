@@ -94,7 +94,7 @@ TILES: dict[tuple[str, str], dict[int, tuple[Tile, Tile]]] = {
 
 def tile_for(name: str, q: Tensor, rows: int) -> Tile:
     """The tile of the pass `name` for q's head width and `rows` rows per sample and key head."""
-    target = architecture()
+    target = architecture(q.device)
     if q.dtype == torch.float32 and target != "interpreter":
         target = "float32"
     table = TILES.get((target, name)) or TILES["other", name]

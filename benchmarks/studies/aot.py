@@ -64,8 +64,6 @@ class Offline:
 @contextmanager
 def compiling_for(target: GPUTarget) -> Iterator[list[tuple[JITFunction, Any]]]:
     """Inside, a launch compiles the kernel for `target` without running it, and adds (kernel, compiled) to the list."""
-    from fastimagen_kernels.device import architecture
-
     launches: list[tuple[JITFunction, Any]] = []
     run = JITFunction.run
 
@@ -76,12 +74,10 @@ def compiling_for(target: GPUTarget) -> Iterator[list[tuple[JITFunction, Any]]]:
 
     before, driver._active = driver._active, Offline(target)
     JITFunction.run = note
-    architecture.cache_clear()
     try:
         yield launches
     finally:
         JITFunction.run, driver._active = run, before
-        architecture.cache_clear()
 
 
 def compile_all(file: str, name: str, labels: str) -> Iterator[dict[str, Any]]:

@@ -43,28 +43,35 @@ def fastest(grid: Grid, milliseconds: Callable[[tuple[int, ...]], float]) -> tup
 def tune(seconds: float) -> dict[str, dict[int, Pair]]:
     """Pass -> head width -> tiles for few and for many rows, of this GPU in bf16."""
     from fastimagen_kernels.attention_tiles import TILES, Tile
-    from fastimagen_kernels.device import architecture
 
     found: dict[str, dict[int, Pair]] = {}
+    target = this_gpu()
     for name, width in product(("forward", "backward_rows", "backward_keys"), WIDTHS):
         tiles = []
         for many, (batch, tokens) in SHAPES.items():
             work = attention_work(name, width, batch, tokens)
-            before = TILES.get((architecture(), name))
+            before = TILES.get((target, name))
 
             def milliseconds(tile: tuple[int, ...], name=name, work=work) -> float:
-                TILES[architecture(), name] = {128: (Tile(*tile), Tile(*tile))}
+                TILES[target, name] = {128: (Tile(*tile), Tile(*tile))}
                 return time_cuda(work, seconds=seconds).p50
 
             best, time = fastest(GRID, milliseconds)
             if before is None:
-                del TILES[architecture(), name]
+                del TILES[target, name]
             else:
-                TILES[architecture(), name] = before
+                TILES[target, name] = before
             print(f"{name} D={width} {'many' if many else 'few'} rows: {best} {time:.4f} ms", flush=True)
             tiles.append(best)
         found.setdefault(name, {})[width] = (tiles[0], tiles[1])
     return found
+
+
+def this_gpu() -> str:
+    """The architecture of the current GPU, as the table names it."""
+    from fastimagen_kernels.device import architecture
+
+    return architecture(torch.device("cuda", torch.cuda.current_device()))
 
 
 def attention_work(name: str, width: int, batch: int, tokens: int) -> Work:
@@ -115,9 +122,7 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("there is no GPU to tune for")
-    from fastimagen_kernels.device import architecture
-
-    source = rewritten(SOURCE.read_text(), architecture(), tune(options.seconds))
+    source = rewritten(SOURCE.read_text(), this_gpu(), tune(options.seconds))
     if options.dry_run:
         print(source)
     else:

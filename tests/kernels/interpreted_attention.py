@@ -64,7 +64,7 @@ def test_result_does_not_depend_on_the_row_splits(programs: int, monkeypatch: py
 
 @pytest.mark.parametrize("short", [0, 1024], ids=["many rows", "few rows"])
 def test_sm_90_tiles_err_at_most_twice_as_much_as_pytorch(short: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_tiles, "architecture", lambda: "sm_90")
+    monkeypatch.setattr(attention_tiles, "architecture", lambda device: "sm_90")
     monkeypatch.setattr(attention_tiles, "FEW_ROWS", short)
     tensors = make(Case(queries=33, heads=8, width=64, keys=140, context=77, lengths=(70,), batch=1), torch.float16)
     ours, theirs = both_errors(tensors)
