@@ -6,7 +6,15 @@ Each op has a reference in plain PyTorch and Triton kernels; `set_backend` choos
 from .attention import attention
 from .dispatch import backend, set_backend
 from .dynamic_threshold import dynamic_threshold
-from .group_norm import group_norm_silu
+from .group_norm import group_norm_silu, group_norm_silu_residual
 from .sampler_step import sampler_step
 
-__all__ = ["attention", "backend", "dynamic_threshold", "group_norm_silu", "sampler_step", "set_backend"]
+__all__ = [
+    "attention",
+    "backend",
+    "dynamic_threshold",
+    "group_norm_silu",
+    "group_norm_silu_residual",
+    "sampler_step",
+    "set_backend",
+]

@@ -1,15 +1,12 @@
-"""GroupNorm, FiLM and SiLU in one op."""
+"""GroupNorm, FiLM and SiLU in one op, of one tensor or of two behind each other."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from .dispatch import KERNEL_DTYPES, in_kernels, use_triton
-from .layout import dense, laid_as
+from .dispatch import KERNEL_DTYPES, use_triton
+from .group_norm_op import composed, fused
 
 ACTIVATIONS = ("silu", "none")
 
@@ -24,19 +21,62 @@ def group_norm_silu(
     shift: Tensor | None = None,
     eps: float = 1e-5,
     activation: str = "silu",
+    x_bias: Tensor | None = None,
+    skip: Tensor | None = None,
+    skip_scale: float = 1.0,
 ) -> Tensor:
     """y = act(GroupNorm(x) * (1 + scale) + shift); act is "silu" or "none" (Imagen's residual blocks, appendix B).
 
     x (B, C, H, W), contiguous or channels_last; y has its layout and dtype, under autocast too. weight, bias (C,);
-    scale, shift (B, C), both or neither. The kernels compute in fp32 and save only x and its statistics for the
-    backward pass. Raises ValueError for shapes that do not fit and for another activation.
+    scale, shift (B, C), both or neither. x_bias (C,) is added to x first: the bias of the convolution before it. With
+    skip (B, S, H, W), cat([x + x_bias, skip * skip_scale], dim=1) is normalized: weight, bias, scale, shift and y have
+    C + S channels, x_bias has C; skip takes x's dtype. The kernels compute in fp32, make neither the sum nor the
+    concatenation, and save only their inputs and the statistics for the backward pass. Raises ValueError for shapes
+    that do not fit and for another activation.
     """
-    _check(x, weight, bias, num_groups, scale, shift, activation)
-    if use_triton("group_norm_silu", x, _unsupported(x, weight, bias, scale, shift)):
-        return _forward(x, weight, bias, scale, shift, num_groups, eps, activation)[0]
-    return group_norm_silu_reference(
-        x, weight, bias, num_groups, scale=scale, shift=shift, eps=eps, activation=activation
-    )
+    return group_norm_silu_residual(
+        x,
+        weight,
+        bias,
+        num_groups,
+        scale=scale,
+        shift=shift,
+        eps=eps,
+        activation=activation,
+        x_bias=x_bias,
+        skip=skip,
+        skip_scale=skip_scale,
+    )[0]
+
+
+def group_norm_silu_residual(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: str = "silu",
+    x_bias: Tensor | None = None,
+    skip: Tensor | None = None,
+    skip_scale: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(y, x, skip): `group_norm_silu` of the same arguments, and x and skip once more for a residual path.
+
+    The gradients that arrive at these x (without x_bias) and skip (without skip_scale; in x's dtype; None without a
+    skip) are added inside the backward kernel, where autograd would add in passes of their own.
+    """
+    _check(x, weight, bias, num_groups, scale, shift, activation, x_bias, skip)
+    if skip is not None:
+        skip = skip.to(x.dtype)
+    both = joined(x, x_bias, skip, skip_scale)
+    if use_triton("group_norm_silu", x, _unsupported(x, weight, bias, scale, shift, x_bias, skip)):
+        y = fused(both, weight, bias, scale, shift, num_groups, eps, activation)
+    else:
+        y = composed(both, weight, bias, num_groups, scale, shift, eps, activation)
+    return y, x, skip
 
 
 def group_norm_silu_reference(
@@ -49,14 +89,22 @@ def group_norm_silu_reference(
     shift: Tensor | None = None,
     eps: float = 1e-5,
     activation: str = "silu",
+    x_bias: Tensor | None = None,
+    skip: Tensor | None = None,
+    skip_scale: float = 1.0,
 ) -> Tensor:
     """`group_norm_silu` in plain PyTorch, differentiable by PyTorch."""
-    y = torch.group_norm(x, num_groups, weight.to(x.dtype), bias.to(x.dtype), eps)
-    if scale is not None:
-        assert shift is not None
-        scale, shift = scale.to(y.dtype)[:, :, None, None], shift.to(y.dtype)[:, :, None, None]  # (B, C, 1, 1)
-        y = torch.addcmul(shift, y, scale + 1)
-    return (F.silu(y) if activation == "silu" else y).to(x.dtype)
+    return composed(joined(x, x_bias, skip, skip_scale), weight, bias, num_groups, scale, shift, eps, activation)
+
+
+def joined(x: Tensor, x_bias: Tensor | None, skip: Tensor | None, skip_scale: float) -> Tensor:
+    """What is normalized, (B, C + S, H, W): x with its bias, and behind it the skip with its scale."""
+    if x_bias is not None:
+        x = x + x_bias.to(x.dtype)[:, None, None]
+    if skip is None:
+        return x
+    skip = skip.to(x.dtype)
+    return torch.cat([x, skip if skip_scale == 1 else skip * skip_scale], dim=1)  # (B, C + S, H, W)
 
 
 def _check(
@@ -67,13 +115,23 @@ def _check(
     scale: Tensor | None,
     shift: Tensor | None,
     activation: str,
+    x_bias: Tensor | None,
+    skip: Tensor | None,
 ) -> None:
     """Raise ValueError for shapes that do not fit and for an unknown activation."""
     if activation not in ACTIVATIONS:
         raise ValueError(f'no activation "{activation}"; there are {", ".join(ACTIVATIONS)}')
     if x.dim() != 4:
         raise ValueError(f"group_norm_silu takes x (B, C, H, W), got {tuple(x.shape)}")
-    batch, channels = x.shape[:2]
+    batch, channels, height, width = x.shape
+    of = f"x {tuple(x.shape)}"
+    if x_bias is not None and x_bias.shape != (channels,):
+        raise ValueError(f"x_bias must be {(channels,)} for {of}, got {tuple(x_bias.shape)}")
+    if skip is not None:
+        if skip.dim() != 4 or (skip.shape[0], *skip.shape[2:]) != (batch, height, width):
+            raise ValueError(f"skip must be ({batch}, channels, {height}, {width}) for {of}, got {tuple(skip.shape)}")
+        channels += skip.shape[1]
+        of += f" and skip {tuple(skip.shape)}"
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"{channels} channels cannot be split into {num_groups} groups")
     if (scale is None) != (shift is None):
@@ -85,7 +143,7 @@ def _check(
         ("shift", shift, (batch, channels)),
     ):
         if vector is not None and vector.shape != shape:
-            raise ValueError(f"{name} must be {tuple(shape)} for x {tuple(x.shape)}, got {tuple(vector.shape)}")
+            raise ValueError(f"{name} must be {tuple(shape)} for {of}, got {tuple(vector.shape)}")
 
 
 def _unsupported(*tensors: Tensor | None) -> str | None:
@@ -96,162 +154,3 @@ def _unsupported(*tensors: Tensor | None) -> str | None:
     x = tensors[0]
     assert x is not None
     return None if x.numel() else "x is empty"
-
-
-# ---- the operator
-
-
-@torch.library.custom_op("fastimagen::group_norm_silu", mutates_args=())
-def _forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    num_groups: int,
-    eps: float,
-    activation: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y, and mean and rstd (B, G) in fp32."""
-    x = dense(x)
-    if in_kernels(x):
-        from fastimagen_kernels.group_norm import group_norm_forward
-
-        return group_norm_forward(
-            x, weight.contiguous(), bias.contiguous(), _rows(scale), _rows(shift), num_groups, eps, activation == "silu"
-        )
-    grouped = x.float().unflatten(1, (num_groups, -1))  # (B, G, C / G, H, W)
-    var, mean = torch.var_mean(grouped, dim=(2, 3, 4), correction=0)  # (B, G) each
-    y = group_norm_silu_reference(x, weight, bias, num_groups, scale=scale, shift=shift, eps=eps, activation=activation)
-    return laid_as(x, y), mean, (var + eps).rsqrt()
-
-
-@torch.library.custom_op("fastimagen::group_norm_silu_backward", mutates_args=())
-def _backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    num_groups: int,
-    activation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dx, dweight, dbias, dscale, dshift; the last two empty without FiLM."""
-    x = dense(x)
-    dy = laid_as(x, dy)
-    if in_kernels(x):
-        from fastimagen_kernels.group_norm import group_norm_backward
-
-        dx, dweight, dbias, dscale, dshift = group_norm_backward(
-            dy,
-            x,
-            weight.contiguous(),
-            bias.contiguous(),
-            _rows(scale),
-            _rows(shift),
-            mean,
-            rstd,
-            num_groups,
-            activation == "silu",
-        )
-    else:
-        dx, dweight, dbias, dscale, dshift = _gradients(
-            dy, x, weight, bias, scale, shift, mean, rstd, num_groups, activation
-        )
-    dscale, dshift = (x.new_empty(0) if gradient is None else gradient for gradient in (dscale, dshift))
-    return dx, dweight, dbias, dscale, dshift
-
-
-def _gradients(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    num_groups: int,
-    activation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The backward pass in PyTorch, by the formulas of kernels/group_norm.py."""
-
-    def per_channel(statistic: Tensor) -> Tensor:
-        """The statistics (B, G) of each channel's group."""
-        return statistic.repeat_interleave(x.shape[1] // num_groups, dim=1)[:, :, None, None]  # (B, C, 1, 1)
-
-    def group_mean(value: Tensor) -> Tensor:
-        """The mean of value (B, C, H, W) over each channel's group."""
-        grouped = value.unflatten(1, (num_groups, -1))  # (B, G, C / G, H, W)
-        return per_channel(grouped.mean(dim=(2, 3, 4)))  # (B, C, 1, 1)
-
-    factor = torch.ones_like(x[:, :, 0, 0], dtype=torch.float32) if scale is None else 1 + scale.float()  # (B, C)
-    gain = (weight * factor)[:, :, None, None]  # (B, C, 1, 1)
-    offset = (bias * factor + (0 if shift is None else shift))[:, :, None, None]  # (B, C, 1, 1)
-    xhat = (x - per_channel(mean)) * per_channel(rstd)  # (B, C, H, W)
-    dz = dy.float()
-    if activation == "silu":
-        z = gain * xhat + offset
-        dz = dz * z.sigmoid() * (1 + z * (1 - z.sigmoid()))
-    s1, s2 = dz.sum(dim=(2, 3)), (dz * xhat).sum(dim=(2, 3))  # (B, C) each
-    c1, c2 = group_mean(gain * dz), group_mean(gain * dz * xhat)  # (B, C, 1, 1) each
-    dx = per_channel(rstd) * (gain * dz - c1 - xhat * c2)  # (B, C, H, W)
-    dscale = None if scale is None else (weight * s2 + bias * s1).to(scale.dtype)
-    dshift = None if shift is None else s1.to(shift.dtype, copy=True)
-    dweight, dbias = (factor * s2).sum(dim=0), (factor * s1).sum(dim=0)  # (C,) each
-    return laid_as(x, dx.to(x.dtype)), dweight.to(weight.dtype), dbias.to(bias.dtype), dscale, dshift
-
-
-def _rows(vector: Tensor | None) -> Tensor | None:
-    """A vector per sample (B, C), with contiguous rows; the halves of a chunked linear layer need no copy."""
-    return vector if vector is None or vector.stride(1) == 1 else vector.contiguous()
-
-
-@_forward.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    num_groups: int,
-    eps: float,
-    activation: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    mean, rstd = (x.new_empty(x.shape[0], num_groups, dtype=torch.float32) for _ in range(2))
-    return torch.empty_like(dense(x)), mean, rstd
-
-
-@_backward.register_fake
-def _(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    num_groups: int,
-    activation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dscale, dshift = (x.new_empty(0) if vector is None else vector.new_empty(vector.shape) for vector in (scale, shift))
-    return torch.empty_like(dense(x)), torch.empty_like(weight), torch.empty_like(bias), dscale, dshift
-
-
-def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, weight, bias, scale, shift, ctx.num_groups, _, ctx.activation = inputs
-    _, mean, rstd = output
-    ctx.save_for_backward(x, weight, bias, scale, shift, mean, rstd)
-
-
-def _differentiate(ctx: Any, dy: Tensor, _dmean: Tensor, _drstd: Tensor) -> tuple:
-    dx, dweight, dbias, dscale, dshift = _backward(dy, *ctx.saved_tensors, ctx.num_groups, ctx.activation)
-    film = ctx.saved_tensors[3] is not None
-    return dx, dweight, dbias, dscale if film else None, dshift if film else None, None, None, None
-
-
-_forward.register_autograd(_differentiate, setup_context=_setup_context)
