@@ -57,11 +57,15 @@ class Batch:
         return len(self.keys)
 
     def text_for(self, unet: UNetConfig, device: torch.device) -> TextEmbeddings | None:
-        """The embeddings on `device`, or None for a U-Net without text path."""
+        """The embeddings on `device`, or None for a U-Net without text path.
+
+        They are padded (TextEmbeddings.padded), except on a CPU: nothing is compiled there, and padding costs time.
+        """
         if unet.text_dim is None:
             return None
         assert self.text is not None, "a text-conditioned U-Net needs a loader with embeddings"
-        return self.text.to(device=device)
+        text = self.text.to(device=device)
+        return text if device.type == "cpu" else text.padded(unet.max_text_length)
 
 
 @dataclass(frozen=True, eq=False)

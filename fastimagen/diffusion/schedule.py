@@ -102,18 +102,20 @@ class Linear:
         # On the CPU even under torch.device("meta") or another default device.
         betas = torch.linspace(1e-4 * scale, 0.02 * scale, timesteps, dtype=torch.float64, device="cpu")
         # Indexed by t + 1: entry 0 is the clean image, t = -1.
-        self.alpha_bar = torch.cat([betas.new_ones(1), torch.cumprod(1 - betas, dim=0)])  # (T + 1,)
+        alpha_bar = torch.cat([betas.new_ones(1), torch.cumprod(1 - betas, dim=0)])  # (T + 1,)
+        rising = -torch.logit(alpha_bar[1:])  # (T,): -log-SNR of every step
+        self._alpha_bar = _PerDevice(alpha_bar)
+        self._midpoints = _PerDevice((rising[1:] + rising[:-1]) / 2)  # (T - 1,): where the nearest step changes
 
     def alpha_sigma(self, time: Tensor) -> tuple[Tensor, Tensor]:
-        alpha_bar = self.alpha_bar.to(time.device)[time.long() + 1]
+        alpha_bar = self._alpha_bar.on(time.device)[time.long() + 1]
         return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
     def training_times(self, uniform: Tensor) -> Tensor:
         return (uniform * self.timesteps).long().clamp_(max=self.timesteps - 1)
 
     def time_of(self, logsnr: Tensor) -> Tensor:
-        falling = -torch.logit(self.alpha_bar[1:]).to(logsnr.device)  # (T,)
-        return torch.bucketize(-logsnr.double(), (falling[1:] + falling[:-1]) / 2, right=True)
+        return torch.bucketize(-logsnr.double(), self._midpoints.on(logsnr.device), right=True)
 
     def network_time(self, time: Tensor) -> Tensor:
         return time.float()
@@ -123,3 +125,19 @@ class Linear:
             raise ValueError(f"{steps} sampling steps, but the schedule has {self.timesteps} timesteps")
         # Evenly respaced from T - 1 to -1, the clean image; all T steps if steps = T.
         return torch.linspace(self.timesteps - 1, -1, steps + 1, dtype=torch.float64, device="cpu").round()
+
+
+class _PerDevice:
+    """A constant tensor on every device that asks for it.
+
+    It is copied to each device once: a copy in every step would be a host synchronisation in every step.
+    """
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+        self.copies = {value.device: value}
+
+    def on(self, device: torch.device) -> Tensor:
+        if device not in self.copies:
+            self.copies[device] = self.value.to(device)
+        return self.copies[device]

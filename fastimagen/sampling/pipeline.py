@@ -56,7 +56,8 @@ class ImagenPipeline:
         self.offload = offload == "always" or (offload == "auto" and self._fills_the_gpu())
         if not self.offload:
             self.cascade.to(self.device)
-        if compile is not None:
+        self.compiled = compile is not None
+        if self.compiled:
             for unet in self.cascade.unets.values():
                 unet.compile(mode=compile)
         self.text_encoder, self.source = text_encoder, source
@@ -251,7 +252,19 @@ class ImagenPipeline:
         if self.cascade.text_dim is not None and request.text is None:
             captions += request.labels
             request = replace(request, text=self.encode(request.labels))
-        return request, self.caption_warnings(captions) if captions else []
+        warnings = self.caption_warnings(captions) if captions else []
+        return self._padded(request) if self.compiled else request, warnings
+
+    def _padded(self, request: SamplingRequest) -> SamplingRequest:
+        """The request with padded text, because torch.compile makes a graph for every number of tokens."""
+        running = self.cascade.running(request.start_at, request.stop_at, request.lowres)
+        limits = [stage.config.unet.max_text_length for stage in running if stage.config.unet.text_dim is not None]
+        text, negative = request.text, request.negative
+        if limits and text is not None:
+            text = text.padded(min(limits))
+        if limits and isinstance(negative, TextEmbeddings):
+            negative = negative.padded(min(limits))
+        return replace(request, text=text, negative=negative)
 
     def save_pretrained(self, path: str | Path, *, card: str | None = None) -> Path:
         """Write a model directory. card: text of README.md; None copies that of the directory this model is from.

@@ -11,8 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..files import first_line, write_safetensors
+
+LENGTH_MULTIPLE = 64
+"""Text for a network that may be compiled is padded to a multiple of this many tokens. torch.compile and CUDA graphs
+make one graph per shape: with captions of up to 256 tokens there are at most 4 graphs, without padding up to 256. The
+attention kernels stop at the real length of a caption, so only the projections of the text see the padding."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,9 +67,37 @@ class TextEmbeddings:
             raise TypeError(f"index with a slice, list or 1-d tensor (one caption: [i:i+1]), not {index!r}")
         return self._derive(self.embeds[index], self.mask[index])
 
-    def to(self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TextEmbeddings:
-        """The same captions on another device, in another floating point dtype."""
-        return self._derive(self.embeds.to(device=device, dtype=dtype), self.mask.to(device=device))
+    def to(
+        self,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        non_blocking: bool = False,
+    ) -> TextEmbeddings:
+        """The same captions on another device, in another floating point dtype.
+
+        non_blocking: as in Tensor.to; from the CPU it helps after `pin_memory` only.
+        """
+        embeds = self.embeds.to(device=device, dtype=dtype, non_blocking=non_blocking)
+        return self._derive(embeds, self.mask.to(device=device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> TextEmbeddings:
+        """The same captions in page-locked memory of the CPU."""
+        return self._derive(self.embeds.pin_memory(), self.mask.pin_memory())
+
+    def padded(self, max_length: int) -> TextEmbeddings:
+        """The same captions with L rounded up to a multiple of LENGTH_MULTIPLE, but to no more than max_length.
+
+        The mask, and so the lengths, say the same as before. Longer text is returned unchanged.
+        """
+        length = self.embeds.shape[1]
+        rounded = -(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+        return self._padded_to(max(length, min(rounded, max_length)))
+
+    def _padded_to(self, length: int) -> TextEmbeddings:
+        missing = length - self.embeds.shape[1]
+        embeds = F.pad(self.embeds, (0, 0, 0, missing))  # (B, length, E)
+        return self._derive(embeds, F.pad(self.mask, (0, missing)))  # mask (B, length)
 
     @classmethod
     def from_list(cls, captions: Sequence[Tensor]) -> TextEmbeddings:
@@ -84,8 +118,15 @@ class TextEmbeddings:
 
     @classmethod
     def cat(cls, parts: Sequence[TextEmbeddings]) -> TextEmbeddings:
-        """All captions of `parts` in order; L is the largest, E and dtype must agree (ValueError)."""
-        return cls.from_list([tokens for part in parts for tokens in part.unpadded()])
+        """All captions of `parts` in order; L is the largest of theirs, E and dtype must agree (ValueError)."""
+        kinds = {(part.embeds.dtype, part.embeds.shape[2]) for part in parts}
+        if len(kinds) != 1:
+            found = ", ".join(f"{dtype} of width {width}" for dtype, width in sorted(kinds, key=str)) or "none"
+            raise ValueError(f"text embeddings can be joined if E and dtype agree, got {found}")
+        length = max(part.embeds.shape[1] for part in parts)
+        padded = [part._padded_to(length) for part in parts]
+        embeds = torch.cat([part.embeds for part in padded])  # (B, L, E)
+        return cls._derive(embeds, torch.cat([part.mask for part in padded]))  # mask (B, L)
 
     def unpadded(self) -> list[Tensor]:
         """One (L_i, E) tensor per caption."""
