@@ -26,7 +26,8 @@ The kernels are in attention_forward_kernel.py and attention_backward_kernels.py
 
 import math
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import lru_cache, partial
+from typing import NamedTuple
 
 import torch
 import triton
@@ -38,25 +39,100 @@ from .attention_backward_kernels import (
     attention_backward_rows_kernel,
 )
 from .attention_forward_kernel import attention_forward_kernel
-from .attention_tiles import padded, tile_for
+from .attention_tiles import Tile, padded, tile_for
 from .device import architecture
 
 PROGRAMS = 256  # rows are split until dk and dv have this many programs: two per multiprocessor of an H100
 MIN_SPLIT_TILES = 4  # tiles of rows per split
 ADD_BLOCK = 1024  # elements of a program that adds splits
+LOG2_E = math.log2(math.e)
 
 
-def strided(x: Tensor | None) -> tuple | None:
-    """(x, strides of batch, token and head divided by 8) for the kernels.
+class Launch(NamedTuple):
+    """How a kernel is launched: its grid, its constants in the order of its arguments, and its options."""
 
-    Copies x only if its channels are not contiguous or a stride is not a multiple of 8.
-    """
-    if x is None:
-        return None
-    strides = [0 if size == 1 else stride for size, stride in zip(x.shape, x.stride())][:3]
-    if x.stride(3) != 1 or any(stride % 8 for stride in strides):
-        return strided(x.contiguous())
-    return x, *(stride // 8 for stride in strides)
+    grid: tuple[int]
+    constants: tuple[int, ...]  # K, G, D, DP, ROWS, KEYS, UPCAST
+    options: dict[str, int]  # warps and stages
+
+
+class Plan(NamedTuple):
+    """All that the launchers need besides the tensors. It depends on shapes, dtype and GPU alone, and is kept."""
+
+    rows: int  # N G, rows of a sample and key head
+    keys: int  # J
+    context: int  # L
+    null_stride: int
+    key_heads: int
+    blocks: int  # of rows, in the pass over rows
+    forward: Launch
+    backward_rows: Launch
+    backward_keys: Launch | None  # None without keys
+    chunk: int  # rows of a split
+    splits: int
+    image: int  # elements of dk
+    text: int  # elements of dcontext_k
+
+
+PLANS: dict[tuple, Plan] = {}
+MAX_PLANS = 4096  # caption lengths and batch sizes vary
+
+
+def plan_for(q: Tensor, k: Tensor | None, context_k: Tensor | None, null_k: Tensor | None) -> Plan:
+    """The plan for q (B, N, A, D), k (B, J, A_kv, D), context_k (B, L, A_kv, D), null_k (D,) or (A_kv, D)."""
+    key = (
+        q.device if q.is_cuda else architecture(q.device),
+        q.dtype,
+        q.shape,
+        None if k is None else k.shape,
+        None if context_k is None else context_k.shape,
+        None if null_k is None else null_k.shape,
+    )
+    plan = PLANS.get(key)
+    if plan is None:
+        if len(PLANS) == MAX_PLANS:
+            PLANS.clear()
+        plan = PLANS[key] = make_plan(q, k, context_k, null_k)
+    return plan
+
+
+def make_plan(q: Tensor, k: Tensor | None, context_k: Tensor | None, null_k: Tensor | None) -> Plan:
+    """`plan_for`, not kept."""
+    batch, queries, heads, width = q.shape
+    key_heads = num_key_heads(k, context_k, null_k)
+    rows, keys, context = queries * (heads // key_heads), length(k), length(context_k)
+    programs = batch * key_heads
+    upcast = architecture(q.device) == "interpreter" and q.dtype == torch.bfloat16
+
+    def launch(tile: Tile, blocks: int) -> Launch:
+        """Of a kernel with `blocks` programs for every sample and key head."""
+        constants = (key_heads, heads // key_heads, width, padded(width), tile.rows, tile.keys, upcast)
+        return Launch((blocks * programs,), constants, {"num_warps": tile.warps, "num_stages": tile.stages})
+
+    forward, backward_rows, backward_keys = (
+        tile_for(name, q, rows) for name in ("forward", "backward_rows", "backward_keys")
+    )
+    blocks = triton.cdiv(rows, backward_rows.rows)
+    key_blocks = triton.cdiv(keys, backward_keys.keys) + triton.cdiv(context, backward_keys.keys)
+    row_tiles = triton.cdiv(rows, backward_keys.rows)
+    max_splits = max(1, min(PROGRAMS // max(1, key_blocks * programs), row_tiles // MIN_SPLIT_TILES))
+    tiles = triton.cdiv(row_tiles, max_splits)  # per split
+    splits = triton.cdiv(row_tiles, tiles)
+    return Plan(
+        rows=rows,
+        keys=keys,
+        context=context,
+        null_stride=0 if null_k is None or null_k.dim() == 1 else width,
+        key_heads=key_heads,
+        blocks=blocks,
+        forward=launch(forward, triton.cdiv(rows, forward.rows)),
+        backward_rows=launch(backward_rows, blocks),
+        backward_keys=launch(backward_keys, key_blocks * splits) if key_blocks else None,
+        chunk=tiles * backward_keys.rows,
+        splits=splits,
+        image=programs * keys * width,
+        text=programs * context * width,
+    )
 
 
 def num_key_heads(k: Tensor | None, context_k: Tensor | None, null_k: Tensor | None) -> int:
@@ -68,25 +144,30 @@ def num_key_heads(k: Tensor | None, context_k: Tensor | None, null_k: Tensor | N
     return 1 if null_k.dim() == 1 else null_k.shape[0]
 
 
-def geometry(q: Tensor, k: Tensor | None, context_k: Tensor | None, null_k: Tensor | None) -> dict[str, int]:
-    """The constants that all kernels get from the shapes."""
-    kv_heads = num_key_heads(k, context_k, null_k)
-    width = q.shape[3]
-    return dict(
-        K=kv_heads,
-        G=q.shape[2] // kv_heads,
-        D=width,
-        DP=padded(width),
-        UPCAST=architecture(q.device) == "interpreter" and q.dtype == torch.bfloat16,
-    )
-
-
 def length(x: Tensor | None) -> int:
     return 0 if x is None else x.shape[1]
 
 
-def null_stride(null_k: Tensor | None) -> int:
-    return 0 if null_k is None or null_k.dim() == 1 else null_k.shape[1]
+def strided(x: Tensor | None) -> tuple | None:
+    """(x, strides of batch, token and head divided by 8) for the kernels.
+
+    Copies x only if its channels are not contiguous or a stride is not a multiple of 8.
+    """
+    if x is None:
+        return None
+    strides = _strides(x.shape, x.stride())
+    if strides is None:
+        return strided(x.contiguous())
+    return x, *strides
+
+
+@lru_cache(4096)
+def _strides(shape: torch.Size, strides: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Strides of batch, token and head divided by 8; None if x must be copied."""
+    found = [0 if size == 1 else stride for size, stride in zip(shape, strides)][:3]
+    if strides[3] != 1 or any(stride % 8 for stride in found):
+        return None
+    return tuple(stride // 8 for stride in found)
 
 
 def attention_forward(
@@ -105,14 +186,11 @@ def attention_forward(
     q (B, N, A, D), k, v (B, J, A_kv, D), context_k, context_v (B, L, A_kv, D) in one dtype, with any strides; null_k,
     null_v (D,) or (A_kv, D), contiguous, in any float dtype; lengths (B,) integers; scale > 0. q is not empty.
     """
-    shape = geometry(q, k, context_k, null_k)
-    batch, queries = q.shape[:2]
-    rows = queries * shape["G"]
-    tile = tile_for("forward", q, rows)
+    plan = plan_for(q, k, context_k, null_k)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(batch, shape["K"], rows, dtype=torch.float32, device=q.device)
+    lse = torch.empty(len(q), plan.key_heads, plan.rows, dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
-        attention_forward_kernel[(triton.cdiv(rows, tile.rows) * batch * shape["K"],)](
+        attention_forward_kernel[plan.forward.grid](
             strided(q),
             strided(k),
             strided(v),
@@ -123,16 +201,13 @@ def attention_forward(
             lengths,
             strided(out),
             lse,
-            null_stride(null_k),
-            rows,
-            length(k),
-            length(context_k),
-            scale * math.log2(math.e),
-            **shape,
-            ROWS=tile.rows,
-            KEYS=tile.keys,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
+            plan.null_stride,
+            plan.rows,
+            plan.keys,
+            plan.context,
+            scale * LOG2_E,
+            *plan.forward.constants,
+            **plan.forward.options,
         )
     return out, lse
 
@@ -152,22 +227,19 @@ def attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """dq, dk, dv, dnull (2, *null_k.shape), dcontext_k, dcontext_v; None for absent inputs. dout is like out."""
-    shape = geometry(q, k, context_k, null_k)
-    batch, queries = q.shape[:2]
-    rows, programs = queries * shape["G"], batch * shape["K"]
-    tile = tile_for("backward_rows", q, rows)
-    blocks = triton.cdiv(rows, tile.rows)
-    inputs = tuple(map(strided, (q, k, v)))
-    context = tuple(map(strided, (context_k, context_v)))
-    strided_dout, c = strided(dout), scale * math.log2(math.e)
+    plan = plan_for(q, k, context_k, null_k)
+    inputs = (strided(q), strided(k), strided(v))
+    context = (strided(context_k), strided(context_v))
+    strided_dout = strided(dout)
     assert strided_dout is not None
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     delta = torch.empty_like(lse)
     dnull = None
     if null_k is not None:
-        dnull = torch.empty(2, batch, shape["K"], blocks, q.shape[3], dtype=torch.float32, device=q.device)
+        shape = (2, len(q), plan.key_heads, plan.blocks, q.shape[3])
+        dnull = torch.empty(shape, dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
-        attention_backward_rows_kernel[(blocks * programs,)](
+        attention_backward_rows_kernel[plan.backward_rows.grid](
             *inputs,
             null_k,
             null_v,
@@ -179,91 +251,77 @@ def attention_backward(
             strided(dq),
             delta,
             dnull,
-            null_stride(null_k),
-            rows,
-            length(k),
-            length(context_k),
-            c,
+            plan.null_stride,
+            plan.rows,
+            plan.keys,
+            plan.context,
+            scale * LOG2_E,
             scale,
-            **shape,
-            ROWS=tile.rows,
-            KEYS=tile.keys,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
+            *plan.backward_rows.constants,
+            **plan.backward_rows.options,
         )
-        dk, dv, dcontext_k, dcontext_v = launch_backward_keys(
-            inputs, context, lengths, lse, strided_dout, delta, rows, c, scale, shape
-        )
+        grads = [
+            None if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+            for x in (k, v, context_k, context_v)
+        ]
+        if plan.backward_keys is not None:
+            rows = (inputs, context, lengths, lse, strided_dout, delta)
+            launch_backward_keys(plan, plan.backward_keys, *rows, scale, grads)
     if dnull is not None:
         assert null_k is not None
-        dnull = dnull.sum((1, 2, 3) if null_k.dim() == 1 else (1, 3)).to(null_k.dtype)  # (2, D) or (2, A_kv, D)
-    return dq, dk, dv, dnull, dcontext_k, dcontext_v
+        dnull = dnull.sum((1, 2, 3) if null_k.dim() == 1 else (1, 3))  # (2, D) or (2, A_kv, D)
+        if dnull.dtype != null_k.dtype:
+            dnull = dnull.to(null_k.dtype)
+    return dq, grads[0], grads[1], dnull, grads[2], grads[3]
 
 
 def launch_backward_keys(
+    plan: Plan,
+    launch: Launch,
     inputs: tuple,
     context: tuple,
     lengths: Tensor | None,
     lse: Tensor,
     dout: tuple,
     delta: Tensor,
-    rows: int,
-    c: float,
     scale: float,
-    shape: dict[str, int],
-) -> list[Tensor | None]:
-    """dk, dv, dcontext_k, dcontext_v.
+    grads: list[Tensor | None],
+) -> None:
+    """Compute `grads`: dk, dv, dcontext_k, dcontext_v.
 
-    inputs: q, k, v; context: context_k, context_v; dout: all as `strided` returns them. shape: from `geometry`.
+    inputs: q, k, v; context: context_k, context_v; dout: all as `strided` returns them.
     """
-    q = inputs[0][0]
-    sources = [None if x is None else x[0] for x in (*inputs[1:], *context)]
-    grads = [None if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in sources]
-    keys, texts = length(sources[0]), length(sources[2])
-    tile = tile_for("backward_keys", q, rows)
-    programs = (triton.cdiv(keys, tile.keys) + triton.cdiv(texts, tile.keys)) * lse.shape[0] * lse.shape[1]
-    if programs == 0:
-        return grads
-    row_tiles = triton.cdiv(rows, tile.rows)
-    max_splits = max(1, min(PROGRAMS // programs, row_tiles // MIN_SPLIT_TILES))
-    tiles = triton.cdiv(row_tiles, max_splits)  # per split
-    splits = triton.cdiv(row_tiles, tiles)
-    parts, targets = None, grads
-    image, text = (0 if x is None else x.numel() for x in sources[::2])
-    total = 2 * (image + text)
-    if splits > 1:
-        parts = torch.empty(splits, total, dtype=torch.float32, device=q.device)
-        targets = [
-            None if x is None else part.view(x.shape)  # (B, J or L, A_kv, D)
-            for x, part in zip(grads, parts[0].split([image, image, text, text]))
-        ]
-    attention_backward_keys_kernel[(programs * splits,)](
+    image, text = plan.image, plan.text
+    targets, total = list(map(strided, grads)), 2 * (image + text)
+    parts = None
+    if plan.splits > 1:
+        parts = torch.empty(plan.splits, total, dtype=torch.float32, device=lse.device)
+        first = parts[0]  # (total,): the other splits follow at the same offsets
+        starts = (0, image, 2 * image, 2 * image + text)
+        targets = [x and (first[start:], *x[1:]) for x, start in zip(targets, starts)]
+    attention_backward_keys_kernel[launch.grid](
         *inputs,
         *context,
         lengths,
         lse,
         dout,
         delta,
-        *map(strided, targets),
-        rows,
-        keys,
-        texts,
-        tiles * tile.rows,
-        splits,
+        *targets,
+        plan.rows,
+        plan.keys,
+        plan.context,
+        plan.chunk,
+        plan.splits,
         total,
-        c,
+        scale * LOG2_E,
         scale,
-        **shape,
-        ROWS=tile.rows,
-        KEYS=tile.keys,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        *launch.constants,
+        **launch.options,
     )
-    if splits > 1:
-        attention_add_splits_kernel[(triton.cdiv(total, ADD_BLOCK),)](
-            parts, *grads, splits, total, image, text, BLOCK=ADD_BLOCK
+    if parts is not None:
+        attention_add_splits_kernel[(-(-total // ADD_BLOCK),)](
+            parts, *grads, plan.splits, total, image, text, BLOCK=ADD_BLOCK
         )
-    return grads
 
 
 def shipped() -> Iterator[tuple[str, Callable[[], object]]]:

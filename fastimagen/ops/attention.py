@@ -133,13 +133,16 @@ def _prepare(q: Tensor, keys: Keys, qk_scales: tuple[Tensor, Tensor] | None) -> 
 
     PyTorch normalizes for every backend: in a kernel each block of queries would normalize all keys again.
     """
-    heads = max(_heads(key) for key in (keys.k, keys.context_k, keys.null_k) if key is not None)
+    heads = 1
+    for key in (keys.k, keys.context_k, keys.null_k):
+        if key is not None:
+            heads = max(heads, _heads(key))
     k, v, context_k, context_v = (
-        None if x is None else x.to(q.dtype).expand(-1, -1, heads, -1)  # (B, J, A_kv, D)
+        _broadcast(x, q.dtype, heads)  # (B, J, A_kv, D)
         for x in (keys.k, keys.v, keys.context_k, keys.context_v)
     )
     null_k, null_v = (
-        x if x is None or x.dim() == 1 else x.expand(heads, -1)  # (D,) or (A_kv, D)
+        x if x is None or x.dim() == 1 or len(x) == heads else x.expand(heads, -1)  # (D,) or (A_kv, D)
         for x in (keys.null_k, keys.null_v)
     )
     if qk_scales is not None:
@@ -150,6 +153,15 @@ def _prepare(q: Tensor, keys: Keys, qk_scales: tuple[Tensor, Tensor] | None) -> 
             None if x is None else (F.normalize(x, dim=-1) * k_scale).to(dtype) for x in (k, context_k, null_k)
         )
     return q, Keys(k, v, null_k, null_v, context_k, context_v, keys.lengths)
+
+
+def _broadcast(x: Tensor | None, dtype: torch.dtype, heads: int) -> Tensor | None:
+    """Keys or values (B, J, 1 or A_kv, D) in `dtype`, with `heads` heads. A view of itself would cost time backward."""
+    if x is None:
+        return None
+    if x.dtype != dtype:
+        x = x.to(dtype)
+    return x if x.shape[2] == heads else x.expand(-1, -1, heads, -1)  # (B, J, A_kv, D)
 
 
 def _concatenated(q: Tensor, keys: Keys) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -196,15 +208,16 @@ def _check(q: Tensor, keys: Keys) -> None:
             raise ValueError(f"{names} must be given together")
         if key is None or value is None:
             continue
-        if key.shape != value.shape:
-            raise ValueError(f"{names} must have one shape, got {tuple(key.shape)} and {tuple(value.shape)}")
-        if names.startswith("null"):
-            fits, wanted = key.shape in ((width,), (1, width), (heads, width)), f"({width},) or (1 or {heads}, {width})"
-        else:
-            fits = key.dim() == 4 and key.shape[0] == batch and key.shape[2] in (1, heads) and key.shape[3] == width
+        shape = key.shape
+        if shape != value.shape:
+            raise ValueError(f"{names} must have one shape, got {tuple(shape)} and {tuple(value.shape)}")
+        if names == "null_k and null_v":
+            if shape not in ((width,), (1, width), (heads, width)):
+                wanted = f"({width},) or (1 or {heads}, {width})"
+                raise ValueError(f"{names} must be {wanted} for q {tuple(q.shape)}, got {tuple(shape)}")
+        elif len(shape) != 4 or shape[0] != batch or shape[2] not in (1, heads) or shape[3] != width:
             wanted = f"({batch}, keys, 1 or {heads}, {width})"
-        if not fits:
-            raise ValueError(f"{names} must be {wanted} for q {tuple(q.shape)}, got {tuple(key.shape)}")
+            raise ValueError(f"{names} must be {wanted} for q {tuple(q.shape)}, got {tuple(shape)}")
     if keys.lengths is not None:
         if keys.context_k is None:
             raise ValueError("context_lengths needs context_k")

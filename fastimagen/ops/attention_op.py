@@ -1,6 +1,8 @@
-"""The operator fastimagen::attention: kernels/attention.py, or the same formulas in dense PyTorch without kernels.
+"""Attention as a differentiable function: kernels/attention.py, or the same formulas in dense PyTorch without kernels.
 
-J is the number of all keys, A the number of query heads, A_kv that of key heads, G = A / A_kv.
+torch.compile sees the operator fastimagen::attention. Where nothing traces, an autograd function calls the same code:
+an operator costs the CPU more than all the rest. J is the number of all keys, A the number of query heads, A_kv that
+of key heads, G = A / A_kv.
 """
 
 from __future__ import annotations
@@ -12,7 +14,10 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from .dispatch import in_kernels
+from .dispatch import in_kernels, traced
+
+Grads = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+"""dq, dk, dv, dnull (2, *null_k.shape), dcontext_k, dcontext_v; None for absent inputs."""
 
 
 def fused(
@@ -27,11 +32,35 @@ def fused(
     scale: float,
 ) -> Tensor:
     """Attention (B, N, A, D) with keys that `ops.attention._prepare` has prepared."""
-    return _forward(q, k, v, null_k, null_v, context_k, context_v, lengths, scale)[0]
+    if traced():
+        return _forward(q, k, v, null_k, null_v, context_k, context_v, lengths, scale)[0]
+    return _Attention.apply(q, k, v, null_k, null_v, context_k, context_v, lengths, scale)
 
 
-@torch.library.custom_op("fastimagen::attention", mutates_args=())
-def _forward(
+class _Attention(torch.autograd.Function):
+    """Attention where nothing traces it; the arguments of `fused`."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        out, lse = _attend(*arguments)
+        ctx.save_for_backward(*arguments[:-1], out, lse)
+        ctx.scale = arguments[-1]
+        ctx.set_materialize_grads(False)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dout is None:
+            return (None,) * 9
+        if torch.is_grad_enabled():  # create_graph: of the operator, PyTorch knows that it has no second derivative
+            return _differentiate(ctx, dout, None)
+        saved = (*ctx.saved_tensors, ctx.scale)
+        dq, dk, dv, dnull, dcontext_k, dcontext_v = _attend_backward(dout, *saved)
+        dnull_k, dnull_v = (None, None) if dnull is None else dnull.unbind()  # (D,) or (A_kv, D) each
+        return dq, dk, dv, dnull_k, dnull_v, dcontext_k, dcontext_v, None, None
+
+
+def _attend(
     q: Tensor,
     k: Tensor | None,
     v: Tensor | None,
@@ -51,8 +80,7 @@ def _forward(
     return _dense_forward(*inputs, scale)
 
 
-@torch.library.custom_op("fastimagen::attention_backward", mutates_args=())
-def _backward(
+def _attend_backward(
     dout: Tensor,
     q: Tensor,
     k: Tensor | None,
@@ -65,17 +93,13 @@ def _backward(
     out: Tensor,
     lse: Tensor,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv, dnull (2, *null_k.shape), dcontext_k, dcontext_v; empty tensors for absent inputs."""
+) -> Grads:
     inputs = (q, k, v, _contiguous(null_k), _contiguous(null_v), context_k, context_v, _contiguous(lengths))
     if in_kernels(q):
         from fastimagen_kernels.attention import attention_backward
 
-        grads = attention_backward(dout, *inputs, out, lse, scale)
-    else:
-        grads = _dense_backward(dout, *inputs, out, lse, scale)
-    dq, dk, dv, dnull, dcontext_k, dcontext_v = (q.new_empty(0) if grad is None else grad for grad in grads)
-    return dq, dk, dv, dnull, dcontext_k, dcontext_v
+        return attention_backward(dout, *inputs, out, lse, scale)
+    return _dense_backward(dout, *inputs, out, lse, scale)
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:
@@ -168,7 +192,7 @@ def _dense_backward(
     out: Tensor,
     lse: Tensor,
     scale: float,
-) -> tuple[Tensor | None, ...]:
+) -> Grads:
     with torch.autocast(q.device.type, enabled=False):
         scores, rows, keys = _scores(q, k, null_k, context_k, lengths, scale * math.log2(math.e))
         values = _all_keys(q, v, null_v, context_v)  # (B, A_kv, J, D)
@@ -193,7 +217,43 @@ def _like(grad: Tensor, x: Tensor | None) -> Tensor | None:
     return None if x is None else grad.to(x.dtype).contiguous()
 
 
-# ---- registration
+# ---- the operator
+
+
+@torch.library.custom_op("fastimagen::attention", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    null_k: Tensor | None,
+    null_v: Tensor | None,
+    context_k: Tensor | None,
+    context_v: Tensor | None,
+    lengths: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    return _attend(q, k, v, null_k, null_v, context_k, context_v, lengths, scale)
+
+
+@torch.library.custom_op("fastimagen::attention_backward", mutates_args=())
+def _backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    null_k: Tensor | None,
+    null_v: Tensor | None,
+    context_k: Tensor | None,
+    context_v: Tensor | None,
+    lengths: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As `_attend_backward`, with empty tensors for absent inputs: operators return no None."""
+    grads = _attend_backward(dout, q, k, v, null_k, null_v, context_k, context_v, lengths, out, lse, scale)
+    dq, dk, dv, dnull, dcontext_k, dcontext_v = (q.new_empty(0) if grad is None else grad for grad in grads)
+    return dq, dk, dv, dnull, dcontext_k, dcontext_v
 
 
 @_forward.register_fake
@@ -241,7 +301,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(*tensors, *output)
 
 
-def _differentiate(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple:
+def _differentiate(ctx: Any, dout: Tensor, _dlse: Tensor | None) -> tuple:
     _, k, _, null_k, _, context_k, *_ = ctx.saved_tensors
     dq, dk, dv, dnull, dcontext_k, dcontext_v = _backward(dout, *ctx.saved_tensors, ctx.scale)
     if k is None:

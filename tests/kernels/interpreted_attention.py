@@ -41,6 +41,13 @@ def guard() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def plans_of_one_test() -> Iterator[None]:
+    """Tests change what plans are made of."""
+    yield
+    kernels.PLANS.clear()
+
+
 @pytest.fixture
 def unguarded(guard: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A guarded tensor has margins, which a fake one has not."""

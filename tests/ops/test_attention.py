@@ -5,11 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 import types
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastimagen import ops
 from fastimagen.ops import dispatch
@@ -65,6 +68,47 @@ def test_operator_passes_opcheck(case: Case) -> None:
         for name in OPERATOR_ARGUMENTS
     ]
     torch.library.opcheck(torch.ops.fastimagen.attention, (*leaves, 0.25))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_operator_and_autograd_function_agree(case: Case) -> None:
+    """Under a dispatch mode calls go to the operator, otherwise to the function."""
+
+    def run(q: Tensor, context_lengths: Tensor | None = None, **keys: Tensor) -> Tensor:
+        names = OPERATOR_ARGUMENTS[1:-1]
+        return fused(q, *(keys.get(name) for name in names), context_lengths, 0.25)
+
+    tensors = make(case)
+    with Operators() as eager:
+        through_operator = results(run, tensors)
+    assert "fastimagen.attention.default" in eager.names
+    with torch.profiler.profile() as profile:
+        through_function = results(run, tensors)
+    assert not [event.key for event in profile.key_averages() if event.key.startswith("fastimagen::")]
+    for name, expected in through_operator.items():
+        torch.testing.assert_close(through_function[name], expected, rtol=0, atol=0)
+
+
+class Operators(TorchDispatchMode):
+    """The names of all operators that are called inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(
+        self, function: Callable, types: object, arguments: tuple = (), options: dict[str, Any] | None = None
+    ) -> object:
+        self.names.add(str(function))
+        return function(*arguments, **(options or {}))
+
+
+def test_gradients_of_gradients_raise() -> None:
+    q, null = torch.ones(1, 2, 1, 16, requires_grad=True), torch.ones(16)
+    out = fused(q, None, None, null, null, None, None, None, 0.25)
+    (dq,) = torch.autograd.grad(out.sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        dq.sum().backward()
 
 
 def test_qk_scales_normalize_queries_and_keys() -> None:
