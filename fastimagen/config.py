@@ -285,6 +285,23 @@ class CascadeConfig(Section):
         return self.stages[index - 1] if index else None
 
 
+class CascadeChanges(Section):
+    """A preset or a model with changes: {"preset": "paper-light", "stages": {"base64": {"unet": {"dim": 192}}}}."""
+
+    preset: str | None = None
+    """Name of a preset (presets.py)."""
+    model: str | None = None
+    """Model directory: its stages, whose training starts from its weights."""
+    stages: dict[str, dict[str, Any] | None] = {}
+    """By stage name: the keys to change, or null to leave the stage out."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> CascadeChanges:
+        if (self.preset is None) == (self.model is None):
+            raise ValueError('give one of "preset" and "model", or "stages" as a list with all stages in full')
+        return self
+
+
 class ShapesConfig(Section):
     """The built-in captioned shapes, which training renders if data.shards is missing."""
 
@@ -374,11 +391,14 @@ class TrainConfig(Section):
     validation_samples: int = Field(256, ge=1)
     """Maximum number of validation samples."""
     sample_every: int = Field(1000, ge=1)
-    """Steps between sample grids."""
+    """Steps between preview grids, which take at most 32 sampling steps."""
     sample_count: int = Field(16, ge=1)
     """Images of a grid: the first captions of the validation set, with seeds 0, 1, 2, ..."""
     compile: CompileMode | None = None
     """Mode of torch.compile for the U-Nets; only with CUDA."""
+    cudnn_benchmark: bool = True
+    """Let cuDNN time its algorithms for every new shape of a convolution and keep the fastest; only with CUDA. Another
+    run may choose others, with other rounding errors."""
     max_nonfinite: int = Field(10, ge=1)
     """Consecutive steps with a non-finite loss or gradient that end the run."""
 
@@ -390,14 +410,25 @@ class TrainConfig(Section):
         return self
 
 
+def _kind_of_cascade(value: Any) -> str:
+    """The tag of the form that a cascade is given in."""
+    if isinstance(value, str):
+        return "<preset>"
+    if isinstance(value, CascadeChanges) or (isinstance(value, dict) and not isinstance(value.get("stages"), list)):
+        return "<changes>"
+    return "<stages>"
+
+
 class FastimagenConfig(Section):
     """The "fastimagen" section of ds.json."""
 
     cascade: Annotated[
-        Annotated[str, Tag("<preset>")] | Annotated[CascadeConfig, Tag("<stages>")],
-        Discriminator(lambda value: "<preset>" if isinstance(value, str) else "<stages>"),
+        Annotated[str, Tag("<preset>")]
+        | Annotated[CascadeConfig, Tag("<stages>")]
+        | Annotated[CascadeChanges, Tag("<changes>")],
+        Discriminator(_kind_of_cascade),
     ] = "shapes"
-    """Name of a preset (presets.py), or all stages in full."""
+    """Name of a preset (presets.py), a preset or a model directory with changes, or all stages in full."""
     data: DataConfig = DataConfig()
     """Images and captions."""
     text: TextConfig = TextConfig()

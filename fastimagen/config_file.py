@@ -20,7 +20,8 @@ S = TypeVar("S", bound=Section)
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read ds.json and apply overrides ``a.b=value``, whose values are JSON or else strings.
 
-    Keys start at the top level of the file: ``train_batch_size=64``, ``fastimagen.train.steps=10``.
+    Keys start at the top level of the file: ``train_batch_size=64``, ``fastimagen.train.steps=10``. Elements of a list
+    are found by number or by name: ``fastimagen.cascade.stages.base64.size=64``. That key changes a preset as well.
     Raises ValueError with one line for a missing file, invalid JSON and unknown or contradictory keys.
     """
     content = read_json_object(path)
@@ -67,8 +68,7 @@ def _error_line(section: type[Section], error: ValidationError, where: str) -> s
 
 
 def _unknown_key_line(section: type[Section], path: list[str], where: str) -> str:
-    owner = _section_at(section, path[:-1])
-    valid = sorted(owner.model_fields) if owner else []
+    valid = sorted({key for owner in _sections_at([section], path[:-1]) for key in owner.model_fields})
     near = difflib.get_close_matches(path[-1], valid, n=1, cutoff=0.5)
     hint = f'did you mean "{near[0]}"?' if near else f"valid keys: {', '.join(valid)}"
     return f"unknown key {'.'.join([where, *path])}; {hint}"
@@ -80,27 +80,20 @@ def _key_path(location: tuple[int | str, ...]) -> list[str]:
     return [str(step) for step in location if not type_name.fullmatch(str(step))]
 
 
-def _section_at(section: type[Section], path: list[str]) -> type[Section] | None:
-    """The section class at `path`, through optional fields, tuples and dicts."""
+def _sections_at(sections: list[type[Section]], path: list[str]) -> list[type[Section]]:
+    """The section classes that may stand at `path` below one of `sections`, through unions, tuples and dicts."""
     for step in path:
-        if step not in section.model_fields:  # an index of a tuple or a key of a dict
-            continue
-        found = _section_in(section.model_fields[step].annotation)
-        if found is None:
-            return None
-        section = found
-    return section
+        annotations = [section.model_fields[step].annotation for section in sections if step in section.model_fields]
+        if annotations:  # else an index of a tuple or a key of a dict
+            sections = [found for annotation in annotations for found in _sections_in(annotation)]
+    return sections
 
 
-def _section_in(annotation: Any) -> type[Section] | None:
-    """The section class in the annotation of a field, such as `tuple[StageConfig, ...]`."""
+def _sections_in(annotation: Any) -> list[type[Section]]:
+    """The section classes in the annotation of a field, such as `tuple[StageConfig, ...]`."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
-        return annotation
-    for argument in get_args(annotation):
-        found = _section_in(argument)
-        if found is not None:
-            return found
-    return None
+        return [annotation]
+    return [found for argument in get_args(annotation) for found in _sections_in(argument)]
 
 
 def _apply_override(content: dict[str, Any], override: str) -> None:
@@ -113,8 +106,31 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
     except json.JSONDecodeError:
         value = text
     *parents, leaf = path.split(".")
-    for parent in parents:
-        content = content.setdefault(parent, {})
-        if not isinstance(content, dict):
-            raise ValueError(f"--set {override}: {parent} is not a section")
-    content[leaf] = value
+    node: Any = content
+    for depth, key in enumerate(parents):
+        node = _descend(node, key, override)
+        if parents[: depth + 1] == ["fastimagen", "cascade"] and isinstance(node, str):
+            content["fastimagen"]["cascade"] = node = {"preset": node}
+        if not isinstance(node, (dict, list)):
+            raise ValueError(f"--set {override}: {key} is not a section")
+    node[leaf if isinstance(node, dict) else _list_index(node, leaf, override)] = value
+
+
+def _descend(node: Any, key: str, override: str) -> Any:
+    """The value of `key` in a section, which is added if it is missing, or the element of a list."""
+    if isinstance(node, list):
+        return node[_list_index(node, key, override)]
+    if key == "cascade":
+        return node.setdefault(key, FastimagenConfig().cascade)
+    return node.setdefault(key, {})
+
+
+def _list_index(elements: list[Any], key: str, override: str) -> int:
+    """The index of a list's element, by number or by its "name". Raises ValueError that lists the choices."""
+    names = [element.get("name") if isinstance(element, dict) else None for element in elements]
+    if key in names:
+        return names.index(key)
+    if key.isdecimal() and int(key) < len(elements):
+        return int(key)
+    choices = [*map(str, range(len(elements))), *(str(name) for name in names if name is not None)]
+    raise ValueError(f"--set {override}: there is no element {key}; the list has {', '.join(choices)}")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from .config import (
     AugmentationConfig,
+    CascadeChanges,
     CascadeConfig,
     ObjectiveConfig,
     SamplingConfig,
@@ -313,16 +315,50 @@ PRESETS: dict[str, Callable[..., CascadeConfig]] = {
 }
 
 
-def resolve(cascade: str | CascadeConfig, *, text_dim: int | None = None) -> CascadeConfig:
-    """The preset with that name, for text embeddings of width text_dim. A CascadeConfig is returned unchanged.
+def resolve(cascade: str | CascadeChanges | CascadeConfig, *, text_dim: int | None = None) -> CascadeConfig:
+    """The stages in full of a preset, with changes or without, for text embeddings of width text_dim.
 
-    Raises ValueError with the nearest name for an unknown preset.
+    A CascadeConfig is returned unchanged. Raises ValueError with the nearest name for an unknown preset, and what
+    `change` raises.
     """
     if isinstance(cascade, CascadeConfig):
         return cascade
+    if isinstance(cascade, CascadeChanges):
+        assert cascade.preset is not None  # stage_setup reads models
+        return change(resolve(cascade.preset, text_dim=text_dim), cascade.stages)
     if cascade not in PRESETS:
         near = difflib.get_close_matches(cascade, PRESETS, n=1, cutoff=0.4)
         hint = f'did you mean "{near[0]}"?' if near else f"presets: {', '.join(PRESETS)}"
         raise ValueError(f'unknown cascade preset "{cascade}"; {hint}')
     preset = PRESETS[cascade]
     return preset() if text_dim is None else preset(text_dim)
+
+
+def change(cascade: CascadeConfig, changes: Mapping[str, Mapping[str, Any] | None]) -> CascadeConfig:
+    """A cascade with some keys of its stages changed, by stage name; None leaves a stage out.
+
+    Sections are merged key by key; lists and numbers are replaced. Raises ValueError with one line for unknown stages
+    and keys, and if the result is no cascade.
+    """
+    where = "fastimagen.cascade"
+    for name in changes:
+        try:
+            cascade.stage(name)
+        except ValueError as error:
+            raise ValueError(f"{where}.stages: {error}; to add a stage, give all of them in full as a list") from None
+    stages = []
+    for stage in cascade.stages:
+        changed = changes.get(stage.name, {})
+        if changed is not None:
+            merged = merge(stage.model_dump(mode="json"), changed)
+            stages.append(validate(StageConfig, merged, f"{where}.stages.{stage.name}"))
+    return validate(CascadeConfig, {"stages": stages}, where)
+
+
+def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`changes` over `base`: sections key by key, everything else replaced."""
+    merged = dict(base)
+    for key, value in changes.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged

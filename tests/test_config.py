@@ -14,6 +14,7 @@ import pytest
 from fastimagen import config as config_module
 from fastimagen.config import (
     AugmentationConfig,
+    CascadeChanges,
     CascadeConfig,
     FastimagenConfig,
     ScheduleConfig,
@@ -230,13 +231,45 @@ def test_overrides_set_keys_of_both_parts_of_the_file(write_config) -> None:
     assert json.loads(path.read_text()) == tree()  # the file is unchanged
 
 
+@pytest.mark.parametrize("stage", ["1", "sr"])
+def test_override_reaches_into_the_list_of_stages(write_config, stage: str) -> None:
+    config = load_config(write_config(tree()), [f"fastimagen.cascade.stages.{stage}.sampling.steps=77"])
+    assert [stage.sampling.steps for stage in config.fastimagen.cascade.stages][1] == 77
+
+
+@pytest.mark.parametrize("cascade", ["paper", {"preset": "paper"}, None])
+def test_override_changes_a_preset(write_config, cascade: Any) -> None:
+    content = tree()
+    content["fastimagen"] = {"cascade": cascade} if cascade else {}
+    config = load_config(write_config(content), ["fastimagen.cascade.stages.sr.crop=64"])
+    preset = "paper" if cascade else "shapes"  # the default
+    assert config.fastimagen.cascade == CascadeChanges(preset=preset, stages={"sr": {"crop": 64}})
+
+
+@pytest.mark.parametrize(
+    "cascade, message",
+    [
+        ({"preset": "paper", "model": "m"}, 'fastimagen.cascade: give one of "preset" and "model"'),
+        ({"stages": {"base": {}}}, 'fastimagen.cascade: give one of "preset" and "model"'),
+        ({"preset": "paper", "stages": {"base": 3}}, "fastimagen.cascade.stages.base: "),
+        ({"presets": "paper"}, "unknown key fastimagen.cascade.presets; did you mean"),
+    ],
+)
+def test_cascade_of_no_known_form_is_an_error(write_config, cascade: Any, message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        load_config(write_config({"fastimagen": {"cascade": cascade}}))
+    assert str(caught.value).startswith(message)
+
+
 @pytest.mark.parametrize(
     "override, message",
     [
         ("fastimagen.train.steps", "--set takes KEY=VALUE, got 'fastimagen.train.steps'"),
         ("=3", "--set takes KEY=VALUE"),
         ("train_batch_size.a=3", "train_batch_size is not a section"),
-        ("fastimagen.cascade.stages.0=3", "stages is not a section"),
+        ("fastimagen.cascade.stages.0=3", "fastimagen.cascade.stages.0: "),
+        ("fastimagen.cascade.stages.2.size=3", "there is no element 2; the list has 0, 1, base, sr"),
+        ("fastimagen.cascade.stages.top.size=3", "there is no element top; the list has 0, 1, base, sr"),
         ("fastimagen.train.step=3", 'unknown key fastimagen.train.step; did you mean "steps"?'),
     ],
 )

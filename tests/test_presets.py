@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastimagen import presets
-from fastimagen.config import CascadeConfig, UNetConfig
+from fastimagen.config import CascadeChanges, CascadeConfig, UNetConfig
 from fastimagen.interop.minimagen_unet import minimagen_config
 from fastimagen.networks.attention import CrossAttention, SelfAttention
 from fastimagen.networks.unet import UNet
@@ -177,4 +177,37 @@ def test_preset_takes_the_text_width_and_round_trips_through_json(name: str) -> 
 def test_error_for_an_unknown_preset_names_the_nearest(name: str, message: str) -> None:
     with pytest.raises(ValueError) as caught:
         resolve(name)
+    assert str(caught.value).startswith(message)
+
+
+# ---- changes
+
+
+def test_changes_are_merged_into_a_preset() -> None:
+    changes = {"base64": {"unet": {"dim": 192, "dim_mults": [1, 2, 3, 3]}}, "sr1024": None}
+    cascade = resolve(CascadeChanges(preset="paper", stages=changes), text_dim=1024)
+    base, sr256 = resolve("paper", text_dim=1024).stages[:2]
+    unet = base.unet.model_copy(update={"dim": 192, "dim_mults": (1, 2, 3, 3)})
+    assert cascade.stages == (base.model_copy(update={"unet": unet}), sr256)
+
+
+def test_changes_can_take_the_text_away() -> None:
+    no_text = {"unet": {"text_dim": None}}
+    cascade = resolve(CascadeChanges(preset="shapes", stages={"base": no_text, "sr": no_text}), text_dim=64)
+    assert {stage.unet.text_dim for stage in cascade.stages} == {None}
+
+
+@pytest.mark.parametrize(
+    "stages, message",
+    [
+        ({"top": {"size": 32}}, 'fastimagen.cascade.stages: no stage "top"; the cascade has base, sr; to add a stage'),
+        ({"base": {"unet": {"dims": 8}}}, 'unknown key fastimagen.cascade.stages.base.unet.dims; did you mean "dim"?'),
+        ({"base": {"size": 66}}, 'fastimagen.cascade.stages.base: stage "base": size 66 is not a multiple of 8'),
+        ({"base": {"size": 64}}, "fastimagen.cascade: stage sizes must ascend, got [64, 64]"),
+        ({"base": {"augmentation": {}}}, "fastimagen.cascade.stages.base: "),
+    ],
+)
+def test_changes_that_do_not_fit_name_their_key(stages: dict, message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        resolve(CascadeChanges(preset="shapes", stages=stages))
     assert str(caught.value).startswith(message)

@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from ..config import DataConfig, FastimagenConfig
+from ..config import CascadeConfig, DataConfig, FastimagenConfig
 from ..text.embeddings import TextEmbeddings
 from ..text.t5 import T5_NAMES, T5Encoder, encoder_identity, is_path, is_random_encoder, text_width
 from ..text.tiny_t5 import build_tiny_t5
@@ -45,8 +46,11 @@ class Split:
         world_size: int,
         micro_batch: int,
         seed: int,
+        pin: bool = False,
     ) -> Loader:
-        """A loader of training batches: images of `size`, or random crops of side `crop` from them."""
+        """A loader of training batches: images of `size`, or random crops of side `crop` from them.
+
+        pin: in pinned memory, which only a process with a GPU can allocate."""
         order = Order([len(shard) for shard in self.shards], seed)
         return Loader(
             self.shards,
@@ -61,6 +65,7 @@ class Split:
             threads=config.data.threads,
             max_bad_share=config.data.max_bad_share,
             seed=seed,
+            pin=pin,
         )
 
     def fixed_batch(self, config: FastimagenConfig, indices: Sequence[int], *, size: int, crop: int | None) -> Batch:
@@ -80,11 +85,11 @@ class Split:
     def examples(
         self, count: int, config: FastimagenConfig, *, size: int
     ) -> tuple[list[str], TextEmbeddings | None, Tensor]:
-        """The first `count` samples: captions, embeddings, images (n, 3, size, size)."""
+        """The first `count` samples: captions, embeddings, images (n, 3, size, size) in [-1, 1]."""
         count = min(count, len(self))
         batch = self.fixed_batch(config, range(count), size=size, crop=None)
         captions = [caption for shard in self.shards for caption in shard.captions()][:count]
-        return captions, batch.text, batch.images
+        return captions, batch.text, batch.images_for(torch.device("cpu"))
 
 
 def open_split(source: Source, config: FastimagenConfig, *, with_text: bool) -> Split:
@@ -167,8 +172,10 @@ def _check_encoder(config: FastimagenConfig) -> None:
 
 
 def _uses_text(config: FastimagenConfig) -> bool:
-    """Whether a stage is conditioned on text; all presets are."""
-    return isinstance(config.cascade, str) or any(stage.unet.text_dim for stage in config.cascade.stages)
+    """Whether a stage is conditioned on text; all presets are. Cascades with changes count as such until resolved."""
+    if not isinstance(config.cascade, CascadeConfig):
+        return True
+    return any(stage.unet.text_dim for stage in config.cascade.stages)
 
 
 def _sources(config: FastimagenConfig) -> list[str]:
@@ -268,6 +275,4 @@ def encoder_width(config: FastimagenConfig) -> int:
 
 
 def _device() -> str:
-    import torch
-
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -65,8 +65,18 @@ def write_model(
 def read_model(path: str | Path) -> tuple[CascadeConfig, dict[str, dict[str, Tensor]], dict[str, Any]]:
     """(cascade, weights by stage and parameter name, content of model_index.json) of a model directory.
 
-    Raises ValueError with one line if the folder is not a model directory, has another format or is damaged. Whether
-    the weights fit their configuration is checked by `load_weights`.
+    Raises ValueError as `read_cascade` does, or if weights cannot be read. Whether they fit their configuration is
+    checked by `load_weights`.
+    """
+    cascade, index = read_cascade(path)
+    weights = {stage.name: read_safetensors(Path(path) / stage.name / "model.safetensors") for stage in cascade.stages}
+    return cascade, weights, index
+
+
+def read_cascade(path: str | Path) -> tuple[CascadeConfig, dict[str, Any]]:
+    """(cascade, content of model_index.json) of a model directory, without its weights.
+
+    Raises ValueError with one line if the folder is not a model directory, has another format or is damaged.
     """
     path = Path(path)
     if not (path / "model_index.json").is_file():
@@ -81,8 +91,7 @@ def read_model(path: str | Path) -> tuple[CascadeConfig, dict[str, dict[str, Ten
         validate(StageConfig, read_json_object(path / name / "config.json"), f"{path / name}/config.json")
         for name in index.get("stages", [])
     ]
-    cascade = validate(CascadeConfig, {"stages": stages}, f"{path}/model_index.json")
-    return cascade, {stage.name: read_safetensors(path / stage.name / "model.safetensors") for stage in stages}, index
+    return validate(CascadeConfig, {"stages": stages}, f"{path}/model_index.json"), index
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str, *, assign: bool = False) -> None:

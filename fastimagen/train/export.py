@@ -8,6 +8,7 @@ from typing import Any
 from ..config import CascadeConfig, Config, StageConfig
 from ..config_file import load_config, validate
 from ..files import read_safetensors
+from ..presets import resolve
 from ..sampling.model_directory import write_model
 from .checkpoint import newest, read_state
 
@@ -38,7 +39,7 @@ def export(run: str | Path, out: str | Path) -> Path:
         raise ValueError(f"{run} is not a run directory: it has no config.json")
     config = load_config(run / "config.json")
     stages, weights, rows = [], {}, []
-    for name in _stage_names(config):
+    for name in [stage.name for stage in resolve(config.fastimagen.cascade).stages]:
         checkpoint = newest(run / "checkpoints" / name)
         if checkpoint is None:
             raise ValueError(f"{run}: stage {name} has no checkpoint yet; train it first")
@@ -60,13 +61,6 @@ def export(run: str | Path, out: str | Path) -> Path:
     return write_model(
         Path(out), CascadeConfig(stages=tuple(stages)), weights, text_encoder=encoder, encoder_folder=folder, card=card
     )
-
-
-def _stage_names(config: Config) -> list[str]:
-    """Names of the cascade's stages in order."""
-    from .stage_setup import plan
-
-    return [stage.name for stage in plan(config)[0].stages]
 
 
 def _text_encoder(config: Config) -> tuple[dict[str, Any], Path | None]:

@@ -7,22 +7,47 @@ from typing import Any
 
 import torch
 
-from ..config import CascadeConfig, Config, StageConfig
-from ..data.source import encoder_width
+from ..config import CascadeChanges, CascadeConfig, Config, StageConfig, StageTrainConfig
+from ..data.source import check_data, encoder_width
 from ..files import read_safetensors
 from ..networks.unet import UNet
-from ..presets import resolve
-from ..sampling.model_directory import load_weights
+from ..presets import change, resolve
+from ..sampling.model_directory import load_weights, read_cascade
+
+
+def resolve_cascade(config: Config) -> Config:
+    """The same configuration with its cascade in full, for the run directory to record.
+
+    Stages of a model directory start from its weights unless train.stages names others. Raises ValueError for unknown
+    presets, stages and keys, for a folder that is not a model directory, and as `check_data` does.
+    """
+    ours = config.fastimagen
+    given = ours.cascade
+    stages = dict(ours.train.stages)
+    if isinstance(given, CascadeChanges) and given.model is not None:
+        cascade = change(read_cascade(given.model)[0], given.stages)
+        for stage in cascade.stages:
+            settings = stages.get(stage.name, StageTrainConfig())
+            stages[stage.name] = settings.model_copy(update={"init_from": settings.init_from or given.model})
+    else:
+        cascade = resolve(given)
+    ours = ours.model_copy(update={"cascade": cascade, "train": ours.train.model_copy(update={"stages": stages})})
+    check_data(ours)
+    reads_text = any(stage.unet.text_dim for stage in cascade.stages)
+    is_preset = isinstance(given, str) or (isinstance(given, CascadeChanges) and given.preset is not None)
+    if is_preset and reads_text:  # presets take the width of the text encoder
+        ours = ours.model_copy(update={"cascade": resolve(given, text_dim=encoder_width(ours))})
+    return config.model_copy(update={"fastimagen": ours})
 
 
 def plan(config: Config, stage: str = "all") -> tuple[CascadeConfig, list[StageConfig]]:
     """The cascade of a configuration, and the stages to train: one by name, or "all".
 
-    Raises ValueError for unknown presets, stage names and stages under train.stages that the cascade does not have.
+    Raises ValueError as `resolve_cascade` does, and for stages under train.stages that the cascade does not have.
     """
-    ours = config.fastimagen
-    width = encoder_width(ours) if isinstance(ours.cascade, str) else None
-    cascade = resolve(ours.cascade, text_dim=width)
+    ours = resolve_cascade(config).fastimagen
+    cascade = ours.cascade
+    assert isinstance(cascade, CascadeConfig)
     for name in ours.train.stages:
         try:
             cascade.stage(name)

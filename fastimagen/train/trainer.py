@@ -17,18 +17,20 @@ import torch.distributed as dist
 
 from ..cascade import Stage
 from ..config import Config, StageConfig, StageTrainConfig
-from ..data.source import Split, check_data, embed_all, is_embedded, open_split, prepare_shapes
+from ..data.source import Split, embed_all, is_embedded, open_split, prepare_shapes
 from ..files import atomic_file
 from ..networks.parameters import muon_parameters
 from ..networks.unet import UNet
 from ..seeds import mix_seed
 from . import checkpoint
+from .deepspeed_config import json_like, resolve_deepspeed
 from .ema import EMA
-from .engine import fp32_shards, init_distributed, make_engine, resolve_deepspeed
+from .engine import init_distributed, make_engine
+from .flat_weights import FlatWeights
 from .metrics import MetricAverager, Metrics
 from .preemption import StopRequest, lock_run
-from .stage_setup import check_same_stage, initial_unet, plan
-from .validation import sample_grid, validation_loss
+from .stage_setup import check_same_stage, initial_unet, plan, resolve_cascade
+from .validation import ema_unet, preview_sampling, sample_grid, validation_loss
 
 
 class TrainingInterrupted(Exception):
@@ -46,11 +48,10 @@ class Trainer:
     """
 
     def __init__(self, config: Config, run_dir: str | Path | None = None, *, stage: str = "all") -> None:
-        self.config = config
-        self.settings = config.fastimagen.train
+        self.config = resolve_cascade(config)
+        self.settings = self.config.fastimagen.train
         self.run_dir = Path(run_dir or self.settings.run)
-        check_data(config.fastimagen)
-        self.cascade, self.stages = plan(config, stage)
+        self.cascade, self.stages = plan(self.config, stage)
 
     def describe(self) -> str:
         """What `fit` would do: the stages, the DeepSpeed configuration of each, the whole file. Writes nothing."""
@@ -103,10 +104,12 @@ class Trainer:
         engine, deepspeed = self._make_engine(config)
         global_batch_size = deepspeed["train_batch_size"]
         accumulation_steps = deepspeed["gradient_accumulation_steps"]
-        ema = EMA(fp32_shards(engine), self._stage_settings(config).ema or settings.ema)
+        weights = FlatWeights(engine)
+        ema = EMA(weights.shards, self._stage_settings(config).ema or settings.ema)
         start_step, averager = 0, MetricAverager(self.device)
         if resume_from:
-            state = checkpoint.load(resume_from, engine, ema)
+            state, average = checkpoint.load(resume_from, engine)
+            weights.scatter(average, ema.average)
             start_step = state["step"]
             averager = MetricAverager.resume(self.device, state["averages"], self.rank)
             self._print(f"{config.name}: resuming from step {start_step}")
@@ -119,6 +122,7 @@ class Trainer:
             global_batch=global_batch_size,
             micro_batch=deepspeed["train_micro_batch_size_per_gpu"],
             seed=settings.seed,
+            pin=self.device.type == "cuda",
         )
         metrics = Metrics(
             self.run_dir, stage=config.name, steps=steps, start=start_step, rank=self.rank, monitor=engine.monitor
@@ -132,7 +136,7 @@ class Trainer:
                 for micro_step in range(accumulation_steps):
                     began = time.perf_counter()
                     batch = next(batches)
-                    images = batch.images.to(self.device, non_blocking=True)  # (B, C, H, W)
+                    images = batch.images_for(self.device)  # (B, C, H, W)
                     text = batch.text_for(config.unet, self.device)
                     data_wait += time.perf_counter() - began
                     generator = self._generator(config, step, micro_step)
@@ -154,16 +158,21 @@ class Trainer:
                 if is_last or step % settings.log_every == 0:
                     self._log(metrics, averager, step, engine, loader.counters)
                     averager = MetricAverager(self.device)
-                if validation_data and (is_last or step % settings.validate_every == 0):
-                    val_loss = validation_loss(stage, engine, ema, validation_data, self.config, self.device)
-                    metrics.write(step, val_loss=val_loss)
-                if validation_data and (is_last or step % settings.sample_every == 0):
-                    path = self.run_dir / "samples" / config.name / f"step-{step:08d}.png"
-                    sample_grid(stage, engine, ema, validation_data, self.config, self.device, path)
+                validate = is_last or step % settings.validate_every == 0
+                preview = is_last or step % settings.sample_every == 0
+                if validation_data and (validate or preview):
+                    unet = ema_unet(stage, weights, ema, next(engine.module.parameters()).dtype)
+                    if validate:
+                        metrics.write(step, val_loss=validation_loss(stage, unet, validation_data, self.config))
+                    if preview:
+                        path = self.run_dir / "samples" / config.name / f"step-{step:08d}.png"
+                        sample_grid(stage, unet, validation_data, self.config, path)
+                    del unet  # its weights take memory
                 reason = stop.should_stop()
                 if reason or is_last or step % settings.checkpoint_every == 0:
+                    average = weights.gather(ema.average)
                     state = self._state(config, step, averager)
-                    checkpoint.save(self._checkpoints(config), engine, ema, state, settings.keep_checkpoints)
+                    checkpoint.save(self._checkpoints(config), engine, average, state, settings.keep_checkpoints)
                 if reason:
                     raise TrainingInterrupted(
                         f"{reason}: saved a checkpoint of {config.name} at step {step}; rerun the command to resume"
@@ -234,8 +243,13 @@ class Trainer:
             tensorboard=str(self.run_dir / "tensorboard"),
             job_name=config.name,
         )
-        if self.settings.compile and device != "cuda":
+        if device == "cuda":
+            notices.append(f"train.cudnn_benchmark: {json_like(self.settings.cudnn_benchmark)}")
+        elif self.settings.compile:
             notices.append("train.compile: null (no CUDA)")
+        steps, preview_steps = config.sampling.steps, preview_sampling(config).steps
+        if preview_steps < steps:
+            notices.append(f"preview grids take {preview_steps} sampling steps, not the stage's {steps}")
         return deepspeed, notices
 
     def _headline(
@@ -256,8 +270,10 @@ class Trainer:
         for notice in notices:
             self._print(f"{config.name}: {notice}")
         muon = muon_parameters(unet)
-        if self.settings.compile and self.device.type == "cuda":
-            unet.compile(mode=self.settings.compile)
+        if self.device.type == "cuda":
+            torch.backends.cudnn.benchmark = self.settings.cudnn_benchmark
+            if self.settings.compile:
+                unet.compile(mode=self.settings.compile)
         return make_engine(unet, deepspeed, muon), deepspeed
 
     def _generator(self, config: StageConfig, step: int, micro_step: int) -> torch.Generator:

@@ -1,0 +1,75 @@
+"""Which cascade a configuration describes, and which weights its training starts from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastimagen.config import CascadeConfig
+from fastimagen.config_file import load_config
+from fastimagen.train.stage_setup import plan, resolve_cascade
+from fastimagen.train.trainer import Trainer
+from tests.conftest import write_toy_encoder, write_toy_model
+
+Write = Callable[[dict[str, Any]], Path]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stage_setup")
+    return write_toy_model(folder / "model", write_toy_encoder(folder / "encoder"))
+
+
+def test_the_dry_run_shows_a_preset_in_full(toy_config: dict[str, Any], write_config: Write) -> None:
+    """What it prints is itself a configuration, of the same training."""
+    toy_config["fastimagen"]["cascade"] = {"preset": "shapes", "stages": {"base": {"unet": {"dim": 32}}}}
+    del toy_config["fastimagen"]["data"]["shapes"]
+    lines = Trainer(load_config(write_config(toy_config))).describe()
+    described = json.loads(lines[lines.index("{\n") :])
+    assert [stage["name"] for stage in described["fastimagen"]["cascade"]["stages"]] == ["base", "sr"]
+    assert described["fastimagen"]["cascade"]["stages"][0]["unet"]["dim"] == 32
+    assert described["fastimagen"]["cascade"]["stages"][0]["unet"]["text_dim"] == 64  # the encoder's
+    assert Trainer(load_config(write_config(described))).describe() == lines
+
+
+def test_a_model_directory_is_cascade_and_starting_point(
+    toy_config: dict[str, Any], write_config: Write, model: Path
+) -> None:
+    toy_config["fastimagen"]["cascade"] = {"model": str(model), "stages": {"sr": {"sampling": {"steps": 9}}}}
+    toy_config["fastimagen"]["train"]["stages"] = {"sr": {"init_from": "other"}}
+    resolved = resolve_cascade(load_config(write_config(toy_config))).fastimagen
+    assert isinstance(resolved.cascade, CascadeConfig)
+    assert [(stage.name, stage.sampling.steps) for stage in resolved.cascade.stages] == [("base", 2), ("sr", 9)]
+    assert {name: stage.init_from for name, stage in resolved.train.stages.items()} == {
+        "base": str(model),
+        "sr": "other",
+    }
+
+
+def test_a_preset_without_text_needs_no_text_encoder(toy_config: dict[str, Any], write_config: Write) -> None:
+    changes = {"unet": {"text_dim": None}, "sampling": {"guidance": 1.0}}
+    toy_config["fastimagen"]["cascade"] = {"preset": "shapes", "stages": {"base": changes, "sr": None}}
+    toy_config["fastimagen"] |= {"text": {"encoder": "nowhere/t5"}, "train": {}}
+    _, stages = plan(load_config(write_config(toy_config)))
+    assert [(stage.name, stage.unet.text_dim) for stage in stages] == [("base", None)]
+
+
+@pytest.mark.parametrize(
+    ("cascade", "message"),
+    [
+        ({"model": "nowhere"}, "nowhere is not a model directory"),
+        ({"preset": "papr"}, 'unknown cascade preset "papr"; did you mean "paper"?'),
+        ({"preset": "shapes", "stages": {"top": {}}}, 'fastimagen.cascade.stages: no stage "top"'),
+    ],
+)
+def test_a_cascade_that_cannot_be_resolved_is_an_error(
+    toy_config: dict[str, Any], write_config: Write, cascade: dict[str, Any], message: str
+) -> None:
+    toy_config["fastimagen"]["cascade"] = cascade
+    with pytest.raises(ValueError) as caught:
+        Trainer(load_config(write_config(toy_config)))
+    assert str(caught.value).startswith(message)
