@@ -7,6 +7,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from fastimagen.networks import convolution
 from fastimagen.networks.convolution import MANY_CHANNELS, Conv2d
@@ -62,7 +63,7 @@ def test_layouts_and_frozen_parameters(case: str) -> None:
             torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("case", ["wide kernel", "many channels"])
+@pytest.mark.parametrize("case", ["default", "wide kernel", "many channels"])
 def test_autocast_runs_in_bfloat16_with_fp32_gradients(case: str) -> None:
     dim_in, dim_out, kernel = CASES[case]
     layer = Conv2d(dim_in, dim_out, kernel, padding=kernel // 2)
@@ -75,3 +76,43 @@ def test_autocast_runs_in_bfloat16_with_fp32_gradients(case: str) -> None:
     found = layer.weight.grad.clone()
     expected = torch.autograd.grad(reference(layer, x).square().sum(), layer.weight)[0]
     assert (found - expected).norm() < 0.01 * expected.norm()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bias_can_be_left_out(case: str) -> None:
+    dim_in, dim_out, kernel = CASES[case]
+    layer = Conv2d(dim_in, dim_out, kernel, padding=kernel // 2).double()
+    x = torch.randn(2, dim_in, 8, 8, dtype=torch.float64)
+    with_bias, without = layer(x), layer(x, add_bias=False)
+    torch.testing.assert_close(without + layer.bias[:, None, None], with_bias, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.grad(without.sum(), layer.bias, allow_unused=True) == (None,)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["", "checkpointed"])
+@pytest.mark.parametrize("case", ["default", "1x1", "many channels"])
+def test_memory_of_the_weight_is_free_between_forward_and_backward(case: str, checkpointed: bool) -> None:
+    """As under ZeRO-3, which then gives the memory to other tensors and gathers the weight again for the backward pass.
+    A view of the weight that autograd saved would read the old memory."""
+    dim_in, dim_out, kernel = CASES[case]
+    layer = Conv2d(dim_in, dim_out, kernel, padding=kernel // 2).double()
+    x = torch.randn(2, dim_in, 8, 8, dtype=torch.float64, requires_grad=True)
+    expected = torch.autograd.grad(reference(layer, x).square().sum(), (x, layer.weight))
+    out = checkpoint(layer, x, use_reentrant=False) if checkpointed else layer(x)
+    gathered, copy = layer.weight.data, layer.weight.data.clone()
+    layer.weight.data = torch.empty(0, dtype=torch.float64)
+    gathered.fill_(torch.nan)
+    layer.weight.data = copy
+    for one, other in zip(torch.autograd.grad(out.square().sum(), (x, layer.weight)), expected):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("case", ["default", "many channels"])
+def test_compiles_into_one_graph(case: str) -> None:
+    dim_in, dim_out, kernel = CASES[case]
+    layer = Conv2d(dim_in, dim_out, kernel, padding=kernel // 2).double()
+    x = torch.randn(2, dim_in, 8, 8, dtype=torch.float64, requires_grad=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(reference(layer, x).square().sum(), (x, *layer.parameters()))
+    for one, other in zip(torch.autograd.grad(compiled(x).square().sum(), (x, *layer.parameters())), expected):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
