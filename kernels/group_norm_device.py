@@ -1,6 +1,7 @@
-"""Device functions of group_norm_kernels.py: tiles of a tensor, and accurate statistics.
+"""Device functions of group_norm's kernels: tiles of one tensor or of two behind each other, and accurate statistics.
 
-CPG is the number of channels of a group. A tile has ROWS pixels and GROUPS * WIDTH channels.
+C is the number of channels, C_X of them in x and the others in skip; CPG that of a group. A tile has ROWS pixels and
+GROUPS * WIDTH channels.
 """
 
 import triton
@@ -27,20 +28,80 @@ def columns(block, C: tl.constexpr, CPG: tl.constexpr, GROUPS: tl.constexpr, WID
 
 
 @triton.jit
-def tile(start, channel, valid, pixels, C: tl.constexpr, ROWS: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """Offsets (ROWS, columns) within a sample, and which of them exist."""
-    row = (start + tl.arange(0, ROWS)).to(tl.int64)
+def pointers(x_ptr, skip_ptr, n, row, channel, pixels, C: tl.constexpr, C_X: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """Addresses (rows, columns) of pixels of sample n: in x, and beyond its C_X channels in skip."""
+    row = row.to(tl.int64)[:, None]  # the interpreter counts in int32
     if CHANNELS_LAST:
-        offset = row[:, None] * C + channel[None, :]
+        pointer = x_ptr + n * C_X * pixels + row * C_X + channel[None, :]
     else:
-        offset = row[:, None] + channel[None, :].to(tl.int64) * pixels
-    return offset, (row < pixels)[:, None] & valid[None, :]
+        start = x_ptr + (n * C_X + channel) * pixels
+    if skip_ptr is not None:
+        C_S: tl.constexpr = C - C_X
+        in_x = channel < C_X
+        if CHANNELS_LAST:
+            other = skip_ptr + (n * C_S * pixels - C_X) + row * C_S + channel[None, :]
+            pointer = tl.where(in_x[None, :], pointer, other)
+        else:
+            start = tl.where(in_x, start, skip_ptr + (n * C_S - C_X + channel) * pixels)
+    if not CHANNELS_LAST:
+        pointer = start[None, :] + row
+    return pointer  # (rows, columns)
 
 
 @triton.jit
-def load_masked(pointer, offset, mask):
+def load_masked(pointer, mask):
     """In fp32; 0 outside the mask."""
-    return tl.load(pointer + offset, mask, 0.0).to(tl.float32)
+    return tl.load(pointer, mask, 0.0).to(tl.float32)
+
+
+@triton.jit
+def input_scale(skip_ptr, skip_scale, channel, C_X: tl.constexpr):
+    """What the channels (columns,) are multiplied by: 1 in x, skip_scale in skip."""
+    scale = tl.full(channel.shape, 1.0, tl.float32)
+    if skip_ptr is not None:
+        scale = tl.where(channel < C_X, scale, skip_scale)
+    return scale
+
+
+@triton.jit
+def input_bias(x_bias_ptr, channel, valid, C_X: tl.constexpr):
+    """What is added to the channels (columns,): x_bias in x, 0 in skip."""
+    bias = tl.zeros(channel.shape, tl.float32)
+    if x_bias_ptr is not None:
+        bias = load_masked(x_bias_ptr + channel, valid & (channel < C_X))
+    return bias
+
+
+@triton.jit
+def scaled(x, skip_ptr, scale):
+    """x (rows, columns) times the scale of each column; without a skip the scales are 1."""
+    if skip_ptr is not None:
+        x = x * scale[None, :]
+    return x
+
+
+@triton.jit
+def add_residual(
+    dx,
+    x_residual_ptr,
+    skip_residual_ptr,
+    n,
+    row,
+    channel,
+    mask,
+    pixels,
+    C: tl.constexpr,
+    C_X: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+):
+    """dx (rows, columns) plus the gradients that came to x and skip on a residual path, each None or laid out as dx."""
+    if x_residual_ptr is not None:
+        at = pointers(x_residual_ptr, None, n, row, channel, pixels, C, C_X, CHANNELS_LAST)
+        dx += load_masked(at, mask & (channel < C_X)[None, :])
+    if skip_residual_ptr is not None:
+        at = pointers(skip_residual_ptr, None, n, row, channel - C_X, pixels, C, C - C_X, CHANNELS_LAST)
+        dx += load_masked(at, mask & (channel >= C_X)[None, :])
+    return dx
 
 
 @triton.jit
@@ -58,12 +119,12 @@ def to_columns(v, GROUPS: tl.constexpr, WIDTH: tl.constexpr):
 @triton.jit
 def affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride, n, channel, valid):
     """gain and offset (columns,) of group_norm.py's formulas."""
-    gain = load_masked(weight_ptr, channel, valid)
-    offset = load_masked(bias_ptr, channel, valid)
+    gain = load_masked(weight_ptr + channel, valid)
+    offset = load_masked(bias_ptr + channel, valid)
     if scale_ptr is not None:
-        factor = 1 + load_masked(scale_ptr, n * scale_stride + channel, valid)
+        factor = 1 + load_masked(scale_ptr + n * scale_stride + channel, valid)
         gain = gain * factor
-        offset = offset * factor + load_masked(shift_ptr, n * shift_stride + channel, valid)
+        offset = offset * factor + load_masked(shift_ptr + n * shift_stride + channel, valid)
     return gain, offset
 
 
@@ -109,22 +170,34 @@ def merge(count, mean, m2):
     return middle + rest, tl.sum(m2 + count * deviation * deviation, axis=1) - total * rest * rest
 
 
+# ---- parts: two numbers for each group, and each piece and chunk of it
+
+
 @triton.jit
 def part_pointers(
-    n, block, chunks, C: tl.constexpr, CPG: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr
+    parts_ptr,
+    n,
+    block,
+    chunks,
+    C: tl.constexpr,
+    CPG: tl.constexpr,
+    GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
-    """Groups (GROUPS,) of a block, the offsets (GROUPS, PARTS) of their parts, and which exist."""
+    """Groups (GROUPS,) of a block, the addresses (GROUPS, PARTS) of their parts, and which exist."""
     PIECES: tl.constexpr = tl.cdiv(CPG, WIDTH)
     group = block // PIECES * GROUPS + tl.arange(0, GROUPS)
     part = tl.arange(0, PARTS)
     offset = (n * (C // CPG) + group)[:, None] * (PIECES * chunks) + part[None, :]
-    return group, offset, (group < C // CPG)[:, None] & (part < PIECES * chunks)[None, :]
+    return group, parts_ptr + 2 * offset, (group < C // CPG)[:, None] & (part < PIECES * chunks)[None, :]
 
 
 @triton.jit
 def store_part(
-    pointer,
-    value,
+    parts_ptr,
+    one,
+    other,
     n,
     block,
     chunk,
@@ -134,8 +207,9 @@ def store_part(
     GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Store a value (GROUPS,) of this block and chunk as parts (B, G, pieces * chunks)."""
+    """Store two values (GROUPS,) of this block and chunk in parts (B, G, pieces * chunks, 2)."""
     PIECES: tl.constexpr = tl.cdiv(CPG, WIDTH)
     group = block // PIECES * GROUPS + tl.arange(0, GROUPS)
-    offset = (n * (C // CPG) + group) * (PIECES * chunks) + block % PIECES * chunks + chunk
-    tl.store(pointer + offset, value, group < C // CPG)
+    pointer = parts_ptr + 2 * ((n * (C // CPG) + group) * (PIECES * chunks) + block % PIECES * chunks + chunk)
+    tl.store(pointer, one, group < C // CPG)
+    tl.store(pointer + 1, other, group < C // CPG)

@@ -35,7 +35,12 @@ KERNELS = {
         "attention_tiles.py",
         "device.py",
     ),
-    "group_norm": ("group_norm.py", "group_norm_device.py", "group_norm_kernels.py"),
+    "group_norm": (
+        "group_norm.py",
+        "group_norm_backward_kernels.py",
+        "group_norm_device.py",
+        "group_norm_forward_kernels.py",
+    ),
     "threshold": ("dynamic_threshold.py",),
     "sampler step": ("sampler_step.py", "dynamic_threshold.py"),
 }

@@ -42,6 +42,7 @@ INSTRUCTIONS = {
     "fma": r"\bFFMA",
     "exp2": r"\bMUFU\.EX2",
 }
+WAITS = {"shfl": r"\bSHFL", "bar": r"\bBAR"}
 AMD_INSTRUCTIONS = {"mfma": r"\bv_mfma", "fma": r"\bv_(?:pk_)?fma", "exp2": r"\bv_exp_f32"}
 
 
@@ -128,7 +129,29 @@ def nvidia_usage(cubin: bytes) -> dict[str, Any]:
         "stack_bytes": stack,
         "spills": len(re.findall(r"\b(?:STL|LDL)\b", code)),
         "instructions": count(INSTRUCTIONS, code),
+        "loops": loops(code),
     }
+
+
+def loops(code: str) -> list[dict[str, int]]:
+    """Instructions of each innermost loop in nvdisasm's `code`, in its order, with those that wait for other threads.
+
+    A loop is a label, and a later branch to it.
+    """
+    labels: dict[str, int] = {}
+    instructions: list[str] = []
+    found: list[tuple[int, int]] = []
+    for text in code.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", text):
+            labels[label[1]] = len(instructions)
+        elif instruction := re.match(r"\s+/\*[0-9a-f]+\*/\s+(.*?);", text):
+            instructions.append(instruction[1])
+            branch = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", instruction[1])
+            if branch and labels.get(branch[1], len(instructions)) < len(instructions) - 1:
+                found.append((labels[branch[1]], len(instructions)))
+    inner = [(a, b) for a, b in found if not any((a, b) != (c, d) and a <= c and d <= b for c, d in found)]
+    bodies = ["\n".join(instructions[first:last]) for first, last in inner]
+    return [{"instructions": body.count("\n") + 1} | count(WAITS, body) for body in bodies]
 
 
 def amd_usage(code: str) -> dict[str, Any]:

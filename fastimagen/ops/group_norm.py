@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .dispatch import KERNEL_DTYPES, use_triton
+from .dispatch import KERNEL_DTYPES, in_kernels, use_triton
+from .group_norm_function import Vectors, by_kernels
 from .group_norm_op import composed, fused
 
 ACTIVATIONS = ("silu", "none")
@@ -28,25 +29,14 @@ def group_norm_silu(
     """y = act(GroupNorm(x) * (1 + scale) + shift); act is "silu" or "none" (Imagen's residual blocks, appendix B).
 
     x (B, C, H, W), contiguous or channels_last; y has its layout and dtype, under autocast too. weight, bias (C,);
-    scale, shift (B, C), both or neither. x_bias (C,) is added to x first: the bias of the convolution before it. With
-    skip (B, S, H, W), cat([x + x_bias, skip * skip_scale], dim=1) is normalized: weight, bias, scale, shift and y have
-    C + S channels, x_bias has C; skip takes x's dtype. The kernels compute in fp32, make neither the sum nor the
-    concatenation, and save only their inputs and the statistics for the backward pass. Raises ValueError for shapes
-    that do not fit and for another activation.
+    scale, shift (B, C), both or neither. x_bias (C,) is added to x first: the bias of the convolution before it.
+    With skip, cat([x + x_bias, skip * skip_scale], dim=1) is normalized: x (B, C_x, H, W), x_bias (C_x,), skip
+    (B, C_s, H, W), converted to x's dtype, and C = C_x + C_s. The kernels compute in fp32, make neither the sum nor
+    the concatenation, and save only their inputs and the statistics for the backward pass. Raises ValueError for
+    shapes that do not fit and for another activation.
     """
-    return group_norm_silu_residual(
-        x,
-        weight,
-        bias,
-        num_groups,
-        scale=scale,
-        shift=shift,
-        eps=eps,
-        activation=activation,
-        x_bias=x_bias,
-        skip=skip,
-        skip_scale=skip_scale,
-    )[0]
+    vectors = weight, bias, scale, shift, x_bias
+    return _normalize(x, vectors, num_groups, eps, activation, skip, skip_scale, residual=False)[0]
 
 
 def group_norm_silu_residual(
@@ -68,15 +58,8 @@ def group_norm_silu_residual(
     The gradients that arrive at these x (without x_bias) and skip (without skip_scale; in x's dtype; None without a
     skip) are added inside the backward kernel, where autograd would add in passes of their own.
     """
-    _check(x, weight, bias, num_groups, scale, shift, activation, x_bias, skip)
-    if skip is not None:
-        skip = skip.to(x.dtype)
-    both = joined(x, x_bias, skip, skip_scale)
-    if use_triton("group_norm_silu", x, _unsupported(x, weight, bias, scale, shift, x_bias, skip)):
-        y = fused(both, weight, bias, scale, shift, num_groups, eps, activation)
-    else:
-        y = composed(both, weight, bias, num_groups, scale, shift, eps, activation)
-    return y, x, skip
+    vectors = weight, bias, scale, shift, x_bias
+    return _normalize(x, vectors, num_groups, eps, activation, skip, skip_scale, residual=True)
 
 
 def group_norm_silu_reference(
@@ -97,25 +80,48 @@ def group_norm_silu_reference(
     return composed(joined(x, x_bias, skip, skip_scale), weight, bias, num_groups, scale, shift, eps, activation)
 
 
+def _normalize(
+    x: Tensor,
+    vectors: Vectors,
+    num_groups: int,
+    eps: float,
+    activation: str,
+    skip: Tensor | None,
+    skip_scale: float,
+    *,
+    residual: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(y, x, skip), of which group_norm_silu needs y alone: without `residual` x and skip are the arguments."""
+    _check(x, vectors, num_groups, activation, skip)
+    if skip is not None and skip.dtype != x.dtype:
+        skip = skip.to(x.dtype)
+    weight, bias, scale, shift, x_bias = vectors
+    triton = use_triton("group_norm_silu", x, _unsupported(x, *vectors))
+    if triton and in_kernels(x) and not torch.compiler.is_compiling():
+        return by_kernels(x, vectors, skip, skip_scale, num_groups, eps, activation == "silu", residual=residual)
+    both = joined(x, x_bias, skip, skip_scale)
+    if triton:
+        y = fused(both, weight, bias, scale, shift, num_groups, eps, activation)
+    else:
+        y = composed(both, weight, bias, num_groups, scale, shift, eps, activation)
+    return y, x, skip
+
+
 def joined(x: Tensor, x_bias: Tensor | None, skip: Tensor | None, skip_scale: float) -> Tensor:
-    """What is normalized, (B, C + S, H, W): x with its bias, and behind it the skip with its scale."""
+    """What is normalized, (B, C, H, W): x with its bias, and behind it the skip with its scale."""
     if x_bias is not None:
         x = x + x_bias.to(x.dtype)[:, None, None]
     if skip is None:
         return x
     skip = skip.to(x.dtype)
-    return torch.cat([x, skip if skip_scale == 1 else skip * skip_scale], dim=1)  # (B, C + S, H, W)
+    return torch.cat([x, skip if skip_scale == 1 else skip * skip_scale], dim=1)  # (B, C, H, W)
 
 
 def _check(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
+    vectors: Vectors,
     num_groups: int,
-    scale: Tensor | None,
-    shift: Tensor | None,
     activation: str,
-    x_bias: Tensor | None,
     skip: Tensor | None,
 ) -> None:
     """Raise ValueError for shapes that do not fit and for an unknown activation."""
@@ -123,34 +129,41 @@ def _check(
         raise ValueError(f'no activation "{activation}"; there are {", ".join(ACTIVATIONS)}')
     if x.dim() != 4:
         raise ValueError(f"group_norm_silu takes x (B, C, H, W), got {tuple(x.shape)}")
+    weight, bias, scale, shift, x_bias = vectors
     batch, channels, height, width = x.shape
-    of = f"x {tuple(x.shape)}"
     if x_bias is not None and x_bias.shape != (channels,):
-        raise ValueError(f"x_bias must be {(channels,)} for {of}, got {tuple(x_bias.shape)}")
+        raise _wrong_shape("x_bias", x_bias, (channels,), x, skip)
     if skip is not None:
         if skip.dim() != 4 or (skip.shape[0], *skip.shape[2:]) != (batch, height, width):
-            raise ValueError(f"skip must be ({batch}, channels, {height}, {width}) for {of}, got {tuple(skip.shape)}")
+            wanted = f"({batch}, channels, {height}, {width})"
+            raise ValueError(f"skip must be {wanted} for x {tuple(x.shape)}, got {tuple(skip.shape)}")
         channels += skip.shape[1]
-        of += f" and skip {tuple(skip.shape)}"
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"{channels} channels cannot be split into {num_groups} groups")
-    if (scale is None) != (shift is None):
+    if weight.shape != (channels,):
+        raise _wrong_shape("weight", weight, (channels,), x, skip)
+    if bias.shape != (channels,):
+        raise _wrong_shape("bias", bias, (channels,), x, skip)
+    if scale is None and shift is None:
+        return
+    if scale is None or shift is None:
         raise ValueError("scale and shift must be given together")
-    for name, vector, shape in (
-        ("weight", weight, (channels,)),
-        ("bias", bias, (channels,)),
-        ("scale", scale, (batch, channels)),
-        ("shift", shift, (batch, channels)),
-    ):
-        if vector is not None and vector.shape != shape:
-            raise ValueError(f"{name} must be {tuple(shape)} for {of}, got {tuple(vector.shape)}")
+    if scale.shape != (batch, channels):
+        raise _wrong_shape("scale", scale, (batch, channels), x, skip)
+    if shift.shape != (batch, channels):
+        raise _wrong_shape("shift", shift, (batch, channels), x, skip)
+
+
+def _wrong_shape(name: str, vector: Tensor, shape: tuple[int, ...], x: Tensor, skip: Tensor | None) -> ValueError:
+    inputs = f"x {tuple(x.shape)}" + ("" if skip is None else f" and skip {tuple(skip.shape)}")
+    return ValueError(f"{name} must be {shape} for {inputs}, got {tuple(vector.shape)}")
 
 
 def _unsupported(*tensors: Tensor | None) -> str | None:
     """Why the kernels cannot take these tensors, x first; None if they can."""
-    wrong = [tensor.dtype for tensor in tensors if tensor is not None and tensor.dtype not in KERNEL_DTYPES]
-    if wrong:
-        return f"the kernel takes float32, bfloat16 and float16, not {str(wrong[0]).removeprefix('torch.')}"
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype not in KERNEL_DTYPES:
+            return f"the kernel takes float32, bfloat16 and float16, not {str(tensor.dtype).removeprefix('torch.')}"
     x = tensors[0]
     assert x is not None
     return None if x.numel() else "x is empty"

@@ -89,7 +89,7 @@ def _backward(
     if in_kernels(x):
         from fastimagen_kernels.group_norm import group_norm_backward
 
-        dx, dweight, dbias, dscale, dshift = group_norm_backward(
+        dx, dweight, dbias, dscale, dshift, *_ = group_norm_backward(
             dy,
             x,
             weight.contiguous(),

@@ -25,6 +25,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def guard() -> Iterator[None]:
+    kernels.plan.cache_clear()  # the tests change how tensors are cut
     with guarded(kernels):
         yield
 
@@ -185,7 +186,7 @@ def test_offsets_beyond_2_to_the_32_elements(last: bool, tmp_path: Path, monkeyp
     x, y, dx = sparse("x"), sparse("y"), sparse("dx")
     monkeypatch.setattr(kernels, "MAX_PARTS", 1 << 20)
     monkeypatch.setattr(kernels, "PROGRAMS", batch * chunks * (1 if last else 16))
-    cut = kernels.cut(x, 1, 8192)
+    cut = kernels.cut(shape, last, 1, 8192)
     rows = side * side // cut.chunks
     block = slice(channels - cut.constants["WIDTH"], None)
     assert cut.chunks == chunks and rows < side
@@ -204,78 +205,37 @@ def test_offsets_beyond_2_to_the_32_elements(last: bool, tmp_path: Path, monkeyp
 
     # The arguments live on the CPU: copying them back would fill the holes.
     monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *unused: None)
-    constants = dict(C=channels, CPG=channels, CHANNELS_LAST=last, **cut.constants)
-    pixels, tiles = side * side, cut.tiles
-    parts = torch.full((2, batch, 1, cut.parts), math.nan)
-    launch(kernels.group_norm_silu_statistics_kernel, False, x, *parts, pixels, chunks, tiles, **constants)
+    constants = dict(C=channels, C_X=channels, CPG=channels, CHANNELS_LAST=last, **cut.constants)
+    position = (0, side * side, chunks, cut.tiles)
+    parts = torch.full((batch, 1, cut.parts, 2), math.nan)
+    launch(kernels.group_norm_silu_statistics_kernel, False, x, None, None, parts, 1.0, *position, **constants)
     count = true.numel()
     assert_close(
-        {"mean": parts[0, -1, 0, -1], "m2": parts[1, -1, 0, -1]},
+        {"mean": parts[-1, 0, -1, 0], "m2": parts[-1, 0, -1, 1]},
         {"mean": true.mean(), "m2": true.var(correction=0) * count},
     )
 
-    vectors, one, zero = (torch.ones(channels), torch.zeros(channels), None, None), torch.ones(2), torch.zeros(2)
-    parts[0], parts[1] = 0, count  # mean 0 and deviation 1
-    launch(
-        kernels.group_norm_silu_forward_kernel,
-        True,
-        x,
-        y,
-        *vectors,
-        *parts,
-        zero,
-        one,
-        0,
-        0,
-        pixels,
-        chunks,
-        tiles,
-        0.0,
-        **constants,
-        PARTS=cut.parts,
-        SILU=False,
-    )
+    one, zero = torch.ones(2), torch.zeros(2)
+    vectors = (None, torch.ones(channels), torch.zeros(channels), None, None)  # x_bias, weight, bias, scale, shift
+    scales = (0, 0, 1.0)
+    parts[..., 0], parts[..., 1] = 0, count  # mean 0 and deviation 1
+    constants |= dict(SILU=False)
+    arguments = (x, None, y, *vectors, parts, zero, one, *scales, *position, 0.0)
+    launch(kernels.group_norm_silu_forward_kernel, True, *arguments, **constants, PARTS=cut.parts)
     assert torch.equal(y[here], x[here])
 
-    sums = torch.full((2, batch, chunks, channels), math.nan)
+    sums = torch.full((batch, chunks, 2, channels), math.nan)
     saved = (*vectors, zero, one)
-    launch(
-        kernels.group_norm_silu_backward_sums_kernel,
-        False,
-        x,
-        x,
-        *saved,
-        *sums,
-        *parts,
-        0,
-        0,
-        pixels,
-        chunks,
-        tiles,
-        **constants,
-        SILU=False,
-    )
-    assert_close({"s2": sums[1, -1, -1, block]}, {"s2": true.square().sum(dim=1)})
+    arguments = (x, x, None, *saved, sums, parts, *scales, *position)
+    launch(kernels.group_norm_silu_backward_sums_kernel, False, *arguments, **constants)
+    assert_close({"s2": sums[-1, -1, 1, block]}, {"s2": true.square().sum(dim=1)})
 
-    parts[:] = 0
-    launch(
-        kernels.group_norm_silu_backward_kernel,
-        True,
-        x,
-        x,
-        dx,
-        *saved,
-        *parts,
-        0,
-        0,
-        pixels,
-        chunks,
-        tiles,
-        **constants,
-        PARTS=cut.parts,
-        SILU=False,
-    )
+    parts[:], sums[:] = 0, 1
+    samples = torch.full((batch, 2, channels), math.nan)
+    arguments = (x, x, None, None, None, dx, None, *saved, sums, parts, None, None, samples, *scales, *position)
+    launch(kernels.group_norm_silu_backward_kernel, True, *arguments, **constants, PARTS=cut.parts, CHUNKS=1024)
     assert torch.equal(dx[here], x[here])
+    assert (samples[-1, :, block] == chunks).all()
 
 
 def test_float64_raises_with_backend_triton() -> None:

@@ -109,8 +109,15 @@ def guarded(kernels: ModuleType) -> Iterator[None]:
         def __getattr__(self, name: str) -> object:
             return getattr(torch, name)
 
-        def empty(self, *shape: int | tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-            return guard(*((like := torch.empty(*shape, device="meta")).shape, like.stride()), dtype)
+        def empty(
+            self,
+            *shape: int | tuple[int, ...],
+            dtype: torch.dtype,
+            device: torch.device,
+            memory_format: torch.memory_format = torch.contiguous_format,
+        ) -> Tensor:
+            like = torch.empty(*shape, device="meta", memory_format=memory_format)
+            return guard(like.shape, like.stride(), dtype)
 
         def empty_like(self, like: Tensor) -> Tensor:
             return guard(like.shape, torch.empty_like(like, device="meta").stride(), like.dtype)

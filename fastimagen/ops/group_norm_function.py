@@ -1,0 +1,95 @@
+"""GroupNorm by the kernels outside torch.compile: an autograd function, which costs less host time than an operator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .group_norm_op import rows
+from .layout import dense, laid_as
+
+Vectors = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+"""weight, bias (C,), scale, shift (B, C), x_bias (C_x,)."""
+
+
+def by_kernels(
+    x: Tensor,
+    vectors: Vectors,
+    skip: Tensor | None,
+    skip_scale: float,
+    num_groups: int,
+    eps: float,
+    silu: bool,
+    *,
+    residual: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(y, x, skip) of ops.group_norm_silu_residual, or without `residual` y and the arguments, which are checked."""
+    if residual:
+        return GroupNorm.apply(x, *vectors, skip, skip_scale, num_groups, eps, silu, True)
+    return GroupNorm.apply(x, *vectors, skip, skip_scale, num_groups, eps, silu, False), x, skip
+
+
+class GroupNorm(torch.autograd.Function):
+    """y; with `residual` x and skip once more: gradients that arrive at these are added inside the backward kernel."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        x_bias: Tensor | None,
+        skip: Tensor | None,
+        skip_scale: float,
+        num_groups: int,
+        eps: float,
+        silu: bool,
+        residual: bool,
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor | None]:
+        from fastimagen_kernels.group_norm import group_norm_forward
+
+        dense_x = dense(x)
+        dense_skip = None if skip is None else laid_as(dense_x, skip)
+        weight, bias, scale, shift = weight.contiguous(), bias.contiguous(), rows(scale), rows(shift)
+        y, mean, rstd = group_norm_forward(
+            dense_x, weight, bias, scale, shift, num_groups, eps, silu, x_bias, dense_skip, skip_scale
+        )
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(dense_x, weight, bias, scale, shift, mean, rstd, x_bias, dense_skip)
+        ctx.constants = skip_scale, num_groups, silu
+        return (y, x, skip) if residual else y
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, dy: Tensor | None, x_residual: Tensor | None = None, skip_residual: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return x_residual, None, None, None, None, None, skip_residual, None, None, None, None, None
+        from fastimagen_kernels.group_norm import group_norm_backward
+
+        x, weight, bias, scale, shift, mean, rstd, x_bias, skip = ctx.saved_tensors
+        skip_scale, num_groups, silu = ctx.constants
+        dx, dweight, dbias, dscale, dshift, dx_bias, dskip = group_norm_backward(
+            laid_as(x, dy),
+            x,
+            weight,
+            bias,
+            scale,
+            shift,
+            mean,
+            rstd,
+            num_groups,
+            silu,
+            x_bias,
+            skip,
+            skip_scale,
+            None if x_residual is None else laid_as(x, x_residual),
+            None if skip_residual is None else laid_as(x, skip_residual),
+        )
+        return dx, dweight, dbias, dscale, dshift, dx_bias, dskip, None, None, None, None, None
