@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fastimagen.images import grid, open_rgb, resize, resize_and_crop, save_png, to_pil, to_tensor, to_uint8
+from fastimagen.images import from_uint8, grid, open_rgb, resize, resize_and_crop, save_png, to_pil, to_tensor, to_uint8
 
 
 def encode(image: Image.Image, format: str = "PNG", **options) -> bytes:
@@ -165,6 +165,13 @@ def test_reduced_decoding_stays_large_enough_and_alike():
 
 
 # ---- tensors
+
+
+def test_from_uint8_is_the_float32_formula_of_numpy_for_all_256_values():
+    values = np.arange(256, dtype=np.uint8)
+    expected = values.astype(np.float32) / np.float32(127.5) - np.float32(1)
+    converted = from_uint8(torch.from_numpy(values).view(2, 4, 32))  # (2, 4, 32)
+    assert converted.dtype == torch.float32 and converted.flatten().numpy().tobytes() == expected.tobytes()
 
 
 def test_all_256_values_survive_the_way_to_tensor_and_back():

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 
 from ..files import first_line, read_json_object, sync
-from .ema import EMA
-from .engine import gather_fp32, scatter_fp32
 
 STEP_NAME = re.compile(r"step-(\d{8})")
 
@@ -37,9 +36,10 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return read_json_object(checkpoint / "state.json")
 
 
-def save(folder: Path, engine: Any, ema: EMA, state: dict[str, Any], keep: int) -> Path:
+def save(folder: Path, engine: Any, average: dict[str, Tensor] | None, state: dict[str, Any], keep: int) -> Path:
     """Write the checkpoint of step state["step"], then remove all but the last `keep`. All ranks call it.
 
+    average: the EMA weights by parameter name, fp32, on the CPU; needed on rank 0 only.
     Raises OSError on all ranks if one of them cannot write, for example because the disk is full; older checkpoints are
     then kept.
     """
@@ -53,11 +53,9 @@ def save(folder: Path, engine: Any, ema: EMA, state: dict[str, Any], keep: int) 
         temporary.mkdir(parents=True)
     dist.barrier()
     problem = None
-    with ema.swapped():
-        average = gather_fp32(engine)
     try:
         engine.save_checkpoint(str(temporary), tag="deepspeed", save_latest=False)
-        if rank == 0:
+        if average is not None:
             save_file(average, temporary / "ema.safetensors", metadata={"format": "pt"})
             (temporary / "state.json").write_text(json.dumps(state, indent=2))
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
@@ -74,8 +72,8 @@ def save(folder: Path, engine: Any, ema: EMA, state: dict[str, Any], keep: int) 
     return final
 
 
-def load(checkpoint: Path, engine: Any, ema: EMA) -> dict[str, Any]:
-    """Restore engine and EMA from a checkpoint; returns its state.json. All ranks call it.
+def load(checkpoint: Path, engine: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Restore the engine from a checkpoint; returns state.json and the EMA weights by name. All ranks call it.
 
     Raises ValueError if another number of processes wrote it.
     """
@@ -88,12 +86,10 @@ def load(checkpoint: Path, engine: Any, ema: EMA) -> dict[str, Any]:
             f"{dist.get_world_size()}: start the same number, or start a new run from exported weights "
             f"(train.stages.NAME.init_from)"
         )
-    with ema.swapped():  # scatter_fp32 writes into the master shards
-        scatter_fp32(engine, load_file(checkpoint / "ema.safetensors"))
     path, _ = engine.load_checkpoint(str(checkpoint), tag="deepspeed")
     if path is None:
         raise ValueError(f"{checkpoint} contains no DeepSpeed state")
-    return state
+    return state, load_file(checkpoint / "ema.safetensors")
 
 
 def remove_incomplete(folder: Path) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 
@@ -32,20 +29,3 @@ class EMA:
     def update(self, step: int) -> None:
         """average += (1 - decay) (weights - average)."""
         torch._foreach_lerp_(self.average, [shard.detach() for shard in self.shards], 1 - self.decay(step))
-
-    @contextmanager
-    def swapped(self) -> Iterator[None]:
-        """Exchange average and master weights inside the block: DeepSpeed gathers and scatters master weights by
-        name."""
-        self._exchange()
-        try:
-            yield
-        finally:
-            self._exchange()
-
-    @torch.no_grad()
-    def _exchange(self) -> None:
-        for shard, average in zip(self.shards, self.average):
-            kept = shard.detach().clone()
-            shard.copy_(average)
-            average.copy_(kept)

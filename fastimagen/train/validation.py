@@ -1,4 +1,4 @@
-"""Validation loss and sample grids of a stage in training, both with EMA weights."""
+"""Validation loss and preview grids of a stage in training, both with EMA weights."""
 
 from __future__ import annotations
 
@@ -10,32 +10,34 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..cascade import Stage
-from ..config import Config
+from ..config import Config, SamplingConfig, StageConfig
 from ..data.source import Split
 from ..images import grid
 from ..networks.unet import UNet
 from ..seeds import mix_seed
 from .ema import EMA
-from .engine import gather_fp32
+from .flat_weights import FlatWeights
 
 CHUNK_SIZE = 32  # validation samples per random generator: the loss does not depend on ranks or batch size
+MAX_PREVIEW_STEPS = 32
+"""Sampling steps of a preview grid. 1000 steps of a preset's DDPM every 1000 training steps would cost a quarter of the
+training time. All samplers respace to fewer steps; `fastimagen sample` takes the stage's own number."""
 
 
-def ema_unet(stage: Stage, engine: Any, ema: EMA, device: torch.device) -> UNet:
-    """A separate U-Net with the EMA weights, in the dtype of the engine's weights. All ranks call it."""
-    with ema.swapped():
-        weights = gather_fp32(engine)
+def ema_unet(stage: Stage, weights: FlatWeights, ema: EMA, dtype: torch.dtype) -> UNet:
+    """A separate U-Net with the EMA weights in `dtype`. All ranks call it. Valid until the next training step."""
     with torch.device("meta"):
         unet = UNet(stage.config.unet)
-    dtype = next(engine.module.parameters()).dtype
-    unet.load_state_dict({name: weight.to(device, dtype) for name, weight in weights.items()}, assign=True)
+    unet.load_state_dict(weights.all_gather(ema.average, dtype), assign=True)
     return unet.eval()
 
 
 @torch.no_grad()
-def validation_loss(stage: Stage, engine: Any, ema: EMA, split: Split, config: Config, device: torch.device) -> float:
-    """Mean loss of the first validation samples, without caption dropout, with the same times and noise every time."""
-    unet = ema_unet(stage, engine, ema, device)
+def validation_loss(stage: Stage, unet: UNet, split: Split, config: Config) -> float:
+    """Mean loss of the first validation samples, without caption dropout, with the same times and noise every time.
+
+    All ranks call it."""
+    device = next(unet.parameters()).device
     settings = config.fastimagen.train
     count = min(settings.validation_samples, len(split))
     total = torch.zeros((), dtype=torch.float64, device=device)
@@ -44,20 +46,23 @@ def validation_loss(stage: Stage, engine: Any, ema: EMA, split: Split, config: C
         batch = split.fixed_batch(config.fastimagen, chunks[index], size=stage.config.size, crop=stage.config.crop)
         generator = torch.Generator(device).manual_seed(mix_seed(settings.seed, stage.name, "validation", index))
         text = batch.text_for(stage.config.unet, device)
-        loss = stage.training_loss(unet, batch.images.to(device), text, generator, drop_captions=False)
+        loss = stage.training_loss(unet, batch.images_for(device), text, generator, drop_captions=False)
         total += loss.double().sum()
     dist.all_reduce(total)
     return total.item() / count
 
 
-def sample_grid(
-    stage: Stage, engine: Any, ema: EMA, split: Split, config: Config, device: torch.device, path: Path
-) -> None:
+def preview_sampling(stage: StageConfig) -> SamplingConfig:
+    """The stage's sampling settings with at most MAX_PREVIEW_STEPS steps."""
+    return stage.sampling.model_copy(update={"steps": min(stage.sampling.steps, MAX_PREVIEW_STEPS)})
+
+
+def sample_grid(stage: Stage, unet: UNet, split: Split, config: Config, path: Path) -> None:
     """Save a captioned grid of images of this stage for fixed captions and seeds. All ranks call it.
 
     A super-resolution stage enlarges validation images that were reduced to the size of the stage below, so that the
     grid shows this stage only."""
-    unet = ema_unet(stage, engine, ema, device)
+    device = next(unet.parameters()).device
     settings = config.fastimagen.train
     captions, text, images = split.examples(settings.sample_count, config.fastimagen, size=stage.config.size)
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -69,7 +74,8 @@ def sample_grid(
         if stage.config.unet.text_dim is not None:
             assert text is not None
             own_text = text[own].to(device=device)
-        sampled = stage.sample(unet, own_text, own, lowres=lowres).cpu()  # (n, C, H, W)
+        sampling = preview_sampling(stage.config)
+        sampled = stage.sample(unet, own_text, own, lowres=lowres, sampling=sampling).cpu()  # (n, C, H, W)
     parts: list[Any] = [None] * world_size
     dist.all_gather_object(parts, (own, sampled))
     if rank == 0:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastimagen.networks.convolution import Conv2d
-from fastimagen.train.engine import init_distributed, make_engine, resolve_deepspeed
+from fastimagen.train.deepspeed_config import resolve_deepspeed
+from fastimagen.train.engine import init_distributed, make_engine
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.slow

@@ -38,7 +38,8 @@ ENGINE = """
 import json, torch
 from fastimagen.networks.parameters import muon_parameters
 from fastimagen.networks.unet import UNet
-from fastimagen.train.engine import init_distributed, make_engine, resolve_deepspeed
+from fastimagen.train.deepspeed_config import resolve_deepspeed
+from fastimagen.train.engine import init_distributed, make_engine
 from tests.conftest import toy_cascade
 
 init_distributed()

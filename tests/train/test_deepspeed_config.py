@@ -1,17 +1,27 @@
-"""The DeepSpeed configuration of a stage: what is resolved, what is refused, that all of it is told."""
+"""The DeepSpeed configuration of a stage: what is resolved, what is refused, and that every decision is a notice."""
 
 from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from fastimagen.train.engine import resolve_deepspeed
+from fastimagen.train import deepspeed_config
+from fastimagen.train.deepspeed_config import REDUCE_BUCKET_SIZE, can_compile_fused_adam, resolve_deepspeed
 from tests.conftest import ROOT
 
 ADAM = {"type": "AdamW", "params": {"lr": 1e-4}}
+GIVEN_ZERO = {"stage": 1, "reduce_bucket_size": 1000, "overlap_comm": False}
+
+
+@pytest.fixture(autouse=True)
+def nvcc(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed can compile its FusedAdam, unless a test says otherwise."""
+    monkeypatch.setattr(deepspeed_config, "can_compile_fused_adam", lambda: True)
 
 
 def resolve(
@@ -21,7 +31,7 @@ def resolve(
         "train_batch_size": 8,
         "gradient_accumulation_steps": 1,
         "optimizer": ADAM,
-        "zero_optimization": {"stage": 1},
+        "zero_optimization": GIVEN_ZERO,
         "gradient_clipping": 1.0,
         **base,
     }
@@ -51,11 +61,11 @@ def refusal(override: dict[str, Any] | None = None, **base: Any) -> str:
 # ---- passed on as it is
 
 
-def test_what_nobody_has_to_decide_is_passed_on_without_a_word() -> None:
+def test_complete_configuration_is_passed_on_without_notices() -> None:
     given = {
         "gradient_clipping": 0.5,
         "bf16": {"enabled": True},
-        "zero_optimization": {"stage": 3, "overlap_comm": True},
+        "zero_optimization": {"stage": 3, "overlap_comm": True, "reduce_bucket_size": 1000},
         "wandb": {"enabled": True, "project": "p"},
         "train_micro_batch_size_per_gpu": 8,
         "steps_per_print": 7,
@@ -65,15 +75,15 @@ def test_what_nobody_has_to_decide_is_passed_on_without_a_word() -> None:
     assert notices == []
 
 
-def test_deepspeed_prints_no_lines_of_its_own() -> None:
+def test_deepspeed_prints_no_progress_lines() -> None:
     assert resolve()[0]["steps_per_print"] >= 10**6
 
 
 # ---- clipping
 
 
-def test_clipping_that_nobody_asked_for_is_told() -> None:
-    resolved, notices = resolve(gradient_clipping=None)  # DeepSpeed's default, of which it says nothing
+def test_default_clipping_has_a_notice() -> None:
+    resolved, notices = resolve(gradient_clipping=None)  # DeepSpeed's default, which it does not print
     assert resolved["gradient_clipping"] == 1.0 and notices == ["gradient_clipping: 1.0 (not given)"]
 
 
@@ -88,17 +98,17 @@ def test_muon_is_not_clipped() -> None:
 
 @pytest.mark.parametrize("zero", [None, {}, {"overlap_comm": False}])
 def test_no_zero_stage_means_1(zero: dict | None) -> None:
-    resolved, notices = resolve(zero_optimization=zero)
+    resolved, notices = resolve(zero_optimization=zero, cuda=False, optimizer={"type": "SGD"})
     assert resolved["zero_optimization"] == {**(zero or {}), "stage": 1}
     assert notices == ["zero_optimization.stage: 1 (not given)"]
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_a_given_zero_stage_stays(stage: int) -> None:
-    assert resolve(zero_optimization={"stage": stage})[0]["zero_optimization"] == {"stage": stage}
+def test_given_zero_stage_is_kept(stage: int) -> None:
+    assert resolve(zero_optimization={"stage": stage})[0]["zero_optimization"]["stage"] == stage
 
 
-def test_zero_stage_0_is_refused_and_the_reason_given() -> None:
+def test_zero_stage_0_is_refused_with_reasons() -> None:
     for message in (refusal(zero_optimization={"stage": 0}), refusal({"zero_optimization": {"stage": 0}})):
         assert message.startswith("zero_optimization.stage 0 is refused")
         for reason in ("non-finite step in fp32", "gradient norm", "bf16 gradients in bf16", "use stage 1"):
@@ -110,7 +120,7 @@ def test_zero_stage_0_is_refused_and_the_reason_given() -> None:
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("enabled", [True, "auto"])
-def test_without_cuda_the_run_is_fp32_and_says_so(precision: str, enabled: bool | str) -> None:
+def test_without_cuda_the_run_is_fp32_with_a_notice(precision: str, enabled: bool | str) -> None:
     resolved, notices = resolve(cuda=False, **{precision: {"enabled": enabled}})
     assert resolved[precision] == {"enabled": False}
     assert f"{precision}.enabled: false (no CUDA: the run is fp32)" in notices
@@ -118,13 +128,14 @@ def test_without_cuda_the_run_is_fp32_and_says_so(precision: str, enabled: bool 
 
 @pytest.mark.parametrize("name", ["Adam", "AdamW", "adamw"])
 @pytest.mark.parametrize("params", [{"lr": 1e-3}, {"lr": 1e-3, "torch_adam": False}])
-def test_without_cuda_adam_is_torchs_and_says_so(name: str, params: dict) -> None:
+def test_without_cuda_adam_is_that_of_torch_with_deepspeeds_weight_decay(name: str, params: dict) -> None:
     resolved, notices = resolve(cuda=False, optimizer={"type": name, "params": params})
-    assert resolved["optimizer"] == {"type": name, "params": {**params, "torch_adam": True}}
-    assert notices == ["optimizer.params.torch_adam: true (no CUDA)"]
+    assert resolved["optimizer"] == {"type": name, "params": {**params, "torch_adam": True, "weight_decay": 0.0}}
+    assert notices[0] == "optimizer.params.torch_adam: true (no CUDA)"
+    assert notices[1].startswith("optimizer.params.weight_decay: 0.0 (DeepSpeed's default") and len(notices) == 2
 
 
-def test_without_cuda_what_is_right_already_is_not_mentioned() -> None:
+def test_without_cuda_fitting_settings_have_no_notice() -> None:
     resolved, notices = resolve(
         cuda=False, optimizer={"type": "AdamW", "params": {"lr": 1.0, "torch_adam": True}}, bf16={"enabled": False}
     )
@@ -132,16 +143,154 @@ def test_without_cuda_what_is_right_already_is_not_mentioned() -> None:
     assert resolve(cuda=False, optimizer={"type": "SGD", "params": {"lr": 1.0}})[1] == []
 
 
-def test_with_cuda_precision_and_adam_are_the_users() -> None:
+def test_with_cuda_and_nvcc_precision_and_adam_are_left_alone() -> None:
     resolved, notices = resolve(bf16={"enabled": True})
     assert resolved["bf16"] == {"enabled": True} and resolved["optimizer"] == ADAM and notices == []
+
+
+# ---- with CUDA, without nvcc
+
+
+@pytest.fixture
+def no_nvcc(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deepspeed_config, "can_compile_fused_adam", lambda: False)
+
+
+NO_NVCC = "optimizer.params.torch_adam: true (no nvcc of torch's CUDA version to compile DeepSpeed's FusedAdam)"
+
+
+def test_without_nvcc_adam_is_torchs_fused_one(no_nvcc: None) -> None:
+    resolved, notices = resolve(optimizer={"type": "AdamW", "params": {"lr": 1e-4, "weight_decay": 0.1}})
+    assert resolved["optimizer"]["params"] == {"lr": 1e-4, "weight_decay": 0.1, "torch_adam": True, "fused": True}
+    assert notices == [NO_NVCC, "optimizer.params.fused: true (one kernel updates all weights)"]
+
+
+def test_without_nvcc_the_weight_decay_stays_that_of_deepspeed(no_nvcc: None) -> None:
+    resolved, notices = resolve()
+    assert resolved["optimizer"]["params"]["weight_decay"] == 0.0
+    assert any(notice.startswith("optimizer.params.weight_decay: 0.0") for notice in notices)
+
+
+def test_without_nvcc_muons_adam_is_that_of_torch(no_nvcc: None) -> None:
+    """DeepSpeed passes lr, betas, eps and weight_decay on to Muon's Adam, and refuses nothing else."""
+    resolved, notices = resolve(optimizer={"type": "Muon", "params": {"muon_lr": 0.01}}, gradient_clipping=0.0)
+    assert resolved["optimizer"]["params"] == {"muon_lr": 0.01, "torch_adam": True} and notices == [NO_NVCC]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "zero"),
+    [
+        ({"type": "AdamW", "params": {"lr": 1.0, "torch_adam": False}}, {}),
+        ({"type": "AdamW", "params": {"lr": 1.0, "torch_adam": True}}, {}),
+        ({"type": "SGD", "params": {"lr": 1.0}}, {}),
+        ({"type": "AdamW", "params": {"lr": 1.0}}, {"offload_optimizer": {"device": "cpu"}}),  # DeepSpeedCPUAdam
+    ],
+)
+def test_without_nvcc_what_the_user_chose_is_kept(optimizer: dict, zero: dict, no_nvcc: None) -> None:
+    resolved, notices = resolve(optimizer=optimizer, zero_optimization={**GIVEN_ZERO, **zero})
+    assert resolved["optimizer"] == optimizer and notices == []
+
+
+def test_torch_takes_the_parameters_of_the_fused_adam(no_nvcc: None) -> None:
+    """DeepSpeed keeps torch_adam to itself, passes everything else on, and adds foreach=None."""
+    optimizer = {"type": "AdamW", "params": {"lr": 1e-4, "betas": [0.9, 0.99]}}
+    params = resolve(optimizer=optimizer)[0]["optimizer"]["params"]
+    del params["torch_adam"]
+    weight = torch.nn.Parameter(torch.zeros(4))
+    adam = torch.optim.AdamW([weight], foreach=None, **params)
+    weight.grad = torch.ones(4)
+    adam.step()
+    assert adam.defaults["fused"] and weight.allclose(torch.full((4,), -1e-4))
+
+
+@pytest.mark.parametrize(
+    ("torch_version", "nvcc_version", "expected"),
+    [("12.8", "12.8", True), ("12.8", "11.5", False), ("12.8", None, False), (None, "12.8", False)],
+)
+def test_fused_adam_needs_nvcc_of_torchs_cuda_version(
+    torch_version: str | None, nvcc_version: str | None, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch.utils.cpp_extension
+
+    monkeypatch.setattr(torch.version, "cuda", torch_version)
+    monkeypatch.setattr(torch.utils.cpp_extension, "CUDA_HOME", str(tmp_path))
+    if nvcc_version:
+        (tmp_path / "bin").mkdir()
+        (tmp_path / "bin/nvcc").write_text(f"#!/bin/sh\necho Cuda compilation tools, release {nvcc_version}, V1\n")
+        (tmp_path / "bin/nvcc").chmod(0o755)
+    assert can_compile_fused_adam() is expected
+
+
+# ---- bf16 gradients of several micro-batches
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bf16_gradients_accumulate_in_fp32(stage: int) -> None:
+    zero = {**GIVEN_ZERO, "stage": stage}
+    resolved, notices = resolve(zero_optimization=zero, bf16={"enabled": True}, gradient_accumulation_steps=4)
+    assert resolved["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert notices == ["data_types.grad_accum_dtype: fp32 (adds 4 bf16 gradients per step)"]
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"bf16": {"enabled": True}},
+        {"bf16": {"enabled": False}, "gradient_accumulation_steps": 4},
+        {"gradient_accumulation_steps": 4},
+        {
+            "bf16": {"enabled": True},
+            "gradient_accumulation_steps": 4,
+            "data_types": {"grad_accum_dtype": "bf16"},
+        },
+    ],
+)
+def test_other_gradients_accumulate_as_given(tree: dict) -> None:
+    resolved, notices = resolve(**tree)
+    assert resolved.get("data_types") == tree.get("data_types") and notices == []
+
+
+# ---- communication
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_several_gpus_reduce_gradients_during_the_backward_pass(stage: int) -> None:
+    resolved, notices = resolve(zero_optimization={"stage": stage}, world_size=2)
+    expected = {"stage": stage, "overlap_comm": True, "reduce_bucket_size": REDUCE_BUCKET_SIZE}
+    assert resolved["zero_optimization"] == expected
+    assert [notice.partition(" (")[0] for notice in notices] == [
+        "zero_optimization.reduce_bucket_size: 50000000",
+        "zero_optimization.overlap_comm: true",
+    ]
+
+
+def test_zero_3_and_one_gpu_keep_deepspeeds_overlap() -> None:
+    """ZeRO 3 overlaps by default; one process has nothing to overlap, and would allocate a second bucket."""
+    for zero, world_size in (({"stage": 3}, 2), ({"stage": 1}, 1)):
+        resolved = resolve(zero_optimization=zero, world_size=world_size)[0]["zero_optimization"]
+        assert resolved == {**zero, "reduce_bucket_size": REDUCE_BUCKET_SIZE}
+
+
+def test_given_communication_settings_are_kept() -> None:
+    resolved, notices = resolve(zero_optimization=GIVEN_ZERO, world_size=2)
+    assert resolved["zero_optimization"] == GIVEN_ZERO and notices == []
+
+
+def test_without_cuda_communication_is_that_of_deepspeed() -> None:
+    zero = {"stage": 2}
+    assert resolve(zero_optimization=zero, world_size=2, cuda=False)[0]["zero_optimization"] == zero
+
+
+def test_nvme_is_refused_for_the_optimizer() -> None:
+    message = refusal(zero_optimization={"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/nvme"}})
+    assert message.startswith("zero_optimization.offload_optimizer.device") and 'use "cpu"' in message
 
 
 # ---- "auto"
 
 
 @pytest.mark.parametrize("cuda", [True, False])
-def test_auto_that_has_one_right_answer_is_resolved(cuda: bool) -> None:
+def test_auto_with_one_right_answer_is_resolved(cuda: bool) -> None:
     resolved, notices = resolve(
         cuda=cuda,
         steps=1234,
@@ -170,7 +319,7 @@ def test_auto_that_has_one_right_answer_is_resolved(cuda: bool) -> None:
         ("fp16.enabled", {"fp16": {"enabled": "auto"}}),
     ],
 )
-def test_auto_that_only_other_trainers_resolve_is_refused(path: str, tree: dict) -> None:
+def test_other_autos_are_refused(path: str, tree: dict) -> None:
     message = refusal(**tree)
     assert message.startswith(f'DeepSpeed key {path} is "auto"') and "give a value" in message
     assert refusal(tree) == message  # in a stage's override as well
@@ -187,12 +336,12 @@ def test_auto_that_only_other_trainers_resolve_is_refused(path: str, tree: dict)
         {"optimizer": {"params": {}}},
     ],
 )
-def test_sections_of_a_wrong_kind_are_refused(tree: dict) -> None:
+def test_sections_of_the_wrong_type_are_refused(tree: dict) -> None:
     assert refusal(cuda=False, **tree)
 
 
-def test_no_auto_is_left_and_every_decision_is_told() -> None:
-    """The repository's own file, where nothing may reach DeepSpeed as text."""
+def test_no_auto_is_left_and_every_decision_has_a_notice() -> None:
+    """With the repository's own ds.json."""
     tree = json.loads((ROOT / "ds.json").read_text())
     del tree["fastimagen"]
     for cuda in (True, False):
@@ -234,10 +383,10 @@ ACCUMULATION = "gradient_accumulation_steps"
         ((64, "auto", "auto"), 2, (64, 32, 1)),
     ],
 )
-def test_the_batch_triangle(given: tuple, world_size: int, expected: tuple) -> None:
+def test_batch_size_is_the_product_of_its_factors(given: tuple, world_size: int, expected: tuple) -> None:
     keys = (TOTAL, MICRO, ACCUMULATION)
     tree = {key: value for key, value in zip(keys, given) if value is not None}
-    tree |= {"optimizer": ADAM, "zero_optimization": {"stage": 1}, "gradient_clipping": 0.5}
+    tree |= {"optimizer": ADAM, "zero_optimization": GIVEN_ZERO, "gradient_clipping": 0.5}
     resolved, notices = resolve_deepspeed(
         tree, {}, steps=1, world_size=world_size, cuda=True, tensorboard="", job_name=""
     )
@@ -271,7 +420,7 @@ def test_the_batch_triangle(given: tuple, world_size: int, expected: tuple) -> N
         ((64, None, "4"), 1, "gradient_accumulation_steps must be a positive whole number, got '4'"),
     ],
 )
-def test_contradictory_batches_are_refused(given: tuple, world_size: int, complaint: str) -> None:
+def test_contradictory_batch_sizes_are_refused(given: tuple, world_size: int, complaint: str) -> None:
     assert refusal(world_size=world_size, **dict(zip((TOTAL, MICRO, ACCUMULATION), given))).startswith(complaint)
 
 
@@ -286,24 +435,24 @@ def test_a_stage_overrides_single_keys() -> None:
     )
     assert resolved["optimizer"] == {"type": "AdamW", "params": {"lr": 5e-5, "betas": [0.9, 0.99]}}
     assert (resolved[TOTAL], resolved[MICRO], resolved["gradient_clipping"]) == (16, 16, 2.0)
-    assert resolved["zero_optimization"] == {"stage": 1}
+    assert resolved["zero_optimization"] == GIVEN_ZERO
 
 
-def test_a_stage_may_bring_what_the_file_lacks() -> None:
+def test_a_stage_may_have_keys_that_the_file_lacks() -> None:
     assert resolve({"optimizer": ADAM}, optimizer=None)[0]["optimizer"] == ADAM
     scheduler = {"type": "WarmupLR", "params": {"warmup_num_steps": 5}}
     assert resolve({"scheduler": scheduler})[0]["scheduler"] == scheduler
     assert refusal(optimizer=None).startswith('the DeepSpeed key "optimizer" needs a type')
 
 
-def test_a_stages_batch_must_fit_the_files() -> None:
+def test_batch_size_of_a_stage_must_fit_that_of_the_file() -> None:
     assert refusal({MICRO: 3}).startswith("train_batch_size 8 is not train_micro_batch_size_per_gpu 3")
 
 
 # ---- monitors
 
 
-def test_tensorboard_goes_into_the_run_directory_under_the_stages_name() -> None:
+def test_tensorboard_writes_to_the_run_directory_under_the_name_of_the_stage() -> None:
     assert resolve(tensorboard={"enabled": True})[0]["tensorboard"] == {
         "enabled": True,
         "output_path": "runs/x/tensorboard",

@@ -1,0 +1,244 @@
+"""The DeepSpeed configuration of a stage: what is decided here, and a notice for each decision."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+REDUCE_BUCKET_SIZE = 50_000_000
+"""Gradients that processes reduce at once: 100 MB in bf16. Sending them takes milliseconds, far longer than a
+collective's latency, and a backward pass of the large U-Nets has dozens of buckets to overlap with. DeepSpeed's 500
+million allocate 1 GB in bf16, twice with overlap_comm, and leave these U-Nets 1 to 5 buckets. A larger weight is
+reduced alone."""
+
+ZERO_0_REFUSED = (
+    "zero_optimization.stage 0 is refused: without ZeRO DeepSpeed does not skip a non-finite step in fp32, reports no "
+    "gradient norm and accumulates bf16 gradients in bf16; use stage 1, which costs nothing on one process"
+)
+
+
+def resolve_deepspeed(
+    base: dict[str, Any],
+    override: dict[str, Any],
+    *,
+    steps: int,
+    world_size: int,
+    cuda: bool,
+    tensorboard: str,
+    job_name: str,
+) -> tuple[dict[str, Any], list[str]]:
+    """The configuration that DeepSpeed gets, and one line for everything that was decided here.
+
+    `override` (the stage's keys) is merged over `base`; every "auto" is resolved or refused; no ZeRO stage means 1.
+    Without CUDA the run is fp32. What only speed and precision depend on is set where neither `base` nor `override`
+    sets it. Raises ValueError naming the key.
+    """
+    resolved = _merge(copy.deepcopy(base), override)
+    notices: list[str] = []
+    _check_sections(resolved)
+    _resolve_zero_stage(resolved, notices)
+    if not cuda:
+        _disable_half_precision(resolved, notices)
+    _resolve_clipping(resolved, notices)
+    _resolve_autos(resolved, steps, cuda, notices)
+    _resolve_batch(resolved, world_size, notices)
+    _resolve_adam(resolved, cuda, notices)
+    _resolve_accumulation_dtype(resolved, notices)
+    _resolve_reduce_scatter(resolved, notices)
+    if cuda:
+        _resolve_communication(resolved, world_size, notices)
+    board = resolved.get("tensorboard", {})
+    if board.get("enabled"):
+        board.setdefault("output_path", tensorboard)
+        board.setdefault("job_name", job_name)
+    resolved.setdefault("steps_per_print", 10**9)  # the trainer prints its own line
+    return resolved, notices
+
+
+def _check_sections(resolved: dict[str, Any]) -> None:
+    for name in ("optimizer", "scheduler", "zero_optimization", "bf16", "fp16", "tensorboard"):
+        if not isinstance(resolved.get(name, {}), dict):
+            raise ValueError(f"DeepSpeed key {name} must be an object, got {json.dumps(resolved[name])}")
+    if not isinstance(resolved.get("optimizer", {}).get("type"), str):
+        raise ValueError('the DeepSpeed key "optimizer" needs a type, e.g. {"type": "AdamW", "params": {"lr": 1e-4}}')
+
+
+def _resolve_zero_stage(resolved: dict[str, Any], notices: list[str]) -> None:
+    zero = resolved.setdefault("zero_optimization", {})
+    if zero.get("stage") == 0:
+        raise ValueError(ZERO_0_REFUSED)
+    if _offload_device(resolved) == "nvme":
+        raise ValueError(
+            'zero_optimization.offload_optimizer.device "nvme" is refused: the EMA reads the fp32 weights in memory '
+            'after every step; use "cpu"'
+        )
+    if "stage" not in zero:
+        zero["stage"] = 1
+        notices.append("zero_optimization.stage: 1 (not given)")
+
+
+def _offload_device(resolved: dict[str, Any]) -> str:
+    """Where the optimizer's state is: "none" is beside the weights."""
+    offload = resolved["zero_optimization"].get("offload_optimizer")
+    return offload.get("device", "none") if isinstance(offload, dict) else "none"
+
+
+def _disable_half_precision(resolved: dict[str, Any], notices: list[str]) -> None:
+    for precision in ("bf16", "fp16"):
+        if resolved.get(precision, {}).get("enabled"):
+            resolved[precision]["enabled"] = False
+            notices.append(f"{precision}.enabled: false (no CUDA: the run is fp32)")
+
+
+def can_compile_fused_adam() -> bool:
+    """Whether DeepSpeed can compile its FusedAdam for CUDA here (nvcc of torch's CUDA version), or has it compiled."""
+    from deepspeed.git_version_info import installed_ops
+    from deepspeed.ops.op_builder.builder import (
+        CUDAMismatchException,
+        MissingCUDAException,
+        assert_no_cuda_mismatch,
+    )
+
+    if installed_ops.get("fused_adam"):
+        return True
+    if torch.version.cuda is None:
+        return False
+    try:
+        return assert_no_cuda_mismatch("fused_adam")
+    except (CUDAMismatchException, MissingCUDAException):
+        return False
+
+
+def _resolve_adam(resolved: dict[str, Any], cuda: bool, notices: list[str]) -> None:
+    """torch's Adam where DeepSpeed's FusedAdam cannot run: without CUDA, or where it cannot be compiled.
+
+    DeepSpeed's Muon passes "fused" on to no Adam: torch then takes its multi-tensor implementation, for the vectors
+    that Muon leaves to Adam.
+    """
+    name = resolved["optimizer"]["type"].lower()
+    if name not in ("adam", "adamw", "muon"):
+        return
+    params = resolved["optimizer"].setdefault("params", {})
+    if params.get("torch_adam"):
+        return
+    if cuda and ("torch_adam" in params or _offload_device(resolved) != "none" or can_compile_fused_adam()):
+        return
+    reason = "no nvcc of torch's CUDA version to compile DeepSpeed's FusedAdam" if cuda else "no CUDA"
+    params["torch_adam"] = True
+    notices.append(f"optimizer.params.torch_adam: true ({reason})")
+    if name == "muon":
+        return
+    if cuda and "foreach" not in params and "fused" not in params:
+        params["fused"] = True
+        notices.append("optimizer.params.fused: true (one kernel updates all weights)")
+    if "weight_decay" not in params:
+        params["weight_decay"] = 0.0
+        notices.append("optimizer.params.weight_decay: 0.0 (DeepSpeed's default; that of torch is 0.01)")
+
+
+def _resolve_accumulation_dtype(resolved: dict[str, Any], notices: list[str]) -> None:
+    """bf16 gradients of several micro-batches are added in fp32: a bf16 sum loses what is below 1/256 of it."""
+    accumulation_steps = resolved["gradient_accumulation_steps"]
+    if not resolved.get("bf16", {}).get("enabled") or accumulation_steps == 1:
+        return
+    data_types = resolved.setdefault("data_types", {})
+    if "grad_accum_dtype" not in data_types:
+        data_types["grad_accum_dtype"] = "fp32"
+        notices.append(f"data_types.grad_accum_dtype: fp32 (adds {accumulation_steps} bf16 gradients per step)")
+
+
+def _resolve_reduce_scatter(resolved: dict[str, Any], notices: list[str]) -> None:
+    """DeepSpeed refuses Muon with ZeRO 3 as long as reduce_scatter has its default."""
+    zero = resolved["zero_optimization"]
+    if zero["stage"] == 3 and resolved["optimizer"]["type"].lower() == "muon" and "reduce_scatter" not in zero:
+        zero["reduce_scatter"] = False
+        notices.append("zero_optimization.reduce_scatter: false (Muon with ZeRO 3 requires it)")
+
+
+def _resolve_communication(resolved: dict[str, Any], world_size: int, notices: list[str]) -> None:
+    """How processes reduce gradients. DeepSpeed's own defaults already gather and reduce in contiguous buffers."""
+    zero = resolved["zero_optimization"]
+    if "reduce_bucket_size" not in zero:
+        zero["reduce_bucket_size"] = REDUCE_BUCKET_SIZE
+        notices.append(f"zero_optimization.reduce_bucket_size: {REDUCE_BUCKET_SIZE} (DeepSpeed's: 500000000)")
+    if zero["stage"] in (1, 2) and world_size > 1 and zero.get("overlap_comm") is None:
+        zero["overlap_comm"] = True
+        notices.append("zero_optimization.overlap_comm: true (reduces gradients during the backward pass)")
+
+
+def _resolve_clipping(resolved: dict[str, Any], notices: list[str]) -> None:
+    """DeepSpeed clips to a norm of 1 where nothing is said, and clips what Muon has already made orthogonal."""
+    muon = resolved["optimizer"]["type"].lower() == "muon"
+    if muon and resolved.get("gradient_clipping"):
+        raise ValueError(
+            "gradient_clipping with Muon would shrink its orthogonal updates, whatever the gradients: leave it out"
+        )
+    if "gradient_clipping" not in resolved:
+        resolved["gradient_clipping"] = 0.0 if muon else 1.0
+        notices.append(f"gradient_clipping: {resolved['gradient_clipping']} ({'Muon' if muon else 'not given'})")
+
+
+def _resolve_autos(resolved: dict[str, Any], steps: int, cuda: bool, notices: list[str]) -> None:
+    """Replace the "auto" values that have one right answer; refuse the others, which DeepSpeed would take as text."""
+    answers = {"bf16.enabled": cuda, "scheduler.params.total_num_steps": steps}
+    for path, owner, key in list(_autos(resolved, "")):
+        if path in answers:
+            owner[key] = answers[path]
+            notices.append(f"{path}: {json_like(answers[path])} (was auto)")
+        elif path not in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+            raise ValueError(f'DeepSpeed key {path} is "auto", which only other trainers resolve: give a value')
+
+
+def _autos(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, dict[str, Any], str]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _autos(value, f"{prefix}{key}.")
+        elif value == "auto" or (isinstance(value, list) and "auto" in value):
+            yield f"{prefix}{key}", tree, key
+
+
+def _resolve_batch(resolved: dict[str, Any], world_size: int, notices: list[str]) -> None:
+    """train_batch_size = train_micro_batch_size_per_gpu x gradient_accumulation_steps x processes."""
+    total, micro, accumulation = "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"
+    given = {key: resolved.get(key) for key in (total, micro, accumulation)}
+    known = {key: value for key, value in given.items() if value not in (None, "auto")}
+    for key, value in known.items():
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{key} must be a positive whole number, got {value!r}")
+    if total not in known and micro not in known:
+        raise ValueError(f"give {total} or {micro}")
+    if total not in known:
+        known.setdefault(accumulation, 1)
+        known[total] = known[micro] * known[accumulation] * world_size
+    elif micro not in known:
+        known.setdefault(accumulation, 1)
+        known[micro] = known[total] // (known[accumulation] * world_size)
+    elif accumulation not in known:
+        known[accumulation] = known[total] // (known[micro] * world_size)
+    if known[micro] < 1 or known[micro] * known[accumulation] * world_size != known[total]:
+        raise ValueError(
+            f"{total} {known[total]} is not {micro} {known[micro]} x {accumulation} "
+            f"{known[accumulation]} x {world_size} processes"
+        )
+    notices += [
+        f"{key}: {known[key]}" + (" (was auto)" if given[key] == "auto" else " (not given)")
+        for key in known
+        if known[key] != given[key]
+    ]
+    resolved.update(known)
+
+
+def json_like(value: Any) -> str:
+    """A value as it would stand in the JSON file."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
+    for key, value in override.items():
+        sections = isinstance(value, dict) and isinstance(base.get(key, {}), dict)
+        base[key] = _merge(base.get(key, {}), value) if sections else copy.deepcopy(value)
+    return base
