@@ -38,7 +38,7 @@ class Stage:
         self.config = config
         self.name = config.name
         self.diffusion = Diffusion(config.schedule, config.objective)
-        self.lowres_size = below.size if below else None
+        self.lowres_size = below.size if below else config.lowres_size
         if config.augmentation:
             self.augmentation = make_schedule(config.augmentation.schedule)
 

@@ -217,6 +217,8 @@ class StageConfig(Section):
     """Height and width of the stage's images."""
     crop: int | None = None
     """Size of the random crops to train on (256 for the paper's 1024 stage); sampling is always at full size."""
+    lowres_size: int | None = Field(None, ge=1)
+    """Size of the images that a super-resolution stage enlarges, where no stage below it says so."""
     unet: UNetConfig
     """The U-Net."""
     schedule: ScheduleConfig = ScheduleConfig()
@@ -247,6 +249,12 @@ class StageConfig(Section):
             )
         if not self.unet.lowres and self.augmentation is not None:
             raise ValueError(f'stage "{self.name}" has no low-resolution input: remove "augmentation"')
+        if not self.unet.lowres and self.lowres_size is not None:
+            raise ValueError(f'stage "{self.name}" has no low-resolution input: remove "lowres_size"')
+        if self.lowres_size is not None and self.lowres_size >= self.size:
+            raise ValueError(
+                f'stage "{self.name}": lowres_size {self.lowres_size} must be smaller than size {self.size}'
+            )
         return self
 
 
@@ -264,9 +272,14 @@ class CascadeConfig(Section):
         sizes = [stage.size for stage in self.stages]
         if sizes != sorted(set(sizes)):
             raise ValueError(f"stage sizes must ascend, got {sizes}")
-        for stage in self.stages[1:]:
+        for below, stage in zip(self.stages, self.stages[1:]):
             if not stage.unet.lowres:
                 raise ValueError(f'stage "{stage.name}" is not the first: its unet needs "lowres": true')
+            if stage.lowres_size not in (None, below.size):
+                raise ValueError(
+                    f'stage "{stage.name}": lowres_size {stage.lowres_size} is not the size of stage "{below.name}", '
+                    f"{below.size}: remove it"
+                )
         widths = {stage.unet.text_dim for stage in self.stages if stage.unet.text_dim is not None}
         if len(widths) > 1:
             raise ValueError(f"all stages read the same text, but text_dim differs: {sorted(widths)}")

@@ -27,6 +27,7 @@ from .sampling.output import Output
 from .sampling.pipeline import ImagenPipeline
 from .sampling.request import SamplingRequest
 from .sampling.settings import Setting, sampling_settings
+from .text.t5 import is_random_encoder
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -131,7 +132,8 @@ def _inputs(pipe: ImagenPipeline) -> tuple[list[gr.components.Component], gr.But
     import gradio as gr
 
     assert pipe.text_encoder is not None  # serve checks it
-    shapes = pipe.text_encoder.get("included")  # the built-in encoder only suits the built-in shapes
+    encoder = Path(pipe.source) / pipe.text_encoder["name"]
+    shapes = is_random_encoder(encoder)  # the built-in encoder only suits the built-in shapes
     captions = gr.Textbox(
         label="Captions, one per line",
         lines=6,

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import json
 import re
 import runpy
 import shlex
@@ -24,7 +25,8 @@ import pytest
 import torch
 
 from fastimagen import cli
-from fastimagen.config_file import load_config
+from fastimagen.config import Config, FastimagenConfig
+from fastimagen.config_file import load_config, validate
 from fastimagen.train.stage_setup import plan
 from tests.conftest import ROOT
 
@@ -45,6 +47,24 @@ def blocks(text: str, *languages: str) -> Iterator[tuple[str, str]]:
     for match in FENCE.finditer(text):
         if match["language"] in languages:
             yield match["code"], match["note"] or ""
+
+
+# ---- configurations
+
+
+def configuration_problems(text: str, toy_model: Path) -> list[str]:
+    """Resolve the cascade of every JSON block as training does, for a text encoder of any width."""
+    found = []
+    for code, _ in blocks(text, "json"):
+        section = json.loads(code)
+        if "model" in section.get("cascade", {}):
+            section["cascade"] |= {"model": str(toy_model), "stages": {}}
+        try:
+            config = validate(FastimagenConfig, {"text": {"encoder": "t5_small"}, **section}, "fastimagen")
+            plan(Config(deepspeed={}, fastimagen=config))
+        except ValueError as error:
+            found.append(f"{code.strip()}: {error}")
+    return found
 
 
 # ---- Python

@@ -34,11 +34,11 @@ SAMPLER = {  # what sampling needs: runs with the core dependencies and reaches 
 }
 TRAINING = {
     "data": "config extras files images seeds text",
-    "train": "cascade config config_file data fastimagen files images networks presets sampling seeds",
+    "train": "cascade config config_file data fastimagen files images networks presets sampling seeds text",
     "evaluation": "data fastimagen files images sampling",
     "interop": "cascade config config_file fastimagen files networks presets sampling text",
     "info": "fastimagen ops",
-    "demo": "cascade config files images sampling",
+    "demo": "cascade config files images sampling text",
     "commands": "cascade config_file demo diffusion evaluation files images sampling text train",
     "cli": "commands config config_file data fastimagen info interop logs sampling train",
     "__main__": "cli",

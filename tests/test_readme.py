@@ -15,6 +15,7 @@ from tests.conftest import ROOT
 from tests.page_checks import (
     command_problems,
     commands,
+    configuration_problems,
     extras_table,
     inline_command_problems,
     inline_commands,
@@ -45,6 +46,12 @@ def test_commands_are_accepted_by_their_parsers(page: Path) -> None:
 def test_links_images_and_paths_exist(page: Path) -> None:
     text = (ROOT / page).read_text()
     assert link_problems(text, page) + path_problems(text) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_configurations_describe_a_cascade(page: Path, toy_model: Path) -> None:
+    """JSON blocks are sections of "fastimagen"; a model directory is a toy model with stages of that name."""
+    assert configuration_problems((ROOT / page).read_text(), toy_model) == []
 
 
 def test_the_contributing_guide_names_what_exists() -> None:

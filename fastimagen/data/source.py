@@ -138,7 +138,7 @@ def check_data(config: FastimagenConfig) -> None:
     """
     if config.data.shapes is not None:
         _check_shapes(config.data)
-    if _uses_text(config):
+    if uses_text(config):
         _check_encoder(config)
 
 
@@ -171,7 +171,7 @@ def _check_encoder(config: FastimagenConfig) -> None:
             )
 
 
-def _uses_text(config: FastimagenConfig) -> bool:
+def uses_text(config: FastimagenConfig) -> bool:
     """Whether a stage is conditioned on text; all presets are. Cascades with changes count as such until resolved."""
     if not isinstance(config.cascade, CascadeConfig):
         return True
@@ -207,7 +207,7 @@ def _shapes_folder(data: DataConfig) -> Path:
 
 def _builds_encoder(config: FastimagenConfig) -> bool:
     """Whether `prepare_shapes` will build the built-in text encoder: text.encoder is a folder that is missing."""
-    if config.data.shapes is None or Path(config.text.encoder).exists():
+    if config.data.shapes is None or not uses_text(config) or Path(config.text.encoder).exists():
         return False
     return is_path(config.text.encoder) or Path(config.text.encoder).parent == _shapes_folder(config.data)
 

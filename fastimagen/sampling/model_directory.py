@@ -4,7 +4,7 @@ model_index.json              format, stages in order, reference to the text enc
 <stage>/config.json           the stage's configuration
 <stage>/model.safetensors     EMA weights by parameter name, the configuration in the header
 text_encoder/                 only if the encoder is included; otherwise the index names it
-README.md                     the model card
+README.md, samples.png        the model card, with samples if there are any
 """
 
 from __future__ import annotations
@@ -34,11 +34,12 @@ def write_model(
     text_encoder: dict[str, Any] | None,
     encoder_folder: Path | None,
     card: str,
+    grid: Path | None = None,
 ) -> Path:
     """Write a model directory from weights by stage and parameter name, complete or not at all.
 
     text_encoder: {"name", "revision", "max_length", "included"}; an included one is copied from encoder_folder.
-    Raises ValueError if the folder is not empty.
+    grid: image of samples for the card, copied as samples.png. Raises ValueError if the folder is not empty.
     """
     with atomic_folder(path) as temporary:
         for stage in cascade.stages:
@@ -59,6 +60,8 @@ def write_model(
         }
         (temporary / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
         (temporary / "README.md").write_text(card, encoding="utf-8")
+        if grid is not None:
+            shutil.copyfile(grid, temporary / "samples.png")
     return path
 
 

@@ -274,6 +274,7 @@ class ImagenPipeline:
         if card is None:
             old_card = Path(self.source) / "README.md"
             card = old_card.read_text(encoding="utf-8") if self.source and old_card.is_file() else ""
+        grid = Path(self.source) / "samples.png"
         weights = {stage.name: self.cascade.unets[stage.name].state_dict() for stage in self.cascade.config.stages}
         return write_model(
             Path(path),
@@ -282,6 +283,7 @@ class ImagenPipeline:
             text_encoder=self.text_encoder,
             encoder_folder=Path(self.source) / "text_encoder",
             card=card,
+            grid=grid if self.source and grid.is_file() else None,
         )
 
 

@@ -43,7 +43,8 @@ def resolve_cascade(config: Config) -> Config:
 def plan(config: Config, stage: str = "all") -> tuple[CascadeConfig, list[StageConfig]]:
     """The cascade of a configuration, and the stages to train: one by name, or "all".
 
-    Raises ValueError as `resolve_cascade` does, and for stages under train.stages that the cascade does not have.
+    Raises ValueError as `resolve_cascade` does, for stages under train.stages that the cascade does not have, and for a
+    first stage that enlarges images of unknown size.
     """
     ours = resolve_cascade(config).fastimagen
     cascade = ours.cascade
@@ -53,6 +54,12 @@ def plan(config: Config, stage: str = "all") -> tuple[CascadeConfig, list[StageC
             cascade.stage(name)
         except ValueError as error:
             raise ValueError(f"fastimagen.train.stages: {error}") from None
+    first = cascade.stages[0]
+    if first.unet.lowres and first.lowres_size is None:
+        raise ValueError(
+            f'stage "{first.name}" enlarges images, but no stage is below it: set its "lowres_size" to the size of the '
+            f"images that it will get"
+        )
     return cascade, list(cascade.stages) if stage == "all" else [cascade.stage(stage)]
 
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from ..cascade import Stage
 from ..config import Config, StageConfig, StageTrainConfig
-from ..data.source import Split, embed_all, is_embedded, open_split, prepare_shapes
+from ..data.source import Split, embed_all, is_embedded, open_split, prepare_shapes, uses_text
 from ..files import atomic_file
 from ..networks.parameters import muon_parameters
 from ..networks.unet import UNet
@@ -189,13 +189,13 @@ class Trainer:
         config = self.config.fastimagen
         if config.data.shapes is not None:
             prepare_shapes(config, say=print)
-            if not is_embedded(config):
+            if uses_text(config) and not is_embedded(config):
                 embed_all(config, say=print)
 
     def _open_data(self) -> tuple[Split, Split | None]:
         """The training split and, if the configuration names one, the validation split."""
         config = self.config.fastimagen
-        with_text = any(stage.unet.text_dim for stage in self.cascade.stages)
+        with_text = uses_text(config)
         train_data = open_split(config.data.shards, config, with_text=with_text)
         if config.data.validation is None:
             return train_data, None

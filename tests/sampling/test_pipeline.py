@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load, load_file, save_file
 from torch import Tensor
@@ -14,6 +16,7 @@ from torch import Tensor
 from fastimagen import cascade as cascade_module
 from fastimagen.cascade import Cascade
 from fastimagen.config_file import config_from_dict
+from fastimagen.data.shards import open_shards
 from fastimagen.images import to_uint8
 from fastimagen.sampling.pipeline import ImagenPipeline
 from fastimagen.text.embeddings import TextEmbeddings
@@ -330,3 +333,38 @@ def test_export_takes_the_newest_ema_weights_and_the_text_encoder(
     card = (model / "README.md").read_text()
     assert "| base | 8x8 |" in card and "random" in card
     assert ImagenPipeline.from_pretrained(model)(["a red circle"], guidance=1.0).images.isfinite().all()
+
+
+def test_a_model_travels_with_the_local_encoder_and_its_own_example(
+    toy_config: dict, toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The encoder is a folder, and the data are not the built-in shapes: nothing of the run is needed any more."""
+    shutil.copytree(toy_data, tmp_path / "old/data")
+    toy_config["fastimagen"]["data"] = {"shards": "data/train", "validation": "data/val"}
+    toy_config["fastimagen"]["text"] = {"encoder": "data/text_encoder"}
+    monkeypatch.chdir(tmp_path / "old")
+    write_toy_run(Path("run"), toy_config)
+    Path("run/samples/sr").mkdir(parents=True)
+    Image.new("RGB", (9, 9)).save("run/samples/sr/step-00000004.png")
+    export("run", "model")
+    example = open_shards("data/val")[0].caption(0)
+    shutil.move("model", tmp_path / "new")
+    monkeypatch.chdir(tmp_path)
+    shutil.rmtree("old")
+
+    card = Path("new/README.md").read_text()
+    assert card.startswith("---\nlibrary_name: fastimagen\npipeline_tag: text-to-image\n")
+    assert f"--captions '{example}'" in card and "(samples.png)" in card and Path("new/samples.png").is_file()
+    pipe = ImagenPipeline.from_pretrained("new")
+    assert pipe("a red circle", guidance=1.0).images.isfinite().all()
+    assert pipe.save_pretrained("copy").joinpath("samples.png").is_file()
+
+
+def test_the_card_of_a_cascade_without_text_asks_for_no_captions(toy_config: dict, tmp_path: Path) -> None:
+    for stage in toy_config["fastimagen"]["cascade"]["stages"]:
+        stage["unet"] = stage["unet"] | {"text_dim": None}
+    write_toy_run(tmp_path / "run", toy_config)
+    card = (export(tmp_path / "run", tmp_path / "model") / "README.md").read_text()
+    assert "fastimagen sample --model . --count 4 --out samples" in card and "captions\n" in card
+    assert "samples.png" not in card and "text-to-image" not in card
+    assert ImagenPipeline.from_pretrained(tmp_path / "model").text_encoder is None

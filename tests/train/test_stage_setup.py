@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from fastimagen.cascade import Stage
 from fastimagen.config import CascadeConfig
 from fastimagen.config_file import load_config
-from fastimagen.train.stage_setup import plan, resolve_cascade
+from fastimagen.text.embeddings import TextEmbeddings
+from fastimagen.train.stage_setup import initial_unet, plan, resolve_cascade
 from fastimagen.train.trainer import Trainer
-from tests.conftest import write_toy_encoder, write_toy_model
+from tests.conftest import toy_cascade, write_toy_encoder, write_toy_model
 
 Write = Callable[[dict[str, Any]], Path]
 
@@ -58,9 +61,25 @@ def test_a_preset_without_text_needs_no_text_encoder(toy_config: dict[str, Any],
     assert [(stage.name, stage.unet.text_dim) for stage in stages] == [("base", None)]
 
 
+def test_super_resolution_alone_says_what_it_enlarges(toy_config: dict[str, Any], write_config: Write) -> None:
+    """It then trains as the same stage does above a base stage of that size."""
+    toy_config["fastimagen"]["train"] = {}
+    cascade = {"preset": "shapes", "stages": {"base": None, "sr": {"size": 32, "crop": 16, "lowres_size": 16}}}
+    toy_config["fastimagen"]["cascade"] = cascade
+    (alone,) = plan(load_config(write_config(toy_config)))[1]
+    images, losses = torch.rand(2, 3, 16, 16), []
+    text = TextEmbeddings(torch.randn(2, 3, 64), torch.ones(2, 3, dtype=torch.bool))
+    unet = initial_unet(alone, seed=0)
+    below = toy_cascade().stages[0].model_copy(update={"size": 16})
+    for stage in (Stage(alone), Stage(alone.model_copy(update={"lowres_size": None}), below)):
+        losses.append(stage.training_loss(unet, images, text, torch.Generator().manual_seed(0)))
+    assert torch.equal(*losses)
+
+
 @pytest.mark.parametrize(
     ("cascade", "message"),
     [
+        ({"preset": "shapes", "stages": {"base": None}}, 'stage "sr" enlarges images, but no stage is below it: set'),
         ({"model": "nowhere"}, "nowhere is not a model directory"),
         ({"preset": "papr"}, 'unknown cascade preset "papr"; did you mean "paper"?'),
         ({"preset": "shapes", "stages": {"top": {}}}, 'fastimagen.cascade.stages: no stage "top"'),
@@ -69,7 +88,7 @@ def test_a_preset_without_text_needs_no_text_encoder(toy_config: dict[str, Any],
 def test_a_cascade_that_cannot_be_resolved_is_an_error(
     toy_config: dict[str, Any], write_config: Write, cascade: dict[str, Any], message: str
 ) -> None:
-    toy_config["fastimagen"]["cascade"] = cascade
+    toy_config["fastimagen"] |= {"cascade": cascade, "train": {}}
     with pytest.raises(ValueError) as caught:
         Trainer(load_config(write_config(toy_config)))
     assert str(caught.value).startswith(message)
