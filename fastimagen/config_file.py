@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -69,9 +69,14 @@ def _error_line(section: type[Section], error: ValidationError, where: str) -> s
 
 def _unknown_key_line(section: type[Section], path: list[str], where: str) -> str:
     valid = sorted({key for owner in _sections_at([section], path[:-1]) for key in owner.model_fields})
-    near = difflib.get_close_matches(path[-1], valid, n=1, cutoff=0.5)
-    hint = f'did you mean "{near[0]}"?' if near else f"valid keys: {', '.join(valid)}"
-    return f"unknown key {'.'.join([where, *path])}; {hint}"
+    return f"unknown key {'.'.join([where, *path])}; {hint(path[-1], valid, 'valid keys')}"
+
+
+def hint(name: str, valid: Iterable[str], label: str) -> str:
+    """What an error about an unknown name ends with: the nearest valid one, or `label` and all of them."""
+    valid = list(valid)
+    near = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    return f'did you mean "{near[0]}"?' if near else f"{label}: {', '.join(valid)}"
 
 
 def _key_path(location: tuple[int | str, ...]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,7 +15,7 @@ from .config import (
     StageConfig,
     UNetConfig,
 )
-from .config_file import validate
+from .config_file import hint, validate
 
 MINIMAGEN = dict(
     cross_heads=8,
@@ -327,9 +326,7 @@ def resolve(cascade: str | CascadeChanges | CascadeConfig, *, text_dim: int | No
         assert cascade.preset is not None  # stage_setup reads models
         return change(resolve(cascade.preset, text_dim=text_dim), cascade.stages)
     if cascade not in PRESETS:
-        near = difflib.get_close_matches(cascade, PRESETS, n=1, cutoff=0.4)
-        hint = f'did you mean "{near[0]}"?' if near else f"presets: {', '.join(PRESETS)}"
-        raise ValueError(f'unknown cascade preset "{cascade}"; {hint}')
+        raise ValueError(f'unknown cascade preset "{cascade}"; {hint(cascade, PRESETS, "presets")}')
     preset = PRESETS[cascade]
     return preset() if text_dim is None else preset(text_dim)
 

@@ -6,14 +6,13 @@ fields, so a new field appears in all three. Imports without torch, because `fas
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
 from ..config import SamplingConfig
-from ..config_file import validate
+from ..config_file import hint, validate
 
 Offload = Literal["auto", "always", "never"]
 """When a stage's weights are on the GPU: "always" offloads them while other stages run, "auto" only if they fill it."""
@@ -92,8 +91,6 @@ def sampling_settings() -> Iterator[Setting]:
 def require_known(settings: Mapping[str, Any]) -> None:
     """Raise ValueError that names the nearest setting if one of `settings` is not a field of SamplingConfig."""
     for name in settings:
-        if name in SamplingConfig.model_fields:
-            continue
-        near = difflib.get_close_matches(name, SamplingConfig.model_fields, n=1, cutoff=0.5)
-        hint = f'did you mean "{near[0]}"?' if near else f"valid settings: {', '.join(SamplingConfig.model_fields)}"
-        raise ValueError(f'unknown sampling setting "{name}"; {hint}')
+        if name not in SamplingConfig.model_fields:
+            known = hint(name, SamplingConfig.model_fields, "valid settings")
+            raise ValueError(f'unknown sampling setting "{name}"; {known}')
