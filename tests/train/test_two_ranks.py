@@ -1,0 +1,195 @@
+"""Two processes and one network: the layout of ZeRO's flat weights, and what ZeRO 3 frees in a forward pass."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.conftest import ROOT, toy_cascade
+
+pytestmark = pytest.mark.slow
+
+ADAMW = {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}}
+MUON = {"type": "Muon", "params": {"muon_lr": 1e-2, "adam_lr": 1e-2, "torch_adam": True}}
+LAYOUTS = {
+    f"{optimizer['type']}, ZeRO {stage}, {dtype}": (optimizer, stage, dtype)
+    for optimizer in (ADAMW, MUON)
+    for stage in (1, 2, 3)
+    for dtype in ("fp32", "bf16")
+}
+STAGES = ("base", "sr")
+FREE_AT_ONCE = {  # ZeRO 3 gathers parameters for one module at a time, however small they are
+    "stage": 3,
+    "stage3_param_persistence_threshold": 0,
+    "stage3_max_live_parameters": 0,
+    "stage3_max_reuse_distance": 0,
+    "stage3_prefetch_bucket_size": 0,
+}
+
+# ---- in each of the two processes
+
+
+class Net(nn.Module):
+    """Sizes that no number of processes divides, and a weight larger than a process's share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(3, 5), nn.Linear(5, 41), nn.Linear(41, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.third(self.second(self.first(x)))
+
+
+def make_engine(model: nn.Module, muon: set[str], optimizer: dict, zero: dict, dtype: str) -> Any:
+    from fastimagen.train import engine
+    from fastimagen.train.deepspeed_config import resolve_deepspeed
+
+    world_size = torch.distributed.get_world_size()
+    keys = {
+        "train_batch_size": 4 * world_size,
+        "gradient_accumulation_steps": 2,
+        "optimizer": optimizer,
+        "zero_optimization": zero,
+        "bf16": {"enabled": dtype == "bf16"},
+    }
+    # As if there were a GPU: otherwise bf16 would become fp32.
+    config, _ = resolve_deepspeed(keys, {}, steps=1, world_size=world_size, cuda=True, tensorboard="", job_name="")
+    return engine.make_engine(model, config, muon)
+
+
+def check_layout(optimizer: dict, stage: int, dtype: str) -> str:
+    """Compare FlatWeights with what DeepSpeed gathers parameter by parameter. Returns the optimizer's class."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    from fastimagen.train import flat_weights
+
+    torch.manual_seed(0)
+    engine = make_engine(Net(), {"first.weight", "second.weight"}, optimizer, {"stage": stage}, dtype)
+    x = torch.randn(2, 3, dtype=next(engine.module.parameters()).dtype)
+    for _ in range(2):
+        engine.backward(engine(x).float().square().mean())
+        engine.step()
+    weights = flat_weights.FlatWeights(engine)
+    shapes = {name: tuple(parameter.shape) for name, parameter in Net().named_parameters()}
+    expected = {
+        name: safe_get_full_fp32_param(parameter).detach().clone()
+        for name, parameter in engine.module.named_parameters()
+    }
+
+    for target in (torch.float32, torch.bfloat16):
+        everywhere = weights.all_gather(weights.shards, target)
+        assert list(everywhere) == list(shapes)
+        for name, weight in everywhere.items():
+            assert tuple(weight.shape) == shapes[name] and weight.equal(expected[name].to(target)), name
+
+    flat_weights.PIECE_SIZE = 14  # several pieces
+    on_first = weights.gather(weights.shards)
+    assert (on_first is None) == (torch.distributed.get_rank() > 0)
+    for name, weight in (on_first or {}).items():
+        assert weight.is_contiguous() and weight.equal(expected[name]), name
+
+    values = [torch.full(shard.shape, torch.nan) for shard in weights.shards]
+    weights.scatter(expected, values)
+    scattered = weights.all_gather(values, torch.float32)
+    assert all(scattered[name].equal(expected[name]) for name in expected)
+    assert not any(value.isnan().any() for value in values), "padding was left out"
+    name = type(engine.optimizer).__name__
+    engine.destroy()
+    return name
+
+
+def not_freed(stage_name: str) -> list[str]:
+    """Names of the parameters whose gathered memory is still alive after a forward pass with gradients."""
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    from fastimagen.networks.unet import UNet
+    from fastimagen.text.embeddings import TextEmbeddings
+
+    config = toy_cascade().stage(stage_name).unet
+    engine = make_engine(UNet(config), set(), ADAMW, FREE_AT_ONCE, "fp32")
+    names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+    gathered: dict[str, StorageWeakRef] = {}
+
+    def remember(module: nn.Module, inputs: Any) -> None:
+        for parameter in module.parameters(recurse=False):
+            assert parameter.numel(), f"{names[id(parameter)]} is not gathered"
+            gathered[names[id(parameter)]] = StorageWeakRef(parameter.untyped_storage())
+
+    for module in engine.module.modules():
+        module.register_forward_pre_hook(remember)  # called after DeepSpeed's
+    text = TextEmbeddings(torch.randn(2, 5, 64), torch.arange(5) < torch.tensor([[5], [3]]))
+    lowres = {"lowres": torch.randn(2, 3, 8, 8), "lowres_time": torch.tensor([3.0, 4.0])} if config.lowres else {}
+    out = engine(torch.randn(2, 3, 8, 8), torch.tensor([3.0, 500.0]), text=text, **lowres)
+    assert out.requires_grad and gathered.keys() == set(names.values())
+    alive = [name for name, storage in gathered.items() if not storage.expired()]
+    del out
+    engine.destroy()
+    return alive
+
+
+def in_each_process() -> None:
+    """Print the results as JSON on the last line."""
+    from fastimagen.train.engine import init_distributed
+
+    init_distributed()
+    results = {
+        "layouts": {name: check_layout(*layout) for name, layout in LAYOUTS.items()},
+        "not freed": {name: not_freed(name) for name in STAGES},
+    }
+    print(json.dumps(results), flush=True)
+
+
+# ---- the tests
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, Any]:
+    """What two processes found, which must be the same."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    script = "from tests.train.test_two_ranks import in_each_process; in_each_process()"
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", script],
+            cwd=ROOT,
+            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=200)[0] for process in processes]
+    for process, output in zip(processes, outputs):
+        assert process.returncode == 0, output[-3000:]
+    found = [json.loads(next(line for line in reversed(output.splitlines()) if line[:1] == "{")) for output in outputs]
+    assert found[0] == found[1]
+    return found[0]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_flat_layout_is_that_of_deepspeed(name: str, results: dict[str, Any]) -> None:
+    expected = "DeepSpeedZeroOptimizer"
+    if "ZeRO 3" in name:
+        expected = "DeepSpeedZeroOptimizer_Stage3"
+    elif "ZeRO 1, bf16" in name:  # gradients of several micro-batches in fp32
+        expected = "BF16_Optimizer"
+    assert results["layouts"][name] == expected
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_zero_3_frees_every_weight_after_its_use(stage: str, results: dict[str, Any]) -> None:
+    """All modules that read a parameter through a view must save the parameter itself for the backward pass.
+
+    The query of attention pooling is a vector, far below the size from which DeepSpeed partitions parameters."""
+    assert results["not freed"][stage] == ["text.pool.query"]
