@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastimagen import ops
 
+from ..harness.inputs import normal_inputs, usual_dtype
 from ..harness.measure import Case, Provider, ProviderUnavailable, compiled
 from ..harness.timing import first_line
 
@@ -132,9 +133,10 @@ def cases(
     sides: tuple[int, ...] = (64, 32, 16, 8),
     batches: tuple[int, ...] = (8, 32, 64, 64),
     compilers: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Iterator[Case]:
     """Largest maps first. With `compilers` the providers that take seconds to compile a shape, and only those."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = dtype or usual_dtype(device)
     for side, batch in zip(sides, batches):
         for kind in ("self", "self + text", "self + ragged text", "cross to ragged text"):
             if compilers and (side < 32 or kind != "self + ragged text"):
@@ -190,11 +192,7 @@ def make_inputs(
     device: torch.device,
 ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     """Random arguments of a kind, the same at every call. Ragged captions have 8 to 64 tokens of 256."""
-    generator = torch.Generator(device).manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, device=device, dtype=torch.float32).to(dtype)
-
+    normal = normal_inputs(device, dtype)
     key_heads, keys = (HEADS, 2) if kind.startswith("cross") else (1, queries)  # cross: two time tokens
     image = tuple(normal(batch, keys, key_heads, WIDTH) for _ in range(2))
     sources = {name: normal(WIDTH) for name in ("null_k", "null_v")}

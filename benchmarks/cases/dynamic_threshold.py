@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastimagen import ops
 
+from ..harness.inputs import normal_inputs, usual_dtype
 from ..harness.measure import Case
 
 PERCENTILE = 0.995
@@ -97,10 +98,13 @@ STEPS = {
 }
 
 
-def cases(device: torch.device, *, shapes: tuple[tuple[int, int], ...] = SHAPES) -> Iterator[Case]:
+def cases(
+    device: torch.device, *, shapes: tuple[tuple[int, int], ...] = SHAPES, dtype: torch.dtype | None = None
+) -> Iterator[Case]:
+    """`dtype` is that of the network's output."""
+    dtype = dtype or usual_dtype(device)
     for batch, side in shapes:
         elements = batch * 3 * side**2
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         yield Case(
             "sampler step",
             f"B{batch} {side}x{side}",
@@ -123,8 +127,8 @@ def cases(device: torch.device, *, shapes: tuple[tuple[int, int], ...] = SHAPES)
 
 def make_step(batch: int, side: int, dtype: torch.dtype, device: torch.device) -> tuple[tuple, dict[str, Any]]:
     """A guided step of DDIM or DPM-Solver++ from a U-Net's output in its own precision."""
-    generator = torch.Generator(device).manual_seed(0)
-    x, *halves = (torch.randn(batch, 3, side, side, generator=generator, device=device) for _ in range(3))
+    normal = normal_inputs(device)
+    x, *halves = (normal(batch, 3, side, side) for _ in range(3))
     return (torch.cat(halves).to(dtype), x, (0.7, -0.7), (0.6, 0.4, 0.0, 0.0)), {
         "guidance": 5.0,
         "threshold": "dynamic",
@@ -134,6 +138,5 @@ def make_step(batch: int, side: int, dtype: torch.dtype, device: torch.device) -
 
 def make_inputs(batch: int, side: int, device: torch.device) -> tuple[tuple[Tensor, float], dict[str, Any]]:
     """Normal values, larger in later samples, so that some are clipped and some are not."""
-    generator = torch.Generator(device).manual_seed(0)
-    x0 = torch.randn(batch, 3, side, side, generator=generator, device=device)
+    x0 = normal_inputs(device)(batch, 3, side, side)
     return (x0 * torch.linspace(0.2, 2, batch, device=device)[:, None, None, None], PERCENTILE), {}

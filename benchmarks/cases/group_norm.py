@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from fastimagen import ops
 
+from ..harness.inputs import normal_inputs, usual_dtype
 from ..harness.measure import Case, compiled
 
 GROUPS = 8
@@ -31,9 +32,8 @@ SHAPES = (  # B, C, S: MinImagen Base and Super, the paper's networks, and what 
     (1, 1024, 16),
     (1, 2048, 8),
 )
-PASSES = {"forward": (3, 2), "backward": (5, 3)}
-"""Times that a tensor of x's size crosses the memory: (in two passes, in one where a group stays on chip)."""
-ON_CHIP = 16384  # elements of a group
+TENSORS = {"forward": 2, "backward": 3}
+"""Of x's size that an op must read or write: x and y; x, dy and dx."""
 
 
 def ours(name: str, *arguments: Any, **keywords: Any) -> Tensor:
@@ -53,9 +53,10 @@ def cases(
     *,
     shapes: tuple[tuple[int, int, int], ...] = SHAPES,
     compilers: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Iterator[Case]:
     """In the U-Net's layout, channels_last, and contiguous; with `compilers` inductor's row of each, alone."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = dtype or usual_dtype(device)
     providers = (
         {"inductor": compiled(eager)}
         if compilers
@@ -64,8 +65,6 @@ def cases(
     for batch, channels, side in shapes:
         for layout in (torch.channels_last, torch.contiguous_format):
             name = "channels_last" if layout is torch.channels_last else "contiguous"
-            elements = batch * channels * side**2
-            on_chip = channels // GROUPS * side**2 <= ON_CHIP
             for mode in ("forward", "backward"):
                 yield Case(
                     "group_norm",
@@ -74,7 +73,7 @@ def cases(
                     mode,
                     partial(make_inputs, batch, channels, side, layout, dtype, device),
                     providers,
-                    bytes=float(elements * dtype.itemsize * PASSES[mode][on_chip]),
+                    bytes=float(TENSORS[mode] * batch * channels * side**2 * dtype.itemsize),
                 )
 
 
@@ -82,11 +81,7 @@ def make_inputs(
     batch: int, channels: int, side: int, layout: torch.memory_format, dtype: torch.dtype, device: torch.device
 ) -> tuple[tuple, dict[str, Any]]:
     """Random arguments with FiLM, the same at every call; scale and shift are halves of one tensor, as in the U-Net."""
-    generator = torch.Generator(device).manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, device=device).to(dtype)
-
+    normal = normal_inputs(device, dtype)
     x = normal(batch, channels, side, side).contiguous(memory_format=layout)
     scale, shift = normal(batch, 2 * channels).chunk(2, dim=1)
     return (x, normal(channels), normal(channels), GROUPS), {"scale": scale.detach(), "shift": shift.detach()}

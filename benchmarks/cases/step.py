@@ -199,19 +199,22 @@ def _measure(
 
 
 def _facts(bench: Bench, name: str, step: Step) -> dict[str, Any]:
-    """What else a step tells: memory with weights and optimizer, waits for the GPU, the share of every kind of op."""
+    """What else a step tells: memory with weights and optimizer, host synchronisations, time by kind of op."""
     facts: dict[str, Any] = {}
     if bench.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         step()
-        facts = {"peak_bytes": torch.cuda.max_memory_allocated(), "waits": waits(step)}
+        facts = {
+            "peak_bytes": torch.cuda.max_memory_allocated(),
+            "host_synchronisations": host_synchronisations(step),
+        }
     if "compiled" not in name:
         facts["parts"] = breakdown(step, bench.device)
     return facts
 
 
-def waits(step: Step) -> int:
-    """Times that a step waits for the GPU: `.item()`, copies from pageable memory and the like."""
+def host_synchronisations(step: Step) -> int:
+    """Times that the host waits for the GPU in a step: `.item()`, copies from pageable memory and the like."""
     torch.cuda.synchronize()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

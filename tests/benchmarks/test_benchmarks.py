@@ -1,18 +1,14 @@
-"""The benchmark suite: it runs from end to end, stops at wrong results, loses nothing; its tables tell the truth."""
+"""Result rows and tables: an interrupt loses nothing, and the tables say what the rows say."""
 
 from __future__ import annotations
 
 import json
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import gpu_check, report
+from benchmarks import report
 from benchmarks.cases import step
 from benchmarks.harness.rows import Results, kernel_digest, read
 from fastimagen.networks.convolution import Conv2d
@@ -27,81 +23,6 @@ HERE = {
     "date": "2026-01-01",
 }
 ROW = {"op": "threshold", "shape": "B1 8x8", "dtype": "float32", "mode": "forward", "timer": "events"}
-# Why a row may be without a time where there is no GPU.
-REASONS = (
-    r'ValueError: backend "triton" cannot run: there is no GPU|\w+ is not installed|RuntimeError: No viable '
-    r"backend for scaled_dot_product_attention|(MinImagen|imagen-pytorch) has no such network|"
-    r"NotImplementedError: FlexAttention does not support backward on CPU"
-)
-
-
-@pytest.mark.slow
-def test_everything_that_a_gpu_would_run_runs(tmp_path: Path) -> None:
-    out = tmp_path / "dry.json"
-    child = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu_check", "--dry-run", "--out", str(out)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert child.returncode == 0, child.stdout + child.stderr
-    rows = read(out)
-    assert {row["op"] for row in rows} == {
-        "ceiling",
-        "training step",
-        "attention",
-        "group_norm",
-        "threshold",
-        "sampler step",
-        "unet",
-        "sampling",
-    }
-    wrong = {row["missing"] for row in rows if "missing" in row and not re.match(REASONS, row["missing"])}
-    assert wrong == set()  # a provider that is broken must not hide as one that is not there
-    for op in {row["op"] for row in rows}:
-        assert any("ms" in row for row in rows if row["op"] == op), op
-
-
-# ---- gpu-check
-
-
-@pytest.fixture
-def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
-    """What gpu_check starts, instead of starting it; names in FAIL do not come to a good end."""
-    started: list[tuple[str, ...]] = []
-
-    def run(seconds: float, module: str, *arguments: str) -> bool:
-        started.append((module, *arguments))
-        return not any("test_ops_cuda" in argument for argument in arguments)
-
-    monkeypatch.setattr(gpu_check, "run", run)
-    return started
-
-
-def test_wrong_results_stop_it(runs: list[tuple[str, ...]], capsys: pytest.CaptureFixture[str]) -> None:
-    assert gpu_check.main([]) == 1
-    assert [module for module, *_ in runs] == ["pytest"]
-    assert "results are wrong: nothing is measured" in capsys.readouterr().out
-
-
-def test_the_most_important_comes_first_within_the_budget(
-    runs: list[tuple[str, ...]], capsys: pytest.CaptureFixture[str]
-) -> None:
-    groups = [name for name in gpu_check.GROUPS if name != "tests"]
-    assert gpu_check.main(["--only", ",".join(groups)]) == 0
-    assert [next(a for a in started if a.startswith("--only")) for started in runs] == [f"--only={g}" for g in groups]
-    runs.clear()
-    assert gpu_check.main(["--only", ",".join(groups), "--budget", "5"]) == 0
-    assert runs == [] and capsys.readouterr().out.count("no time for") == len(groups)
-
-
-def test_its_results_are_of_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (["--dry-run"], ["--only", "nonsense"]):
-        with pytest.raises(SystemExit):
-            gpu_check.main(arguments)
-    error = capsys.readouterr().err
-    assert "--dry-run needs --out FILE" in error and "no group nonsense; there are tests, step" in error
 
 
 # ---- rows
