@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from ..cascade import Stage
 from ..config import Config, StageConfig, StageTrainConfig
+from ..data.loader import Loader
 from ..data.source import Split, embed_all, is_embedded, open_split, prepare_shapes, uses_text
 from ..files import atomic_file
 from ..networks.parameters import muon_parameters
@@ -108,22 +109,12 @@ class Trainer:
         ema = EMA(weights.shards, self._stage_settings(config).ema or settings.ema)
         start_step, averager = 0, MetricAverager(self.device)
         if resume_from:
-            state, average = checkpoint.load(resume_from, engine)
-            weights.scatter(average, ema.average)
+            state, ema_weights = checkpoint.load(resume_from, engine)
+            weights.scatter(ema_weights, ema.average)
             start_step = state["step"]
             averager = MetricAverager.resume(self.device, state["averages"], self.rank)
             self._print(f"{config.name}: resuming from step {start_step}")
-        loader = train_data.loader(
-            self.config.fastimagen,
-            size=config.size,
-            crop=config.crop,
-            rank=self.rank,
-            world_size=self.world_size,
-            global_batch=global_batch_size,
-            micro_batch=deepspeed["train_micro_batch_size_per_gpu"],
-            seed=settings.seed,
-            pin=self.device.type == "cuda",
-        )
+        loader = self._loader(train_data, config, deepspeed)
         metrics = Metrics(
             self.run_dir, stage=config.name, steps=steps, start=start_step, rank=self.rank, monitor=engine.monitor
         )
@@ -154,12 +145,11 @@ class Trainer:
                     averager.add(step_loss, global_batch_size, data_wait)
                 metrics.advance()
 
-                is_last = step == steps
-                if is_last or step % settings.log_every == 0:
+                every = (settings.log_every, settings.validate_every, settings.sample_every, settings.checkpoint_every)
+                log, validate, preview, save = (step == steps or step % interval == 0 for interval in every)
+                if log:
                     self._log(metrics, averager, step, engine, loader.counters)
                     averager = MetricAverager(self.device)
-                validate = is_last or step % settings.validate_every == 0
-                preview = is_last or step % settings.sample_every == 0
                 if validation_data and (validate or preview):
                     unet = ema_unet(stage, weights, ema, next(engine.module.parameters()).dtype)
                     if validate:
@@ -167,12 +157,11 @@ class Trainer:
                     if preview:
                         path = self.run_dir / "samples" / config.name / f"step-{step:08d}.png"
                         sample_grid(stage, unet, validation_data, self.config, path)
-                    del unet  # its weights take memory
+                    del unet  # frees its weights
                 reason = stop.should_stop()
-                if reason or is_last or step % settings.checkpoint_every == 0:
-                    average = weights.gather(ema.average)
-                    state = self._state(config, step, averager)
-                    checkpoint.save(self._checkpoints(config), engine, average, state, settings.keep_checkpoints)
+                if reason or save:
+                    state, folder = self._state(config, step, averager), self._checkpoints(config)
+                    checkpoint.save(folder, engine, weights.gather(ema.average), state, settings.keep_checkpoints)
                 if reason:
                     raise TrainingInterrupted(
                         f"{reason}: saved a checkpoint of {config.name} at step {step}; rerun the command to resume"
@@ -200,6 +189,20 @@ class Trainer:
         if config.data.validation is None:
             return train_data, None
         return train_data, open_split(config.data.validation, config, with_text=with_text)
+
+    def _loader(self, data: Split, config: StageConfig, deepspeed: dict[str, Any]) -> Loader:
+        """The training batches of this rank."""
+        return data.loader(
+            self.config.fastimagen,
+            size=config.size,
+            crop=config.crop,
+            rank=self.rank,
+            world_size=self.world_size,
+            global_batch=deepspeed["train_batch_size"],
+            micro_batch=deepspeed["train_micro_batch_size_per_gpu"],
+            seed=self.settings.seed,
+            pin=self.device.type == "cuda",
+        )
 
     def _checkpoints(self, config: StageConfig) -> Path:
         return self.run_dir / "checkpoints" / config.name

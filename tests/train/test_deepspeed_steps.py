@@ -1,10 +1,11 @@
-"""What a step of DeepSpeed does to the weights, against the formulas: Muon on our layers, accumulated batches."""
+"""What steps of DeepSpeed do to the weights, against the formulas: Muon on our layers, accumulated gradients."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -14,12 +15,14 @@ from torch.nn import functional as F
 from fastimagen.networks.convolution import Conv2d
 from fastimagen.train.deepspeed_config import resolve_deepspeed
 from fastimagen.train.engine import init_distributed, make_engine
+from fastimagen.train.flat_weights import FlatWeights
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.slow
 
 MUON, ADAM, MOMENTUM, BETAS = 0.01, 0.002, 0.95, [0.9, 0.99]
 STEPS = 5
+BF16_GRADIENTS = (256.0, *[1.0] * 7)
 
 
 class Net(nn.Module):
@@ -56,10 +59,41 @@ CONFIGS = {
 }
 
 
-def with_deepspeed() -> dict[str, dict[str, list]]:
-    """The weights after a few steps of DeepSpeed with each of CONFIGS, in this process."""
+def with_deepspeed() -> dict[str, Any]:
+    """The weights after a few steps of DeepSpeed with each of CONFIGS, and bf16 sums, in this process."""
     init_distributed()
-    return {name: trained(tree) for name, tree in CONFIGS.items()}
+    return {**{name: trained(tree) for name, tree in CONFIGS.items()}, "bf16": [bf16_sum(stage) for stage in (1, 2, 3)]}
+
+
+class Scale(nn.Module):
+    """One weight, whose gradient is the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.weight * x).sum()
+
+
+def bf16_sum(stage: int) -> float:
+    """The fp32 master weight after one SGD step, of learning rate 1, on the mean of BF16_GRADIENTS."""
+    keys = {
+        "train_batch_size": len(BF16_GRADIENTS),
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": True},
+        "optimizer": {"type": "SGD", "params": {"lr": 1.0}},
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": stage},
+    }
+    # As if there were a GPU: otherwise the run would be fp32.
+    config, _ = resolve_deepspeed(keys, {}, steps=1, world_size=1, cuda=True, tensorboard="", job_name="")
+    engine = make_engine(Scale(), config, muon=set())
+    for gradient in BF16_GRADIENTS:
+        engine.backward(engine(torch.full((4,), gradient, dtype=torch.bfloat16)))
+        engine.step()
+    return FlatWeights(engine).shards[0][0].item()
 
 
 def trained(tree: dict) -> dict[str, list]:
@@ -76,7 +110,7 @@ def trained(tree: dict) -> dict[str, list]:
 
 
 @pytest.fixture(scope="module")
-def weights() -> dict[str, dict[str, list]]:
+def weights() -> dict[str, Any]:
     script = (
         "import json; from tests.train.test_deepspeed_steps import with_deepspeed; print(json.dumps(with_deepspeed()))"
     )
@@ -119,6 +153,13 @@ def by_hand() -> dict[str, Tensor]:
 def test_muon_steps_are_those_of_its_formula(weights: dict) -> None:
     for name, expected in by_hand().items():
         torch.testing.assert_close(torch.tensor(weights["muon"][name]).double(), expected, rtol=0, atol=2e-5, msg=name)
+
+
+def test_bf16_gradients_of_micro_batches_are_not_lost(weights: dict) -> None:
+    """The mean is -263 / 8 = -32.875. A sum in bf16 stays at 256, and the weight at -32.
+
+    ZeRO 1 rounds the sum to bf16 once, when it reduces gradients: -33."""
+    assert weights["bf16"] == [-33.0, -32.875, -32.875]
 
 
 def test_defect_6_accumulated_micro_batches_are_one_averaged_batch(weights: dict) -> None:
