@@ -1,9 +1,9 @@
-"""What can be known on a CPU: whole steps and sampling against MinImagen, single ops, sampler, data loading.
+"""What a CPU can tell: steps and sampling against MinImagen, single ops and their host time, sampler, data loading.
 
     make bench
     python -m benchmarks.cpu [--out FILE] [--only GROUP,...] [--seconds S]
 
-One thread; what is compared takes turns in one run, and CPU seconds are counted. MinImagen 0.0.9 is measured if it is
+One thread; providers alternate in one run, and CPU seconds are counted. MinImagen 0.0.9 is measured if it is
 installed (benchmarks/harness/peers.py says how); its networks have the shapes, captions and seeds of ours.
 """
 
@@ -25,7 +25,7 @@ import torch
 from fastimagen.cascade import Cascade
 from fastimagen.presets import minimagen_test, shapes
 
-from .cases import attention, dynamic_threshold, group_norm, sampling, step
+from .cases import attention, dynamic_threshold, group_norm, host_time, sampling, step
 from .harness import networks, peers
 from .harness.checkout import ROOT
 from .harness.measure import Bench, ProviderUnavailable
@@ -48,13 +48,13 @@ CPU = torch.device("cpu")
 
 
 def training(bench: Bench) -> None:
-    """Training steps of both, in turns."""
+    """Training steps of both, which alternate."""
     for shape, chain in SETS.items():
         works: dict[str, Work] = {}
         for name, provider in PROVIDERS.items():
             with bench.missing_on_error(name, op="training step", shape=shape, dtype="float32", mode="training"):
                 steps = [provider(network, network.batch, CPU) for network in chain]
-                # A first step after another's turn pays for what that left of heap and caches: small ones take two.
+                # A step pays for the state of heap and caches that another provider's step left: small ones take two.
                 works[name] = Work(partial(_all, steps), partial(_all, steps, None) if shape == TEST_PAIR else _nothing)
         amount = sum(
             network.batch * networks.flops(network.stage().config.unet, network.side, "training") for network in chain
@@ -212,6 +212,7 @@ GROUPS: dict[str, Callable[[Bench], None]] = {
     "guided": guided,
     "data": data,
     "ops": single_ops,
+    "host_time": host_time.run,
     "sampling": lambda bench: [sampling.run(bench, QUICKSTART, ("torch",), batch=batch) for batch in (8, 1)],
 }
 

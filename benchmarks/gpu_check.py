@@ -26,7 +26,7 @@ from .gpu_groups import GROUPS, measurements
 from .harness.parallel_tests import GPU_TESTS, Outcome, ParallelTests, summary, unknown_groups, wrong_groups
 from .harness.processes import last_lines, start, stop
 
-TESTS = 150  # the most seconds for all tests, and for compiling
+TESTS_LIMIT = 150  # the most seconds for all tests, and for compiling
 TEST_LIMIT = 60  # of one test: it may compile a dozen kernels while all cores are busy
 START = 12  # seconds that a process needs before it measures; with less left, no group begins
 NEEDED = {  # module -> the package that has it
@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.worker is not None:
         return measure(groups, options)
     until = time.monotonic() + options.budget
-    outcomes = prepare(groups, "tests" in names, min(TESTS, options.budget), dry_run=options.dry_run)
+    outcomes = prepare(groups, "tests" in names, min(TESTS_LIMIT, options.budget), dry_run=options.dry_run)
     wrong = wrong_groups(outcomes)
     in_order = not wrong and not unknown_groups(outcomes)
     groups, skipped = without_wrong(groups, wrong)

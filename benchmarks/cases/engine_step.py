@@ -23,7 +23,7 @@ from fastimagen.config import EMAConfig
 from ..harness.measure import Bench
 from ..harness.networks import Network, flops, make_unet
 from ..harness.timing import MIN_SAMPLES, Times
-from .step import host_synchronisations
+from .step import cudnn_benchmark, first_step_seconds, host_synchronisations
 
 if TYPE_CHECKING:
     from fastimagen.data.loader import Batch
@@ -116,15 +116,15 @@ def run(bench: Bench, network: Network, micro_batches: tuple[int, ...]) -> None:
     each = flops(network.stage().config.unet, network.side, "training")
     with _engine(bench, network, Setting("AdamW"), first) as engine:
         if engine:
-            with _cudnn_benchmark(True):
+            with cudnn_benchmark(True):
                 _measure(bench, network, engine, first, "AdamW", each)
-            with _cudnn_benchmark(False):
+            with cudnn_benchmark(False):
                 _measure(bench, network, engine, first, "AdamW, cudnn.benchmark off", each)
             for batch in others:
-                with _cudnn_benchmark(True):
+                with cudnn_benchmark(True):
                     _measure(bench, network, engine, batch, "AdamW", each)
     for setting in (Setting("AdamW", 4), Setting("Muon")):
-        with _engine(bench, network, setting, first) as engine, _cudnn_benchmark(True):
+        with _engine(bench, network, setting, first) as engine, cudnn_benchmark(True):
             if engine:
                 _measure(bench, network, engine, first, setting.optimizer, each)
 
@@ -161,16 +161,6 @@ def _shape(network: Network, batch: int, accumulation: int) -> str:
     return f"{network.name} B{batch}" + (f" x {accumulation}" if accumulation > 1 else "")
 
 
-@contextmanager
-def _cudnn_benchmark(on: bool) -> Iterator[None]:
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = on
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
-
-
 def _measure(bench: Bench, network: Network, engine: Engine, batch: int, provider: str, each: float) -> None:
     """A row: time of a step among others, host time of a step that begins with an idle GPU, first step, memory."""
     names = {**_names(bench, network), "shape": _shape(network, batch, engine.accumulation)}
@@ -186,7 +176,7 @@ def _measure(bench: Bench, network: Network, engine: Engine, batch: int, provide
 
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        first = _wall_seconds(step, cuda)
+        first = first_step_seconds(step, bench.device)
         for _ in range(NUM_BATCHES - 1):  # the other lengths
             step()
         times = step_times(step, cuda, bench.seconds)
@@ -204,14 +194,6 @@ def _measure(bench: Bench, network: Network, engine: Engine, batch: int, provide
             host_synchronisations=host_synchronisations(step) if cuda else None,
             note=f"first step {first:.1f} s",
         )
-
-
-def _wall_seconds(step: Callable[[], None], cuda: bool) -> float:
-    began = time.perf_counter()
-    step()
-    if cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
 
 
 def step_times(step: Callable[[], None], cuda: bool, seconds: float) -> Times:

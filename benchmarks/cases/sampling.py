@@ -21,7 +21,7 @@ from ..harness.measure import Bench
 from ..harness.networks import Network, captions, flops, images, make_unet
 from ..harness.timing import Times
 
-STEPS = 16  # of one walk, which also pays for its noise and for the text
+STEPS = 16  # of a sampling run, which also draws its noise and encodes the text
 ROUNDS = 5
 
 
@@ -112,13 +112,13 @@ def measure(loop: Loop, network: Network, batch: int, device: torch.device, dtyp
     settings = stage.config.sampling.model_copy(update={"steps": STEPS, "guidance": 3.0})
     clock = Clock(device)
     clock.watch(unet)
-    walks, unets = [], []
+    runs, unets = [], []
     for _ in range(ROUNDS + 1):
         clock.spans.clear()
-        walk = clock.span(lambda: loop(stage, unet, text, seeds, lowres, settings))
-        walks.append(clock.milliseconds([walk]) / STEPS)
+        span = clock.span(lambda: loop(stage, unet, text, seeds, lowres, settings))
+        runs.append(clock.milliseconds([span]) / STEPS)
         unets.append(clock.milliseconds(clock.spans) / STEPS)
-    return Times.of(walks[1:], clock.timer), Times.of(unets[1:], clock.timer)  # the first one warmed up
+    return Times.of(runs[1:], clock.timer), Times.of(unets[1:], clock.timer)  # the first one warmed up
 
 
 class Clock:

@@ -7,8 +7,10 @@ and return nothing.
 from __future__ import annotations
 
 import re
+import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -136,18 +138,57 @@ def _foreign(
     return step
 
 
+def diffusers(network: Network, batch: int, device: torch.device, *, improved: bool = False) -> Step:
+    """The U-Net of diffusers, of about the same size, in a loop as its examples write it: fp32, AdamW, no average."""
+    if network.diffusers is None:
+        raise ProviderUnavailable("diffusers has no such network")
+    text_dim = network.stage().config.unet.text_dim
+    torch.manual_seed(0)
+    with device:
+        unet = peers.diffusers(network.diffusers, text_dim, network.side)
+    forward = compiled(unet) if improved else unet
+    if improved:
+        unet.to(memory_format=torch.channels_last)
+    update: Any = Update(unet.parameters()) if improved else torch.optim.AdamW(unet.parameters(), lr=1e-4)
+    x, text = images(batch, network.side, device), captions(batch, text_dim, device)
+    generator = torch.Generator(device).manual_seed(0)
+    alpha_bar = torch.linspace(1 - 1e-4, 1 - 2e-2, 1000, device=device).cumprod(0)  # (1000,), of DDPM's linear betas
+
+    def step() -> None:
+        times = torch.randint(0, 1000, (batch,), generator=generator, device=device)  # (B,)
+        noise = torch.randn(x.shape, generator=generator, device=device)  # (B, 3, S, S)
+        level = alpha_bar[times][:, None, None, None]  # (B, 1, 1, 1)
+        noisy = level.sqrt() * x + (1 - level).sqrt() * noise  # (B, 3, S, S)
+        with torch.autocast(device.type, torch.bfloat16, enabled=improved):
+            output = forward(noisy, times, text.embeds, encoder_attention_mask=text.mask).sample  # (B, 3, S, S)
+        nn.functional.mse_loss(output.float(), noise).backward()
+        if improved:
+            update()
+        else:
+            update.step()
+            update.zero_grad()
+
+    return step
+
+
 EAGER = {
     "ours, triton": partial(ours, backend="triton"),
     "ours, torch": partial(ours, backend="torch"),
     "MinImagen": minimagen,
     "imagen-pytorch": imagen_pytorch,
+    "diffusers": diffusers,
 }
 COMPILED = {
     "ours, triton, compiled": partial(ours, backend="triton", compile=True),
     "ours, torch, compiled": partial(ours, backend="torch", compile=True),
     "MinImagen, bf16 channels_last compiled": partial(minimagen, improved=True),
     "imagen-pytorch, bf16 channels_last compiled": partial(imagen_pytorch, improved=True),
+    "diffusers, bf16 channels_last compiled": partial(diffusers, improved=True),
 }
+AS_SHIPPED = ("MinImagen", "imagen-pytorch", "diffusers")
+"""Without cudnn.benchmark, which fastimagen train and the improved peers have on."""
+OTHER_NETWORKS = ("imagen-pytorch", "diffusers")
+"""Peers of which only the size is about the same: their floating-point operations are not counted."""
 
 
 # ---- measuring
@@ -178,8 +219,10 @@ def _measure(
 ) -> None:
     try:
         step = provider(batch, bench.device)
-        work = Work(lambda _: step())
-        times = bench.time({name: work}, in_graph=False)[name]
+        with cudnn_benchmark(name not in AS_SHIPPED):
+            first = first_step_seconds(step, bench.device)
+            times = bench.time({name: Work(lambda _: step())}, in_graph=False, seconds=2 * bench.seconds)[name]
+            facts = _facts(bench, name, step)
     except torch.OutOfMemoryError:
         if batch == 1:
             raise
@@ -190,8 +233,9 @@ def _measure(
             ms=times[:3],
             timer=times.timer,
             images=batch,
-            flops=batch * each,
-            **_facts(bench, name, step),
+            flops=None if name.startswith(OTHER_NETWORKS) else batch * each,
+            first_step_s=round(first, 3),
+            **facts,
         )
         return
     torch.cuda.empty_cache()  # outside of the handler, which holds the failed step's tensors
@@ -211,6 +255,26 @@ def _facts(bench: Bench, name: str, step: Step) -> dict[str, Any]:
     if "compiled" not in name:
         facts["parts"] = breakdown(step, bench.device)
     return facts
+
+
+@contextmanager
+def cudnn_benchmark(on: bool) -> Iterator[None]:
+    """Inside, cuDNN times its algorithms for every shape, or does not."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = on
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+def first_step_seconds(step: Step, device: torch.device) -> float:
+    """Wall-clock time of a step, which compiles what is not in a cache and lets cuDNN choose."""
+    began = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
 
 
 def host_synchronisations(step: Step) -> int:

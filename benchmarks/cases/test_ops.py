@@ -1,6 +1,7 @@
-"""Single ops on a processor, a row for every provider:  python -m pytest benchmarks --benchmark-only
+"""Single ops on a CPU, a row for every provider:  python -m pytest benchmarks --benchmark-only
 
-For a look while working on an op; `make bench` measures the same cases in turns and keeps the results.
+For a look while working on an op. `make bench` measures the same cases, with alternating providers, and keeps the
+results.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ class Bench:
             self.run_case(case)
 
     def run_case(self, case: Case) -> None:
-        """All providers of a case. On a CPU they take turns, on a GPU they come one after the other."""
+        """All providers of a case. On a CPU they alternate, on a GPU they come one after the other."""
         works: dict[str, Work] = {}
         for name, provider in case.providers.items():
             with self.missing_on_error(name, **_names(case)):

@@ -55,14 +55,29 @@ BASE_TEST = dict(
 SUPER_TEST = dict(
     dim=8, dim_mults=(1, 2), num_resnet_blocks=(1, 2), layer_attns=False, layer_cross_attns=False, memory_efficient=True
 )
+DIFFUSERS_BASE = dict(
+    block_out_channels=(448, 896, 1344, 1792),  # Stable Diffusion's 320, 640, 1280, 1280 (0.86 B parameters), wider
+    down_block_types=("DownBlock2D", *("CrossAttnDownBlock2D",) * 3),
+    up_block_types=(*("CrossAttnUpBlock2D",) * 3, "UpBlock2D"),
+    attention_head_dim=(7, 14, 21, 28),  # the number of heads, in spite of its name: 64 channels each
+)
+DIFFUSERS_TOY = dict(
+    block_out_channels=(32, 32),
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    attention_head_dim=2,
+)
 TINY = dict(dim=8, dim_mults=(1,), num_resnet_blocks=1, layer_attns=False, layer_cross_attns=False)
 """MinImagen's own arguments of its four networks, and of a small one where only a second network counts."""
 
 
 @dataclass(frozen=True)
 class Network:
-    """One stage of a cascade, and the same network elsewhere: `peer` are MinImagen's arguments, `class_name` the
-    name of imagen-pytorch's preset. `side` is what it trains on."""
+    """One stage of a cascade, and what to compare it with. `side` is what it trains on.
+
+    peer: MinImagen's arguments of the same network. Networks of about the same size: class_name, imagen-pytorch's
+    preset; diffusers, arguments of its UNet2DConditionModel.
+    """
 
     name: str
     cascade: Callable[[], CascadeConfig]
@@ -71,6 +86,7 @@ class Network:
     batch: int  # of a GPU; halved until it fits
     peer: dict[str, Any] | None = None
     class_name: str | None = None
+    diffusers: dict[str, Any] | None = None
 
     def stage(self, padding: str | None = None) -> Stage:
         """The stage; `padding` overrides the text_padding of its U-Net."""
@@ -96,7 +112,7 @@ def _toy() -> CascadeConfig:
     )
 
 
-BASE64 = Network("MinImagen Base 64", minimagen, "base64", 64, 32, BASE, "BaseUnet64")
+BASE64 = Network("MinImagen Base 64", minimagen, "base64", 64, 32, BASE, "BaseUnet64", DIFFUSERS_BASE)
 SUPER256 = Network("MinImagen Super 64->256", minimagen, "sr256", 256, 16, SUPER, "SRUnet256")
 PAPER = (
     Network("paper base64", partial(paper, 4096), "base64", 64, 32),
@@ -106,7 +122,7 @@ PAPER = (
 TEST_BASE = Network("MinImagen BaseTest 64", minimagen_test, "base64", 64, 2, BASE_TEST)
 TEST_SUPER = Network("MinImagen SuperTest 64->128", minimagen_test, "sr128", 128, 2, SUPER_TEST)
 DEFAULT = Network("MinImagen default 45 M 64", _default, "default64", 64, 1, {})
-TOY = Network("toy 16", _toy, "base", 16, 2, BASE_TEST)
+TOY = Network("toy 16", _toy, "base", 16, 2, BASE_TEST, diffusers=DIFFUSERS_TOY)
 TOY_SUPER = Network("toy 16->32", _toy, "sr", 32, 2, SUPER_TEST)
 
 

@@ -1,7 +1,8 @@
-"""MinImagen and imagen-pytorch as installed from the package index, to be measured beside our own.
+"""MinImagen, imagen-pytorch and diffusers as installed from the package index, to be measured beside our own.
 
     pip install --no-deps minimagen==0.0.9 einops-exts resize-right
     pip install --no-deps imagen-pytorch beartype
+    pip install diffusers
 
 Captions come embedded, so what they import for T5, image files and augmentation is never called: small stand-ins take
 its place while they are imported. Their own code is untouched.
@@ -25,6 +26,7 @@ from .measure import ProviderUnavailable
 NEEDS = {
     "minimagen": ("einops", "einops_exts", "resize_right", "tqdm"),
     "imagen_pytorch": ("einops", "beartype", "tqdm"),
+    "diffusers": ("huggingface_hub", "filelock"),
 }
 
 
@@ -109,6 +111,13 @@ def imagen_pytorch(name: str, text_dim: int, size: int) -> nn.Module:
         )
         sizes.insert(0, size // 4)
     return module.Imagen(unets, image_sizes=sizes, text_embed_dim=text_dim)
+
+
+def diffusers(arguments: dict[str, Any], text_dim: int, size: int) -> nn.Module:
+    """diffusers' UNet2DConditionModel of RGB images with these arguments. Raises ProviderUnavailable."""
+    _installed("diffusers")
+    unet = importlib.import_module("diffusers").UNet2DConditionModel
+    return unet(sample_size=size, in_channels=3, out_channels=3, cross_attention_dim=text_dim, **arguments)
 
 
 class _T5Config:

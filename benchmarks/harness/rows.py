@@ -53,7 +53,7 @@ def environment() -> Row:
     """Where and when: the part that all rows of a run share."""
     cuda = torch.cuda.is_available()
     return {
-        "device": torch.cuda.get_device_name() if cuda else _processor(),
+        "device": torch.cuda.get_device_name() if cuda else _cpu_name(),
         "clocks": None,
         "threads": torch.get_num_threads(),
         "versions": versions(),
@@ -65,7 +65,7 @@ def environment() -> Row:
 def versions() -> dict[str, str]:
     """Of what can change a result."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
-    for name in ("triton", "xformers", "minimagen", "imagen-pytorch"):
+    for name in ("triton", "deepspeed", "xformers", "minimagen", "imagen-pytorch", "diffusers"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -75,7 +75,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _processor() -> str:
+def _cpu_name() -> str:
     try:
         names = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
@@ -84,7 +84,7 @@ def _processor() -> str:
 
 
 def folder(device: str) -> str:
-    """The name of a device's folder: "NVIDIA H200" -> "nvidia-h200"; all processors share "cpu"."""
+    """The name of a device's folder: "NVIDIA H200" -> "nvidia-h200"; all CPUs share "cpu"."""
     return "cpu" if device.startswith("CPU") else re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
@@ -131,7 +131,7 @@ def is_stale(row: Row) -> bool:
 class Results:
     """The rows of a file, to which rows are added; a row replaces an older one of the same key.
 
-    Every `add` writes the whole file anew and then puts it in place, so that an interrupt loses nothing.
+    Every `add` rewrites the whole file beside it and then puts it in place, so that an interrupt loses nothing.
     """
 
     def __init__(self, path: Path, shared: Row) -> None:

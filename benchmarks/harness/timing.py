@@ -100,7 +100,7 @@ def _uncaptured(work: Work, buffer: Tensor) -> Callable[[], float]:
 
 
 def time_interleaved(works: Mapping[str, Work], *, seconds: float) -> dict[str, Times]:
-    """Times of several works on the CPU in alternating rounds of one repetition each, after a warm-up round.
+    """Times of several works on the CPU, which alternate, one repetition a round, after a warm-up round.
 
     Takes about `seconds` in all and at least three rounds, or two if a round takes longer than 20 seconds. With one
     thread it measures CPU time (user and system), which other processes hardly affect; with more threads, wall-clock

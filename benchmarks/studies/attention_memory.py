@@ -1,8 +1,8 @@
 """Peak memory of one self-attention block at 64x64 on a CPU: ours, and MinImagen's own, each in its own process.
 
-    python benchmarks/studies/attention_memory.py [--minimagen FOLDER]
+    python -m benchmarks.studies.attention_memory [--minimagen FOLDER]
 
-FOLDER has MinImagen and einops_exts without what they ask for beside: pip install --no-deps --target FOLDER minimagen
+FOLDER has MinImagen and einops_exts without their dependencies: pip install --no-deps --target FOLDER minimagen
 einops_exts. Without it, only ours is measured. One sample of 4,096 tokens, 128 channels, 8 heads of 64, one forward and
 backward pass; the figure is the rise of the process's highest resident memory above what it had before the pass.
 """
@@ -16,7 +16,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from ..harness.checkout import ROOT
+
 OUT = ROOT / "benchmarks/results/cpu/attention_memory.json"
 
 OURS = """
@@ -26,7 +27,7 @@ block = SelfAttention(UNetConfig(dim=128, heads=8, head_dim=64), 128, None)
 context = Context(time_tokens=torch.zeros(1, 2, 128), text_lengths=None, text_kv=())
 call = lambda x: block(x, context)
 """
-# What its package and its helpers import beside is none of its Attention's: transformers and resize_right stay away.
+# Its Attention needs neither its package's imports nor resize_right: they would only add to the memory.
 MINIMAGENS = """
 import types
 sys.path.insert(0, FOLDER)

@@ -1,10 +1,8 @@
 """A whole training step on the CPU with ops.group_norm_silu against nn.GroupNorm, FiLM and SiLU written by hand.
 
-    python -m benchmarks.studies.group_norm_reference [--repeats 20] [--out
-    benchmarks/results/cpu/group_norm_reference.json]
+    python -m benchmarks.studies.group_norm_reference [--seconds 20] [--out FILE]
 
-Steps of the two alternate, and processor time of the one thread counts, so that other work on the machine matters
-little. A ratio below 1: ours is faster.
+Steps of the two alternate, and the CPU seconds of the one thread count. A ratio below 1: ours is faster.
 """
 
 from __future__ import annotations
@@ -12,10 +10,8 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import statistics
-import time
 from collections.abc import Callable
-from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +19,46 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastimagen import ops
 from fastimagen.config import UNetConfig
-from fastimagen.networks.layers import GroupNormSiLU
 from fastimagen.networks.unet import UNet
 from fastimagen.presets import minimagen_base_test, minimagen_super_test, shapes
 
-OUT = Path(__file__).parents[1] / "results/cpu/group_norm_reference.json"
+from ..harness.checkout import ROOT
+from ..harness.rows import today
+from ..harness.timing import Work, time_interleaved
+
+OUT = ROOT / "benchmarks/results/cpu/group_norm_reference.json"
+OURS = {"group_norm_silu": ops.group_norm_silu, "group_norm_silu_residual": ops.group_norm_silu_residual}
 
 
-def by_hand(self: GroupNormSiLU, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+def by_hand(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    x_bias: Tensor | None = None,
+) -> Tensor:
     """What anybody would write."""
-    x = F.group_norm(x, self.groups, self.weight, self.bias)  # nn.GroupNorm's forward
-    if scale is not None:
+    if x_bias is not None:
+        x = x + x_bias[:, None, None]
+    x = F.group_norm(x, num_groups, weight, bias)  # nn.GroupNorm's forward
+    if scale is not None and shift is not None:
         x = x * (scale[:, :, None, None] + 1) + shift[:, :, None, None]
     return F.silu(x)
+
+
+def by_hand_residual(
+    x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, *, skip: Tensor | None = None, skip_scale: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    both = x if skip is None else torch.cat([x, skip * skip_scale], dim=1)  # (B, C, H, W)
+    return by_hand(both, weight, bias, num_groups), x, skip
+
+
+BY_HAND = {"group_norm_silu": by_hand, "group_norm_silu_residual": by_hand_residual}
 
 
 def networks() -> dict[str, tuple[UNetConfig, int]]:
@@ -52,66 +74,57 @@ def networks() -> dict[str, tuple[UNetConfig, int]]:
     }
 
 
-def step(unet: UNet, side: int, batch: int = 4) -> Callable[[], None]:
+def step(unet: UNet, side: int, batch: int = 4) -> Callable[[object], None]:
     """A training step without text: forward, backward."""
-    x, target, time_ = torch.randn(batch, 3, side, side), torch.randn(batch, 3, side, side), torch.rand(batch) * 1000
-    low = dict(lowres=x.clone(), lowres_time=time_) if unet.config.lowres else {}
+    x, target, time = torch.randn(batch, 3, side, side), torch.randn(batch, 3, side, side), torch.rand(batch) * 1000
+    low = dict(lowres=x.clone(), lowres_time=time) if unet.config.lowres else {}
 
-    def run() -> None:
+    def run(_: object) -> None:
         unet.zero_grad()
-        F.mse_loss(unet(x, time_, **low), target).backward()
+        F.mse_loss(unet(x, time, **low), target).backward()
 
     return run
 
 
-def compare(config: UNetConfig, side: int, repeats: int) -> dict[str, float]:
+def use(functions: dict[str, Callable]) -> None:
+    """Let the networks, which look the ops up at each call, use these."""
+    for name, function in functions.items():
+        setattr(ops, name, function)
+
+
+def compare(config: UNetConfig, side: int, seconds: float) -> dict[str, Any]:
     run = step(UNet(config), side)
-    seconds: dict[str, list[float]] = {"ours": [], "by_hand": []}
-    forward = {"ours": GroupNormSiLU.forward, "by_hand": by_hand}
+    works = {"ours": Work(run, partial(use, OURS)), "by_hand": Work(run, partial(use, BY_HAND))}
     try:
-        for repeat in range(repeats + 2):  # two to warm up
-            for name in sorted(seconds, reverse=bool(repeat % 2)):
-                GroupNormSiLU.forward = forward[name]
-                start = time.process_time()
-                run()
-                if repeat >= 2:
-                    seconds[name].append(time.process_time() - start)
+        times = time_interleaved(works, seconds=seconds)
     finally:
-        GroupNormSiLU.forward = forward["ours"]
-    ratios = sorted(ours / hand for ours, hand in zip(*seconds.values()))
-    return {f"{name}_ms": round(1000 * statistics.mean(times), 2) for name, times in seconds.items()} | {
-        "ratio_of_means": round(statistics.mean(seconds["ours"]) / statistics.mean(seconds["by_hand"]), 3),
-        "ratio_p20": round(ratios[repeats // 5], 3),
-        "ratio_p50": round(ratios[repeats // 2], 3),
-        "ratio_p80": round(ratios[repeats * 4 // 5], 3),
-    }
+        use(OURS)
+    percentiles = {f"{name}_ms": [round(ms, 2) for ms in found[:3]] for name, found in times.items()}
+    return percentiles | {"ratio_of_medians": round(times["ours"].p50 / times["by_hand"].p50, 3)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--seconds", type=float, default=20, help="for each network (20)")
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     for name, (config, side) in networks().items():
-        rows.append({"network": name, "side": side} | compare(config, side, options.repeats))
+        rows.append({"network": name, "side": side} | compare(config, side, options.seconds))
         print(rows[-1], flush=True)
     lines = ",\n".join(json.dumps(row) for row in rows)
-    about = json.dumps(
-        {
-            "op": "group_norm_silu",
-            "mode": "training step",
-            "unit": "ms of processor time",
-            "repeats": options.repeats,
-            "torch": torch.__version__,
-            "machine": platform.machine(),
-            "date": str(date.today()),
-        }
-    )
+    about = {
+        "op": "group_norm_silu",
+        "mode": "training step",
+        "unit": "ms of CPU time: p20, p50, p80",
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "date": today(),
+    }
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(f'{{"about": {about}, "rows": [\n{lines}\n]}}\n')
+    options.out.write_text(f'{{"about": {json.dumps(about)}, "rows": [\n{lines}\n]}}\n')
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How close the samplers come with how many network evaluations, where the best possible network is known exactly.
 
-    python benchmarks/studies/sampler_convergence.py [--out docs/samplers.svg]
+    python -m benchmarks.studies.sampler_convergence [--out docs/samplers.svg]
 
 Data is a one-dimensional mixture of three Gaussians in [-1, 1], so E[x_0 | x_t] has a closed form. Measured is the
 Wasserstein-1 distance between samples and data. Writes the plot, prints the numbers as a Markdown table.
@@ -19,6 +19,8 @@ from torch import Tensor
 from fastimagen.config import ScheduleConfig
 from fastimagen.diffusion.samplers import SAMPLERS
 from fastimagen.diffusion.schedule import Schedule, make_schedule
+
+from ..harness.checkout import ROOT
 
 WEIGHTS, MEANS, DEVIATIONS = (
     torch.tensor(x, dtype=torch.float64) for x in ((0.25, 0.45, 0.3), (-0.7, 0.1, 0.8), (0.1, 0.2, 0.05))
@@ -131,7 +133,7 @@ def table(results: dict[str, Points]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="accuracy of the samplers against network evaluations")
-    parser.add_argument("--out", type=Path, default=Path("docs/samplers.svg"), help="the plot")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs/samplers.svg", help="the plot")
     out = parser.parse_args().out
     results = measure(make_schedule(ScheduleConfig()))
     out.write_text(draw(results))

@@ -117,6 +117,17 @@ def test_a_time_out_is_reported_as_one_and_does_not_stop_measuring(
     assert "timed out: test_group_norm_cuda.py::test_b" in printed and "wrong" not in printed
 
 
+def test_the_plan_names_every_group_and_ends_within_the_budget(capsys: pytest.CaptureFixture[str]) -> None:
+    """After a change of the groups: python -m benchmarks.studies.gpu_plan."""
+    assert gpu_check.main(["--plan"]) == 0
+    lines = [re.split(r" *\| *", line)[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert [line[0] for line in lines[4:]] == list(GROUPS)
+    budget = gpu_check.parser().get_default("budget")
+    # The last group, which compiles whole networks for minutes, takes what is left of the budget.
+    assert float(lines[-2][4]) < budget
+    assert all(group.estimate <= group.seconds for group in GROUPS.values())
+
+
 def test_no_group_begins_without_time(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu_check.main(["--budget", "5"]) == 0
     assert runs.measured == [] and capsys.readouterr().out.count("no time for") == len(GROUPS)
