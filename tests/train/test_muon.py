@@ -23,7 +23,7 @@ ON_VECTORS = ("time_embedding.", "pooled_embedding.", "embedding_to_film.")
 @pytest.mark.parametrize(
     "stage", [stage for _, stage in STAGES], ids=[f"{name}-{stage.name}" for name, stage in STAGES]
 )
-def test_muon_gets_the_weight_matrices_of_the_trunk_and_nothing_else(stage: StageConfig) -> None:
+def test_muon_updates_the_weight_matrices_of_the_trunk_only(stage: StageConfig) -> None:
     with torch.device("meta"):
         shapes = {name: tuple(parameter.shape) for name, parameter in UNet(stage.unet).named_parameters()}
         muon = muon_parameters(UNet(stage.unet))
@@ -54,7 +54,7 @@ print(json.dumps(sorted(names[id(p)] for group, parameters in groups if group["u
 
 
 @pytest.mark.slow
-def test_a_deepspeed_engine_has_these_parameters_in_its_muon_group() -> None:
+def test_the_muon_group_of_deepspeed_has_these_parameters() -> None:
     child = subprocess.run([sys.executable, "-c", ENGINE], cwd=ROOT, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr[-3000:]
     assert json.loads(child.stdout.splitlines()[-1]) == sorted(muon_parameters(UNet(toy_cascade().stages[0].unet)))

@@ -1,7 +1,8 @@
-"""The parts of training, and what they come to in real runs: clipping, EMA, validation, metrics, stopping."""
+"""The parts of training, alone and in real runs: clipping, EMA, validation, preview grids, metrics, stopping."""
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -18,13 +19,26 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fastimagen.cascade import Stage
 from fastimagen.config import EMAConfig, StageConfig
+from fastimagen.config_file import config_from_dict
 from fastimagen.seeds import mix_seed
 from fastimagen.train.ema import EMA
 from fastimagen.train.metrics import MetricAverager, Metrics
 from fastimagen.train.preemption import StopRequest, lock_run
 from fastimagen.train.stage_setup import initial_unet
+from fastimagen.train.trainer import Trainer
+from fastimagen.train.validation import preview_sampling, sample_grid
 from tests.conftest import ROOT, TOY_STAGES, toy_tree
+
+
+@pytest.fixture(scope="module")
+def one_process() -> Iterator[None]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
 
 # ---- real runs, one after the other in one process: DeepSpeed takes seconds to start
 
@@ -41,7 +55,7 @@ for name, tree in json.loads(Path(sys.argv[1]).read_text()):
 
 @pytest.fixture(scope="module")
 def runs(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of runs of the base stage: clipped, live, averaged (in two goes), still and still8."""
+    """A folder of runs of the base stage: clipped, live, averaged (interrupted and resumed), still and still8."""
 
     def tree(*, steps: int, decay: float = 0.0, **deepspeed: Any) -> dict[str, Any]:
         content = toy_tree(toy_data)
@@ -89,7 +103,7 @@ def runs(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def weights(run: Path, step: int) -> dict[str, Tensor]:
-    """The weights of the average after a step; step 0 are those that every run of this seed starts from."""
+    """The EMA weights after a step; those of step 0 are the initial weights of every run with this seed."""
     if step:
         return load_file(run / f"checkpoints/base/step-{step:08d}/ema.safetensors")
     unet = initial_unet(StageConfig.model_validate(TOY_STAGES[0]), seed=mix_seed(0, "base", "weights"))
@@ -104,7 +118,7 @@ def records(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_defect_1_gradient_clipping_really_clips(runs: Path) -> None:
+def test_defect_1_gradients_are_clipped(runs: Path) -> None:
     """SGD with learning rate 1 moves the weights by the gradient itself."""
     norms = [record["grad_norm"] for record in records(runs / "clipped") if "loss" in record]
     assert len(norms) == 2 and min(norms) > 0.05, "nothing to clip"
@@ -113,7 +127,7 @@ def test_defect_1_gradient_clipping_really_clips(runs: Path) -> None:
         assert 0.0099 < moved < 0.01001
 
 
-def test_the_average_of_a_run_is_the_average_of_its_weights(runs: Path) -> None:
+def test_ema_of_a_run_is_the_average_of_its_weights(runs: Path) -> None:
     """The same run without averaging shows each step's weights; their average is taken here in float64."""
     average = {name: weight.double() for name, weight in weights(runs / "live", 0).items()}
     for step in range(1, 5):
@@ -125,31 +139,56 @@ def test_the_average_of_a_run_is_the_average_of_its_weights(runs: Path) -> None:
         assert distance(saved, live) > 1e-3
 
 
-def test_no_line_stands_twice_when_a_run_goes_on(runs: Path) -> None:
+def test_a_resumed_run_records_no_step_twice(runs: Path) -> None:
     lines = [(record["step"], "val_loss" in record) for record in records(runs / "averaged")]
     assert lines == [(step, kind) for step in (1, 2, 3, 4) for kind in (False, True)]
 
 
-def test_defect_7_the_validation_loss_is_the_same_number_whenever_and_at_whatever_batch_size(runs: Path) -> None:
+def test_defect_7_validation_loss_depends_on_the_ema_weights_only(runs: Path) -> None:
     losses = [
         record["val_loss"] for name in ("still", "still8") for record in records(runs / name) if "val_loss" in record
     ]
     assert len(losses) == 3 and losses[0] > 0 and losses == [losses[0]] * 3
     moving = [record["val_loss"] for record in records(runs / "live") if "val_loss" in record]
     averaged = [record["val_loss"] for record in records(runs / "averaged") if "val_loss" in record]
-    assert len(set(moving)) == 4 and averaged[3] != moving[3], "it looks at the average of the weights"
+    assert len(set(moving)) == 4 and averaged[3] != moving[3]
 
 
-def test_the_batch_is_gathered_from_micro_batches(runs: Path) -> None:
-    """8 images as 4 x 2: all of them were read."""
+def test_micro_batches_read_the_whole_batch(runs: Path) -> None:
+    """8 images as 4 micro-batches of 2."""
     training = [record for record in records(runs / "still8") if "loss" in record]
     assert [record["step"] for record in training] == [1] and training[0]["read"] >= 8
 
 
-# ---- EMA by itself
+# ---- preview grids
 
 
-def test_ema_is_a_weighted_sum_of_all_weights_so_far() -> None:
+def test_preview_grids_take_32_steps_of_the_same_sampler(toy_config: dict, tmp_path: Path, one_process: None) -> None:
+    stages = copy.deepcopy(toy_config["fastimagen"]["cascade"]["stages"])
+    stages[0]["sampling"] |= {"steps": 500, "sampler": "ddpm", "guidance": 1.0}
+    toy_config["fastimagen"]["cascade"]["stages"] = stages
+    trainer = Trainer(config_from_dict(toy_config), tmp_path, stage="base")
+    assert "base: preview grids take 32 sampling steps, not the stage's 500" in trainer.describe().splitlines()
+    (config,) = trainer.stages
+    assert preview_sampling(config) == config.sampling.model_copy(update={"steps": 32})
+    unet = initial_unet(config, seed=0).eval()
+    calls = []
+    unet.register_forward_pre_hook(lambda *_: calls.append(1))
+    _, validation_data = trainer._open_data()
+    assert validation_data is not None
+    sample_grid(Stage(config, None), unet, validation_data, trainer.config, tmp_path / "grid.png")
+    assert len(calls) == 32 and (tmp_path / "grid.png").exists()
+
+
+def test_short_samplers_keep_their_steps_in_preview_grids() -> None:
+    config = StageConfig.model_validate(TOY_STAGES[0])
+    assert preview_sampling(config) == config.sampling
+
+
+# ---- EMA
+
+
+def test_ema_is_a_weighted_sum_of_all_earlier_weights() -> None:
     """The closed form, in float64: weight n has (1 - d_n) d_(n+1) ... d_N, the start has d_1 ... d_N."""
     generator = torch.Generator().manual_seed(0)
     history = [[torch.randn(size, generator=generator) for size in (7, 3)] for _ in range(40)]
@@ -171,14 +210,14 @@ def test_ema_is_a_weighted_sum_of_all_weights_so_far() -> None:
         assert (average.double() - expected).abs().max() < 1e-6
 
 
-# ---- metrics by themselves
+# ---- metrics
 
 
 def open_metrics(folder: Path, start: int, stage: str = "base", rank: int = 0) -> Metrics:
     return Metrics(folder, stage=stage, steps=10, start=start, rank=rank, monitor=SimpleNamespace(enabled=False))
 
 
-def test_lines_beyond_the_checkpoint_and_cut_ones_go_and_no_others(tmp_path: Path) -> None:
+def test_later_and_incomplete_records_are_removed_and_no_others(tmp_path: Path) -> None:
     for stage in ("base", "sr"):
         metrics = open_metrics(tmp_path, 0, stage)
         for step in range(1, 6):
@@ -198,7 +237,7 @@ def test_lines_beyond_the_checkpoint_and_cut_ones_go_and_no_others(tmp_path: Pat
     assert len([record for record in records(tmp_path) if "val_loss" in record]) == 5 + 3
 
 
-def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_rank_0_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     metrics = open_metrics(tmp_path, 0, rank=1)
     metrics.write(1, loss=1.0)
     metrics.say("hello")
@@ -207,7 +246,7 @@ def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture
     assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""
 
 
-def test_the_monitor_and_the_console_show_the_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_monitor_and_console_show_the_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     events: list[tuple] = []
     monitor = SimpleNamespace(enabled=True, write_events=events.extend)
     metrics = Metrics(tmp_path, stage="sr", steps=10, start=0, rank=0, monitor=monitor)
@@ -222,35 +261,27 @@ def test_the_monitor_and_the_console_show_the_record(tmp_path: Path, capsys: pyt
 # ---- stopping
 
 
-@pytest.fixture(scope="module")
-def one_process() -> Iterator[None]:
-    """A process group of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_is_a_reason_to_stop_and_the_old_handlers_come_back(number: signal.Signals, one_process: None) -> None:
-    mine = [0]
-    before = {known: signal.signal(known, lambda *_: mine.append(1)) for known in StopRequest.SIGNALS}
-    ours = {known: signal.getsignal(known) for known in StopRequest.SIGNALS}
+def test_a_signal_stops_the_run_and_the_old_handlers_are_restored(number: signal.Signals, one_process: None) -> None:
+    calls = [0]
+    before = {known: signal.signal(known, lambda *_: calls.append(1)) for known in StopRequest.SIGNALS}
+    handlers = {known: signal.getsignal(known) for known in StopRequest.SIGNALS}
     try:
         with pytest.raises(RuntimeError), StopRequest() as stop:
             assert stop.should_stop() is None
             os.kill(os.getpid(), number)
-            assert stop.should_stop() == number.name and mine == [0]
-            assert stop.should_stop() == number.name  # and stays one
-            raise RuntimeError("a run that ends badly")
-        assert {known: signal.getsignal(known) for known in StopRequest.SIGNALS} == ours
+            assert stop.should_stop() == number.name and calls == [0]
+            assert stop.should_stop() == number.name  # until the end
+            raise RuntimeError("the run fails")
+        assert {known: signal.getsignal(known) for known in StopRequest.SIGNALS} == handlers
         os.kill(os.getpid(), number)
-        assert mine == [0, 1]
+        assert calls == [0, 1]
     finally:
         for known, handler in before.items():
             signal.signal(known, handler)
 
 
-def test_a_second_interrupt_does_not_wait(one_process: None) -> None:
+def test_a_second_interrupt_exits_immediately(one_process: None) -> None:
     with pytest.raises(KeyboardInterrupt), StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.should_stop() == "SIGINT"
@@ -266,10 +297,10 @@ def test_a_run_directory_has_one_writer(tmp_path: Path) -> None:
     lock_run(tmp_path).close()
 
 
-def test_a_window_goes_on_where_the_checkpoint_left_it(one_process: None) -> None:
-    window = MetricAverager(torch.device("cpu"))
+def test_averages_resume_from_a_checkpoint(one_process: None) -> None:
+    averager = MetricAverager(torch.device("cpu"))
     for value in (1.0, 2.5):
-        window.add(torch.tensor(value), 4, 0.1)
-    resumed = MetricAverager.resume(torch.device("cpu"), json.loads(json.dumps(window.state())), rank=0)
+        averager.add(torch.tensor(value), 4, 0.1)
+    resumed = MetricAverager.resume(torch.device("cpu"), json.loads(json.dumps(averager.state())), rank=0)
     resumed.add(torch.tensor(0.5), 4, 0.1)
     assert resumed.loss.item() / resumed.steps == pytest.approx(4.0 / 3, abs=1e-12)

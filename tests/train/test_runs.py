@@ -35,12 +35,12 @@ def finish(process: subprocess.Popen, status: int = 0) -> str:
 
 
 def records(run: Path, key: str = "loss") -> dict[tuple[str, int], float]:
-    """{(stage, step): value} of metrics.jsonl; a step that stands twice fails."""
+    """{(stage, step): value} of metrics.jsonl; fails if a step is recorded twice."""
     found: dict[tuple[str, int], float] = {}
     for line in (run / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
         if key in record:
-            assert (record["stage"], record["step"]) not in found, "a step stands twice"
+            assert (record["stage"], record["step"]) not in found, "a step is recorded twice"
             found[record["stage"], record["step"]] = record[key]
     return found
 
@@ -66,7 +66,7 @@ def lines(run: Path) -> int:
 
 @pytest.fixture(scope="module")
 def uninterrupted(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that nobody disturbed: both stages."""
+    """A run of both stages, neither killed nor stopped."""
     from tests.conftest import toy_tree
 
     folder = tmp_path_factory.mktemp("uninterrupted")
@@ -75,14 +75,14 @@ def uninterrupted(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return folder / "run"
 
 
-def test_a_run_leaves_what_it_promises(uninterrupted: Path) -> None:
+def test_a_run_directory_has_records_grids_and_checkpoints(uninterrupted: Path) -> None:
     assert {stage for stage, _ in records(uninterrupted)} == {"base", "sr"}
     assert [step for stage, step in records(uninterrupted) if stage == "base"] == [1, 2, 3, 4, 5, 6]
     assert len(records(uninterrupted, "val_loss")) == 4
     assert (uninterrupted / "samples/base/step-00000006.png").exists()
     assert (uninterrupted / "samples/sr/step-00000006.png").exists()
     kept = sorted(path.name for path in (uninterrupted / "checkpoints/base").iterdir())
-    assert kept == ["step-00000004", "step-00000006"]  # the last two, no remnants
+    assert kept == ["step-00000004", "step-00000006"]  # the last two, none incomplete
     for key in ("images_per_s", "memory_gib", "data_wait", "grad_norm", "lr", "bad", "excluded", "nonfinite_steps"):
         assert len(records(uninterrupted, key)) == 12
 
@@ -92,7 +92,7 @@ def saving(run: Path) -> bool:
 
 
 @pytest.mark.parametrize("moment", ["between checkpoints", "while a checkpoint is written", "in the second stage"])
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(
+def test_a_killed_run_resumes_bit_for_bit(
     moment: str, toy_config: dict, write_config: Callable, tmp_path: Path, uninterrupted: Path
 ) -> None:
     config, run = write_config(toy_config), tmp_path / "run"
@@ -104,7 +104,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     process.kill()
     process.wait()
     if moment == "while a checkpoint is written":
-        assert saving(run), "the kill came too late to test anything"
+        assert saving(run), "the checkpoint was complete before the kill"
     output = finish(start(config, run))
     assert moment == "while a checkpoint is written" or "resuming from step" in output
     assert records(run) == records(uninterrupted)
@@ -119,7 +119,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_the_same_command_goes_on(
+def test_a_signal_saves_a_checkpoint_that_resumes(
     number: int, toy_config: dict, write_config: Callable, tmp_path: Path, uninterrupted: Path
 ) -> None:
     toy_config["fastimagen"]["train"]["checkpoint_every"] = 1000
@@ -133,7 +133,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     assert records(run) == records(uninterrupted)
 
 
-def test_two_ranks_train_through_the_deepspeed_launcher_and_stop_when_it_is_gone(
+def test_two_ranks_of_the_deepspeed_launcher_stop_when_it_dies(
     toy_config: dict, write_config: Callable, tmp_path: Path
 ) -> None:
     toy_config["fastimagen"]["train"] |= {
@@ -153,15 +153,15 @@ def test_two_ranks_train_through_the_deepspeed_launcher_and_stop_when_it_is_gone
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     process = start(config, run, "--stage", "base", launcher=[*deepspeed, TRAIN[1]], env=environment)
     wait_for(lambda: lines(run) >= 3, process, pause=0.05)
-    process.terminate()  # only the launcher's front process; launch.py and the ranks are not told
+    process.terminate()  # only the launcher's first process; launch.py and the ranks get no signal
     process.wait()
     deadline = time.monotonic() + 60
     while not list(run.glob("checkpoints/base/step-*")):
-        assert time.monotonic() < deadline, "the ranks went on without their launcher"
+        assert time.monotonic() < deadline, "the ranks still run without their launcher"
         time.sleep(0.1)
     state = json.loads(next(run.glob("checkpoints/base/step-*/state.json")).read_text())
     assert state["world_size"] == 2 and len(state["averages"]["loss_sums"]) == 2
-    # One process cannot take over from two, and says so.
+    # A checkpoint of two processes does not resume on one.
     output = finish(start(config, run, "--stage", "base"), 1)
     assert "was written by 2 processes" in output.splitlines()[-1]
 
@@ -176,7 +176,7 @@ def test_a_second_writer_is_refused(toy_config: dict, write_config: Callable, tm
     first.communicate()
 
 
-def test_another_architecture_is_refused_and_nothing_is_lost(
+def test_another_architecture_is_refused_and_changes_no_file(
     toy_config: dict, write_config: Callable, tmp_path: Path, uninterrupted: Path
 ) -> None:
     toy_config["fastimagen"]["cascade"]["stages"][0]["unet"]["dim"] = 16
@@ -204,9 +204,7 @@ def test_a_full_disk_keeps_the_older_checkpoint(toy_config: dict, write_config: 
     assert (run / "checkpoints/base/step-00000004/ema.safetensors").exists()
 
 
-def test_a_gradient_that_stays_non_finite_ends_the_run(
-    toy_config: dict, write_config: Callable, tmp_path: Path
-) -> None:
+def test_gradients_that_stay_non_finite_end_the_run(toy_config: dict, write_config: Callable, tmp_path: Path) -> None:
     toy_config["optimizer"]["params"]["lr"] = 1e30
     del toy_config["scheduler"]
     toy_config["fastimagen"]["train"] |= {

@@ -1,4 +1,4 @@
-"""A training step that a GPU could run at full speed: it reads no tensor back, and compiles into one graph.
+"""What lets a GPU run a training step at full speed: no host synchronisation, one compiled graph, cuDNN's benchmark.
 
 tests/gpu counts the waits where there is a GPU; here the profile of a step on the CPU shows what would wait.
 """
@@ -31,7 +31,7 @@ def reads(work: Callable[[], object]) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("name", ["base", "sr"])
-def test_a_step_reads_nothing_back(name: str) -> None:
+def test_a_step_reads_no_tensor_on_the_host(name: str) -> None:
     cascade = toy_cascade()
     stage = Stage(next(stage for stage in cascade.stages if stage.name == name), cascade.below(name))
     unet = UNet(stage.config.unet)
@@ -48,7 +48,7 @@ def test_a_step_reads_nothing_back(name: str) -> None:
     assert reads(step) == {}
 
 
-def test_the_profile_sees_reads() -> None:
+def test_the_profile_shows_reads() -> None:
     assert reads(lambda: torch.ones(3).sum().item()) == {"aten::item": 1, "aten::_local_scalar_dense": 1}
 
 
@@ -56,23 +56,26 @@ def test_the_profile_sees_reads() -> None:
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
-def test_networks_are_compiled_on_gpus_and_a_cpu_is_told(
+def test_compile_and_cudnn_benchmark_are_for_gpus(
     device: str, toy_config: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     toy_config["fastimagen"]["train"]["compile"] = "max-autotune"
     trainer = Trainer(config_from_dict(toy_config), tmp_path)
     trainer.device, trainer.world_size, trainer.rank = torch.device(device), 1, 0
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     modes: list[str] = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, mode: modes.append(mode))
     monkeypatch.setattr("fastimagen.train.trainer.make_engine", lambda unet, deepspeed, muon: unet)
     trainer._make_engine(trainer.stages[0])
     assert modes == (["max-autotune"] if device == "cuda" else [])
-    assert ("base: train.compile: null (no CUDA)" in capsys.readouterr().out) == (device == "cpu")
+    printed = capsys.readouterr().out
+    assert ("base: train.compile: null (no CUDA)" in printed) == (device == "cpu")
+    assert ("base: train.cudnn_benchmark: true" in printed) == torch.backends.cudnn.benchmark == (device == "cuda")
 
 
 @pytest.mark.parametrize("name", ["base", "sr"])
 @pytest.mark.slow
-def test_the_compiler_sees_one_graph_whatever_the_length_of_captions(name: str) -> None:
+def test_caption_lengths_share_one_compiled_graph(name: str) -> None:
     cascade = toy_cascade()
     stage = Stage(next(stage for stage in cascade.stages if stage.name == name), cascade.below(name))
     torch.manual_seed(0)
@@ -93,4 +96,4 @@ def test_the_compiler_sees_one_graph_whatever_the_length_of_captions(name: str) 
     found = losses()
     sum(found).backward()
     torch.testing.assert_close(torch.stack(found), torch.stack(expected), rtol=1e-5, atol=1e-6)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # one as it comes first, then of any length
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # the first length, then any length
