@@ -151,6 +151,11 @@ def _resolve_accumulation_dtype(resolved: dict[str, Any], notices: list[str]) ->
         notices.append(f"data_types.grad_accum_dtype: fp32 (adds {accumulation_steps} bf16 gradients per step)")
 
 
+def _accumulates_bf16_in_fp32(resolved: dict[str, Any]) -> bool:
+    dtype = resolved.get("data_types", {}).get("grad_accum_dtype")
+    return bool(resolved.get("bf16", {}).get("enabled")) and dtype in ("fp32", "float32", "float", "torch.float32")
+
+
 def _resolve_reduce_scatter(resolved: dict[str, Any], notices: list[str]) -> None:
     """DeepSpeed refuses Muon with ZeRO 3 as long as reduce_scatter has its default."""
     zero = resolved["zero_optimization"]
@@ -162,6 +167,8 @@ def _resolve_reduce_scatter(resolved: dict[str, Any], notices: list[str]) -> Non
 def _resolve_communication(resolved: dict[str, Any], world_size: int, notices: list[str]) -> None:
     """How processes reduce gradients. DeepSpeed's own defaults already gather and reduce in contiguous buffers."""
     zero = resolved["zero_optimization"]
+    if zero["stage"] == 1 and _accumulates_bf16_in_fp32(resolved) and _offload_device(resolved) == "none":
+        return  # DeepSpeed's BF16_Optimizer reduces the sum once per step, and reads none of these keys
     if "reduce_bucket_size" not in zero:
         zero["reduce_bucket_size"] = REDUCE_BUCKET_SIZE
         notices.append(f"zero_optimization.reduce_bucket_size: {REDUCE_BUCKET_SIZE} (DeepSpeed's: 500000000)")

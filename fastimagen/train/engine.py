@@ -11,6 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from .deepspeed_keys import section_error
+
+
+def choose_accelerator() -> None:
+    """Let DeepSpeed use the CPU where there is no CUDA. Call it before DeepSpeed is imported."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
 
 def init_distributed() -> torch.device:
     """Join the process group that `deepspeed`, `torchrun` or plain `python` (one process) started.
@@ -27,12 +35,11 @@ def init_distributed() -> torch.device:
         os.environ.setdefault(name, value)
     if os.environ["WORLD_SIZE"] != "1" and os.environ["MASTER_PORT"] == "0":
         raise ValueError("MASTER_PORT 0 means any free port, which several processes cannot guess alike: name one")
-    cuda = torch.cuda.is_available()
-    if not cuda:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    choose_accelerator()
     import deepspeed
     import deepspeed.ops
 
+    cuda = torch.cuda.is_available()
     if not cuda:
         neighbours = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)  # torchrun, deepspeed
         torch.set_num_threads(max(1, torch.get_num_threads() // neighbours))
@@ -60,8 +67,11 @@ def make_engine(model: nn.Module, deepspeed_config: dict[str, Any], muon: set[st
                 model=model, model_parameters=list(model.parameters()), config=copy.deepcopy(deepspeed_config)
             )
     except ValidationError as error:
-        first = error.errors()[0]
-        raise ValueError(f"DeepSpeed key {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        raise ValueError(section_error(error, deepspeed_config)) from error
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        raise ValueError(f"DeepSpeed key optimizer.params: {error}") from error
     return engine
 
 

@@ -25,8 +25,9 @@ from ..networks.unet import UNet
 from ..seeds import mix_seed
 from . import checkpoint
 from .deepspeed_config import json_like, resolve_deepspeed
+from .deepspeed_keys import check_deepspeed_keys
 from .ema import EMA
-from .engine import init_distributed, make_engine
+from .engine import choose_accelerator, init_distributed, make_engine
 from .flat_weights import FlatWeights
 from .metrics import MetricAverager, Metrics
 from .preemption import StopRequest, lock_run
@@ -246,6 +247,8 @@ class Trainer:
             tensorboard=str(self.run_dir / "tensorboard"),
             job_name=config.name,
         )
+        choose_accelerator()
+        check_deepspeed_keys(deepspeed)
         if device == "cuda":
             notices.append(f"train.cudnn_benchmark: {json_like(self.settings.cudnn_benchmark)}")
         elif self.settings.compile:

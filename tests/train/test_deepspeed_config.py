@@ -271,6 +271,15 @@ def test_zero_3_and_one_gpu_keep_deepspeeds_overlap() -> None:
         assert resolved == {**zero, "reduce_bucket_size": REDUCE_BUCKET_SIZE}
 
 
+def test_zero_1_with_fp32_accumulation_reduces_once_per_step_and_has_nothing_to_set() -> None:
+    tree = {"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}, "gradient_accumulation_steps": 4}
+    resolved, notices = resolve(world_size=2, **tree)
+    assert resolved["zero_optimization"] == {"stage": 1}
+    assert [notice.partition(":")[0] for notice in notices] == ["data_types.grad_accum_dtype"]
+    offloaded = {"stage": 1, "offload_optimizer": {"device": "cpu"}}
+    assert "overlap_comm" in resolve(world_size=2, **{**tree, "zero_optimization": offloaded})[0]["zero_optimization"]
+
+
 def test_given_communication_settings_are_kept() -> None:
     resolved, notices = resolve(zero_optimization=GIVEN_ZERO, world_size=2)
     assert resolved["zero_optimization"] == GIVEN_ZERO and notices == []
