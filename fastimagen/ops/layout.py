@@ -8,8 +8,9 @@ from torch import Tensor
 
 def dense(x: Tensor) -> Tensor:
     """x (B, ...) itself if it is contiguous or channels_last, otherwise a contiguous copy."""
-    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    return x if last or x.is_contiguous() else x.contiguous()
+    if x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):
+        return x
+    return x.contiguous()
 
 
 def laid_as(x: Tensor, tensor: Tensor) -> Tensor:

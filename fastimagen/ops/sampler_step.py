@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from .dispatch import KERNEL_DTYPES, in_kernels, use_triton
-from .dynamic_threshold import dynamic_threshold_reference, dynamic_threshold_unsupported
+from .dispatch import KERNEL_DTYPES, in_kernels, traced, use_triton
+from .dynamic_threshold import check_limits, dynamic_threshold_reference, dynamic_threshold_unsupported
 from .layout import dense, laid_as
 
 THRESHOLDS = ("dynamic", "static", "none")
@@ -21,6 +23,7 @@ def sampler_step(
     guidance: float | None = None,
     threshold: str = "none",
     percentile: float = 0.995,
+    ceiling: float | None = None,
     previous: Tensor | None = None,
     noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -31,13 +34,13 @@ def sampler_step(
         x' = c_x x + c_x0 x0 + c_prev previous + c_noise noise  c_x, c_x0, c_prev, c_noise = update, for any sampler
 
     output (B, C, H, W), or with a guidance weight w (2B, C, H, W): c with captions, then u without. threshold is
-    "dynamic" (ops.dynamic_threshold), "static" (clamp to [-1, 1]) or "none". previous and noise (B, C, H, W).
-    Not differentiable. Raises ValueError for shapes that do not fit together and an unknown threshold.
+    "dynamic" (ops.dynamic_threshold with percentile and ceiling), "static" (clamp to [-1, 1]) or "none". previous and
+    noise (B, C, H, W). Not differentiable. Raises ValueError for shapes that do not fit together, an unknown threshold,
+    a percentile outside [0, 1] and a ceiling below 1.
     """
     if threshold not in THRESHOLDS:
         raise ValueError(f'threshold must be one of {", ".join(THRESHOLDS)}, got "{threshold}"')
-    if not 0 <= percentile <= 1:
-        raise ValueError(f"percentile must lie in [0, 1], got {percentile}")
+    check_limits(percentile, 1.0, ceiling)
     if x.dim() < 2 or not x.is_floating_point():
         raise ValueError(f"x must be floating point (B, ...), got {x.dtype} {tuple(x.shape)}")
     wanted = (len(x) * (1 if guidance is None else 2), *x.shape[1:])
@@ -47,7 +50,8 @@ def sampler_step(
         if tensor is not None and tensor.shape != x.shape:
             raise ValueError(f"{name} must be {tuple(x.shape)} like x, got {tuple(tensor.shape)}")
     if use_triton("sampler_step", x, _unsupported(output, x)):
-        return _operator(output, x, previous, noise, *recovery, *update, guidance, threshold, percentile)
+        step = _operator if traced() else _step
+        return step(output, x, previous, noise, *recovery, *update, guidance, threshold, percentile, ceiling)
     return sampler_step_reference(
         output,
         x,
@@ -56,6 +60,7 @@ def sampler_step(
         guidance=guidance,
         threshold=threshold,
         percentile=percentile,
+        ceiling=ceiling,
         previous=previous,
         noise=noise,
     )
@@ -71,6 +76,7 @@ def sampler_step_reference(
     guidance: float | None,
     threshold: str,
     percentile: float,
+    ceiling: float | None,
     previous: Tensor | None,
     noise: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
@@ -82,7 +88,7 @@ def sampler_step_reference(
     skip, out = recovery
     x0 = skip * x + out * output
     if threshold == "dynamic":
-        x0 = dynamic_threshold_reference(x0, percentile)
+        x0 = dynamic_threshold_reference(x0, percentile, ceiling=ceiling)
     elif threshold == "static":
         x0 = x0.clamp(-1, 1)
     c_x, c_x0, c_prev, c_noise = update
@@ -99,6 +105,46 @@ def _unsupported(output: Tensor, x: Tensor) -> str | None:
     if x.dtype != torch.float32 or output.dtype not in KERNEL_DTYPES:
         return f"the kernel takes float32 x and float32, bfloat16 or float16 output, not {x.dtype} and {output.dtype}"
     return dynamic_threshold_unsupported(x)
+
+
+def _step(
+    output: Tensor,
+    x: Tensor,
+    previous: Tensor | None,
+    noise: Tensor | None,
+    skip: float,
+    out: float,
+    c_x: float,
+    c_x0: float,
+    c_prev: float,
+    c_noise: float,
+    guidance: float | None,
+    threshold: str,
+    percentile: float,
+    ceiling: float | None,
+) -> tuple[Tensor, Tensor]:
+    x = dense(x)
+    recovery, update = (skip, out), (c_x, c_x0, c_prev, c_noise)
+    if not in_kernels(x):
+        x_next, x0 = sampler_step_reference(
+            output,
+            x,
+            recovery,
+            update,
+            guidance=guidance,
+            threshold=threshold,
+            percentile=percentile,
+            ceiling=ceiling,
+            previous=previous,
+            noise=noise,
+        )
+        return laid_as(x, x_next), laid_as(x, x0)
+    from fastimagen_kernels import sampler_step as kernels
+
+    output = laid_as(x, output)
+    previous, noise = (None if tensor is None else laid_as(x, tensor) for tensor in (previous, noise))
+    largest = math.inf if ceiling is None else ceiling
+    return kernels.sampler_step(output, x, previous, noise, recovery, update, guidance, threshold, percentile, largest)
 
 
 # ---- the operator
@@ -119,27 +165,11 @@ def _operator(
     guidance: float | None,
     threshold: str,
     percentile: float,
+    ceiling: float | None,
 ) -> tuple[Tensor, Tensor]:
-    x = dense(x)
-    recovery, update = (skip, out), (c_x, c_x0, c_prev, c_noise)
-    if not in_kernels(x):
-        x_next, x0 = sampler_step_reference(
-            output,
-            x,
-            recovery,
-            update,
-            guidance=guidance,
-            threshold=threshold,
-            percentile=percentile,
-            previous=previous,
-            noise=noise,
-        )
-        return laid_as(x, x_next), laid_as(x, x0)
-    from fastimagen_kernels import sampler_step as kernels
-
-    output = laid_as(x, output)
-    previous, noise = (None if tensor is None else laid_as(x, tensor) for tensor in (previous, noise))
-    return kernels.sampler_step(output, x, previous, noise, recovery, update, guidance, threshold, percentile)
+    return _step(
+        output, x, previous, noise, skip, out, c_x, c_x0, c_prev, c_noise, guidance, threshold, percentile, ceiling
+    )
 
 
 @_operator.register_fake
@@ -157,6 +187,7 @@ def _(
     guidance: float | None,
     threshold: str,
     percentile: float,
+    ceiling: float | None,
 ) -> tuple[Tensor, Tensor]:
     x = dense(x)
     return torch.empty_like(x), torch.empty_like(x)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastimagen import ops
-from tests.kernels.threshold_cases import CASES, PERCENTILES, assert_thresholded
+from tests.kernels.threshold_cases import CASES, PERCENTILES, assert_thresholded, digit_boundaries
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 
@@ -16,6 +16,24 @@ pytestmark = pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("name", CASES)
 def test_quantile_is_exact(name: str, percentile: float) -> None:
     assert_thresholded(CASES[name](), percentile)
+
+
+def test_every_rank_and_every_midpoint_to_the_last_bit() -> None:
+    x = digit_boundaries()
+    ordered = x.abs().double().sort().values[0]  # (17,)
+    for position in range(33):
+        low, high = ordered[position // 2], ordered[(position + 1) // 2]
+        s = ((low + high) / 2).float()  # half of the sum of neighbours is rounded once
+        y = ops.dynamic_threshold(x, position / 32, floor=0.5)
+        assert torch.equal(y, x.clamp(-s, s) / s), position
+
+
+def test_ceiling_limits_the_threshold() -> None:
+    for name in ("normal", "huge range", "zeros"):
+        assert_thresholded(CASES[name](), 0.9, floor=0.25, ceiling=1.5)
+    x = torch.tensor([[torch.inf, -torch.inf, 1.0], [torch.nan, 5.0, 1.0]])
+    y = ops.dynamic_threshold(x, 0.9, ceiling=2.0)
+    assert y[0].tolist() == [1, -1, 0.5] and y[1].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

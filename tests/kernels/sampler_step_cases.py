@@ -22,6 +22,7 @@ class Case:
     noise: bool = False
     dtype: torch.dtype = torch.float32
     shape: tuple[int, ...] = (3, 3, 9, 7)
+    ceiling: float | None = None
 
     def inputs(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """output, x, and previous and noise by name."""
@@ -38,7 +39,15 @@ class Case:
 
     def run(self, output: Tensor, x: Tensor, extra: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         return ops.sampler_step(
-            output, x, RECOVERY, UPDATE, guidance=self.guidance, threshold=self.threshold, percentile=0.9, **extra
+            output,
+            x,
+            RECOVERY,
+            UPDATE,
+            guidance=self.guidance,
+            threshold=self.threshold,
+            percentile=0.9,
+            ceiling=self.ceiling,
+            **extra,
         )
 
     def expected(self, output: Tensor, x: Tensor, extra: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -48,7 +57,7 @@ class Case:
             output = self.guidance * with_caption + (1 - self.guidance) * without
         x0 = RECOVERY[0] * x + RECOVERY[1] * output
         if self.threshold == "dynamic":
-            x0 = by_definition(x0, 0.9, 1.0)
+            x0 = by_definition(x0, 0.9, 1.0, self.ceiling)
         elif self.threshold == "static":
             x0 = x0.clamp(-1, 1)
         nothing = torch.zeros(())
@@ -76,6 +85,7 @@ def cases() -> Iterator[Case]:
         yield Case(3.0, threshold, noise=True, dtype=torch.float16)
         yield Case(3.0, threshold, shape=(2, 3, 48, 48))  # 6,912 numbers: two programs
     yield Case(2.0, "dynamic", shape=(1, 1))
+    yield Case(2.0, "dynamic", ceiling=1.5)
 
 
 CASES = list(cases())

@@ -9,7 +9,14 @@ import torch
 
 from fastimagen import ops
 from tests.kernels.interpreting import interpreted_tests
-from tests.kernels.threshold_cases import CASES, PERCENTILES, assert_thresholded, by_definition
+from tests.kernels.threshold_cases import (
+    CASES,
+    PERCENTILES,
+    assert_thresholded,
+    by_definition,
+    counting_launches,
+    documented_launches,
+)
 
 
 @pytest.mark.slow
@@ -24,6 +31,7 @@ def test_reference_matches_numpy(name: str, percentile: float) -> None:
     assert_thresholded(CASES[name](), percentile)
     assert_thresholded(CASES[name]().double(), percentile)
     assert_thresholded(CASES[name](), percentile, floor=0.25)
+    assert_thresholded(CASES[name](), percentile, ceiling=1.5)
 
 
 def test_samples_may_have_more_than_2_to_the_24_elements() -> None:
@@ -51,16 +59,19 @@ def test_inf_is_clamped_and_nan_spreads_over_its_image() -> None:
     assert y[0].isnan().all() and y[1].isfinite().all() and y[1, 0, 0, :2].tolist() == [1, -1]
     infinite = ops.dynamic_threshold(torch.tensor([[torch.inf, -torch.inf, 1.0]]), 0.9)
     assert infinite[0, :2].isnan().all() and infinite[0, 2] == 0
+    assert ops.dynamic_threshold(torch.tensor([[torch.inf, -torch.inf, 1.0]]), 0.9, ceiling=2.0).tolist() == [
+        [1, -1, 0.5]
+    ]
 
 
 def test_operator_passes_opcheck() -> None:
     x = CASES["normal"]().contiguous(memory_format=torch.channels_last)
-    torch.library.opcheck(torch.ops.fastimagen.dynamic_threshold, (x, 0.9, 1.0))
+    torch.library.opcheck(torch.ops.fastimagen.dynamic_threshold, (x, 0.9, 1.0, None))
 
 
 def test_operator_without_kernels_equals_the_reference() -> None:
     x = CASES["normal"]().contiguous(memory_format=torch.channels_last)
-    y = torch.ops.fastimagen.dynamic_threshold(x, 0.9, 1.0)
+    y = torch.ops.fastimagen.dynamic_threshold(x, 0.9, 1.0, None)
     assert y.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(y, ops.dynamic_threshold(x, 0.9), rtol=0, atol=0)
 
@@ -71,12 +82,31 @@ def test_compiles_into_one_graph(through: str) -> None:
 
     def double(x: torch.Tensor) -> torch.Tensor:
         if through == "operator":
-            return torch.ops.fastimagen.dynamic_threshold(x, 0.9, 1.0) * 2
+            return torch.ops.fastimagen.dynamic_threshold(x, 0.9, 1.0, None) * 2
         return ops.dynamic_threshold(x, 0.9) * 2
 
     torch._dynamo.reset()
     compiled = torch.compile(double, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), double(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 4097), (70_000, 3, 2, 2), (3, 3, 64, 64)], ids=str)
+def test_launches_are_as_documented_and_fit_the_grid(shape: tuple[int, ...]) -> None:
+    """Only the first axis of a grid takes more than 65,535 programs."""
+    pytest.importorskip("triton")
+    from fastimagen_kernels import dynamic_threshold as kernels
+
+    with counting_launches(kernels) as launches:
+        kernels.dynamic_threshold(torch.empty(shape, device="meta"), 0.9, 1.0, 2.0)
+    assert [launches.count] == documented_launches(kernels)
+    programs = shape[0] * -(-torch.Size(shape[1:]).numel() // kernels.BLOCK)
+    assert set(launches.grids) == {(programs,)}
+
+
+@pytest.mark.parametrize(("ceiling", "complaint"), [(0.5, "at least the floor, 1.0, or None, got 0.5"), (-1, "got -1")])
+def test_ceiling_below_the_floor_raises(ceiling: float, complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        ops.dynamic_threshold(torch.zeros(1, 4), 0.5, ceiling=ceiling)
 
 
 @pytest.mark.parametrize(

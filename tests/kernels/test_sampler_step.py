@@ -11,6 +11,7 @@ from torch import Tensor
 from fastimagen import ops
 from tests.kernels.interpreting import interpreted_tests
 from tests.kernels.sampler_step_cases import CASES, RECOVERY, UPDATE, Case
+from tests.kernels.threshold_cases import counting_launches, documented_launches
 
 
 @pytest.mark.slow
@@ -35,13 +36,14 @@ def channels_last_inputs() -> tuple[Tensor, Tensor, dict[str, Tensor]]:
 def operator(output: Tensor, x: Tensor, extra: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """The registered operator, which ops.sampler_step calls on a GPU."""
     tensors = (output, x, extra["previous"], extra["noise"])
-    return torch.ops.fastimagen.sampler_step(*tensors, *RECOVERY, *UPDATE, CASE.guidance, CASE.threshold, 0.9)
+    return torch.ops.fastimagen.sampler_step(*tensors, *RECOVERY, *UPDATE, CASE.guidance, CASE.threshold, 0.9, None)
 
 
 def test_operator_passes_opcheck() -> None:
     output, x, extra = channels_last_inputs()
     torch.library.opcheck(
-        torch.ops.fastimagen.sampler_step, (output, x, extra["previous"], None, *RECOVERY, *UPDATE, 3.0, "dynamic", 0.9)
+        torch.ops.fastimagen.sampler_step,
+        (output, x, extra["previous"], None, *RECOVERY, *UPDATE, 3.0, "dynamic", 0.9, None),
     )
 
 
@@ -61,12 +63,32 @@ def test_compiles_into_one_graph(function: Callable[..., tuple[Tensor, Tensor]])
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("shape", [(2, 5), (70_000, 3, 2, 2), (3, 3, 64, 64)], ids=str)
+def test_launches_are_as_documented_and_fit_the_grid(shape: tuple[int, ...]) -> None:
+    """Only the first axis of a grid takes more than 65,535 programs."""
+    pytest.importorskip("triton")
+    from fastimagen_kernels import dynamic_threshold, sampler_step
+
+    x = torch.empty(shape, device="meta")
+    counts = []
+    for threshold in ("static", "dynamic"):
+        with counting_launches(sampler_step, dynamic_threshold) as launches:
+            sampler_step.sampler_step(x, x, None, None, RECOVERY, UPDATE, None, threshold, 0.9, 2.0)
+        counts.append(launches.count)
+        programs = shape[0] * -(-torch.Size(shape[1:]).numel() // dynamic_threshold.BLOCK)
+        if threshold == "static":  # whose programs do not end with an image
+            programs = -(-x.numel() // dynamic_threshold.BLOCK)
+        assert set(launches.grids) == {(programs,)}
+    assert counts == documented_launches(sampler_step)
+
+
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
         ({"guidance": 3.0}, r"output must be \(4, 3\) for x \(2, 3\), got \(2, 3\)"),
         ({"threshold": "soft"}, 'threshold must be one of dynamic, static, none, got "soft"'),
         ({"percentile": 1.5}, r"percentile must lie in \[0, 1\], got 1.5"),
+        ({"ceiling": 0.5}, "ceiling must be at least the floor, 1.0, or None, got 0.5"),
         ({"noise": torch.zeros(2, 4)}, r"noise must be \(2, 3\) like x, got \(2, 4\)"),
         ({"x": torch.zeros(2, 3, dtype=torch.int32)}, "x must be floating point"),
     ],
