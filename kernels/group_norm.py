@@ -32,6 +32,7 @@ import torch
 import triton
 from torch import Tensor
 
+from .device import architecture
 from .group_norm_backward_kernels import (
     group_norm_silu_backward_kernel,
     group_norm_silu_backward_sums_kernel,
@@ -48,7 +49,7 @@ MAX_ONE_PASS = 16384  # elements of a group, padded to powers of two, that fit i
 TILE_ELEMENTS = {"forward": 8192, "backward": 4096}  # elements of a tile of larger groups, for 8 warps
 CHANNELS_LAST_WIDTH = 64  # channels of a channels_last tile: whole cache lines
 SECTOR = 32  # bytes of a memory transaction; a channels_last group narrower than this is read with its neighbours
-PROGRAMS = 4096  # pixels are split into chunks up to this number of programs: enough waves for any GPU
+PROGRAMS = 1024  # pixels are split into chunks up to this number of programs: four waves of two on an H100's 132 cores
 MAX_PARTS = 256  # parts of a group: every program of the second kernel reads them all
 CHUNKS = 16  # chunks whose S0, S1 and S2 are loaded at once
 L2_BYTES = 24 << 20  # of tensors read twice that stay in L2 while results are written: half of an H100's 50 MB
@@ -147,12 +148,16 @@ def plan(
     num_groups: int,
     silu: bool,
     direction: str,
+    select: bool = True,
 ) -> Plan:
-    """The launches for x of this shape and a skip of so many channels; direction is "forward" or "backward"."""
+    """The launches for x of this shape and a skip of so many channels; direction is "forward" or "backward".
+
+    With `select`, kernels load x and skip at once (load_input in group_norm_device.py).
+    """
     batch, x_channels, height, width = shape
     channels, pixels = x_channels + skip_channels, height * width
     constants: dict[str, Any] = dict(
-        C=channels, C_X=x_channels, CPG=channels // num_groups, CHANNELS_LAST=channels_last
+        C=channels, C_X=x_channels, CPG=channels // num_groups, CHANNELS_LAST=channels_last, SELECT=select
     )
     activation = dict(SILU=silu)
     whole = one_pass_tile((batch, channels, height, width), channels_last, num_groups, itemsize)
@@ -193,7 +198,8 @@ def group_norm_forward(
         p = plan(shape, 0, channels_last, x.itemsize, num_groups, silu, "forward")
         y = torch.empty_like(x)
     else:
-        p = plan(shape, skip.shape[1], channels_last, x.itemsize, num_groups, silu, "forward")
+        select = can_select(device)
+        p = plan(shape, skip.shape[1], channels_last, x.itemsize, num_groups, silu, "forward", select)
         layout = torch.channels_last if channels_last else torch.contiguous_format
         y = torch.empty((batch, weight.shape[0], *shape[2:]), dtype=x.dtype, device=device, memory_format=layout)
     mean = torch.empty((batch, num_groups), dtype=torch.float32, device=device)
@@ -235,7 +241,8 @@ def group_norm_backward(
     """All gradients. dy (B, C, H, W), and the residuals, shaped as x and skip, have the layout of x."""
     shape, device, fp32 = x.shape, x.device, torch.float32
     batch, channels = shape[0], weight.shape[0]
-    p = plan(shape, channels - shape[1], is_channels_last(x), x.itemsize, num_groups, silu, "backward")
+    select = skip is None or can_select(device)
+    p = plan(shape, channels - shape[1], is_channels_last(x), x.itemsize, num_groups, silu, "backward", select)
     dx = torch.empty_like(x)
     dskip = None if skip is None else torch.empty_like(skip)
     dscale = dshift = None
@@ -281,6 +288,11 @@ def group_norm_backward(
             WIDTH=VECTOR_WIDTH,
         )
     return Gradients(dx, dweight, dbias, dscale, dshift, dx_bias, dskip)
+
+
+def can_select(device: torch.device) -> bool:
+    """Whether Triton compiles a load from addresses in two tensors: for AMD's GPUs it does not."""
+    return not architecture(device).startswith("gfx")
 
 
 def is_channels_last(x: Tensor) -> bool:

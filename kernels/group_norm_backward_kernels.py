@@ -5,17 +5,16 @@ import triton.language as tl
 
 from .group_norm_device import (
     activation_gradient,
-    add_residual,
     affine,
     by_group,
     columns,
     input_bias,
-    input_scale,
+    load_input,
     load_masked,
     part_pointers,
     pointers,
     program_position,
-    scaled,
+    store_gradient,
     store_part,
     to_columns,
 )
@@ -90,6 +89,7 @@ def group_norm_silu_one_pass_backward_kernel(
     WIDTH: tl.constexpr,  # channels of a tile
     ROWS: tl.constexpr,  # pixels of a tile
     CHANNELS_LAST: tl.constexpr,  # whether x is channels_last, else contiguous
+    SELECT: tl.constexpr,  # how x and skip are loaded, see load_input
     SILU: tl.constexpr,  # whether the activation is SiLU
 ):
     """All gradients of one group of one sample."""
@@ -101,10 +101,9 @@ def group_norm_silu_one_pass_backward_kernel(
     gain, bias = affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride, n, channel, valid)
     rstd = tl.load(rstd_ptr + index)
     centre = tl.load(mean_ptr + index) - input_bias(x_bias_ptr, channel, valid, C_X)  # (WIDTH,)
-    scale = input_scale(skip_ptr, skip_scale, channel, C_X)
-    x = load_masked(pointers(x_ptr, skip_ptr, n, row, channel, pixels, C, C_X, CHANNELS_LAST), mask)
-    xhat = tl.where(mask, (scaled(x, skip_ptr, scale) - centre[None, :]) * rstd, 0.0)
-    dy = load_masked(pointers(dy_ptr, None, n, row, channel, pixels, C, C, CHANNELS_LAST), mask)
+    x = load_input(x_ptr, skip_ptr, skip_scale, n, row, channel, mask, pixels, C, C_X, CHANNELS_LAST, SELECT)
+    xhat = tl.where(mask, (x - centre[None, :]) * rstd, 0.0)
+    dy = load_masked(pointers(dy_ptr, n, row, channel, pixels, C, CHANNELS_LAST), mask)
     dz = activation_gradient(dy, xhat * gain[None, :] + bias[None, :], SILU)
     s1 = tl.sum(dz, axis=0)
     s2 = tl.sum(dz * xhat, axis=0)  # (WIDTH,)
@@ -113,9 +112,23 @@ def group_norm_silu_one_pass_backward_kernel(
         s0 = tl.sum(xhat, axis=0)
     c1 = tl.sum(gain * s1, axis=0) / (CPG * (pixels * 1.0))
     c2 = tl.sum(gain * s2, axis=0) / (CPG * (pixels * 1.0))
-    dx = rstd * scaled(gain[None, :] * dz - c1 - xhat * c2, skip_ptr, scale)
-    dx = add_residual(dx, x_residual_ptr, skip_residual_ptr, n, row, channel, mask, pixels, C, C_X, CHANNELS_LAST)
-    tl.store(pointers(dx_ptr, dskip_ptr, n, row, channel, pixels, C, C_X, CHANNELS_LAST), dx, mask)
+    dx = rstd * (gain[None, :] * dz - c1 - xhat * c2)
+    store_gradient(
+        dx_ptr,
+        dskip_ptr,
+        x_residual_ptr,
+        skip_residual_ptr,
+        skip_scale,
+        dx,
+        n,
+        row,
+        channel,
+        mask,
+        pixels,
+        C,
+        C_X,
+        CHANNELS_LAST,
+    )
     store_sample_gradients(
         s0,
         s1,
@@ -168,6 +181,7 @@ def group_norm_silu_backward_sums_kernel(
     WIDTH: tl.constexpr,  # channels of a tile
     ROWS: tl.constexpr,  # pixels of a tile
     CHANNELS_LAST: tl.constexpr,  # whether x is channels_last, else contiguous
+    SELECT: tl.constexpr,  # how x and skip are loaded, see load_input
     SILU: tl.constexpr,  # whether the activation is SiLU
 ):
     """S1, S2 and S0 of one block and chunk, and their weighted sums over each group's channels.
@@ -181,7 +195,6 @@ def group_norm_silu_backward_sums_kernel(
     statistic = n * (C // CPG) + channel // CPG
     rstd = load_masked(rstd_ptr + statistic, valid)
     centre = load_masked(mean_ptr + statistic, valid) - input_bias(x_bias_ptr, channel, valid, C_X)
-    scale = input_scale(skip_ptr, skip_scale, channel, C_X)
     slope = gain * rstd
     first = chunk.to(tl.int64) * tiles * ROWS
     t0 = tl.zeros([ROWS, GROUPS * WIDTH], tl.float32)
@@ -190,9 +203,9 @@ def group_norm_silu_backward_sums_kernel(
     for start in range(first, tl.minimum(first + tiles * ROWS, pixels), ROWS):
         row = start + tl.arange(0, ROWS)
         mask = (row < pixels)[:, None] & valid[None, :]
-        x = load_masked(pointers(x_ptr, skip_ptr, n, row, channel, pixels, C, C_X, CHANNELS_LAST), mask)
-        x = scaled(x, skip_ptr, scale) - centre[None, :]
-        dy = load_masked(pointers(dy_ptr, None, n, row, channel, pixels, C, C, CHANNELS_LAST), mask)
+        x = load_input(x_ptr, skip_ptr, skip_scale, n, row, channel, mask, pixels, C, C_X, CHANNELS_LAST, SELECT)
+        x -= centre[None, :]
+        dy = load_masked(pointers(dy_ptr, n, row, channel, pixels, C, CHANNELS_LAST), mask)
         dz = activation_gradient(dy, x * slope[None, :] + bias[None, :], SILU)
         t1 += dz
         t2 += dz * x
@@ -248,6 +261,7 @@ def group_norm_silu_backward_kernel(
     PARTS: tl.constexpr,  # parts of a group, padded to a power of two
     CHUNKS: tl.constexpr,  # chunks whose sums are loaded at once
     CHANNELS_LAST: tl.constexpr,  # whether x is channels_last, else contiguous
+    SELECT: tl.constexpr,  # how x and skip are loaded, see load_input
     SILU: tl.constexpr,  # whether the activation is SiLU
 ):
     """dx and dskip of one block and chunk; in the last chunk, the sample's gradients of the block's vectors as well."""
@@ -301,23 +315,34 @@ def group_norm_silu_backward_kernel(
             C_X,
         )
 
-    scale = input_scale(skip_ptr, skip_scale, channel, C_X)
     slope = gain * rstd
-    # dx = rstd * (gain * dz - c1 - xhat * c2), times the scale of skip
-    by_dz = slope * scale
-    by_x = rstd * rstd * c2 * scale
-    constant = rstd * c1 * scale
+    by_x = rstd * rstd * c2
+    constant = rstd * c1
     first = chunk.to(tl.int64) * tiles * ROWS
     for start in range(first, tl.minimum(first + tiles * ROWS, pixels), ROWS):
         row = start + tl.arange(0, ROWS)
         mask = (row < pixels)[:, None] & valid[None, :]
-        x = load_masked(pointers(x_ptr, skip_ptr, n, row, channel, pixels, C, C_X, CHANNELS_LAST), mask)
-        x = scaled(x, skip_ptr, scale) - centre[None, :]
-        dy = load_masked(pointers(dy_ptr, None, n, row, channel, pixels, C, C, CHANNELS_LAST), mask)
+        x = load_input(x_ptr, skip_ptr, skip_scale, n, row, channel, mask, pixels, C, C_X, CHANNELS_LAST, SELECT)
+        x -= centre[None, :]
+        dy = load_masked(pointers(dy_ptr, n, row, channel, pixels, C, CHANNELS_LAST), mask)
         dz = activation_gradient(dy, x * slope[None, :] + bias[None, :], SILU)
-        dx = by_dz[None, :] * dz - (by_x[None, :] * x + constant[None, :])
-        dx = add_residual(dx, x_residual_ptr, skip_residual_ptr, n, row, channel, mask, pixels, C, C_X, CHANNELS_LAST)
-        tl.store(pointers(dx_ptr, dskip_ptr, n, row, channel, pixels, C, C_X, CHANNELS_LAST), dx, mask)
+        dx = slope[None, :] * dz - (by_x[None, :] * x + constant[None, :])
+        store_gradient(
+            dx_ptr,
+            dskip_ptr,
+            x_residual_ptr,
+            skip_residual_ptr,
+            skip_scale,
+            dx,
+            n,
+            row,
+            channel,
+            mask,
+            pixels,
+            C,
+            C_X,
+            CHANNELS_LAST,
+        )
 
 
 @triton.jit(do_not_specialize=["batch"])

@@ -28,23 +28,13 @@ def columns(block, C: tl.constexpr, CPG: tl.constexpr, GROUPS: tl.constexpr, WID
 
 
 @triton.jit
-def pointers(x_ptr, skip_ptr, n, row, channel, pixels, C: tl.constexpr, C_X: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """Addresses (rows, columns) of pixels of sample n: in x, and beyond its C_X channels in skip."""
+def pointers(pointer, n, row, channel, pixels, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """Addresses (rows, columns) of pixels and channels of sample n in a tensor (B, CHANNELS, H, W)."""
     row = row.to(tl.int64)[:, None]  # the interpreter counts in int32
     if CHANNELS_LAST:
-        pointer = x_ptr + n * C_X * pixels + row * C_X + channel[None, :]
+        pointer += n * CHANNELS * pixels + row * CHANNELS + channel[None, :]
     else:
-        start = x_ptr + (n * C_X + channel) * pixels
-    if skip_ptr is not None:
-        C_S: tl.constexpr = C - C_X
-        in_x = channel < C_X
-        if CHANNELS_LAST:
-            other = skip_ptr + (n * C_S * pixels - C_X) + row * C_S + channel[None, :]
-            pointer = tl.where(in_x[None, :], pointer, other)
-        else:
-            start = tl.where(in_x, start, skip_ptr + (n * C_S - C_X + channel) * pixels)
-    if not CHANNELS_LAST:
-        pointer = start[None, :] + row
+        pointer += (n * CHANNELS + channel)[None, :] * pixels + row
     return pointer  # (rows, columns)
 
 
@@ -55,36 +45,47 @@ def load_masked(pointer, mask):
 
 
 @triton.jit
-def input_scale(skip_ptr, skip_scale, channel, C_X: tl.constexpr):
-    """What the channels (columns,) are multiplied by: 1 in x, skip_scale in skip."""
-    scale = tl.full(channel.shape, 1.0, tl.float32)
-    if skip_ptr is not None:
-        scale = tl.where(channel < C_X, scale, skip_scale)
-    return scale
+def load_input(
+    x_ptr,
+    skip_ptr,
+    skip_scale,
+    n,
+    row,
+    channel,
+    mask,
+    pixels,
+    C: tl.constexpr,
+    C_X: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    SELECT: tl.constexpr,
+):
+    """Pixels (rows, columns) of sample n: of x, or beyond its C_X channels of skip times skip_scale; 0 outside.
 
-
-@triton.jit
-def input_bias(x_bias_ptr, channel, valid, C_X: tl.constexpr):
-    """What is added to the channels (columns,): x_bias in x, 0 in skip."""
-    bias = tl.zeros(channel.shape, tl.float32)
-    if x_bias_ptr is not None:
-        bias = load_masked(x_bias_ptr + channel, valid & (channel < C_X))
-    return bias
-
-
-@triton.jit
-def scaled(x, skip_ptr, scale):
-    """x (rows, columns) times the scale of each column; without a skip the scales are 1."""
-    if skip_ptr is not None:
-        x = x * scale[None, :]
+    With SELECT by one load, of addresses in either tensor: fewer registers, but Triton's AMD backend cannot compile it.
+    """
+    at = pointers(x_ptr, n, row, channel, pixels, C_X, CHANNELS_LAST)
+    if skip_ptr is None:
+        x = load_masked(at, mask)
+    else:
+        in_x = channel < C_X
+        skip_at = pointers(skip_ptr, n, row, channel - C_X, pixels, C - C_X, CHANNELS_LAST)
+        if SELECT:
+            x = load_masked(tl.where(in_x[None, :], at, skip_at), mask)
+            x = x * tl.where(in_x, 1.0, skip_scale)[None, :]
+        else:
+            x = load_masked(at, mask & in_x[None, :])
+            x += load_masked(skip_at, mask & ~in_x[None, :]) * skip_scale
     return x
 
 
 @triton.jit
-def add_residual(
-    dx,
+def store_gradient(
+    dx_ptr,
+    dskip_ptr,
     x_residual_ptr,
     skip_residual_ptr,
+    skip_scale,
+    dx,
     n,
     row,
     channel,
@@ -94,14 +95,28 @@ def add_residual(
     C_X: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
 ):
-    """dx (rows, columns) plus the gradients that came to x and skip on a residual path, each None or laid out as dx."""
+    """Store dx (rows, columns) in the tensors that `load_input` loaded, plus the gradients of a residual path."""
+    in_x = mask
+    if dskip_ptr is not None:
+        in_x = mask & (channel < C_X)[None, :]
+        in_skip = mask & (channel >= C_X)[None, :]
+        dx = dx * tl.where(channel < C_X, 1.0, skip_scale)[None, :]
+        if skip_residual_ptr is not None:
+            at = pointers(skip_residual_ptr, n, row, channel - C_X, pixels, C - C_X, CHANNELS_LAST)
+            dx += load_masked(at, in_skip)
+        tl.store(pointers(dskip_ptr, n, row, channel - C_X, pixels, C - C_X, CHANNELS_LAST), dx, in_skip)
     if x_residual_ptr is not None:
-        at = pointers(x_residual_ptr, None, n, row, channel, pixels, C, C_X, CHANNELS_LAST)
-        dx += load_masked(at, mask & (channel < C_X)[None, :])
-    if skip_residual_ptr is not None:
-        at = pointers(skip_residual_ptr, None, n, row, channel - C_X, pixels, C, C - C_X, CHANNELS_LAST)
-        dx += load_masked(at, mask & (channel >= C_X)[None, :])
-    return dx
+        dx += load_masked(pointers(x_residual_ptr, n, row, channel, pixels, C_X, CHANNELS_LAST), in_x)
+    tl.store(pointers(dx_ptr, n, row, channel, pixels, C_X, CHANNELS_LAST), dx, in_x)
+
+
+@triton.jit
+def input_bias(x_bias_ptr, channel, valid, C_X: tl.constexpr):
+    """What is added to the channels (columns,): x_bias in x, 0 in skip."""
+    bias = tl.zeros(channel.shape, tl.float32)
+    if x_bias_ptr is not None:
+        bias = load_masked(x_bias_ptr + channel, valid & (channel < C_X))
+    return bias
 
 
 @triton.jit

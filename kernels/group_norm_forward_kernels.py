@@ -9,14 +9,13 @@ from .group_norm_device import (
     by_group,
     columns,
     input_bias,
-    input_scale,
+    load_input,
     load_masked,
     merge,
     moments,
     part_pointers,
     pointers,
     program_position,
-    scaled,
     store_part,
     to_columns,
 )
@@ -45,6 +44,7 @@ def group_norm_silu_one_pass_forward_kernel(
     WIDTH: tl.constexpr,  # channels of a tile
     ROWS: tl.constexpr,  # pixels of a tile
     CHANNELS_LAST: tl.constexpr,  # whether x is channels_last, else contiguous
+    SELECT: tl.constexpr,  # how x and skip are loaded, see load_input
     SILU: tl.constexpr,  # whether the activation is SiLU
 ):
     """y, mean and rstd of one group of one sample."""
@@ -53,8 +53,7 @@ def group_norm_silu_one_pass_forward_kernel(
     channel, valid = columns(group, C, CPG, 1, WIDTH)
     row = tl.arange(0, ROWS).to(tl.int64)
     mask = (row < pixels)[:, None] & valid[None, :]
-    x = load_masked(pointers(x_ptr, skip_ptr, n, row, channel, pixels, C, C_X, CHANNELS_LAST), mask)
-    x = scaled(x, skip_ptr, input_scale(skip_ptr, skip_scale, channel, C_X))
+    x = load_input(x_ptr, skip_ptr, skip_scale, n, row, channel, mask, pixels, C, C_X, CHANNELS_LAST, SELECT)
     count = pixels * 1.0
     column_mean, m2 = moments(x, mask, count)  # (WIDTH,)
     x_bias = input_bias(x_bias_ptr, channel, valid, C_X)
@@ -65,7 +64,7 @@ def group_norm_silu_one_pass_forward_kernel(
     gain, bias = affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride, n, channel, valid)
     centre = to_columns(mean, 1, WIDTH) - x_bias
     z = (x - centre[None, :]) * (to_columns(rstd, 1, WIDTH) * gain)[None, :] + bias[None, :]
-    y_at = pointers(y_ptr, None, n, row, channel, pixels, C, C, CHANNELS_LAST)
+    y_at = pointers(y_ptr, n, row, channel, pixels, C, CHANNELS_LAST)
     tl.store(y_at, activate(z, SILU), mask)
     one = index + tl.arange(0, 1)
     tl.store(mean_ptr + one, mean)
@@ -90,6 +89,7 @@ def group_norm_silu_statistics_kernel(
     WIDTH: tl.constexpr,  # channels of a tile
     ROWS: tl.constexpr,  # pixels of a tile
     CHANNELS_LAST: tl.constexpr,  # whether x is channels_last, else contiguous
+    SELECT: tl.constexpr,  # how x and skip are loaded, see load_input
 ):
     """Mean and sum of squared deviations of every group in one block and chunk.
 
@@ -104,26 +104,25 @@ def group_norm_silu_statistics_kernel(
     last = tl.minimum(first + tiles * ROWS, pixels)
     row = first + tl.arange(0, ROWS)
     mask = (row < pixels)[:, None] & valid[None, :]
-    x = load_masked(pointers(x_ptr, skip_ptr, n, row, channel, pixels, C, C_X, CHANNELS_LAST), mask)
+    x = load_input(x_ptr, skip_ptr, skip_scale, n, row, channel, mask, pixels, C, C_X, CHANNELS_LAST, SELECT)
     pivot = tl.sum(x, axis=0) / tl.minimum(last - first, ROWS).to(tl.float32)
     sums = tl.where(mask, x - pivot[None, :], 0.0)
     squares = sums * sums
     for start in range(first + ROWS, last, ROWS):
         row = start + tl.arange(0, ROWS)
         mask = (row < pixels)[:, None] & valid[None, :]
-        x = load_masked(pointers(x_ptr, skip_ptr, n, row, channel, pixels, C, C_X, CHANNELS_LAST), mask)
+        x = load_input(x_ptr, skip_ptr, skip_scale, n, row, channel, mask, pixels, C, C_X, CHANNELS_LAST, SELECT)
         deviation = tl.where(mask, x - pivot[None, :], 0.0)
         sums += deviation
         squares += deviation * deviation
     seen = (last - first).to(tl.float32)
     rest = tl.sum(sums, axis=0) / seen
     m2 = tl.sum(squares, axis=0) - seen * rest * rest
-    scale = input_scale(skip_ptr, skip_scale, channel, C_X)
-    mean = (pivot + rest) * scale + input_bias(x_bias_ptr, channel, valid, C_X)  # (GROUPS * WIDTH,)
+    mean = pivot + rest + input_bias(x_bias_ptr, channel, valid, C_X)  # (GROUPS * WIDTH,)
     mean, m2 = merge(
         by_group(valid * seen, GROUPS, WIDTH),
         by_group(mean, GROUPS, WIDTH),
-        by_group(m2 * scale * scale, GROUPS, WIDTH),
+        by_group(m2, GROUPS, WIDTH),
     )  # (GROUPS,)
     store_part(parts_ptr, mean, m2, n, block, chunk, chunks, C, CPG, GROUPS, WIDTH)
 
@@ -157,6 +156,7 @@ def group_norm_silu_forward_kernel(
     ROWS: tl.constexpr,  # pixels of a tile
     PARTS: tl.constexpr,  # parts of a group, padded to a power of two
     CHANNELS_LAST: tl.constexpr,  # whether x is channels_last, else contiguous
+    SELECT: tl.constexpr,  # how x and skip are loaded, see load_input
     SILU: tl.constexpr,  # whether the activation is SiLU
 ):
     """y of one block and chunk; mean and rstd of its groups."""
@@ -181,12 +181,11 @@ def group_norm_silu_forward_kernel(
     gain, bias = affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride, n, channel, valid)
     gain = gain * to_columns(rstd, GROUPS, WIDTH)
     centre = to_columns(mean, GROUPS, WIDTH) - input_bias(x_bias_ptr, channel, valid, C_X)
-    scale = input_scale(skip_ptr, skip_scale, channel, C_X)
     first = chunk.to(tl.int64) * tiles * ROWS
     for start in range(first, tl.minimum(first + tiles * ROWS, pixels), ROWS):
         row = start + tl.arange(0, ROWS)
         mask = (row < pixels)[:, None] & valid[None, :]
-        x = load_masked(pointers(x_ptr, skip_ptr, n, row, channel, pixels, C, C_X, CHANNELS_LAST), mask)
-        z = (scaled(x, skip_ptr, scale) - centre[None, :]) * gain[None, :] + bias[None, :]
-        y_at = pointers(y_ptr, None, n, row, channel, pixels, C, C, CHANNELS_LAST)
+        x = load_input(x_ptr, skip_ptr, skip_scale, n, row, channel, mask, pixels, C, C_X, CHANNELS_LAST, SELECT)
+        z = (x - centre[None, :]) * gain[None, :] + bias[None, :]
+        y_at = pointers(y_ptr, n, row, channel, pixels, C, CHANNELS_LAST)
         tl.store(y_at, activate(z, SILU), mask)

@@ -36,6 +36,7 @@ KERNELS = {
         "device.py",
     ),
     "group_norm": (
+        "device.py",
         "group_norm.py",
         "group_norm_backward_kernels.py",
         "group_norm_device.py",

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .group_norm_op import rows
 from .layout import dense, laid_as
@@ -56,6 +55,7 @@ class GroupNorm(torch.autograd.Function):
         dense_x = dense(x)
         dense_skip = None if skip is None else laid_as(dense_x, skip)
         weight, bias, scale, shift = weight.contiguous(), bias.contiguous(), rows(scale), rows(shift)
+        x_bias = None if x_bias is None else x_bias.contiguous()
         y, mean, rstd = group_norm_forward(
             dense_x, weight, bias, scale, shift, num_groups, eps, silu, x_bias, dense_skip, skip_scale
         )
@@ -65,10 +65,14 @@ class GroupNorm(torch.autograd.Function):
         return (y, x, skip) if residual else y
 
     @staticmethod
-    @once_differentiable
     def backward(
         ctx: Any, dy: Tensor | None, x_residual: Tensor | None = None, skip_residual: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph=True: the gradients would be constants to autograd
+            raise RuntimeError(
+                "the kernels of group_norm_silu have no second derivative; "
+                'compute it in plain PyTorch: fastimagen.ops.set_backend("torch")'
+            )
         if dy is None:
             return x_residual, None, None, None, None, None, skip_residual, None, None, None, None, None
         from fastimagen_kernels.group_norm import group_norm_backward

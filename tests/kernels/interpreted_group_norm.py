@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from triton.runtime import interpreter
 from fastimagen import ops
 from fastimagen_kernels import group_norm as kernels
 from tests.kernels.group_norm_cases import NAMES, assert_close, errors, exact, inputs, results
-from tests.kernels.interpreting import guarded
+from tests.kernels.interpreting import guarded, traffic
 
 pytestmark = [
     pytest.mark.usefixtures("interpreter"),
@@ -125,41 +124,14 @@ def test_memory_traffic_per_element_is_as_documented(
 ) -> None:
     """With tiles as they are shipped: x, y and their gradients are touched as often as planned, little else is."""
     dy, x, *vectors = inputs(shape, last=last, dtype=torch.bfloat16, vectors=torch.float32)
-    touched: list[tuple[np.ndarray, int]] = []
-    load, store = (getattr(interpreter.InterpreterBuilder, f"create_masked_{kind}") for kind in ("load", "store"))
-
-    def note(pointers: interpreter.TensorHandle, mask: interpreter.TensorHandle) -> None:
-        # An address that several threads of a program ask for at once is read once.
-        touched.append(
-            (np.unique(pointers.data[mask.data.astype(bool)]), pointers.get_element_ty().primitive_bitwidth // 8)
-        )
-
-    def noted_load(self: object, pointers: object, mask: object, *rest: object) -> object:
-        note(pointers, mask)
-        return load(self, pointers, mask, *rest)
-
-    def noted_store(self: object, pointers: object, value: object, mask: object, *rest: object) -> object:
-        note(pointers, mask)
-        return store(self, pointers, value, mask, *rest)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_load", noted_load)
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_store", noted_store)
-
-    def moved(*tensors: Tensor) -> tuple[float, float]:
-        """Bytes an element in these tensors, and in everything else."""
-        spans = [(tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes) for tensor in tensors]
-        inside = sum(size * sum(((at >= low) & (at < high)).sum() for low, high in spans) for at, size in touched)
-        everything = sum(size * at.size for at, size in touched)
-        return inside / x.numel(), (everything - inside) / x.numel()
-
     x.requires_grad_()
-    y = ops.group_norm_silu(x, *vectors[:2], 2, scale=vectors[2], shift=vectors[3])
-    planned, rest = moved(x, y)
-    assert planned == per_element[0] and rest < 0.15 * planned, (planned, rest)
-    touched.clear()
-    (dx,) = torch.autograd.grad(y, x, dy)
-    planned, rest = moved(dy, x, dx)
-    assert planned == per_element[1] and rest < 0.15 * planned, (planned, rest)
+    with traffic(monkeypatch) as moved:
+        y = ops.group_norm_silu(x, *vectors[:2], 2, scale=vectors[2], shift=vectors[3])
+        forward = moved(x, y)
+        (dx,) = torch.autograd.grad(y, x, dy)
+        backward = moved(dy, x, dx)
+    for (planned, rest), expected in zip((forward, backward), per_element):
+        assert planned == expected * x.numel() and rest < 0.15 * planned, (planned, rest)
 
 
 def test_only_x_and_its_statistics_are_saved_for_backward(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,7 +177,7 @@ def test_offsets_beyond_2_to_the_32_elements(last: bool, tmp_path: Path, monkeyp
 
     # The arguments live on the CPU: copying them back would fill the holes.
     monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *unused: None)
-    constants = dict(C=channels, C_X=channels, CPG=channels, CHANNELS_LAST=last, **cut.constants)
+    constants = dict(C=channels, C_X=channels, CPG=channels, CHANNELS_LAST=last, SELECT=True, **cut.constants)
     position = (0, side * side, chunks, cut.tiles)
     parts = torch.full((batch, 1, cut.parts, 2), math.nan)
     launch(kernels.group_norm_silu_statistics_kernel, False, x, None, None, parts, 1.0, *position, **constants)

@@ -128,3 +128,41 @@ def guarded(kernels: ModuleType) -> Iterator[None]:
     finally:
         kernels.torch = torch
     assert all(buffer[:MARGIN].isnan().all() and buffer[-MARGIN:].isnan().all() for buffer in buffers)
+
+
+@contextmanager
+def traffic(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[int, int]]]:
+    """Inside, the function counts bytes that kernels loaded and stored since it was called last.
+
+    Those in the given tensors, and those in everything else.
+    """
+    from triton.runtime import interpreter
+
+    touched: list[tuple[np.ndarray, int]] = []
+    load, store = (getattr(interpreter.InterpreterBuilder, f"create_masked_{kind}") for kind in ("load", "store"))
+
+    def note(pointers: interpreter.TensorHandle, mask: interpreter.TensorHandle) -> None:
+        # An address that several threads of a program ask for at once is read once.
+        touched.append(
+            (np.unique(pointers.data[mask.data.astype(bool)]), pointers.get_element_ty().primitive_bitwidth // 8)
+        )
+
+    def noted_load(self: object, pointers: object, mask: object, *rest: object) -> object:
+        note(pointers, mask)
+        return load(self, pointers, mask, *rest)
+
+    def noted_store(self: object, pointers: object, value: object, mask: object, *rest: object) -> object:
+        note(pointers, mask)
+        return store(self, pointers, value, mask, *rest)
+
+    def moved(*tensors: Tensor) -> tuple[int, int]:
+        spans = [(tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes) for tensor in tensors]
+        inside = sum(size * sum(((at >= low) & (at < high)).sum() for low, high in spans) for at, size in touched)
+        everything = sum(size * at.size for at, size in touched)
+        touched.clear()
+        return int(inside), int(everything - inside)
+
+    with monkeypatch.context() as patches:
+        patches.setattr(interpreter.InterpreterBuilder, "create_masked_load", noted_load)
+        patches.setattr(interpreter.InterpreterBuilder, "create_masked_store", noted_store)
+        yield moved

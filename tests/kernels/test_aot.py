@@ -17,7 +17,15 @@ EVERYWHERE = ["sm_80", "sm_90", "sm_100", "gfx942"]
         (
             "group_norm",
             EVERYWHERE,
-            "bfloat16 channels_last",
+            "bfloat16 channels_last [0-9x]+$",
+            "group_norm_silu_one_pass_forward_kernel group_norm_silu_statistics_kernel group_norm_silu_forward_kernel "
+            "group_norm_silu_one_pass_backward_kernel group_norm_silu_backward_sums_kernel "
+            "group_norm_silu_backward_kernel group_norm_silu_vector_gradients_kernel",
+        ),
+        (
+            "group_norm",
+            ["sm_90"],
+            "x_bias|skip",
             "group_norm_silu_one_pass_forward_kernel group_norm_silu_statistics_kernel group_norm_silu_forward_kernel "
             "group_norm_silu_one_pass_backward_kernel group_norm_silu_backward_sums_kernel "
             "group_norm_silu_backward_kernel group_norm_silu_vector_gradients_kernel",
@@ -26,7 +34,7 @@ EVERYWHERE = ["sm_80", "sm_90", "sm_100", "gfx942"]
             "dynamic_threshold,sampler_step",
             EVERYWHERE,
             "bfloat16|dynamic|static",
-            "dynamic_threshold_count_kernel dynamic_threshold_search_kernel dynamic_threshold_apply_kernel "
+            "dynamic_threshold_count_kernel dynamic_threshold_apply_kernel "
             "sampler_step_kernel sampler_step_x0_kernel sampler_step_finish_kernel",
         ),
     ],
