@@ -24,9 +24,9 @@ from typing import IO
 
 from .gpu_groups import GROUPS, measurements
 from .harness.parallel_tests import GPU_TESTS, Outcome, ParallelTests, summary, unknown_groups, wrong_groups
+from .harness.plan import TEST_SHARE, TESTS_LIMIT, page
 from .harness.processes import last_lines, start, stop
 
-TESTS_LIMIT = 150  # the most seconds for all tests, and for compiling
 TEST_LIMIT = 60  # of one test: it may compile a dozen kernels while all cores are busy
 START = 12  # seconds that a process needs before it measures; with less left, no group begins
 NEEDED = {  # module -> the package that has it
@@ -69,9 +69,8 @@ def main(arguments: list[str] | None = None) -> int:
     if missing := [package for module, package in NEEDED.items() if find_spec(module) is None]:
         parser().error(f"{', '.join(missing)} cannot be imported; python -m pip install {' '.join(missing)}")
     if options.plan:
-        from .studies.gpu_plan import show
-
-        return show()
+        print(page())
+        return 0
     if options.dry_run and options.out is None:
         parser().error("--dry-run needs --out FILE: its rows are no results")
     groups = [name for name in GROUPS if name in names]
@@ -81,6 +80,9 @@ def main(arguments: list[str] | None = None) -> int:
     outcomes = prepare(groups, "tests" in names, min(TESTS_LIMIT, options.budget), dry_run=options.dry_run)
     wrong = wrong_groups(outcomes)
     in_order = not wrong and not unknown_groups(outcomes)
+    if "tests" in names and not outcomes:
+        print("no tests were found: nothing is known of the results", flush=True)
+        in_order = False
     groups, skipped = without_wrong(groups, wrong)
     for name, ops in skipped.items():
         print(f"{name} is not measured: results of {', '.join(ops)} are wrong", flush=True)
@@ -102,12 +104,13 @@ def without_wrong(groups: list[str], wrong: set[str]) -> tuple[list[str], dict[s
 def prepare(groups: list[str], tests: bool, seconds: float, *, dry_run: bool) -> dict[str, Outcome]:
     """Run the tests if asked to, compile the groups' kernels at the same time, and say how both went."""
     cores = 2 if dry_run else os.cpu_count() or 1
+    testing_cores = max(1, int(TEST_SHARE * cores))
     began, testing = time.monotonic(), None
     if tests:
         print(f"== tests, and kernels of {', '.join(groups)}, at most {seconds:.0f} s", flush=True)
-        testing = ParallelTests(GPU_TESTS, processes=max(1, 3 * cores // 4), limit=TEST_LIMIT)
+        testing = ParallelTests(GPU_TESTS, processes=testing_cores, limit=TEST_LIMIT)
     with tempfile.NamedTemporaryFile() as log:
-        compiling = start_compiling(groups, max(1, cores // 4 if tests else cores), log, dry_run=dry_run)
+        compiling = start_compiling(groups, max(1, cores - testing_cores if tests else cores), log, dry_run=dry_run)
         try:
             outcomes = testing.wait(seconds) if testing else {}
             if outcomes:

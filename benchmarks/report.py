@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from .harness import svg
+from .harness import plan, svg
 from .harness.checkout import ROOT
 from .harness.rows import Measured, Row, folder, is_stale, read_all
 
@@ -155,6 +155,41 @@ def step(measured: Measured) -> str:
     return "\n\n".join(parts)
 
 
+def engine(measured: Measured) -> str:
+    """Training steps through DeepSpeed's engine on GPUs."""
+    parts = []
+    for device in measured.gpus or [""]:
+        rows = measured.of(device, op="engine step")
+        lines = [
+            [
+                row["shape"],
+                row["provider"] + (" (stale)" if is_stale(row) else ""),
+                milliseconds(row),
+                per_second(row),
+                share(row, "flops", "tflops"),
+                f"{digits(row['host_ms'])} ms" if "host_ms" in row else NOT_MEASURED,
+                f"{digits(row['first_step_s'])} s" if "first_step_s" in row else NOT_MEASURED,
+                f"{row['peak_bytes'] / 2**30:.1f} GiB" if "peak_bytes" in row else NOT_MEASURED,
+                str(row.get("host_synchronisations", NOT_MEASURED)),
+            ]
+            for row in rows
+        ]
+        head = (
+            "network and micro-batch",
+            "optimizer",
+            "step",
+            "images/s",
+            "of the matrix rate",
+            "host time",
+            "first step",
+            "memory",
+            "host synchronisations",
+        )
+        parts += [table(head, lines)] if lines else []
+        parts.append(when(rows, REPRODUCE["gpu"]))
+    return "\n\n".join(parts)
+
+
 def against(measured: Measured, device: str, row: Row) -> str:
     """Images per second over MinImagen's."""
     theirs = measured.one(device, op=row["op"], shape=row["shape"], provider="MinImagen")
@@ -262,6 +297,7 @@ def data(measured: Measured) -> str:
 
 TABLES: dict[str, Callable[[Measured], str]] = {
     "cpu": cpu,
+    "engine": engine,
     "step": step,
     "breakdown": breakdown,
     "sampler": sampler,
@@ -270,6 +306,8 @@ TABLES: dict[str, Callable[[Measured], str]] = {
     "group_norm": single_op("group_norm"),
     "threshold": single_op("threshold"),
     "sampler_step": single_op("sampler step"),
+    "host_time": single_op("host time"),
+    "gpu_plan": lambda measured: plan.page(),
 }
 
 

@@ -28,16 +28,11 @@ from triton.backends.compiler import GPUTarget
 from ..gpu_groups import GROUPS, launches
 from ..harness.checkout import ROOT
 from ..harness.kernel_cache import Compilation, compilations_of, compile_all
+from ..harness.plan import OUT, page
 from ..harness.rows import today
 from .aot import TARGETS
 
-OUT = ROOT / "benchmarks/results/gpu_plan.json"
 TESTS = ROOT / "tests/gpu"
-CORES = 16  # of the machine that the plan is for
-TESTS_LIMIT = 150  # seconds, of gpu_check
-TEST_SHARE = 0.75  # of the cores, for the tests; the others compile the kernels of the groups
-START = 15.0  # seconds of a process until its first launch, while all others start too
-RUN_TESTS = 15.0  # seconds that the tests' own work takes, without compiling
 
 
 class _Listing:
@@ -124,39 +119,6 @@ def measure(target: GPUTarget, sample: int, processes: int) -> dict[str, Any]:
     }
 
 
-def table(found: dict[str, Any]) -> str:
-    """The plan in Markdown: kernels, CPU seconds to compile them, seconds on a GPU machine, limits."""
-    cost = found["cpu_seconds_of_a_kernel"]
-    tests, groups = found["tests"] * cost["tests"], sum(found["groups"].values()) * cost["groups"]
-    testing, compiling = round(TEST_SHARE * CORES), round((1 - TEST_SHARE) * CORES)
-    clock = START + max(tests / testing + RUN_TESTS, groups / compiling)
-    total = sum(found["groups"].values())
-    lines = [
-        "| | kernels | CPU seconds to compile them | seconds | ends at | at most |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
-        f"| tests, on {testing} cores | {found['tests']} | {tests:.0f} | {clock:.0f} | {clock:.0f} | {TESTS_LIMIT} |",
-        f"| kernels of all groups, on {compiling} cores meanwhile | {total} | {groups:.0f} | | | |",
-    ]
-    for name, group in GROUPS.items():
-        clock += group.estimate
-        lines.append(
-            f"| {name} | {found['groups'][name]} | {found['groups'][name] * cost['groups']:.0f} | "
-            f"{group.estimate:.0f} | {clock:.0f} | {group.seconds:.0f} |"
-        )
-    return "\n".join(lines)
-
-
-def show() -> int:
-    """Print the plan of the committed file."""
-    found = json.loads(OUT.read_text())
-    print(table(found))
-    print(
-        f"\nCompiled for {found['target']} by triton {found['triton']}, {found['date']}; a sample of {found['sample']} "
-        f"kernels of either kind; reproduce with python -m benchmarks.studies.gpu_plan"
-    )
-    return 0
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.studies.gpu_plan", description=__doc__.partition("\n")[0]
@@ -168,7 +130,7 @@ def main() -> None:
     options = parser.parse_args()
     found = measure(TARGETS[options.target], options.sample, options.processes)
     options.out.write_text(json.dumps(found, indent=1) + "\n")
-    print(table(found))
+    print(page(options.out))
 
 
 if __name__ == "__main__":

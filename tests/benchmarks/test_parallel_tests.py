@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.harness import parallel_tests
 from benchmarks.harness.parallel_tests import (
     Outcome,
     ParallelTests,
@@ -79,6 +80,14 @@ def test_tests_that_cannot_be_collected(tmp_path: Path) -> None:
     write(tmp_path / "tests", "test_step_cuda.py", "import no_such_module")
     outcomes = ParallelTests(tmp_path / "tests", processes=1, limit=10).wait(30)
     assert wrong_groups(outcomes) and "no_such_module" in summary(outcomes)
+
+
+def test_tests_without_pytest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that ends before it finds a test is no success, whatever its status."""
+    begin = parallel_tests.start
+    monkeypatch.setattr(parallel_tests, "start", lambda module, *_, **options: begin("no_such_module", **options))
+    outcomes = ParallelTests(tmp_path, processes=1, limit=10).wait(30)
+    assert wrong_groups(outcomes) and "No module named no_such_module" in summary(outcomes)
 
 
 def test_a_time_out_is_not_a_wrong_result() -> None:
