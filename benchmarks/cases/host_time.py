@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -93,25 +93,30 @@ def stubbed(*, bound: bool) -> Iterator[None]:
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise ProviderUnavailable("TRITON_INTERPRET=1 replaces Triton's launches")
     try:
-        import triton  # noqa: F401
+        from triton.backends.compiler import GPUTarget
+        from triton.runtime import driver
+        from triton.runtime.jit import JITFunction
     except ImportError:
         raise ProviderUnavailable("triton is not installed") from None
-    from triton.runtime.jit import JITFunction
 
-    from ..studies.aot import TARGETS, compiling_for
+    run, target = JITFunction.run, GPUTarget("cuda", 90, 32)
+    stub = SimpleNamespace(
+        get_current_target=lambda: target, get_current_device=lambda: "cuda:90", get_current_stream=lambda device: 0
+    )
 
-    with compiling_for(TARGETS["sm_90"]) as launches, _on_cpu_tensors(dispatch), real_launches():
-        noted = JITFunction.run
+    def prepare(kernel: Any, *arguments: Any, warmup: bool, **options: Any) -> None:
+        run(kernel, *arguments, warmup=True, **options)
 
-        def prepare(kernel: Any, *arguments: Any, **options: Any) -> None:
-            noted(kernel, *arguments, **options)
-            launches.clear()
+    def nothing(kernel: Any, *arguments: Any, **options: Any) -> None:
+        pass
 
-        def nothing(kernel: Any, *arguments: Any, **options: Any) -> None:
-            pass
-
-        with mock.patch.object(JITFunction, "run", prepare if bound else nothing):
-            yield
+    with (
+        mock.patch.object(driver, "_active", stub),
+        mock.patch.object(JITFunction, "run", prepare if bound else nothing),
+        _on_cpu_tensors(dispatch),
+        real_launches(),
+    ):
+        yield
 
 
 @contextmanager
