@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -125,6 +126,16 @@ class UNet(nn.Module):
         return self._num_slots - 1
 
     # ---- calls
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """nn.Module.compile, without compiling the first graph twice.
+
+        einops registers a type of tensor at the first call with it. If the traced call does that, torch.compile's guard
+        on the registry fails in the next call.
+        """
+        for tensor in (torch.empty(1), nn.Parameter(torch.empty(1))):
+            rearrange(tensor, "a -> a")  # (1,)
+        super().compile(*args, **kwargs)
 
     def encode_text(self, text: TextEmbeddings, keep_text: Tensor | None = None) -> TextState:
         """Everything that depends on text and not on time. keep_text (B,) bool: False drops a caption."""
