@@ -1,4 +1,4 @@
-"""Two processes and one network: the layout of ZeRO's flat weights, and what ZeRO 3 frees in a forward pass."""
+"""Two processes, one network: the layout of ZeRO's flat weights, resuming, what ZeRO 3 frees after a forward pass."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from fastimagen.config import EMAConfig
+from fastimagen.train.ema import EMA
 from tests.conftest import ROOT, toy_cascade
 
 pytestmark = pytest.mark.slow
@@ -21,9 +24,8 @@ ADAMW = {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}}
 MUON = {"type": "Muon", "params": {"muon_lr": 1e-2, "adam_lr": 1e-2, "torch_adam": True}}
 LAYOUTS = {
     f"{optimizer['type']}, ZeRO {stage}, {dtype}": (optimizer, stage, dtype)
-    for optimizer in (ADAMW, MUON)
+    for optimizer, dtype in ((ADAMW, "fp32"), (MUON, "bf16"))
     for stage in (1, 2, 3)
-    for dtype in ("fp32", "bf16")
 }
 STAGES = ("base", "sr")
 FREE_AT_ONCE = {  # ZeRO 3 gathers parameters for one module at a time, however small they are
@@ -106,6 +108,48 @@ def check_layout(optimizer: dict, stage: int, dtype: str) -> str:
     return name
 
 
+def take_step(engine: Any, ema: EMA, step: int) -> None:
+    """A step on random data that depends on step and rank."""
+    generator = torch.Generator().manual_seed(2 * step + torch.distributed.get_rank())
+    for _ in range(2):
+        x = torch.randn(2, 3, generator=generator).to(next(engine.module.parameters()).dtype)
+        engine.backward(engine(x).float().square().mean())
+        engine.step()
+    ema.update(step)
+
+
+def check_resuming(stage: int, folder: Path) -> None:
+    """Steps after a checkpoint must be those of the engine that wrote it, in the weights and in their average."""
+    from fastimagen.train import checkpoint
+    from fastimagen.train.flat_weights import FlatWeights
+
+    def start() -> tuple[Any, FlatWeights, EMA]:
+        torch.manual_seed(0)
+        engine = make_engine(Net(), {"first.weight", "second.weight"}, MUON, {"stage": stage}, "bf16")
+        weights = FlatWeights(engine)
+        return engine, weights, EMA(weights.shards, EMAConfig())
+
+    def everything() -> list[Tensor]:
+        """All weights and averages, without padding, which DeepSpeed need not restore."""
+        gathered = [weights.all_gather(values, torch.float32) for values in (weights.shards, ema.average)]
+        return [weight.clone() for parameters in gathered for weight in parameters.values()]
+
+    engine, weights, ema = start()
+    take_step(engine, ema, 1)
+    average = weights.gather(ema.average)
+    path = checkpoint.save(folder / str(stage), engine, average, {"step": 1, "world_size": 2}, keep=1)
+    take_step(engine, ema, 2)
+    expected = everything()
+    engine.destroy()
+
+    engine, weights, ema = start()
+    _, loaded = checkpoint.load(path, engine)
+    weights.scatter(loaded, ema.average)
+    take_step(engine, ema, 2)
+    assert all(value.equal(other) for value, other in zip(everything(), expected, strict=True))
+    engine.destroy()
+
+
 def not_freed(stage_name: str) -> list[str]:
     """Names of the parameters whose gathered memory is still alive after a forward pass with gradients."""
     from torch.multiprocessing.reductions import StorageWeakRef
@@ -140,6 +184,8 @@ def in_each_process() -> None:
     from fastimagen.train.engine import init_distributed
 
     init_distributed()
+    for stage in (1, 2, 3):
+        check_resuming(stage, Path(sys.argv[1]))
     results = {
         "layouts": {name: check_layout(*layout) for name, layout in LAYOUTS.items()},
         "not freed": {name: not_freed(name) for name in STAGES},
@@ -151,8 +197,9 @@ def in_each_process() -> None:
 
 
 @pytest.fixture(scope="module")
-def results() -> dict[str, Any]:
-    """What two processes found, which must be the same."""
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What two processes found, which must be the same. They also check that checkpoints of bf16 runs resume."""
+    folder = tmp_path_factory.mktemp("checkpoints")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -160,7 +207,7 @@ def results() -> dict[str, Any]:
     common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", script],
+            [sys.executable, "-c", script, str(folder)],
             cwd=ROOT,
             env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
@@ -170,8 +217,7 @@ def results() -> dict[str, Any]:
         for rank in range(2)
     ]
     outputs = [process.communicate(timeout=200)[0] for process in processes]
-    for process, output in zip(processes, outputs):
-        assert process.returncode == 0, output[-3000:]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(output[-3000:] for output in outputs)
     found = [json.loads(next(line for line in reversed(output.splitlines()) if line[:1] == "{")) for output in outputs]
     assert found[0] == found[1]
     return found[0]
