@@ -64,6 +64,7 @@ def take_step(
         guidance=None,
         threshold="none",
         percentile=1.0,
+        ceiling=None,
         previous=previous,
         noise=noise,
     )

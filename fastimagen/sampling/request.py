@@ -17,7 +17,7 @@ from ..files import read_json_object
 from ..text.embeddings import TextEmbeddings
 from .settings import require_known, sampling_settings
 
-EMBEDDINGS = "embeddings"  # stands in samples.json for text embeddings, which it does not hold
+EMBEDDINGS = "embeddings"  # in samples.json, in place of text embeddings, which it does not contain
 
 
 @dataclass(frozen=True, eq=False)

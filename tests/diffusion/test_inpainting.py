@@ -1,4 +1,4 @@
-"""Sampling that starts from images: img2img, inpainting, one stage alone; and captions to lead away from."""
+"""Sampling that starts from images: img2img, inpainting, one stage alone; and negative captions."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ def left_half(size: int, batch: int = 2) -> Tensor:
 
 
 @pytest.mark.parametrize("sampler", sorted(SAMPLERS))
-def test_full_strength_is_sampling_from_nothing(sampler: str, pipe: ImagenPipeline, text: TextEmbeddings) -> None:
+def test_full_strength_is_sampling_from_pure_noise(sampler: str, pipe: ImagenPipeline, text: TextEmbeddings) -> None:
     plain = pipe(text=text, sampler=sampler, steps=4).images
     assert torch.equal(pipe(text=text, sampler=sampler, steps=4, init_image=InitImage(image(16))).images, plain)
 
 
-def test_less_strength_stays_nearer_to_the_image(pipe: ImagenPipeline, text: TextEmbeddings) -> None:
+def test_less_strength_stays_closer_to_the_image(pipe: ImagenPipeline, text: TextEmbeddings) -> None:
     start = image(8)
     far = [
         (
@@ -71,8 +71,8 @@ def test_less_strength_stays_nearer_to_the_image(pipe: ImagenPipeline, text: Tex
     assert far[0] < far[1] < far[2] or far[0] < 0.5 * far[2]
 
 
-def test_the_walk_begins_at_the_noise_of_its_strength() -> None:
-    """With a denoiser that knows nothing of the image, what is left of it is alpha at the first time."""
+def test_sampling_starts_at_the_noise_level_of_the_strength() -> None:
+    """Without noise, and with a denoiser that ignores the image, the first input is alpha times the image."""
     seen: list[tuple[float, Tensor]] = []
 
     def denoise(x: Tensor, time: Tensor) -> Tensor:
@@ -92,17 +92,17 @@ def test_the_walk_begins_at_the_noise_of_its_strength() -> None:
 
 
 @pytest.mark.parametrize("sampler", sorted(SAMPLERS))
-def test_what_the_mask_keeps_is_kept_exactly(sampler: str, pipe: ImagenPipeline, text: TextEmbeddings) -> None:
+def test_the_known_region_is_kept_exactly(sampler: str, pipe: ImagenPipeline, text: TextEmbeddings) -> None:
     init_image = InitImage(image(16), left_half(16), num_resamples=2, jump_length=2)
-    drawn = pipe(text=text, sampler=sampler, steps=4, init_image=init_image).images
-    assert torch.equal(drawn[..., 8:], init_image.image[..., 8:])
-    assert not torch.isclose(drawn[..., :8], init_image.image[..., :8]).any(dim=1).all()
+    images = pipe(text=text, sampler=sampler, steps=4, init_image=init_image).images
+    assert torch.equal(images[..., 8:], init_image.image[..., 8:])
+    assert not torch.isclose(images[..., :8], init_image.image[..., :8]).any(dim=1).all()
 
 
-def test_what_is_drawn_fits_what_is_given() -> None:
-    """Pixels of a Gaussian with correlation 0.9: the hole's conditional mean and variance, given its neighbours.
+def test_resampling_makes_the_sampled_region_agree_with_the_known_one() -> None:
+    """Gaussian pixels with correlation 0.9: conditional mean and variance of the sampled pixel, given the known ones.
 
-    x0 given x_t is exact; resampling is what carries the neighbours' values into the hole.
+    The denoiser is exact; only resampling brings the values of the known pixels into the sampled one.
     """
     batch, correlation = 4000, 0.9
     covariance = torch.full((4, 4), correlation * 0.04).fill_diagonal_(0.04).double()
@@ -119,7 +119,7 @@ def test_what_is_drawn_fits_what_is_given() -> None:
     mask = torch.zeros(batch, 1, 2, 2, dtype=torch.bool)
     mask[:, :, 0, 0] = True
 
-    def hole(num_resamples: int) -> Tensor:
+    def sampled_pixel(num_resamples: int) -> Tensor:
         generator = torch.Generator().manual_seed(0)
         init_image = InitImage(image, mask, num_resamples=num_resamples, jump_length=3)
         return sample_from_image(
@@ -131,13 +131,13 @@ def test_what_is_drawn_fits_what_is_given() -> None:
             noise=lambda step: torch.randn(batch, 1, 2, 2, generator=generator),
         )[:, 0, 0, 0]
 
-    once, often = hole(1), hole(10)
+    once, often = sampled_pixel(1), sampled_pixel(10)
     assert abs(often.mean() - mean) < 0.1 * mean
     assert abs(often.mean() - mean) <= abs(once.mean() - mean) + 0.003
     assert 0.6 * variance < often.var() < 1.5 * variance
 
 
-def test_a_smaller_stage_keeps_only_what_is_kept_whole() -> None:
+def test_a_pixel_of_a_smaller_stage_is_known_if_all_its_pixels_are_known() -> None:
     mask = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
     mask[..., 3, 5] = True
     small = InitImage(image(8, batch=1), mask).at(4, torch.device("cpu"))
@@ -147,7 +147,7 @@ def test_a_smaller_stage_keeps_only_what_is_kept_whole() -> None:
 # ---- single stages
 
 
-def test_the_stages_one_by_one_are_the_cascade(pipe: ImagenPipeline, text: TextEmbeddings) -> None:
+def test_stages_run_one_by_one_give_the_images_of_the_cascade(pipe: ImagenPipeline, text: TextEmbeddings) -> None:
     base = pipe(text=text, stop_at="base")
     assert base.images.shape == (2, 3, 8, 8) and list(base.record["stages"]) == ["base"]
     enlarged = pipe(text=text, lowres=base.images, start_at="sr")
@@ -155,7 +155,7 @@ def test_the_stages_one_by_one_are_the_cascade(pipe: ImagenPipeline, text: TextE
     assert list(enlarged.record["stages"]) == ["sr"]
 
 
-def test_one_image_serves_all_captions(pipe: ImagenPipeline, text: TextEmbeddings) -> None:
+def test_one_low_resolution_image_is_used_for_all_captions(pipe: ImagenPipeline, text: TextEmbeddings) -> None:
     one = image(8, batch=1)
     both = pipe(text=text, lowres=one, start_at="sr").images
     assert torch.equal(both, pipe(text=text, lowres=one.expand(2, -1, -1, -1), start_at="sr").images)
@@ -164,23 +164,23 @@ def test_one_image_serves_all_captions(pipe: ImagenPipeline, text: TextEmbedding
 # ---- negative captions
 
 
-def test_leading_away_from_the_caption_itself_leads_nowhere(pipe: ImagenPipeline, text: TextEmbeddings) -> None:
+def test_the_caption_as_its_own_negative_caption_has_no_effect(pipe: ImagenPipeline, text: TextEmbeddings) -> None:
     torch.testing.assert_close(
         pipe(text=text, negative=text, guidance=7.0).images, pipe(text=text, guidance=1.0).images, rtol=0, atol=1e-4
     )
 
 
 def test_a_negative_caption_changes_the_image(pipe: ImagenPipeline) -> None:
-    plain, led = (pipe(CAPTIONS, guidance=3.0, negative=negative) for negative in (None, ["a green cross"]))
-    assert not torch.allclose(plain.images, led.images, atol=1e-3)
-    assert led.record["negative"] == ["a green cross"]
+    plain, guided = (pipe(CAPTIONS, guidance=3.0, negative=negative) for negative in (None, ["a green cross"]))
+    assert not torch.allclose(plain.images, guided.images, atol=1e-3)
+    assert guided.record["negative"] == ["a green cross"]
 
 
-# ---- an image depends on its own row alone
+# ---- batches
 
 
-def test_batches_do_not_matter(pipe: ImagenPipeline, text: TextEmbeddings) -> None:
-    def draw(batch_size: int) -> Output:
+def test_images_do_not_depend_on_the_batch_size(pipe: ImagenPipeline, text: TextEmbeddings) -> None:
+    def sample(batch_size: int) -> Output:
         return pipe(
             text=text,
             negative=text[[1, 0]],
@@ -191,14 +191,14 @@ def test_batches_do_not_matter(pipe: ImagenPipeline, text: TextEmbeddings) -> No
             sampler="ddpm",
         )
 
-    torch.testing.assert_close(draw(1).images, draw(2).images, rtol=0, atol=1 / 255)
+    torch.testing.assert_close(sample(1).images, sample(2).images, rtol=0, atol=1 / 255)
 
 
-# ---- what does not fit
+# ---- errors
 
 
 @pytest.mark.parametrize(
-    ("arguments", "complaint"),
+    ("arguments", "message"),
     [
         (dict(image=torch.zeros(1, 3, 8, 6)), "must be square"),
         (dict(image=torch.full((1, 3, 8, 8), 1.5)), r"must lie in \[-1, 1\]"),
@@ -211,13 +211,13 @@ def test_batches_do_not_matter(pipe: ImagenPipeline, text: TextEmbeddings) -> No
         (dict(num_resamples=0), "num_resamples and jump_length must be at least 1"),
     ],
 )
-def test_given_images_that_make_no_sense(arguments: dict, complaint: str) -> None:
-    with pytest.raises(ValueError, match=complaint):
+def test_wrong_init_images_are_refused(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         InitImage(**{"image": torch.zeros(1, 3, 8, 8), **arguments})
 
 
 @pytest.mark.parametrize(
-    ("arguments", "complaint"),
+    ("arguments", "message"),
     [
         (dict(start_at="top"), 'start_at is the unknown stage "top"; the cascade has base, sr'),
         (dict(stop_at="top"), 'stop_at is the unknown stage "top"'),
@@ -232,15 +232,19 @@ def test_given_images_that_make_no_sense(arguments: dict, complaint: str) -> Non
         (dict(negative=[3]), "negative captions must be a list"),
     ],
 )
-def test_calls_that_make_no_sense(arguments: dict, complaint: str, pipe: ImagenPipeline, text: TextEmbeddings) -> None:
-    with pytest.raises(ValueError, match=complaint):
+def test_arguments_that_do_not_fit_are_refused(
+    arguments: dict, message: str, pipe: ImagenPipeline, text: TextEmbeddings
+) -> None:
+    with pytest.raises(ValueError, match=message):
         pipe(text=text, **arguments)
 
 
 # ---- on the command line
 
 
-def test_inpainting_by_command(pipe: ImagenPipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inpainting_on_the_command_line(
+    pipe: ImagenPipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     init_image, mask = image(16, batch=1), left_half(16, 1)
     save_png(init_image[0], tmp_path / "init_image.png")
     save_png(mask[0].float().expand(3, -1, -1) * 2 - 1, tmp_path / "mask.png")
@@ -273,11 +277,11 @@ def test_inpainting_by_command(pipe: ImagenPipeline, tmp_path: Path, capsys: pyt
     assert record["init_image"] == {"mask": True, "strength": 1.0, "num_resamples": 5, "jump_length": 5}
     assert record["negative"] == ["a cross"]
     save_png(image(8, batch=1)[0], tmp_path / "small.png")
-    for arguments, complaint in [
+    for arguments, message in [
         (["--image", "small.png", "--mask", "mask.png"], "must have the same size"),
         (["--mask", "mask.png"], "--mask, --strength and --resamples need --image"),
         (["--image", "none.png"], "cannot read image"),
     ]:
         paths = [str(tmp_path / word) if word.endswith(".png") else word for word in arguments]
         assert main(["sample", "--model", pipe.source, "--captions", "x", "--out", str(tmp_path / "no"), *paths]) == 1
-        assert complaint in capsys.readouterr().err and not (tmp_path / "no").exists()
+        assert message in capsys.readouterr().err and not (tmp_path / "no").exists()

@@ -40,11 +40,11 @@ def data(times: Tensor, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Ten
     return images.to(dtype), torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
-# ---- x0 comes back
+# ---- x0 from the output
 
 
 @pytest.mark.parametrize("schedule, prediction", POSSIBLE)
-def test_the_true_output_gives_the_image_back(schedule: str, prediction: str) -> None:
+def test_the_exact_output_gives_the_image(schedule: str, prediction: str) -> None:
     diffusion, times = make(schedule, prediction=prediction), all_times(schedule)
     images, noise = data(times)
     x_t = diffusion.add_noise(images, noise, times)
@@ -54,7 +54,7 @@ def test_the_true_output_gives_the_image_back(schedule: str, prediction: str) ->
 
 
 @pytest.mark.parametrize("schedule, prediction", POSSIBLE)
-def test_the_true_output_gives_the_image_back_in_fp32(schedule: str, prediction: str) -> None:
+def test_the_exact_output_gives_the_image_in_fp32(schedule: str, prediction: str) -> None:
     diffusion, times = make(schedule, prediction=prediction), all_times(schedule)
     images, noise = data(times, torch.float32)
     x_t = diffusion.add_noise(images, noise, times)
@@ -123,7 +123,7 @@ def test_only_edm_scales_the_network_input(prediction: str) -> None:
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("time", [torch.tensor([0.9, 0.9]), torch.tensor(0.9)])
-def test_half_precision_is_lifted_to_fp32(prediction: str, time: Tensor) -> None:
+def test_half_precision_is_promoted_to_fp32(prediction: str, time: Tensor) -> None:
     diffusion, times = make(prediction=prediction), torch.tensor([0.9, 0.9])
     images, noise = (x.bfloat16().float() for x in data(times))
     x_t = diffusion.add_noise(images, noise, times).bfloat16()
@@ -184,7 +184,7 @@ def test_losses_and_weights_are_finite_at_every_time(schedule: str, prediction: 
 
 
 @pytest.mark.parametrize("kind", ["l2", "l1", "huber"])
-def test_losses_are_their_formulas(kind: str) -> None:
+def test_losses_equal_their_formulas(kind: str) -> None:
     times = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
     diffusion = make(loss=kind, weighting="min_snr")
     target, output = data(times)
@@ -219,7 +219,7 @@ def test_min_snr_weights_are_those_of_hang(schedule: str, gamma: float) -> None:
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_min_snr_weighs_the_image_error_alike_for_every_prediction(prediction: str) -> None:
+def test_min_snr_weights_the_image_error_equally_for_every_prediction(prediction: str) -> None:
     diffusion = make(prediction=prediction, weighting="min_snr", min_snr_gamma=5.0)
     times = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
     images, noise = data(times)
@@ -251,10 +251,12 @@ def test_edm_training_times_have_log_normal_noise_levels(schedule: str) -> None:
     assert level.mean().item() == pytest.approx(-0.8, abs=0.03) and level.std().item() == pytest.approx(0.9, abs=0.03)
     standard = ((level + 0.8) / 0.9).sort().values
     ranks = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
-    assert (torch.special.ndtr(standard) - ranks).abs().max() < 0.015  # Kolmogorov: normal, not just its moments
+    assert (
+        torch.special.ndtr(standard) - ranks
+    ).abs().max() < 0.015  # Kolmogorov distance from the normal distribution
 
 
-def test_training_times_depend_on_the_generator_alone() -> None:
+def test_training_times_depend_on_the_generator_only() -> None:
     diffusion = make()
     first, again, other = (diffusion.training_times(8, torch.Generator().manual_seed(seed)) for seed in (3, 3, 4))
     assert first.equal(again) and not first.equal(other)

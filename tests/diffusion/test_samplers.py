@@ -31,11 +31,13 @@ class Mixture:
         self.deviation = math.sqrt(square - self.mean**2)
 
     def x0(self, x: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
-        """E[x_0 | x_t = x]: per component the Gaussian posterior mean, weighed by its responsibility."""
+        """E[x_0 | x_t = x]: the Gaussian posterior mean of each component, weighted by its responsibility."""
         x, mean = x[..., None], alpha * self.means
         variance = (alpha * self.deviations) ** 2 + sigma**2
-        share = torch.softmax(self.weights.log() - variance.log() / 2 - (x - mean) ** 2 / (2 * variance), dim=-1)
-        return (share * (self.means + alpha * self.deviations**2 / variance * (x - mean))).sum(dim=-1)
+        responsibility = torch.softmax(
+            self.weights.log() - variance.log() / 2 - (x - mean) ** 2 / (2 * variance), dim=-1
+        )
+        return (responsibility * (self.means + alpha * self.deviations**2 / variance * (x - mean))).sum(dim=-1)
 
     def cdf(self, x: Tensor, alpha: float = 1.0, sigma: float = 0.0) -> Tensor:
         """P(x_t < x)."""
@@ -43,11 +45,11 @@ class Mixture:
         return (self.weights * torch.special.ndtr((x[..., None] - alpha * self.means) / deviation)).sum(dim=-1)
 
     def flow(self, x: Tensor, start: tuple[float, float], stop: tuple[float, float] = (1.0, 0.0)) -> Tensor:
-        """Where the probability-flow ODE takes x: in one dimension paths keep their quantile. Found by bisection."""
-        goal, low, high = self.cdf(x, *start), torch.full_like(x, -20.0), torch.full_like(x, 20.0)
+        """The end of the probability-flow ODE from x: in one dimension paths keep their quantile. By bisection."""
+        quantile, low, high = self.cdf(x, *start), torch.full_like(x, -20.0), torch.full_like(x, 20.0)
         for _ in range(60):
             middle = (low + high) / 2
-            below = self.cdf(middle, *stop) < goal
+            below = self.cdf(middle, *stop) < quantile
             low, high = torch.where(below, middle, low), torch.where(below, high, middle)
         return (low + high) / 2
 
@@ -94,7 +96,7 @@ def test_order_of_convergence_away_from_the_ends(name: str, expected: int) -> No
 
 @pytest.mark.parametrize("name, low, high", [("ddim", 0.95, 1.05), ("dpmpp_2m", 1.2, 2.05), ("heun", 1.95, 2.05)])
 def test_order_of_convergence_from_noise_to_image(name: str, low: float, high: float) -> None:
-    """The multistep method loses a logarithm at either end, where even steps in t never get short in log-SNR."""
+    """The multistep method loses a logarithm at both ends, where even steps in t never become short in log-SNR."""
     schedule = make_schedule(ScheduleConfig(logsnr_range=(-40.0, 40.0)))
     errors = [flow_error(name, SMOOTH, schedule, schedule.sampling_times(steps)) for steps in (64, 128, 256)]
     assert low < order(errors) < high
@@ -103,8 +105,8 @@ def test_order_of_convergence_from_noise_to_image(name: str, low: float, high: f
 
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("steps", [1, 2, 7])
-def test_no_noise_is_left_whatever_the_bounds(name: str, steps: int) -> None:
-    """When the data is a single point, every sampler ends on it exactly, also where log-SNR stops at 5."""
+def test_no_noise_is_left_for_any_bounds(name: str, steps: int) -> None:
+    """If the data is a single point, every sampler ends at it exactly, even where the log-SNR ends at 5."""
     for config in (
         ScheduleConfig(),
         ScheduleConfig(logsnr_range=(-5.0, 5.0)),
@@ -126,8 +128,8 @@ def test_no_noise_is_left_whatever_the_bounds(name: str, steps: int) -> None:
     "name, evaluations, allowed", [("ddim", 32, 0.02), ("dpmpp_2m", 32, 0.015), ("heun", 15, 0.04), ("heun", 31, 0.02)]
 )
 @pytest.mark.parametrize("config", [ScheduleConfig(), ScheduleConfig(logsnr_range=(-40.0, 40.0))])
-def test_few_evaluations_are_enough(name: str, evaluations: int, allowed: float, config: ScheduleConfig) -> None:
-    """Three sharp modes, step counts that people use. Heun in sigma / alpha is off by 0.24 with 15, or by 10^4."""
+def test_common_step_counts_are_accurate(name: str, evaluations: int, allowed: float, config: ScheduleConfig) -> None:
+    """Three sharp modes and the step counts that people use. Heun in sigma / alpha errs by 0.24 with 15, or by 10^4."""
     schedule = make_schedule(config)
     steps, calls = (evaluations + 1) // 2 if name == "heun" else evaluations, []
     denoise = SHARP.denoise(schedule)
@@ -144,10 +146,10 @@ def test_few_evaluations_are_enough(name: str, evaluations: int, allowed: float,
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_the_right_distribution_is_reached(name: str) -> None:
-    """Kolmogorov's distance and two moments against the mixture; 20,000 samples, whose own noise is 0.01.
+def test_samples_have_the_distribution_of_the_data(name: str) -> None:
+    """Kolmogorov's distance and two moments against the mixture; 20,000 samples, whose sampling error is 0.01.
 
-    DDPM's smaller posterior variance is exact for data that is a point; it loses 2 % of the deviation in 100 steps.
+    DDPM's lower posterior variance is exact if the data is one point; here it loses 2 % of the deviation in 100 steps.
     """
     schedule, steps = make_schedule(ScheduleConfig()), 250 if name == "ddpm" else 50
     generator = torch.Generator().manual_seed(0)
@@ -231,7 +233,7 @@ def _sample_finite(name: str, config: ScheduleConfig, prediction: str) -> None:
     diffusion = Diffusion(config, ObjectiveConfig(prediction=prediction))
     generator = torch.Generator().manual_seed(0)
 
-    def network(x: Tensor, time: Tensor) -> Tensor:  # untrained: anything of order one
+    def network(x: Tensor, time: Tensor) -> Tensor:  # any untrained output of order one
         return torch.sin(5 * x + 0.01 * time[:, None, None, None])
 
     for steps in (1, 2, 3, 20):
@@ -245,7 +247,7 @@ def _sample_finite(name: str, config: ScheduleConfig, prediction: str) -> None:
             noise=lambda step: torch.randn(x.shape, generator=generator),
         )
         assert result.isfinite().all() and result.dtype == torch.float32
-        assert result.abs().max() <= 1  # the last step ends on the thresholded x0
+        assert result.abs().max() <= 1  # the last step returns the thresholded x0
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -265,15 +267,15 @@ def test_callbacks_see_every_step(name: str) -> None:
     assert seen[-1][1].equal(result) and (seen[0][2] - SMOOTH.mean).abs().max() < 0.01
 
 
-def test_ddpm_asks_for_noise() -> None:
-    schedule, asked = make_schedule(ScheduleConfig()), []
+def test_ddpm_needs_noise() -> None:
+    schedule, steps = make_schedule(ScheduleConfig()), []
 
     def noise(step: int) -> Tensor:
-        asked.append(step)
+        steps.append(step)
         return torch.zeros_like(QUANTILES)
 
     sample_ddpm(SMOOTH.denoise(schedule), QUANTILES, schedule.sampling_times(4), schedule=schedule, noise=noise)
-    assert asked == [0, 1, 2]  # none on the way to the clean image
+    assert steps == [0, 1, 2]  # the step to the clean image has none
     with pytest.raises(ValueError, match="ddpm is stochastic"):
         sample_ddpm(SMOOTH.denoise(schedule), QUANTILES, schedule.sampling_times(2), schedule=schedule)
 
@@ -281,13 +283,13 @@ def test_ddpm_asks_for_noise() -> None:
 # ---- seeds
 
 
-def test_a_row_of_noise_depends_on_its_seed_stage_and_step_alone() -> None:
+def test_a_row_of_noise_depends_on_seed_stage_and_step_only() -> None:
     def draw(seeds: list[int], stage: str = "base", step: int = 3) -> Tensor:
         return image_noise(seeds, (3, 8, 8), stage=stage, step=step, device=torch.device("cpu"))
 
     torch.manual_seed(1)
     batch = draw([7, 0, 2**62, 7])
-    torch.manual_seed(2)  # the global generator has no say, and is left alone
+    torch.manual_seed(2)  # the global generator has no influence, and does not advance
     before = torch.random.get_rng_state()
     assert draw([0])[0].equal(batch[1]) and draw([2**62, 7]).equal(batch[2:]) and batch[0].equal(batch[3])
     assert torch.random.get_rng_state().equal(before)
@@ -303,22 +305,22 @@ def test_noise_is_standard_normal_over_seeds_and_pixels() -> None:
     noise = image_noise(list(range(500)), (1, 8, 8), stage="base", step=0, device=torch.device("cpu")).double()
     ranks = (torch.arange(noise.numel(), dtype=torch.float64) + 0.5) / noise.numel()
     assert (torch.special.ndtr(noise.flatten().sort().values) - ranks).abs().max() < 0.01
-    assert noise.flatten(1).mean(dim=0).abs().max() < 4.5 / math.sqrt(500)  # neighbouring seeds do not lean one way
+    assert noise.flatten(1).mean(dim=0).abs().max() < 4.5 / math.sqrt(500)  # neighbouring seeds are not biased
 
 
-def test_seeds_keep_their_images_from_version_to_version() -> None:
+def test_seeds_give_the_same_noise_in_every_version() -> None:
     # First 8 bytes of blake2b("0/base/-1"), big-endian, halved.
     assert mix_seed(0, "base", -1) == 5398578872981705063
     seeds = {mix_seed(seed, stage, step) for seed in range(20) for stage in ("base", "sr") for step in range(-1, 20)}
     assert len(seeds) == 20 * 2 * 21 and all(0 <= seed < 2**63 for seed in seeds)
-    assert len({seed % 2**32 for seed in seeds}) == len(seeds)  # the CPU's generator reads no more than these bits
+    assert len({seed % 2**32 for seed in seeds}) == len(seeds)  # the CPU's generator uses these bits only
 
 
 # ---- guidance and thresholding
 
 
 def both_halves(x: Tensor, time: Tensor) -> Tensor:
-    """A network whose first half of the batch has captions; time and input go in."""
+    """A network whose first half of the batch has captions; its output depends on time and input."""
     half = len(x) // 2
     assert x[:half].equal(x[half:]) and time[:half].equal(time[half:]) and time.shape == (2 * half,)
     caption = torch.arange(2 * half).lt(half).to(x)[:, None, None, None]
@@ -352,8 +354,8 @@ def test_guidance_on_the_output_is_guidance_on_epsilon_and_x0(prediction: str, x
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_a_denoiser_that_steps_goes_where_a_plain_one_does(name: str, x: Tensor) -> None:
-    """The fused step against the samplers' own formulas, with guidance and thresholding in between."""
+def test_the_fused_step_equals_the_formulas_of_the_samplers(name: str, x: Tensor) -> None:
+    """A denoiser with `step` against the same as a plain function, with guidance and thresholding."""
     diffusion = Diffusion(ScheduleConfig(), ObjectiveConfig(prediction="v"))
     denoise = Denoiser(both_halves, diffusion, SamplingConfig(percentile=0.9), guidance=2.0)
 
@@ -400,16 +402,16 @@ def test_denoiser_scales_predicts_and_thresholds(kind: str, prediction: str) -> 
     assert (found - expected).abs().max() < 1e-6
 
 
-def sorted_quantile(values: Tensor, share: float) -> float:
+def sorted_quantile(values: Tensor, percentile: float) -> float:
     """Linear interpolation between order statistics."""
-    place = share * (len(values) - 1)
-    below = values.sort().values[int(place) : int(place) + 2]
-    return (below[0] + (place - int(place)) * (below[1] - below[0])).item()
+    rank = percentile * (len(values) - 1)
+    low, high = values.sort().values[int(rank) : int(rank) + 2]
+    return (low + (rank - int(rank)) * (high - low)).item()
 
 
-def test_threshold_leaves_calm_images_alone() -> None:
-    calm = torch.rand(2, 3, 4, 4) * 2 - 1
+def test_thresholding_does_not_change_images_in_range() -> None:
+    images = torch.rand(2, 3, 4, 4) * 2 - 1
     diffusion = Diffusion(ScheduleConfig(), ObjectiveConfig(prediction="x0"))
     for kind in ("dynamic", "static", "none"):
         denoise = Denoiser(lambda x, time: x, diffusion, SamplingConfig(threshold=kind))
-        assert denoise(calm, torch.tensor(0.5, dtype=torch.float64)).equal(calm)
+        assert denoise(images, torch.tensor(0.5, dtype=torch.float64)).equal(images)

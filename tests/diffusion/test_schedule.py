@@ -35,7 +35,7 @@ SCHEDULES = {
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_variance_is_preserved_and_noise_only_grows(name: str) -> None:
+def test_variance_is_preserved_and_noise_increases(name: str) -> None:
     schedule, times = SCHEDULES[name]
     alpha, sigma = schedule.alpha_sigma(times)
     assert alpha.dtype == sigma.dtype == torch.float64 and alpha.shape == times.shape
@@ -66,27 +66,29 @@ def test_cosine_is_shifted_in_log_snr(shift: float) -> None:
     alpha, sigma = cosine(shift, (-60.0, 60.0)).alpha_sigma(times)
     cosine_logsnr = 2 * (torch.cos(math.pi * times / 2) / torch.sin(math.pi * times / 2)).log()
     assert ((alpha**2 / sigma**2).log() - (cosine_logsnr - 2 * math.log(shift))).abs().max() < 1e-9
-    # What the configuration promises: sigma / alpha is `shift` times that of the plain cosine.
+    # As documented in ScheduleConfig: sigma / alpha is `shift` times that of the plain cosine.
     plain_alpha, plain_sigma = cosine(1.0, (-60.0, 60.0)).alpha_sigma(times)
     assert (sigma / alpha / (plain_sigma / plain_alpha) / shift - 1).abs().max() < 1e-9
 
 
 @pytest.mark.parametrize("shift", SHIFTS)
 @pytest.mark.parametrize("bounds", BOUNDS)
-def test_cosine_meets_its_bounds_and_stays_near_the_unbounded_one(shift: float, bounds: tuple[float, float]) -> None:
+def test_cosine_reaches_its_bounds_and_stays_close_to_the_unbounded_one(
+    shift: float, bounds: tuple[float, float]
+) -> None:
     times = torch.linspace(0, 1, 1001, dtype=torch.float64)
     alpha, sigma = cosine(shift, bounds).alpha_sigma(times)
     logsnr = 2 * (alpha.log() - sigma.log())
     assert logsnr[0].item() == pytest.approx(bounds[1], abs=1e-6)
     assert logsnr[-1].item() == pytest.approx(bounds[0], abs=1e-6)
-    # The angle of the unshifted cosine is off pi t / 2 by no more than what the bounds cut off at the ends.
+    # The angle of the unshifted cosine differs from pi t / 2 by at most what the bounds cut off at the ends.
     angle = torch.atan(sigma / alpha / shift)
     cut = max(angle[0].item(), math.pi / 2 - angle[-1].item())
     assert (angle - math.pi * times / 2).abs().max() <= cut * (1 + 1e-9)
-    assert (angle.diff() - angle.diff().mean()).abs().max() < 1e-12  # uniform: no time is spent standing at a bound
+    assert (angle.diff() - angle.diff().mean()).abs().max() < 1e-12  # uniform: no range of t has one log-SNR
 
 
-def test_default_bounds_move_no_angle_by_more_than_promised() -> None:
+def test_default_bounds_change_angles_as_little_as_documented() -> None:
     times = torch.linspace(0, 1, 101, dtype=torch.float64)
     alpha, sigma = cosine().alpha_sigma(times)
     assert (torch.atan2(sigma, alpha) - math.pi * times / 2).abs().max() < 0.0006
@@ -107,21 +109,21 @@ def test_network_time() -> None:
         assert schedule.network_time(time).dtype == torch.float32
 
 
-def test_cosine_grid_is_even_and_ends_clean() -> None:
+def test_cosine_sampling_times_are_even_and_end_at_the_clean_image() -> None:
     grid = cosine().sampling_times(4)
     assert grid.dtype == torch.float64
     assert grid.tolist() == [1.0, 0.75, 0.5, 0.25, -1.0]
     assert cosine().sampling_times(1).tolist() == [1.0, -1.0]
 
 
-def test_linear_grid_is_respaced_and_ends_clean() -> None:
+def test_linear_sampling_times_are_respaced_and_end_at_the_clean_image() -> None:
     assert linear(1000).sampling_times(4).tolist() == [999.0, 749.0, 499.0, 249.0, -1.0]
     assert linear(1000).sampling_times(3).tolist() == [999.0, 666.0, 332.0, -1.0]  # rounded to nearest
     assert linear(1000).sampling_times(1).tolist() == [999.0, -1.0]
     for timesteps in (20, 25, 50, 1000):
         assert linear(timesteps).sampling_times(timesteps).tolist() == list(range(timesteps - 1, -2, -1))
     for timesteps in (20, 37, 64):
-        for steps in range(1, timesteps + 1):  # no step twice, whatever the rounding
+        for steps in range(1, timesteps + 1):  # rounding repeats no step
             grid = linear(timesteps).sampling_times(steps)
             assert (grid.diff() <= -1).all() and grid[0] == timesteps - 1 and grid[-1] == -1
 
@@ -180,7 +182,7 @@ def test_bounds_beyond_float64_are_refused(shift: float, bounds: tuple[float, fl
 
 
 @pytest.mark.parametrize("config", [ScheduleConfig(), ScheduleConfig(name="linear", timesteps=50)])
-def test_schedules_survive_the_meta_device(config: ScheduleConfig) -> None:
+def test_schedules_made_under_the_meta_device_have_values(config: ScheduleConfig) -> None:
     with torch.device("meta"):  # where networks are built before their weights are read
         schedule = make_schedule(config)
         grid = schedule.sampling_times(5)

@@ -1,4 +1,4 @@
-"""Images drawn tile by tile."""
+"""Networks applied tile by tile."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def image(height: int, width: int) -> Tensor:
 
 
 @pytest.mark.parametrize(("height", "width", "side"), [(64, 64, 16), (70, 33, 32), (16, 40, 16), (20, 20, 64)])
-def test_every_pixel_comes_from_its_own_place(height: int, width: int, side: int) -> None:
-    """A network without surroundings cannot tell tiles from the whole."""
+def test_tiles_change_nothing_for_a_network_without_neighbourhood(height: int, width: int, side: int) -> None:
+    """The output of a pixel depends on that pixel only, so tiles and the whole image agree."""
     x, lowres = image(height, width), image(height, width).flip(0)
     sizes = []
 
@@ -28,16 +28,16 @@ def test_every_pixel_comes_from_its_own_place(height: int, width: int, side: int
     assert set(sizes[:-1]) == {(min(side, height), min(side, width))}
 
 
-def test_no_seam() -> None:
-    """Tiles that disagree by a constant each: the step between them is spread over the overlap."""
+def test_the_overlap_hides_seams() -> None:
+    """Each tile has another constant: the difference between neighbours is spread over their overlap."""
     calls = iter(range(100))
-    drawn = in_tiles(lambda x: torch.full_like(x, float(next(calls))), 32, image(32, 104))  # 4 tiles, 24 apart
-    row = drawn[0, 0, 0]
+    tiled = in_tiles(lambda x: torch.full_like(x, float(next(calls))), 32, image(32, 104))  # 4 tiles, 24 apart
+    row = tiled[0, 0, 0]
     assert row[0] == 0 and row[-1] == 3
     assert (row.diff().abs() <= 1 / 8).all() and (row.diff() >= 0).all()
 
 
-def test_what_lies_far_from_borders_is_what_the_whole_would_be() -> None:
+def test_pixels_far_from_the_borders_of_a_tile_are_those_of_the_whole_image() -> None:
     x = image(96, 96)
     kernel = torch.randn(3, 3, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 

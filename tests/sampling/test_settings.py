@@ -1,4 +1,4 @@
-"""Offloading, compilation and tiling: they save memory or time and do not choose another image."""
+"""Offloading, compilation and tiling: they save memory or time without changing the image."""
 
 from __future__ import annotations
 

@@ -41,6 +41,10 @@ def test_embeddings_are_concatenated_indexed_and_converted():
     joined = TextEmbeddings.cat([short, long])
     assert joined.embeds.shape == (5, 5, 4) and joined.lengths.tolist() == [2, 1, 5, 3, 4]
     assert torch.equal(joined.embeds[1, :1], short.embeds[1, :1])
+    with pytest.raises(ValueError, match=r"torch.bfloat16 of width 4, torch.float32 of width 4"):
+        TextEmbeddings.cat([short, long.to(dtype=torch.bfloat16)])
+    with pytest.raises(ValueError, match="got none"):
+        TextEmbeddings.cat([])
     chosen = torch.tensor([False, True, False, True, False])
     for index in (slice(1, 4, 2), [1, 3], torch.tensor([1, 3]), chosen):
         assert joined[index].lengths.tolist() == [1, 3]
