@@ -60,7 +60,7 @@ def resolve_deepspeed(
 
 
 def _check_sections(resolved: dict[str, Any]) -> None:
-    for name in ("optimizer", "scheduler", "zero_optimization", "bf16", "fp16", "tensorboard"):
+    for name in ("optimizer", "scheduler", "zero_optimization", "bf16", "fp16", "data_types", "tensorboard"):
         if not isinstance(resolved.get(name, {}), dict):
             raise ValueError(f"DeepSpeed key {name} must be an object, got {json.dumps(resolved[name])}")
     if not isinstance(resolved.get("optimizer", {}).get("type"), str):

@@ -342,6 +342,7 @@ def test_other_autos_are_refused(path: str, tree: dict) -> None:
         {"bf16": "auto"},
         {"bf16": True},
         {"optimizer": "AdamW"},
+        {"data_types": "fp32"},
         {"optimizer": {"params": {}}},
     ],
 )
