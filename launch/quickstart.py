@@ -42,7 +42,7 @@ def phases() -> list[tuple[str, list[str]]]:
         "launch/train.py",
         "--config",
         "ds.json",
-        "--run",
+        "--run-dir",
         str(RUN),
     ]
     return [
@@ -76,7 +76,7 @@ def phases() -> list[tuple[str, list[str]]]:
 
 def main() -> int:
     os.chdir(ROOT)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see launch/train.py
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see fastimagen/commands/train.py
     RUN.mkdir(parents=True, exist_ok=True)
     for old in (MODEL, IMAGES, EVALUATION):  # written again from the checkpoints
         shutil.rmtree(old, ignore_errors=True)
