@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -173,6 +174,24 @@ def count_use() -> Use:
     return use
 
 
+def compile_fused_adam() -> str:
+    """Compile DeepSpeed's FusedAdam, which its first engine would do for a minute, and say what came of it."""
+    if find_spec("deepspeed") is None:
+        return "not needed: deepspeed is not installed"
+    from fastimagen.train.deepspeed_config import can_compile_fused_adam
+
+    if not can_compile_fused_adam():
+        return "not compiled: there is no nvcc of torch's CUDA version, and training uses torch's AdamW"
+    from deepspeed.ops.op_builder import FusedAdamBuilder
+
+    began = time.monotonic()
+    try:
+        FusedAdamBuilder().load()
+    except Exception as error:  # of nvcc and the host's compiler; the engine's rows will say the same
+        return f"cannot be compiled: {first_line(error)}"
+    return f"compiled in {time.monotonic() - began:.0f} s"
+
+
 def main() -> None:
     from ..gpu_groups import GROUPS, launches
 
@@ -206,6 +225,8 @@ def main() -> None:
             "wall_s": round(time.monotonic() - began - listed, 1),
             "processes": options.processes,
         }
+    if "engine" in options.only.split(",") and not options.list and torch.cuda.is_available():
+        print(f"FusedAdam: {compile_fused_adam()}", flush=True)
     print(json.dumps(facts), flush=True)
 
 

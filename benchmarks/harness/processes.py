@@ -18,7 +18,9 @@ def start(
 ) -> subprocess.Popen:
     """Start `python -m module`; out: where standard output and errors go; threads: of PyTorch and of libraries."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "PYTHONPATH": path} | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    environment = {**os.environ, "PYTHONPATH": path}
+    if threads:  # many processes share the cores, so their own pools stay small too
+        environment |= {"OMP_NUM_THREADS": str(threads), "TORCHINDUCTOR_COMPILE_THREADS": "4"}
     return subprocess.Popen(
         [sys.executable, "-m", module, *arguments],
         cwd=ROOT,

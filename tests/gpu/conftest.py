@@ -17,6 +17,7 @@ FOLDER = Path(__file__).parent
 def pytest_configure(config: pytest.Config) -> None:
     """For runs without the repository's pyproject.toml."""
     config.addinivalue_line("markers", "gpu: needs a CUDA GPU")
+    config.addinivalue_line("markers", "slow: compiles whole networks")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

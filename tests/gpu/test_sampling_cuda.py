@@ -77,6 +77,7 @@ def test_an_offloaded_stage_is_on_the_gpu_only_while_it_runs(cascade: Cascade) -
     assert torch.equal(images, sample(copy.deepcopy(cascade).to(CUDA), CUDA))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_compiled_unets_give_the_same_images(mode: str, cascade: Cascade) -> None:
     on_gpu = copy.deepcopy(cascade).to(CUDA)

@@ -61,6 +61,7 @@ def test_a_training_step_has_no_host_synchronisation(network: networks.Network) 
     assert step.host_synchronisations(one) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_the_compiler_sees_one_graph(backend: str) -> None:
     ops.set_backend(backend)
