@@ -24,6 +24,7 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple
 from unittest import mock
 
+import torch
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
