@@ -18,8 +18,8 @@ x_residual and skip_residual are the gradients that came to x and skip on a resi
 A group that fits into a program's registers is read once (the one-pass kernels). Larger ones are cut twice: channels
 into blocks of GROUPS groups, or a piece of one group where it is wider than WIDTH; pixels into chunks, and a chunk
 into tiles of ROWS pixels. The first kernel stores a partial result per chunk, a part; the second merges the parts of a
-group, always in the same order, and reads x again. Where x (and dy) exceed the L2 cache, both are launched for some
-samples at a time, so that the second reads from it. No atomics; the same input gives the same bits.
+group, always in the same order, and reads x again. Where x (and dy) exceed the L2 cache a few times, both are
+launched for some samples at a time, so that the second reads from it. No atomics; the same input gives the same bits.
 
 The kernels are in group_norm_forward_kernels.py and group_norm_backward_kernels.py; here are their launchers.
 """
@@ -53,6 +53,7 @@ PROGRAMS = 1024  # pixels are split into chunks up to this number of programs: f
 MAX_PARTS = 256  # parts of a group: every program of the second kernel reads them all
 CHUNKS = 16  # chunks whose S0, S1 and S2 are loaded at once
 L2_BYTES = 24 << 20  # of tensors read twice that stay in L2 while results are written: half of an H100's 50 MB
+MAX_LAUNCHES = 4  # of a kernel for this: each costs the host and the GPU microseconds; neither effect is measured yet
 VECTOR_WIDTH = 8  # channels of a program that sums over samples: 32 bytes, so that there are many programs
 VECTOR_SAMPLES = 64  # samples that it loads at once
 
@@ -132,11 +133,11 @@ def one_pass_tile(shape: tuple[int, ...], channels_last: bool, num_groups: int, 
 
 
 def samples_in_l2(batch: int, bytes_of_sample: int) -> int:
-    """Samples of a launch: all, unless fewer fit into L2 and are read from there the second time."""
+    """Samples of a launch: all, unless a few launches of fewer fit into L2 and read from there the second time."""
     if batch * bytes_of_sample <= L2_BYTES or bytes_of_sample > L2_BYTES:
         return batch
     launches = triton.cdiv(batch, L2_BYTES // bytes_of_sample)
-    return triton.cdiv(batch, launches)
+    return batch if launches > MAX_LAUNCHES else triton.cdiv(batch, launches)
 
 
 @lru_cache(maxsize=4096)

@@ -111,11 +111,17 @@ def test_mean_of_1000_deviations_costs_no_more_than_its_rounding(path: str, monk
     assert_close(fused(tensors, 4), exact(tensors, 4), 5e-6 + 1.2e-7 * 1000)
 
 
-def test_statistics_survive_an_outlier_in_the_first_pixel(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("mean", "outlier"), [(100.0, 0.0), (0.0, 300.0)], ids=["mean", "outlier"])
+def test_variance_over_many_tiles_errs_by_rounding(
+    mean: float, outlier: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pivot far from the mean, such as an outlier in the first pixel, would cost 3e-5."""
     cut_small(monkeypatch, "split")
-    tensors = inputs((1, 16, 32, 10), 0, residuals=(), last=True)
-    tensors["x"][:, :, 0, 0] += 300
-    assert_close(fused(tensors, 2), exact(tensors, 2))
+    monkeypatch.setattr(kernels, "PROGRAMS", 1)  # one chunk of 120 tiles
+    x = inputs((1, 16, 48, 40), 0, residuals=(), last=True, mean=mean)["x"]
+    x[:, :, 0, 0] += outlier
+    _, _, rstd = kernels.group_norm_forward(x, torch.ones(16), torch.zeros(16), None, None, 1, 0.0, False)
+    assert abs(rstd.double() ** -2 / x.double().var(correction=0) - 1).item() < 4e-7
 
 
 @PATHS
@@ -170,12 +176,13 @@ def test_samples_in_launches_that_fit_into_l2_give_the_same_bits(monkeypatch: py
     assert all(torch.equal(launched[name], whole[name]) for name in whole)
 
 
-def test_samples_that_exceed_l2_are_launched_together(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_of_a_launch_fit_into_l2_or_are_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "L2_BYTES", 1000)
     assert kernels.samples_in_l2(8, 1001) == 8  # the second pass would not read from L2 either
     assert kernels.samples_in_l2(8, 125) == 8  # all fit
     assert kernels.samples_in_l2(9, 125) == 5  # two launches of about the same size
-    assert kernels.samples_in_l2(8, 1000) == 1
+    assert kernels.samples_in_l2(4, 1000) == 1
+    assert kernels.samples_in_l2(5, 1000) == 5  # too many launches
 
 
 @PATHS
