@@ -52,6 +52,8 @@ def recorded() -> Iterator[list[str]]:
     A number that is read from the GPU is 1, a copy of one of its tensors to the CPU is zeros.
     """
     found: list[str] = []
+    import torch._dynamo  # PyTorch may import it in the block, and it would register the patched function
+
     # PyTorch knows no autocast of the meta device and raises an error.
     without_autocast = patch.object(torch, "is_autocast_enabled", lambda device=None: False)
     with without_autocast, _Operators(found), _Constants(found):
