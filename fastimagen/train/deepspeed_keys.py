@@ -49,9 +49,9 @@ def check_deepspeed_keys(resolved: dict[str, Any]) -> None:
     from pydantic import ValidationError
     from torch import optim
 
-    # A process outside of a launcher has world size 1: the batch sizes, which are checked already, must fit that.
-    one_process = {"train_batch_size": resolved["train_micro_batch_size_per_gpu"], "gradient_accumulation_steps": 1}
-    recorded = _Recorded(copy.deepcopy(resolved) | one_process)
+    # The batch sizes are checked already. Without the total DeepSpeed accepts any number of processes: that of the
+    # process group, or 1 in a dry run.
+    recorded = _Recorded({key: copy.deepcopy(value) for key, value in resolved.items() if key != "train_batch_size"})
     try:
         DeepSpeedConfig(recorded)
     except ValidationError as error:
