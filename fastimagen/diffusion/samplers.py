@@ -3,9 +3,10 @@
     sample(denoise, x, times, *, schedule, noise=None, callback=None) -> Tensor
 
 x (B, C, H, W) is noise at times[0]. `denoise(x, time) -> x0` includes the prediction type, guidance and thresholding.
-times (steps + 1,) descends to the clean image, as Schedule.sampling_times does, or stops earlier. `noise(step)` returns
-the noise (B, C, H, W) of a stochastic sampler. `callback(step, x, x0)` sees the state after every step. alpha = 0 is a
-valid start. Subscript t is the start of a step and s its end: alpha_t, sigma_t, alpha_s, sigma_s.
+times (steps + 1,) descends to the clean image, as Schedule.sampling_times does, or stops earlier. It is on the CPU, so
+that computing a step's coefficients is no host synchronisation. `noise(step)` returns the noise (B, C, H, W) of a
+stochastic sampler. `callback(step, x, x0)` sees the state after every step. alpha = 0 is a valid start. Subscript t is
+the start of a step and s its end: alpha_t, sigma_t, alpha_s, sigma_s.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def take_step(
 
 
 def alpha_sigma_pairs(schedule: Schedule, times: Tensor) -> list[tuple[float, float]]:
-    """(alpha, sigma) at every time as Python numbers: one host synchronisation before the loop, none inside."""
+    """(alpha, sigma) at every time, as Python numbers."""
     alpha, sigma = schedule.alpha_sigma(times)
     return list(zip(alpha.tolist(), sigma.tolist()))
 

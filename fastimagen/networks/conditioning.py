@@ -103,7 +103,7 @@ class TextConditioning(nn.Module):
         """Tokens and lengths with one null token for a dropped caption, and the mean (B, K) of the real tokens."""
         first = torch.where(keep[:, None, None], tokens[:, :1], self.null_tokens)  # (B, 1, K)
         tokens = torch.cat([first, tokens[:, 1:]], dim=1)  # (B, L, K)
-        lengths = torch.where(keep, lengths.to(keep.device), 1)  # (B,)
+        lengths = torch.where(keep, lengths, 1)  # (B,)
         is_real = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]  # (B, L)
         weight = is_real.to(tokens.dtype)
         total = torch.einsum("blk,bl->bk", tokens, weight)  # (B, K)
