@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import IO
 
 from .gpu_groups import GROUPS, measurements
+from .gpu_plan import TEST_SHARE, TESTS_LIMIT, page
 from .harness.parallel_tests import GPU_TESTS, Outcome, ParallelTests, summary, unknown_groups, wrong_groups
-from .harness.plan import TEST_SHARE, TESTS_LIMIT, page
 from .harness.processes import last_lines, start, stop
 
 TEST_LIMIT = 100  # of one test: some compile whole networks while all cores are busy
@@ -38,7 +38,7 @@ NEEDED = {  # module -> the package that has it
     "PIL": "pillow",
     "pydantic": "pydantic",
 }
-KERNEL_CACHE = "benchmarks.harness.kernel_cache"
+KERNEL_CACHE = "benchmarks.kernel_cache"
 
 
 def parser() -> argparse.ArgumentParser:

@@ -161,12 +161,12 @@ def _unet(network: Network, batch: int) -> tuple[Any, torch.Tensor, dict[str, An
     """The U-Net in bf16, images (B, C, H, W) of the side it trains on, and its other arguments, all on meta."""
     from fastimagen.networks.unet import UNet
 
-    from .studies.trace_step import inputs
+    from .harness.on_meta import unet_inputs
 
     config = network.stage().config.unet
     with torch.device("meta"):
         unet = UNet(config).to(torch.bfloat16)
-        given, x = inputs(config, batch, network.side)
+    given, x = unet_inputs(config, batch, network.side)
     return unet, x, given
 
 

@@ -13,7 +13,8 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from .harness import plan, svg
+from . import gpu_plan
+from .harness import svg
 from .harness.checkout import ROOT
 from .harness.rows import Measured, Row, folder, is_stale, read_all
 
@@ -307,7 +308,7 @@ TABLES: dict[str, Callable[[Measured], str]] = {
     "threshold": single_op("threshold"),
     "sampler_step": single_op("sampler step"),
     "host_time": single_op("host time"),
-    "gpu_plan": lambda measured: plan.page(),
+    "gpu_plan": lambda measured: gpu_plan.page(),
 }
 
 

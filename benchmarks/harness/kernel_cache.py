@@ -1,30 +1,20 @@
-"""Triton's cache of compiled kernels: filled from all cores before anything is measured, and its use counted.
+"""Kernels that launches on meta tensors would compile, compiled by several processes into Triton's cache.
 
-    python -m benchmarks.harness.kernel_cache [--only GROUP,...] [--processes N] [--target sm_90] [--toys] [--list]
-
-A process compiles one kernel after another, half a second to several seconds each, and a network needs dozens. Here the
-launches of all groups are listed first: networks and ops run on meta tensors along the path of the kernels, and each
-launch leaves what Triton would compile for it (signature, constants, alignment of the arguments, warps) instead of
-running. Then as many processes as there are cores compile the list. Triton's key of a compiled kernel is a digest of
-these, of the sources and of the target, so later processes find every kernel on the disk.
+Networks and ops run on meta tensors along the path of the kernels, and each launch leaves what Triton would compile for
+it (signature, constants, alignment of the arguments, warps) instead of running. Triton's key of a compiled kernel is a
+digest of these, of the sources and of the target, so later processes find every kernel on the disk.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib
-import json
 import multiprocessing
 import os
-import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 from unittest import mock
 
-import torch
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
@@ -32,10 +22,8 @@ from triton.compiler import ASTSource
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from fastimagen.ops import dispatch
-
-from ..studies.aot import TARGETS, Offline
-from ..studies.trace_step import Recorder, on_the_kernels_path
+from .offline import Offline
+from .on_meta import on_the_kernels_path
 from .timing import first_line
 
 RUN = JITFunction.run
@@ -102,22 +90,9 @@ def listing(target: GPUTarget) -> Iterator[dict[str, Compilation]]:
         yield found
 
 
-class _Lister(Recorder):
-    """Runs the launchers on meta tensors; convolutions return what cuDNN would, in channels_last."""
-
-    def launch(self, kernel: JITFunction, arguments: tuple, options: dict[str, Any]) -> None:
-        RUN(kernel, *arguments, grid=(1,), warmup=True, **options)
-
-
 def compilations_of(launches: Iterable[Callable[[], object]], target: GPUTarget) -> dict[str, Compilation]:
     """What the kernels of these calls on meta tensors compile, by key."""
-    lister = _Lister()
-    with (
-        mock.patch.object(dispatch, "no_triton", return_value=None),  # so that set_backend takes "triton" without a GPU
-        on_the_kernels_path(lister),
-        listing(target) as found,
-        lister,
-    ):
+    with on_the_kernels_path(), listing(target) as found:
         for launch in launches:
             launch()
     return found
@@ -173,65 +148,3 @@ def count_use() -> Use:
     use = Use()
     knobs.compilation.listener = use
     return use
-
-
-def compile_fused_adam() -> str:
-    """Compile DeepSpeed's FusedAdam, which its first engine would do for a minute, and say what came of it."""
-    if find_spec("deepspeed") is None:
-        return "not needed: deepspeed is not installed"
-    from fastimagen.train.deepspeed_config import can_compile_fused_adam
-
-    if not can_compile_fused_adam():
-        return "not compiled: there is no nvcc of torch's CUDA version, and training uses torch's AdamW"
-    from deepspeed.ops.op_builder import FusedAdamBuilder
-
-    began = time.monotonic()
-    try:
-        FusedAdamBuilder().load()
-    except Exception as error:  # of nvcc and the host's compiler; the engine's rows will say the same
-        return f"cannot be compiled: {first_line(error)}"
-    return f"compiled in {time.monotonic() - began:.0f} s"
-
-
-def main() -> None:
-    from ..gpu_groups import GROUPS, launches
-
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.harness.kernel_cache", description=__doc__.partition("\n")[0]
-    )
-    parser.add_argument("--only", default=",".join(GROUPS), metavar="GROUP,...", help=", ".join(GROUPS))
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, metavar="N", help="(all cores)")
-    parser.add_argument("--target", choices=TARGETS, help="compile for this GPU (the one that is present)")
-    parser.add_argument("--toys", action="store_true", help="the toy sizes of gpu_check --dry-run")
-    parser.add_argument("--list", action="store_true", help="compile nothing, count the kernels")
-    options = parser.parse_args()
-    target = TARGETS[options.target] if options.target else driver.active.get_current_target()
-    began = time.monotonic()
-    everything: dict[str, Compilation] = {}
-    for group in options.only.split(","):
-        found = compilations_of(launches(group, toys=options.toys), target)
-        new = found.keys() - everything.keys()
-        everything |= found
-        if found:
-            print(f"{group:<14} {len(found):4} kernels, {len(new):4} of them new", flush=True)
-    listed = time.monotonic() - began
-    facts = {"kernels": len(everything), "list_s": round(listed, 1)}
-    if not options.list:
-        done = compile_all(list(everything.values()), target, options.processes)
-        for failed in (one for one in done if one.error):
-            print(f"{failed.name} does not compile: {failed.error}", flush=True)
-        facts |= {
-            "compiled": sum(not one.was_cached for one in done),
-            "cpu_s": round(sum(one.seconds for one in done), 1),
-            "wall_s": round(time.monotonic() - began - listed, 1),
-            "processes": options.processes,
-        }
-    if "engine" in options.only.split(",") and not options.list and torch.cuda.is_available():
-        print(f"FusedAdam: {compile_fused_adam()}", flush=True)
-    print(json.dumps(facts), flush=True)
-
-
-if __name__ == "__main__":
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        sys.exit("TRITON_INTERPRET=1 is set: kernels are interpreted and cannot be compiled; unset it")
-    main()

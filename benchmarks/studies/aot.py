@@ -20,20 +20,16 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from ..harness.checkout import ROOT
+from ..harness.offline import TARGETS, compiling_for
 
-TARGETS = {name: GPUTarget("cuda", int(name[3:]), 32) for name in ("sm_80", "sm_90", "sm_100")}
-TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 INSTRUCTIONS = {
     "mma": r"\bHMMA|\bQMMA",
@@ -45,41 +41,6 @@ INSTRUCTIONS = {
 }
 WAITS = {"shfl": r"\bSHFL", "bar": r"\bBAR"}
 AMD_INSTRUCTIONS = {"mfma": r"\bv_mfma", "fma": r"\bv_(?:pk_)?fma", "exp2": r"\bv_exp_f32"}
-
-
-class Offline:
-    """A stub of Triton's driver for `target`, with what a launch asks of it."""
-
-    def __init__(self, target: GPUTarget) -> None:
-        self.target = target
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> str:
-        return f"{self.target.backend}:{self.target.arch}"  # the key of Triton's cache of compiled kernels
-
-    def get_current_stream(self, device: str) -> int:
-        return 0
-
-
-@contextmanager
-def compiling_for(target: GPUTarget) -> Iterator[list[tuple[JITFunction, Any]]]:
-    """Inside, a launch compiles the kernel for `target` without running it, and adds (kernel, compiled) to the list."""
-    launches: list[tuple[JITFunction, Any]] = []
-    run = JITFunction.run
-
-    def note(self: JITFunction, *arguments: object, grid: object, warmup: bool, **options: object) -> Any:
-        compiled = run(self, *arguments, grid=grid, warmup=True, **options)
-        launches.append((self, compiled))
-        return compiled
-
-    before, driver._active = driver._active, Offline(target)
-    JITFunction.run = note
-    try:
-        yield launches
-    finally:
-        JITFunction.run, driver._active = run, before
 
 
 def compile_all(file: str, name: str, labels: str) -> Iterator[dict[str, Any]]:

@@ -118,7 +118,7 @@ def test_a_time_out_is_reported_as_one_and_does_not_stop_measuring(
 
 
 def test_the_plan_names_every_group_and_ends_within_the_budget(capsys: pytest.CaptureFixture[str]) -> None:
-    """After a change of the groups: python -m benchmarks.studies.gpu_plan."""
+    """After a change of the groups: python -m benchmarks.gpu_plan."""
     assert gpu_check.main(["--plan"]) == 0
     lines = [re.split(r" *\| *", line)[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert [line[0] for line in lines[4:]] == list(GROUPS)

@@ -11,7 +11,7 @@ from benchmarks import gpu_groups
 from benchmarks.cases.host_time import _on_cpu_tensors
 from benchmarks.harness import networks
 from benchmarks.harness.kernel_cache import compilations_of, compile_all, listing
-from benchmarks.studies.aot import TARGETS
+from benchmarks.harness.offline import TARGETS
 from fastimagen import ops
 from fastimagen.ops import dispatch
 
