@@ -36,12 +36,13 @@ KERNELS = {
         "device.py",
     ),
     "group_norm": (
-        "device.py",
         "group_norm.py",
+        "device.py",
         "group_norm_backward_kernels.py",
         "group_norm_device.py",
         "group_norm_forward_kernels.py",
     ),
+    "residual": ("residual.py",),
     "threshold": ("dynamic_threshold.py",),
     "sampler step": ("sampler_step.py", "dynamic_threshold.py"),
 }

@@ -8,6 +8,7 @@ them. The loss and the optimizer are not part of it.
 
 What is assumed:
 * Every launch moves each of its tensors once, so an op of several passes counts each pass; L2 saves nothing.
+  GroupNorm's kernels are launched for some samples at a time so that it does: this is counted apart, behind a "+".
 * cuDNN's convolutions are one launch per result and channels_last; the bias is added in a launch of its own.
 * The milliseconds are a lower bound: for each launch the longer of its bytes at COPY_RATE and its FLOP at MATRIX_RATE.
 """
@@ -55,7 +56,10 @@ AROUND_CONVOLUTIONS = (
 )
 """Kinds of elementwise passes over feature maps that stand beside the convolutions and can be fused."""
 
-FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "_reshape_alias"}
+FREE = {
+    *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
+    *("_unsafe_view", "_reshape_alias", "promote_types", "scalar_tensor"),
+}
 KINDS = {  # name of a PyTorch op -> kind
     "convolution": "convolution",
     "convolution_backward": "convolution",
@@ -141,7 +145,7 @@ class Recorder(TorchDispatchMode):
         read = [] if name in WRITE_ONLY else tensors_in(args, kwargs)
         if name == "copy_":
             read = tensors_in(args[1:])
-        count = flop_registry.get(func.overloadpacket)
+        count = flop_registry.get(torch.ops.aten.addmm if name == "addmm_" else func.overloadpacket)
         flops = count(*args, **kwargs, out_val=out) if count else 0
         if name == "addmm" and args[0].dim() == 2:
             self.add("other", "addend of addmm", 2 * bytes_of(out))
@@ -195,13 +199,17 @@ class Recorder(TorchDispatchMode):
     def launch(self, kernel: JITFunction, arguments: tuple, options: dict[str, Any]) -> None:
         """Record a launch of a Triton kernel."""
         given = dict(zip(kernel.arg_names, arguments)) | options
-        flops = 0
         name = kernel.__name__
+        if given.get("first_sample"):  # the tensors as a whole were counted with the first samples
+            self.add("launches by sample", name, 0)
+            return
+        flops = 0
         for key, products in ATTENTION_PRODUCTS.items():
             if name == f"attention_{key}_kernel":
                 keys = sum(given[source][0].shape[1] for source in ("k", "context_k") if given[source] is not None)
                 flops = 2 * products * given["q"][0].numel() * keys
-        self.add(name.partition("_")[0] + " kernels", name, sum(map(bytes_of, tensors_in(given))), flops)
+        kind = "residual add" if name == "add_residual_kernel" else name.partition("_")[0] + " kernels"
+        self.add(kind, name, sum(map(bytes_of, tensors_in(given))), flops)
 
 
 def _channels_last(x: Tensor) -> Tensor:
@@ -213,20 +221,22 @@ def _channels_last(x: Tensor) -> Tensor:
 def on_the_kernels_path(recorder: Recorder) -> Iterator[None]:
     """Inside, our ops on meta tensors go through the launchers, and a launch is recorded instead of done."""
 
+    import torch._dynamo  # PyTorch may import it inside, and it would keep the changed function
+
     def run(kernel: JITFunction, *arguments: object, grid: object, warmup: bool, **options: object) -> None:
         recorder.launch(kernel, arguments, options)
 
-    def always(*unused: object, **ignored: object) -> bool:
-        return True
+    answers = {"use_triton": True, "in_kernels": True, "traced": False}
 
     changed: list[tuple[Any, str, Callable]] = [(torch, "is_autocast_enabled", torch.is_autocast_enabled)]
     for module in [module for name, module in sys.modules.items() if name.startswith("fastimagen.")]:
-        changed += [(module, name, vars(module)[name]) for name in ("use_triton", "in_kernels") if name in vars(module)]
+        changed += [(module, name, vars(module)[name]) for name in answers if name in vars(module)]
     with compiling_for(TARGETS["sm_90"]):  # for its stub of Triton's driver; nothing is compiled
         before = JITFunction.run
         try:
             for owner, name, _ in changed:
-                setattr(owner, name, (lambda *unused: False) if owner is torch else always)  # meta has no autocast
+                answer = answers.get(name, False)  # autocast does not know meta tensors
+                setattr(owner, name, lambda *unused, answer=answer, **ignored: answer)
             JITFunction.run = run
             yield
         finally:
@@ -285,9 +295,11 @@ def summary(found: Trace) -> str:
     """The line of a network in the table of docs/benchmarks.md."""
     convolutions = found.total("flops", ("convolution",)) / found.total("flops")
     around = found.total("bytes", AROUND_CONVOLUTIONS)
+    by_sample = found.total("launches", ("launches by sample",))
     return (
         f"| {found.network} B{found.batch} | {found.total('flops') / 1e12:.1f} T | {convolutions:.1%} | "
-        f"{found.total('launches'):,.0f} | {found.total('launches', ('zero fill',)):,.0f} | {around / 1e9:.1f} GB | "
+        f"{found.total('launches') - by_sample:,.0f} + {by_sample:,.0f} | "
+        f"{found.total('launches', ('zero fill',)):,.0f} | {around / 1e9:.1f} GB | "
         f"{found.total('bytes') / 1e9:.0f} GB | {found.activation_bytes / 2**30:.1f} GiB | "
         f"{1000 * found.total('flops') / MATRIX_RATE:.0f} ms | {found.total('ms'):.0f} ms |"
     )

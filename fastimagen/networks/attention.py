@@ -64,13 +64,17 @@ class TextAttention(nn.Module):
     def attend(self, x: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         """Normalized x (B, N, C) attends to k and v (B, J, A_kv, D), to the text and to the null key: (B, N, C)."""
         q = rearrange(self.to_q(x), "b n (heads d) -> b n heads d", heads=self.heads)  # (B, N, A, D)
-        qk_scales = None if self.qk_scales is None else (self.qk_scales[0], self.qk_scales[1])
+        null_k, null_v = self.null_kv.unbind()  # (D,) each; two indexed rows would have two gradients of both rows
+        qk_scales = None
+        if self.qk_scales is not None:
+            q_scale, k_scale = self.qk_scales.unbind()  # (D,) each
+            qk_scales = (q_scale, k_scale)
         out = ops.attention(
             q,
             k,
             v,
-            null_k=self.null_kv[0],
-            null_v=self.null_kv[1],
+            null_k=null_k,
+            null_v=null_v,
             qk_scales=qk_scales,
             scale=None if qk_scales is None else QK_SCALE,
             **context.text_sources(self.slot),

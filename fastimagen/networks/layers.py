@@ -9,11 +9,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import ops
-from .convolution import Conv2d
+from .convolution import Conv2d, PointwiseConv, convolutions_add_bias
+
+SKIP_SCALE = 2**-0.5
+"""Skip connections are scaled by 1 / sqrt(2) (Imagen, appendix B.1)."""
 
 
-class GroupNormSiLU(nn.Module):
-    """silu(GroupNorm(x) * (1 + scale) + shift) for x (B, C, H, W); scale and shift (B, C) are optional (FiLM)."""
+class NormWeights(nn.Module):
+    """Gains and biases of a GroupNorm. Base class of those with SiLU."""
 
     def __init__(self, dim: int, groups: int) -> None:
         super().__init__()
@@ -21,8 +24,32 @@ class GroupNormSiLU(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
         self.bias = nn.Parameter(torch.zeros(dim))
 
-    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-        return ops.group_norm_silu(x, self.weight, self.bias, self.groups, scale=scale, shift=shift)
+
+class GroupNormSiLU(NormWeights):
+    """silu(GroupNorm(x + x_bias) * (1 + scale) + shift) for x (B, C, H, W); scale and shift (B, C) are FiLM.
+
+    All but x is optional. x_bias (C,) is the bias of the convolution before it.
+    """
+
+    def forward(
+        self,
+        x: Tensor,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        x_bias: Tensor | None = None,
+    ) -> Tensor:
+        return ops.group_norm_silu(x, self.weight, self.bias, self.groups, scale=scale, shift=shift, x_bias=x_bias)
+
+
+class ResidualGroupNormSiLU(NormWeights):
+    """silu(GroupNorm(cat([x, skip * SKIP_SCALE], dim=1))), and x and skip once more for the residual path.
+
+    x (B, I, H, W), skip (B, J, H, W) or None -> (B, I + J, H, W), x, skip. The gradients of both paths are added inside
+    the norm's kernel.
+    """
+
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        return ops.group_norm_silu_residual(x, self.weight, self.bias, self.groups, skip=skip, skip_scale=SKIP_SCALE)
 
 
 class MultiScaleStem(nn.Module):
@@ -67,10 +94,13 @@ class ParallelConv(nn.Module):
     def __init__(self, dim_in: int, dim_out: int) -> None:
         super().__init__()
         self.conv3 = Conv2d(dim_in, dim_out, 3, padding=1)
-        self.conv1 = Conv2d(dim_in, dim_out, 1)
+        self.conv1 = PointwiseConv(dim_in, dim_out)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv3(x) + self.conv1(x)
+        if convolutions_add_bias(x):
+            return self.conv3(x) + self.conv1(x)
+        h, residual = self.conv3(x, add_bias=False), self.conv1(x, add_bias=False)  # (B, O, H, W) each
+        return ops.add_residual(h, residual, self.conv3.bias, self.conv1.bias)
 
 
 class Sinusoidal(nn.Module):

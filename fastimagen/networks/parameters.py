@@ -6,7 +6,7 @@ from torch import nn
 
 from .blocks import ResBlock
 from .conditioning import TextConditioning, TimeEmbedding
-from .convolution import Conv2d
+from .convolution import MatrixWeights
 from .unet import UNet
 
 
@@ -28,5 +28,5 @@ def muon_parameters(unet: UNet) -> set[str]:
     return {
         f"{name}.weight"
         for name, module in unet.named_modules()
-        if isinstance(module, (nn.Linear, Conv2d)) and module not in vector_layers
+        if isinstance(module, (nn.Linear, MatrixWeights)) and module not in vector_layers
     }

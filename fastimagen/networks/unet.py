@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from typing import Any
 
 import torch
@@ -14,9 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from ..config import UNetConfig
 from ..text.embeddings import TextEmbeddings
 from .attention import Context, CrossAttention, SelfAttention, TextAttention, TransformerBlock, to_map, to_tokens
-from .blocks import SKIP_SCALE, DownLevel, ResBlock, UpLevel
+from .blocks import DownLevel, ResBlock, UpLevel
 from .conditioning import TextConditioning, TextState, TimeEmbedding
-from .convolution import Conv2d
+from .convolution import Conv2d, OutputConv
 from .layers import Downsample, MultiScaleStem, ParallelConv, Upsample
 
 NUM_FREQS = 3
@@ -74,7 +75,8 @@ class UNet(nn.Module):
         final = config.dim if config.downsample_first else config.dim * config.dim_mults[0]
         self.final_block = self._block(final + (config.dim if has_extra_block else 0), config.dim)
         lowres_channels = patch_channels if has_extra_block and config.lowres else 0
-        self.final_conv = Conv2d(config.dim + lowres_channels, patch_channels, 3, padding=1, zero_init=config.zero_init)
+        self.final_conv = OutputConv(config.dim + lowres_channels, patch_channels, zero_init=config.zero_init)
+        self._num_blocks = sum(isinstance(module, ResBlock) for module in self.modules())
 
     # ---- construction
 
@@ -184,6 +186,8 @@ class UNet(nn.Module):
             vector = vector + state.vector
         context = Context(self.norm_cond(tokens), state.lengths if state else None, state.kv if state else ())
         vector = F.silu(vector)  # (B, T): every block modulates from silu(vector)
+        # One vector per block: their gradients are added in one sum and not one after the other.
+        vectors = deque(vector.expand(self._num_blocks, -1, -1).unbind())  # (B, T) each
 
         x = x.to(self.final_conv.weight.dtype)
         patches = F.pixel_unshuffle(x, self.config.stem_stride)  # (B, C P P, H / P, W / P) for patch side P
@@ -191,26 +195,27 @@ class UNet(nn.Module):
         x = self.stem(patches)  # (B, dim, H / P, W / P)
         if self.positional_projection is not None:
             x = x + self.positional_projection(positional_encoding(x))
+        full_resolution = None
         if self.full_resolution_block is not None:
-            x = self.full_resolution_block(x, vector, context)
-        full_resolution = x
+            x = full_resolution = self.full_resolution_block(x, vectors.popleft(), context)
         skips = []
         for index, level in enumerate(self.downs):
-            x, level_skips = self._run(index, level, x, vector, context)
+            assert isinstance(level, DownLevel)
+            level_vectors = [vectors.popleft() for _ in level.blocks]
+            x, level_skips = self._run(index, level, x, level_vectors, context)
             skips.append(level_skips)
-        x = self.middle1(x, vector, context)
+        x = self.middle1(x, vectors.popleft(), context)
         if self.middle_attention is not None:
             x = x + to_map(self.middle_attention(to_tokens(x), context), x)
-        x = self.middle2(x, vector, context)
+        x = self.middle2(x, vectors.popleft(), context)
         for index, level in enumerate(self.ups):
-            x = self._run(len(self.ups) - 1 - index, level, x, vector, context, skips.pop())
-        if self.full_resolution_block is not None:
-            x = torch.cat([x, full_resolution * SKIP_SCALE], dim=1)  # (B, C + dim, H / P, W / P)
-        x = self.final_block(x, vector, context)  # (B, dim, H / P, W / P)
-        if self.full_resolution_block is not None and lowres is not None:
-            lowres_patches = patches[:, patches.shape[1] // 2 :]
-            x = torch.cat([x, lowres_patches], dim=1)  # (B, dim + C P P, H / P, W / P)
-        return F.pixel_shuffle(self.final_conv(x), self.config.stem_stride)  # (B, C, H, W)
+            assert isinstance(level, UpLevel)
+            level_vectors = [vectors.popleft() for _ in level.blocks]
+            x = self._run(len(self.ups) - 1 - index, level, x, level_vectors, context, skips.pop())
+        x = self.final_block(x, vectors.popleft(), context, full_resolution)  # (B, dim, H / P, W / P)
+        has_lowres = full_resolution is not None and lowres is not None
+        x = self.final_conv(x, patches[:, patches.shape[1] // 2 :] if has_lowres else None)  # (B, C P P, H / P, W / P)
+        return F.pixel_shuffle(x, self.config.stem_stride)  # (B, C, H, W)
 
     def _run(self, index: int, level: nn.Module, *inputs: Any) -> Any:
         """Call a level, with activation checkpointing if the configuration asks for it."""

@@ -7,9 +7,11 @@ from .attention import attention
 from .dispatch import backend, set_backend
 from .dynamic_threshold import dynamic_threshold
 from .group_norm import group_norm_silu, group_norm_silu_residual
+from .residual import add_residual
 from .sampler_step import sampler_step
 
 __all__ = [
+    "add_residual",
     "attention",
     "backend",
     "dynamic_threshold",

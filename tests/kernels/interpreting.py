@@ -119,8 +119,8 @@ def guarded(kernels: ModuleType) -> Iterator[None]:
             like = torch.empty(*shape, device="meta", memory_format=memory_format)
             return guard(like.shape, like.stride(), dtype)
 
-        def empty_like(self, like: Tensor) -> Tensor:
-            return guard(like.shape, torch.empty_like(like, device="meta").stride(), like.dtype)
+        def empty_like(self, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+            return guard(like.shape, torch.empty_like(like, device="meta").stride(), dtype or like.dtype)
 
     kernels.torch = Torch()
     try:
