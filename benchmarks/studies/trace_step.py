@@ -39,8 +39,8 @@ from fastimagen.networks.unet import UNet
 from fastimagen.text.embeddings import TextEmbeddings
 
 from ..harness import networks
-from ..harness.checkout import ROOT
 from ..harness.networks import TOKENS, Network
+from ..harness.rows import RESULTS
 from .aot import TARGETS, compiling_for
 
 COPY_RATE, MATRIX_RATE = 4.3e12, 788e12  # bytes and bf16 FLOP per second, as measured on an H200
@@ -311,6 +311,17 @@ FLOP at the matrix rate | sum of launches |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"""
 
 
+def comparison(before: Trace, now: Trace) -> str:
+    """The line of a network in docs/benchmarks.md."""
+    by_sample = now.total("launches", ("launches by sample",))
+    around, moved = ([t.total("bytes", kinds) / 1e9 for t in (before, now)] for kinds in (AROUND_CONVOLUTIONS, ()))
+    return (
+        f"| {now.network} B{now.batch} | {before.total('launches'):,} | {now.total('launches') - by_sample:,} + "
+        f"{by_sample:,} | {around[0]:.1f} | {around[1]:.1f} | {moved[0]:.0f} | {moved[1]:.0f} | "
+        f"{before.total('ms'):.0f} ms | {now.total('ms'):.0f} ms |"
+    )
+
+
 def details(found: Trace) -> str:
     """One line for every kind and phase, by time."""
     lines = []
@@ -337,10 +348,16 @@ def write(path: Path, traces: list[Trace]) -> None:
     path.write_text(f'{{"assumed": {rates}, "networks": [\n{body}\n]}}\n')
 
 
+def read(path: Path) -> list[Trace]:
+    """What `write` wrote."""
+    entries = json.loads(path.read_text())["networks"]
+    return [Trace(**{**entry, "rows": [Row(**row) for row in entry["rows"]]}) for entry in entries]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--networks", default="", help="only networks whose names match this regular expression")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/trace/after.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "trace/after.json")
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("TRITON_INTERPRET=1 is set: launches are interpreted and cannot be recorded; unset it")
@@ -352,6 +369,12 @@ def main() -> None:
         print(f"{found.network} B{found.batch}, {found.parameters / 1e6:.0f} M parameters\n{details(found)}\n")
     print("\n".join([HEADER, *map(summary, traces)]))
     write(options.out, traces)
+    before = {found.network: found for found in read(RESULTS / "trace/before.json")}
+    print(
+        "\n".join(
+            ["\nagainst before.json, for docs/benchmarks.md", *(comparison(before[t.network], t) for t in traces)]
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,11 +12,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from triton.runtime.jit import JITFunction
 
 from benchmarks.harness import networks
+from benchmarks.harness.rows import RESULTS
 from benchmarks.studies import trace_step
 from benchmarks.studies.trace_step import Recorder, Trace
 from fastimagen.networks import convolution
 from fastimagen.networks.unet import UNet
 from fastimagen.ops import dispatch
+from tests.conftest import ROOT
 
 LAST = torch.channels_last
 
@@ -121,3 +124,15 @@ def test_expanded_tensors_are_read_once_and_views_are_free() -> None:
         x = torch.zeros(4, device="meta").expand(8, 4)
         (x + 1).view(4, 8).t()
     assert counted(recorder) == {("forward", "zero fill"): (1, 16), ("forward", "other"): (1, 16 + 128)}
+
+
+def test_the_table_of_the_documentation_is_that_of_the_result_files() -> None:
+    before, now = (trace_step.read(RESULTS / f"trace/{name}.json") for name in ("before", "after"))
+    page = (ROOT / "docs/benchmarks.md").read_text()
+    for one, other in zip(before, now, strict=True):
+        assert trace_step.comparison(one, other) in page
+
+
+def test_what_is_written_can_be_read(toy: Trace, tmp_path: Path) -> None:
+    trace_step.write(tmp_path / "toy.json", [toy])
+    assert trace_step.read(tmp_path / "toy.json") == [toy]
