@@ -52,8 +52,11 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, ...]:
         if dout is None:
             return (None,) * 9
-        if torch.is_grad_enabled():  # create_graph: of the operator, PyTorch knows that it has no second derivative
-            return _differentiate(ctx, dout, None)
+        if torch.is_grad_enabled():  # create_graph=True: the gradients would be constants to autograd
+            raise RuntimeError(
+                "the kernels of attention have no second derivative; "
+                'compute it in plain PyTorch: fastimagen.ops.set_backend("torch")'
+            )
         saved = (*ctx.saved_tensors, ctx.scale)
         dq, dk, dv, dnull, dcontext_k, dcontext_v = _attend_backward(dout, *saved)
         dnull_k, dnull_v = (None, None) if dnull is None else dnull.unbind()  # (D,) or (A_kv, D) each
@@ -301,7 +304,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(*tensors, *output)
 
 
-def _differentiate(ctx: Any, dout: Tensor, _dlse: Tensor | None) -> tuple:
+def _differentiate(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple:
     _, k, _, null_k, _, context_k, *_ = ctx.saved_tensors
     dq, dk, dv, dnull, dcontext_k, dcontext_v = _backward(dout, *ctx.saved_tensors, ctx.scale)
     if k is None:
