@@ -14,6 +14,7 @@ from .group_norm_device import (
     part_pointers,
     pointers,
     program_position,
+    skip_factor,
     store_gradient,
     store_part,
     to_columns,
@@ -21,43 +22,62 @@ from .group_norm_device import (
 
 
 @triton.jit
+def sums_of_chunks(sums_ptr, n, chunks, channel, valid, C: tl.constexpr, VECTORS: tl.constexpr, CHUNKS: tl.constexpr):
+    """S0 (0 without x_bias), S1 and S2 (columns,) of sample n."""
+    s0 = tl.zeros(channel.shape, tl.float32)
+    s1 = tl.zeros(channel.shape, tl.float32)
+    s2 = tl.zeros(channel.shape, tl.float32)
+    for start in range(0, chunks, CHUNKS):
+        chunk = start + tl.arange(0, CHUNKS)
+        there = (chunk < chunks)[:, None] & valid[None, :]
+        at = sums_ptr + (n * chunks + chunk)[:, None] * (VECTORS * C) + channel[None, :]
+        s1 += tl.sum(load_masked(at, there), axis=0)
+        s2 += tl.sum(load_masked(at + C, there), axis=0)
+        if VECTORS == 3:
+            s0 += tl.sum(load_masked(at + 2 * C, there), axis=0)
+    return s0, s1, s2
+
+
+@triton.jit
+def store_film_gradients(
+    s1, s2, weight_ptr, bias_ptr, scale_ptr, dscale_ptr, dshift_ptr, n, channel, valid, C: tl.constexpr
+):
+    """dscale and dshift of channels (columns,) of sample n, if there is FiLM."""
+    if scale_ptr is not None:
+        weight = load_masked(weight_ptr + channel, valid)
+        bias = load_masked(bias_ptr + channel, valid)
+        tl.store(dscale_ptr + n * C + channel, weight * s2 + bias * s1, valid)
+        tl.store(dshift_ptr + n * C + channel, s1, valid)
+
+
+@triton.jit
 def store_sample_gradients(
+    samples_ptr,
     s0,
     s1,
     s2,
     c1,
     c2,
+    gain,
     rstd,
-    weight_ptr,
-    bias_ptr,
-    x_bias_ptr,
     scale_ptr,
     scale_stride,
-    dscale_ptr,
-    dshift_ptr,
-    samples_ptr,
     n,
     channel,
     valid,
     pixels,
     C: tl.constexpr,
-    C_X: tl.constexpr,
+    VECTORS: tl.constexpr,
 ):
-    """dscale and dshift of channels (columns,) of sample n; what it adds to dweight, dbias and dx_bias, in samples."""
-    weight = load_masked(weight_ptr + channel, valid)
-    bias = load_masked(bias_ptr + channel, valid)
+    """What sample n adds to dweight, dbias and, of 3 VECTORS, dx_bias (of x's channels; the others are not read)."""
     factor = tl.full(channel.shape, 1.0, tl.float32)
     if scale_ptr is not None:
-        tl.store(dscale_ptr + n * C + channel, weight * s2 + bias * s1, valid)
-        tl.store(dshift_ptr + n * C + channel, s1, valid)
         factor += load_masked(scale_ptr + n * scale_stride + channel, valid)
-    VECTORS: tl.constexpr = 2 if x_bias_ptr is None else 3
-    samples_ptr += n * VECTORS * C + channel
-    tl.store(samples_ptr, factor * s2, valid)
-    tl.store(samples_ptr + C, factor * s1, valid)
-    if x_bias_ptr is not None:
-        dx_bias = rstd * (weight * factor * s1 - pixels * c1 - s0 * c2)
-        tl.store(samples_ptr + 2 * C, dx_bias, valid & (channel < C_X))
+    at = samples_ptr + n * VECTORS * C + channel
+    tl.store(at, factor * s2, valid)
+    tl.store(at + C, factor * s1, valid)
+    if VECTORS == 3:
+        tl.store(at + 2 * C, rstd * (gain * s1 - pixels * c1 - s0 * c2), valid)
 
 
 @triton.jit
@@ -65,7 +85,7 @@ def group_norm_silu_one_pass_backward_kernel(
     dy_ptr,  # (B, C, H, W), as x
     x_ptr,  # (B, C_X, H, W)
     skip_ptr,  # (B, C - C_X, H, W), as x, or None
-    x_residual_ptr,  # (B, C_X, H, W), as x, or None
+    residual_ptr,  # (B, C_X, H, W), as x, or None
     skip_residual_ptr,  # (B, C - C_X, H, W), as x, or None
     dx_ptr,  # (B, C_X, H, W), as x
     dskip_ptr,  # (B, C - C_X, H, W), as x, or None
@@ -108,48 +128,20 @@ def group_norm_silu_one_pass_backward_kernel(
     s1 = tl.sum(dz, axis=0)
     s2 = tl.sum(dz * xhat, axis=0)  # (WIDTH,)
     s0 = tl.zeros([WIDTH], tl.float32)
+    VECTORS: tl.constexpr = 2 if x_bias_ptr is None else 3
     if x_bias_ptr is not None:
         s0 = tl.sum(xhat, axis=0)
     c1 = tl.sum(gain * s1, axis=0) / (CPG * (pixels * 1.0))
     c2 = tl.sum(gain * s2, axis=0) / (CPG * (pixels * 1.0))
     dx = rstd * (gain[None, :] * dz - c1 - xhat * c2)
+    factor = skip_factor(skip_ptr, skip_scale, channel, C_X)
+    dx = dx * factor[None, :]
     store_gradient(
-        dx_ptr,
-        dskip_ptr,
-        x_residual_ptr,
-        skip_residual_ptr,
-        skip_scale,
-        dx,
-        n,
-        row,
-        channel,
-        mask,
-        pixels,
-        C,
-        C_X,
-        CHANNELS_LAST,
+        dx_ptr, dskip_ptr, residual_ptr, skip_residual_ptr, dx, n, row, channel, mask, pixels, C, C_X, CHANNELS_LAST
     )
+    store_film_gradients(s1, s2, weight_ptr, bias_ptr, scale_ptr, dscale_ptr, dshift_ptr, n, channel, valid, C)
     store_sample_gradients(
-        s0,
-        s1,
-        s2,
-        c1,
-        c2,
-        rstd,
-        weight_ptr,
-        bias_ptr,
-        x_bias_ptr,
-        scale_ptr,
-        scale_stride,
-        dscale_ptr,
-        dshift_ptr,
-        samples_ptr,
-        n,
-        channel,
-        valid,
-        pixels,
-        C,
-        C_X,
+        samples_ptr, s0, s1, s2, c1, c2, gain, rstd, scale_ptr, scale_stride, n, channel, valid, pixels, C, VECTORS
     )
 
 
@@ -229,7 +221,7 @@ def group_norm_silu_backward_kernel(
     dy_ptr,  # (B, C, H, W), as x
     x_ptr,  # (B, C_X, H, W)
     skip_ptr,  # (B, C - C_X, H, W), as x, or None
-    x_residual_ptr,  # (B, C_X, H, W), as x, or None
+    residual_ptr,  # (B, C_X, H, W), as x, or None
     skip_residual_ptr,  # (B, C - C_X, H, W), as x, or None
     dx_ptr,  # (B, C_X, H, W), as x
     dskip_ptr,  # (B, C - C_X, H, W), as x, or None
@@ -281,41 +273,14 @@ def group_norm_silu_backward_kernel(
 
     if chunk == chunks - 1:  # these programs are the first to start
         VECTORS: tl.constexpr = 2 if x_bias_ptr is None else 3
-        s0 = tl.zeros([GROUPS * WIDTH], tl.float32)
-        s1 = tl.zeros([GROUPS * WIDTH], tl.float32)
-        s2 = tl.zeros([GROUPS * WIDTH], tl.float32)
-        for start in range(0, chunks, CHUNKS):
-            of = start + tl.arange(0, CHUNKS)
-            there = (of < chunks)[:, None] & valid[None, :]
-            sums = sums_ptr + (n * chunks + of)[:, None] * (VECTORS * C) + channel[None, :]
-            s1 += tl.sum(load_masked(sums, there), axis=0)
-            s2 += tl.sum(load_masked(sums + C, there), axis=0)
-            if x_bias_ptr is not None:
-                s0 += tl.sum(load_masked(sums + 2 * C, there), axis=0)
+        s0, s1, s2 = sums_of_chunks(sums_ptr, n, chunks, channel, valid, C, VECTORS, CHUNKS)
+        store_film_gradients(s1, s2, weight_ptr, bias_ptr, scale_ptr, dscale_ptr, dshift_ptr, n, channel, valid, C)
         store_sample_gradients(
-            s0,
-            s1,
-            s2,
-            c1,
-            c2,
-            rstd,
-            weight_ptr,
-            bias_ptr,
-            x_bias_ptr,
-            scale_ptr,
-            scale_stride,
-            dscale_ptr,
-            dshift_ptr,
-            samples_ptr,
-            n,
-            channel,
-            valid,
-            pixels,
-            C,
-            C_X,
+            samples_ptr, s0, s1, s2, c1, c2, gain, rstd, scale_ptr, scale_stride, n, channel, valid, pixels, C, VECTORS
         )
 
     slope = gain * rstd
+    factor = skip_factor(skip_ptr, skip_scale, channel, C_X)
     by_x = rstd * rstd * c2
     constant = rstd * c1
     first = chunk.to(tl.int64) * tiles * ROWS
@@ -327,21 +292,9 @@ def group_norm_silu_backward_kernel(
         dy = load_masked(pointers(dy_ptr, n, row, channel, pixels, C, CHANNELS_LAST), mask)
         dz = activation_gradient(dy, x * slope[None, :] + bias[None, :], SILU)
         dx = slope[None, :] * dz - (by_x[None, :] * x + constant[None, :])
+        dx = dx * factor[None, :]
         store_gradient(
-            dx_ptr,
-            dskip_ptr,
-            x_residual_ptr,
-            skip_residual_ptr,
-            skip_scale,
-            dx,
-            n,
-            row,
-            channel,
-            mask,
-            pixels,
-            C,
-            C_X,
-            CHANNELS_LAST,
+            dx_ptr, dskip_ptr, residual_ptr, skip_residual_ptr, dx, n, row, channel, mask, pixels, C, C_X, CHANNELS_LAST
         )
 
 

@@ -45,6 +45,15 @@ def load_masked(pointer, mask):
 
 
 @triton.jit
+def skip_factor(skip_ptr, skip_scale, channel, C_X: tl.constexpr):
+    """What `load_input` multiplies the channels (columns,) by: 1 in x, skip_scale in skip."""
+    factor = tl.full(channel.shape, 1.0, tl.float32)
+    if skip_ptr is not None:
+        factor = tl.where(channel < C_X, factor, skip_scale)
+    return factor
+
+
+@triton.jit
 def load_input(
     x_ptr,
     skip_ptr,
@@ -71,7 +80,7 @@ def load_input(
         skip_at = pointers(skip_ptr, n, row, channel - C_X, pixels, C - C_X, CHANNELS_LAST)
         if SELECT:
             x = load_masked(tl.where(in_x[None, :], at, skip_at), mask)
-            x = x * tl.where(in_x, 1.0, skip_scale)[None, :]
+            x = x * skip_factor(skip_ptr, skip_scale, channel, C_X)[None, :]
         else:
             x = load_masked(at, mask & in_x[None, :])
             x += load_masked(skip_at, mask & ~in_x[None, :]) * skip_scale
@@ -84,7 +93,6 @@ def store_gradient(
     dskip_ptr,
     x_residual_ptr,
     skip_residual_ptr,
-    skip_scale,
     dx,
     n,
     row,
@@ -100,7 +108,6 @@ def store_gradient(
     if dskip_ptr is not None:
         in_x = mask & (channel < C_X)[None, :]
         in_skip = mask & (channel >= C_X)[None, :]
-        dx = dx * tl.where(channel < C_X, 1.0, skip_scale)[None, :]
         if skip_residual_ptr is not None:
             at = pointers(skip_residual_ptr, n, row, channel - C_X, pixels, C - C_X, CHANNELS_LAST)
             dx += load_masked(at, in_skip)
