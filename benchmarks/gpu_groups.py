@@ -27,7 +27,7 @@ class Group:
 
     seconds: float
     estimate: float
-    ops: tuple[str, ...] = ("attention", "group_norm")
+    ops: tuple[str, ...] = ("attention", "group_norm", "residual")
 
 
 GROUPS = {
@@ -37,7 +37,7 @@ GROUPS = {
     "group_norm": Group(40, 35, ("group_norm",)),
     "threshold": Group(20, 15, ("threshold", "sampler_step")),
     "host_time": Group(15, 12, ("attention", "group_norm", "threshold", "sampler_step")),
-    "sampling": Group(45, 35, ("attention", "group_norm", "threshold", "sampler_step")),
+    "sampling": Group(45, 35, ("attention", "group_norm", "residual", "threshold", "sampler_step")),
     "networks": Group(80, 60),
     "compilers": Group(45, 40, ()),
     "compiled_step": Group(120, 100),
