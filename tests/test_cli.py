@@ -329,8 +329,8 @@ def test_a_folder_that_is_not_a_model_is_refused(refused: Callable[..., str]) ->
         ("--guidance", "-1", "--guidance: Input should be greater than or equal to 0 (given: '-1')"),
         ("--guidance", "nan", "--guidance: "),
         ("--batch-size", "0", "batch_size must be at least 1, got 0"),
-        ("--device", "gpu", "device gpu is not available: "),
-        ("--device", "cuda:99", "device cuda:99 is not available: "),
+        ("--device", "gpu", 'device gpu is not available, use "cpu": '),
+        ("--device", "cuda:99", 'device cuda:99 is not available, use "cpu": '),
     ],
 )
 def test_option_values_out_of_range_are_refused(
@@ -422,7 +422,7 @@ def test_packing_no_images_is_refused(tmp_path: Path, refused: Callable[..., str
     (tmp_path / "images").mkdir()
     assert "nothing to pack for out" in refused("shards", "folder", "images", "--out", "out")
     (tmp_path / "images/a.txt").write_text("a caption of nothing")
-    assert "1 caption without image" in refused("shards", "folder", "images", "--out", "out")
+    assert "caption without image: 1 (a.txt)" in refused("shards", "folder", "images", "--out", "out")
     error = refused("shards", "folder", "images", "--out", "out", "--shard-size", "0")
     assert "at least one sample" in error
     assert "size >= 16" in refused("shards", "shapes", "--out", "out", "--size", "8")

@@ -43,7 +43,7 @@ def recipe() -> list[list[str]]:
     block = re.search(r"^```bash\n(.*?)^```$", section[1], re.DOTALL | re.M)
     assert block
     commands = [shlex.split(line, comments=True) for line in block[1].splitlines()]
-    return [words for words in commands if words and words[0] != "pip"]
+    return [words for words in commands if words and words[0] not in ("source", "pip")]
 
 
 def option(command: list[str], name: str) -> str:

@@ -27,7 +27,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="KEY=VALUE",
         dest="overrides",
-        help="override a key of the file, e.g. fastimagen.train.steps=100",
+        help="override a key of the file, e.g. fastimagen.train.stages.base.steps=100",
     )
     parser.add_argument("--run-dir", "--run", help="run directory; by default fastimagen.train.run")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")

@@ -23,6 +23,9 @@ from .tar_writer import write_tars
 
 logger = logging.getLogger(__name__)
 
+OTHER_IMAGES = ("avif", "bmp", "gif", "heic", "jfif", "jp2", "tif", "tiff")
+"""File extensions of images that shards cannot contain; they must be converted first."""
+
 EXAMPLES = 5
 """Paths that a report lists for each reason."""
 
@@ -49,10 +52,16 @@ class PackReport:
         lines = [f"{self.packed} samples in {self.shards} shards: {self.folder}"]
         if self.held_out:
             lines.append(f"{self.held_out} of them held out for validation: {self.folder / 'val'}")
+        lines += [f"skipped, {reason}" for reason in self.reasons()]
+        return "\n".join(lines)
+
+    def reasons(self) -> list[str]:
+        """Each reason for skipping, with the number of files and some paths."""
+        reasons = []
         for reason, count in self.skipped.items():
             more = ", ..." if count > len(self.examples[reason]) else ""
-            lines.append(f"skipped, {reason}: {count} ({', '.join(self.examples[reason])}{more})")
-        return "\n".join(lines)
+            reasons.append(f"{reason}: {count} ({', '.join(self.examples[reason])}{more})")
+        return reasons
 
 
 Item = tuple[str, Path, str]  # path as named by the source, path on disk, caption
@@ -76,8 +85,13 @@ def pack_folder(source: str | Path, out: str | Path, *, shard_size: int = 1000, 
     images = [path for path in files if path.suffix[1:].lower() in IMAGES]
     captioned = {path.with_suffix("") for path in images}
     captions = {path.with_suffix(""): path for path in files if path.suffix.lower() == ".txt"}
+    others = {path.with_suffix(""): path for path in files if path.suffix[1:].lower() in OTHER_IMAGES}
     for stem, path in captions.items():
-        if stem not in captioned:
+        if stem in captioned:
+            continue
+        if stem in others:
+            report.skip(f"image of another type than {', '.join(IMAGES)}", others[stem].relative_to(root))
+        else:
             report.skip("caption without image", path.relative_to(root))
     order = np.argsort(random_bits(0, SAMPLES, (0, 0), len(images)), kind="stable")
 
@@ -122,7 +136,7 @@ def pack_manifest(
                 name, caption = _entry(line, f"{manifest}:{number}")
                 path = manifest.parent / name
                 if path.suffix[1:].lower() not in IMAGES:
-                    report.skip(f"none of {', '.join(IMAGES)}", name)
+                    report.skip(f"image of another type than {', '.join(IMAGES)}", name)
                 elif not path.is_file():
                     report.skip("image not found", name)
                 else:
@@ -152,19 +166,20 @@ def _pack(items: Iterable[Item], report: PackReport, shard_size: int, validation
         raise ValueError(f"the validation share must lie in [0, 1), got {validation}")
     with atomic_folder(report.folder.resolve()) as temporary:
         if validation:
-            items = list(items)
-            held_out = _choose_held_out([name for name, _, _ in items], validation)
-            _write_shards((item for item in items if item[0] not in held_out), temporary / "train", report, shard_size)
-            packed = report.packed
-            _write_shards((item for item in items if item[0] in held_out), temporary / "val", report, shard_size)
-            report.held_out = report.packed - packed
+            usable = list(_usable(items, report))
+            if not usable:
+                raise ValueError(_nothing_to_pack(report))
+            held_out = _choose_held_out([name for name, _, _ in usable], validation)
+            _write_shards((item for item in usable if item[0] not in held_out), temporary / "train", report, shard_size)
+            _write_shards((item for item in usable if item[0] in held_out), temporary / "val", report, shard_size)
+            report.held_out = len(held_out)
         else:
-            _write_shards(items, temporary, report, shard_size)
+            _write_shards(_usable(items, report), temporary, report, shard_size)
     return report
 
 
 def _choose_held_out(names: list[str], share: float) -> set[str]:
-    """The names of the images in the validation split: those with the smallest hashes, at least one.
+    """The names of the usable images in the validation split: those with the smallest hashes, at least one.
 
     The choice depends on the names alone, so that packing the same folder again holds out the same images.
     """
@@ -175,30 +190,38 @@ def _choose_held_out(names: list[str], share: float) -> set[str]:
     return set(ranked[: min(count, len(names) - 1)])
 
 
+def _usable(items: Iterable[Item], report: PackReport) -> Iterator[Item]:
+    """The items with a caption and a readable image; the others are counted in `report`."""
+    for name, path, caption in items:
+        if not caption.strip():
+            report.skip("empty caption", name)
+            continue
+        try:
+            open_rgb(path.read_bytes())
+        except ValueError as error:
+            report.skip("unreadable image", f"{name}: {error}")
+            continue
+        yield name, path, caption
+
+
 def _write_shards(items: Iterable[Item], folder: Path, report: PackReport, shard_size: int) -> None:
     """Write items as tars of `shard_size` samples into `folder` and count them in `report`."""
-    packed = write_tars(folder, _samples(items, report), shard_size)
+    packed = write_tars(folder, map(_files, items), shard_size)
     if not packed:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in report.skipped.items())
-        raise ValueError(f"nothing to pack for {report.folder}: {reasons or 'there are no images'}")
+        raise ValueError(_nothing_to_pack(report))
     report.packed += packed
     report.shards += -(-packed // shard_size)
 
 
-def _samples(items: Iterable[Item], report: PackReport) -> Iterator[dict[str, bytes]]:
-    """The files of each sample, by extension; items that cannot be used are counted in `report`."""
-    for name, path, caption in items:
-        caption, data = caption.strip(), path.read_bytes()
-        if not caption:
-            report.skip("empty caption", name)
-            continue
-        try:
-            open_rgb(data)
-        except ValueError as error:
-            report.skip("unreadable image", f"{name}: {error}")
-            continue
-        yield {
-            path.suffix[1:].lower(): data,
-            "txt": caption.encode(),
-            "json": json.dumps({"path": name}).encode(),
-        }
+def _nothing_to_pack(report: PackReport) -> str:
+    return f"nothing to pack for {report.folder}: {'; '.join(report.reasons()) or 'there are no images'}"
+
+
+def _files(item: Item) -> dict[str, bytes]:
+    """The files of a sample, by extension."""
+    name, path, caption = item
+    return {
+        path.suffix[1:].lower(): path.read_bytes(),
+        "txt": caption.strip().encode(),
+        "json": json.dumps({"path": name}).encode(),
+    }

@@ -143,7 +143,9 @@ class ImagenPipeline:
         if self._encoder is not None:
             return self._encoder
         if self.text_encoder is None:
-            raise ValueError("this model names no text encoder: pass text=TextEmbeddings(...)")
+            raise ValueError(
+                "this model names no text encoder: give embeddings, with text=TextEmbeddings.load(FILE) or --embeddings"
+            )
         name = self.text_encoder["name"]
         if self.text_encoder.get("included"):
             name = str(Path(self.source) / name)
@@ -297,7 +299,7 @@ def _available_device(device: torch.device | str) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch built without CUDA
-        raise ValueError(f"device {device} is not available: {first_line(error)}") from None
+        raise ValueError(f'device {device} is not available, use "cpu": {first_line(error)}') from None
 
 
 def _floating_dtype(dtype: torch.dtype | str) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import logging
 import unicodedata
@@ -263,7 +264,12 @@ def _locate(name_or_path: str | Path, revision: str | None) -> tuple[str, Path, 
         config = _hub_file(name, "config.json", revision)
     except OSError as error:
         at = f' at revision "{revision}"' if revision else ""
-        raise ValueError(f"{missing}, and {name}{at} is not on the Hugging Face hub: {first_line(error)}") from error
+        near = difflib.get_close_matches(str(name_or_path), T5_NAMES, n=1, cutoff=0.5)
+        hint = f' (did you mean "{near[0]}"?)' if near and name == name_or_path else ""
+        raise ValueError(
+            f"{missing}, and {name}{at} cannot be read from the Hugging Face hub or its cache{hint}: "
+            f"{first_line(error)}"
+        ) from error
     return name, config, config.parent.name  # .../snapshots/COMMIT/config.json
 
 

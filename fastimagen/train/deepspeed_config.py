@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -218,19 +219,18 @@ def _resolve_batch(resolved: dict[str, Any], world_size: int, notices: list[str]
             raise ValueError(f"{key} must be a positive whole number, got {value!r}")
     if total not in known and micro not in known:
         raise ValueError(f"give {total} or {micro}")
-    if total not in known:
+    if micro not in known or total not in known:
         known.setdefault(accumulation, 1)
-        known[total] = known[micro] * known[accumulation] * world_size
-    elif micro not in known:
-        known.setdefault(accumulation, 1)
-        known[micro] = known[total] // (known[accumulation] * world_size)
-    elif accumulation not in known:
-        known[accumulation] = known[total] // (known[micro] * world_size)
-    if known[micro] < 1 or known[micro] * known[accumulation] * world_size != known[total]:
+    factors = [f"{key} {known[key]}" for key in (micro, accumulation) if key in known] + [f"{world_size} processes"]
+    product = math.prod(known.get(key, 1) for key in (micro, accumulation)) * world_size
+    known.setdefault(total, product)
+    if known[total] % product or (len(factors) == 3 and known[total] != product):
+        relation = "" if len(factors) == 3 else "a multiple of "
         raise ValueError(
-            f"{total} {known[total]} is not {micro} {known[micro]} x {accumulation} "
-            f"{known[accumulation]} x {world_size} processes"
+            f"{total} {known[total]} is not {relation}{' x '.join(factors)} = {product}: change one of these numbers"
         )
+    for key in (micro, accumulation):
+        known.setdefault(key, known[total] // product)
     notices += [
         f"{key}: {known[key]}" + (" (was auto)" if given[key] == "auto" else " (not given)")
         for key in known

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..config import CascadeConfig, Config, StageConfig
 from ..config_file import load_config, validate
-from ..data.shards import open_shards
+from ..data.shards import index_shard, list_shards
 from ..data.source import uses_text
 from ..files import read_safetensors
 from ..presets import resolve
@@ -108,8 +108,8 @@ def _example_caption(config: Config) -> str:
     for source in (data.validation, data.shards):
         try:
             if source:
-                return " ".join(open_shards(source, cache=data.cache)[0].caption(0).split())
-        except (ValueError, OSError):
+                return " ".join(index_shard(list_shards(source)[0]).caption(0).split())
+        except (ValueError, OSError, IndexError):
             continue
     return "a photo"
 

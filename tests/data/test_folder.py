@@ -89,6 +89,8 @@ def test_skipped_files_are_reported_by_reason(tmp_path, caplog):
             "latin.png": good,
             "latin.txt": "é".encode("latin-1"),
             "notes.md": "ignored",
+            "scan.TIF": b"",
+            "scan.txt": "x",
             **{f"more{i}.png": good for i in range(9)},
         },
     )
@@ -100,6 +102,7 @@ def test_skipped_files_are_reported_by_reason(tmp_path, caplog):
         "empty caption": 1,
         "unreadable image": 1,
         "caption not in UTF-8": 1,
+        "image of another type than jpg, jpeg, png, webp": 1,
     }
     assert len(report.examples["image without caption"]) == 5
     assert report.examples["empty caption"] == ["empty.png"]
@@ -163,7 +166,11 @@ def test_a_manifest_is_packed_in_its_order(images, tmp_path):
     ]
     (tmp_path / "list.jsonl").write_text("\n".join(lines))
     report = pack_manifest(tmp_path / "list.jsonl", tmp_path / "out", shard_size=4)
-    assert report.skipped == {"none of jpg, jpeg, png, webp": 1, "image not found": 1, "empty caption": 1}
+    assert report.skipped == {
+        "image of another type than jpg, jpeg, png, webp": 1,
+        "image not found": 1,
+        "empty caption": 1,
+    }
     assert report.packed == len(names)
     samples = stored(tmp_path / "out")
     assert list(samples) == names
@@ -197,6 +204,22 @@ def test_a_validation_share_holds_out_the_same_images_every_time(images, tmp_pat
     assert (len(splits["train"]), len(splits["val"])) == (20, 5)
     pack_folder(images, tmp_path / "again", shard_size=7, validation=0.2)
     assert splits == {name: paths(tmp_path / "again" / name) for name in ("train", "val")}
+
+
+def test_only_usable_images_are_held_out(images, tmp_path):
+    """Images that cannot be packed never make up the validation split, whichever they are."""
+    for path in sorted(images.rglob("*"))[:-6]:
+        if path.suffix == ".txt":
+            path.write_text("  ")
+        elif path.is_file():
+            path.write_bytes(path.read_bytes()[:20])
+    report = pack_folder(images, tmp_path / "split", validation=0.02)
+    assert (report.packed, report.held_out) == (3, 1)
+    assert len(paths(tmp_path / "split/val")) == 1
+    for path in images.rglob("*.txt"):
+        path.write_text("")
+    with pytest.raises(ValueError, match=r"nothing to pack for .*: empty caption: 25 \("):
+        pack_folder(images, tmp_path / "none", validation=0.02)
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.0, 2.0])
