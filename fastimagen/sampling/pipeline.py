@@ -58,6 +58,7 @@ class ImagenPipeline:
             self.cascade.to(self.device)
         self.compiled = compile is not None
         if self.compiled:
+            logger.info("torch.compile compiles each U-Net at its first step, which takes minutes")
             for unet in self.cascade.unets.values():
                 unet.compile(mode=compile)
         self.text_encoder, self.source = text_encoder, source
