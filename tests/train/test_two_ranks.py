@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,10 @@ def check_resuming(stage: int, folder: Path) -> None:
     engine.destroy()
 
 
+NEVER_PARTITIONED = ["text.pool.query"]
+"""The query of attention pooling is a vector, far below the size from which DeepSpeed partitions parameters."""
+
+
 def not_freed(stage_name: str) -> list[str]:
     """Names of the parameters whose gathered memory is still alive after a forward pass with gradients."""
     from torch.multiprocessing.reductions import StorageWeakRef
@@ -173,7 +178,11 @@ def not_freed(stage_name: str) -> list[str]:
     lowres = {"lowres": torch.randn(2, 3, 8, 8), "lowres_time": torch.tensor([3.0, 4.0])} if config.lowres else {}
     out = engine(torch.randn(2, 3, 8, 8), torch.tensor([3.0, 500.0]), text=text, **lowres)
     assert out.requires_grad and gathered.keys() == set(names.values())
-    alive = [name for name, storage in gathered.items() if not storage.expired()]
+    until = time.monotonic() + 5  # gloo's thread may still hold the memory of the last gather for a moment
+    while (alive := [name for name, storage in gathered.items() if not storage.expired()]) != NEVER_PARTITIONED:
+        if time.monotonic() > until:
+            break
+        time.sleep(0.01)
     del out
     engine.destroy()
     return alive
@@ -235,7 +244,5 @@ def test_flat_layout_is_that_of_deepspeed(name: str, results: dict[str, Any]) ->
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_zero_3_frees_every_weight_after_its_use(stage: str, results: dict[str, Any]) -> None:
-    """All modules that read a parameter through a view must save the parameter itself for the backward pass.
-
-    The query of attention pooling is a vector, far below the size from which DeepSpeed partitions parameters."""
-    assert results["not freed"][stage] == ["text.pool.query"]
+    """All modules that read a parameter through a view must save the parameter itself for the backward pass."""
+    assert results["not freed"][stage] == NEVER_PARTITIONED
