@@ -24,6 +24,16 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.11",
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     # Named explicitly: find_packages() would also install tests, launch and benchmarks. kernels/ has no __init__.py and
     # installs as fastimagen_kernels, because Hugging Face publishes a package called `kernels`.
     packages=["fastimagen", *(f"fastimagen.{name}" for name in PACKAGES), "fastimagen_kernels"],
@@ -37,7 +47,7 @@ setup(
         "train": TRAIN,
         "xformers": ["xformers"],
         "demo": DEMO,
-        "test": [*TRAIN, *DEMO, "pytest", "pytest-benchmark", "hypothesis"],
+        "test": [*TRAIN, *DEMO, "pytest", "pytest-benchmark", "hypothesis", "packaging", "pyyaml"],
         "dev": ["ruff", "mypy"],
     },
     entry_points={"console_scripts": ["fastimagen = fastimagen.cli:main"]},
