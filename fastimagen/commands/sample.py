@@ -17,7 +17,7 @@ from ..cascade import Callback
 from ..diffusion.inpainting import InitImage
 from ..files import require_empty
 from ..images import open_rgb, to_tensor
-from ..sampling.distributed import sample_distributed
+from ..sampling.distributed import exit_process, rank_and_world_size, sample_distributed
 from ..sampling.pipeline import ImagenPipeline
 from ..sampling.request import SamplingRequest
 from ..sampling.settings import sampling_settings
@@ -36,6 +36,8 @@ def sample(options: argparse.Namespace) -> None:
     output = sample_distributed(pipe, request, batch_size=options.batch_size, callback=callback)
     if output is not None:
         print(output.save(options.out or unused_folder(DEFAULT_OUT)))
+    if rank_and_world_size()[1] > 1:
+        exit_process()
 
 
 def encode(options: argparse.Namespace) -> None:

@@ -77,7 +77,7 @@ def test_warnings_and_negative_captions_of_all_processes_are_in_the_output(model
     script.write_text(
         f"""
 import json, sys
-from fastimagen.sampling.distributed import sample_distributed
+from fastimagen.sampling.distributed import exit_process, sample_distributed
 from fastimagen.sampling.pipeline import ImagenPipeline
 from fastimagen.sampling.request import SamplingRequest
 
@@ -87,6 +87,7 @@ output = sample_distributed(ImagenPipeline.from_pretrained({str(model)!r}), requ
 if output is not None:
     found = [output.captions, output.record["negative"], output.warnings]
     open({str(tmp_path / "found.json")!r}, "w").write(json.dumps(found))
+exit_process()
 """
     )
     command = [sys.executable, "-m", *launchers()["torchrun"][:-2], str(script)]
