@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import select
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,11 +27,9 @@ def main(arguments: list[str] | None = None) -> int:
         status = options.run_command(options)
         sys.stdout.flush()
         return status or 0
-    except BrokenPipeError:
-        # The reader of a pipe has closed it, as `head` does. Python would print a traceback when it flushes at the end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_BROKEN_PIPE
     except (ValueError, OSError, ImportError) as error:
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            return EXIT_BROKEN_PIPE
         print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         return 1
     except RuntimeError as error:
@@ -41,6 +40,17 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _reader_is_gone() -> bool:
+    """Whether the reader of standard output has closed the pipe, as `head` does; later output is then discarded."""
+    output = sys.stdout.fileno()
+    poll = select.poll()
+    poll.register(output, 0)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)  # or Python would print a traceback when it flushes at the end
+    return True
 
 
 def _replace_unprintable() -> None:

@@ -5,10 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-import shlex
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,11 +14,11 @@ import torch
 from PIL import Image
 
 from fastimagen import __version__
-from fastimagen.cli import EXIT_BROKEN_PIPE, main
+from fastimagen.cli import main
 from fastimagen.config import CascadeConfig
 from fastimagen.sampling.pipeline import ImagenPipeline
 from fastimagen.text.embeddings import TextEmbeddings
-from tests.conftest import ROOT, TOY_STAGES, write_toy_encoder, write_toy_model
+from tests.conftest import TOY_STAGES, write_toy_encoder, write_toy_model
 from tests.sampling.test_pipeline import files, write_toy_run
 
 CAPTIONS = ["a red circle on a blue background", "a small blue star", "a green square on a white background"]
@@ -490,48 +487,3 @@ def raising(error: BaseException) -> None:
 def test_an_interrupt_gives_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("fastimagen.info.report", lambda: raising(KeyboardInterrupt()))
     assert main(["info"]) == 130 and capsys.readouterr().err == "interrupted\n"
-
-
-# ---- the terminal
-
-
-def run_module(*arguments: str, pipe_to: str = "cat", **environment: str) -> subprocess.CompletedProcess[str]:
-    """`python -m fastimagen ARGUMENTS | PIPE_TO`, with the exit status of the former."""
-    command = shlex.join([sys.executable, "-m", "fastimagen", *arguments])
-    script = f"{command} | {pipe_to}; exit ${{PIPESTATUS[0]}}"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=environment, cwd=ROOT)
-
-
-def test_version_is_printed_without_importing_torch() -> None:
-    child = run_module("--version", PYTHONPROFILEIMPORTTIME="1")
-    assert child.stdout == f"fastimagen {__version__}\n"
-    assert "fastimagen.cli" in child.stderr and "torch" not in child.stderr
-
-
-def test_a_closed_pipe_ends_a_command_without_a_traceback() -> None:
-    child = run_module("info", pipe_to="true")
-    assert (child.returncode, child.stderr) == (EXIT_BROKEN_PIPE, "")
-
-
-def test_an_ascii_terminal_gets_escapes_and_keeps_the_images(model: Path, tmp_path: Path) -> None:
-    arguments = ["--model", str(model), "--captions", "ein rötlicher Kreis", "--steps", "1"]
-    child = run_module(
-        "sample", *arguments, "--out", str(tmp_path / "größer"), PYTHONIOENCODING="ascii", PYTHONUTF8="0"
-    )
-    assert child.returncode == 0 and "Loading" not in child.stderr, child.stderr
-    assert child.stdout.strip().endswith("gr\\xf6\\xdfer")
-    assert (tmp_path / "größer/grid.png").is_file()
-
-
-def test_train_is_a_command_of_the_package() -> None:
-    """What a wheel has; launch/train.py of a clone runs the same."""
-    child = run_module("train", "--config", "ds.json", "--dry-run", "--set", "fastimagen.train.steps=7")
-    assert child.returncode == 0, child.stderr
-    assert child.stdout == run_launcher("--config", "ds.json", "--dry-run", "--set", "fastimagen.train.steps=7")
-    assert '"steps": 7' in child.stdout
-
-
-def run_launcher(*arguments: str) -> str:
-    command = [sys.executable, "launch/train.py", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout

@@ -1,7 +1,7 @@
 """Runs tests in several processes, each test with a limit of its own; nothing that one test does hides another.
 
 A test that takes too long is stopped with its process and counts as timed out; a test that ends its process counts as
-crashed. Another process goes on behind it.
+crashed. A new process runs the tests that are left.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import logging
 import os
 import sys
 from itertools import count
@@ -22,6 +23,8 @@ from ..sampling.pipeline import ImagenPipeline
 from ..sampling.request import SamplingRequest
 from ..sampling.settings import sampling_settings
 from ..text.embeddings import TextEmbeddings
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_OUT = Path("samples")
 
@@ -48,7 +51,7 @@ def encode(options: argparse.Namespace) -> None:
     pipe = load_pipeline(options)
     embeddings = pipe.encode(captions)
     for warning in pipe.caption_warnings(captions):
-        print(f"warning: {warning}", file=sys.stderr)
+        logger.warning(warning)
     embeddings.save(options.out, captions)
     tokens, width = int(embeddings.lengths.sum()), embeddings.embeds.shape[2]
     print(f"{options.out}: {len(captions)} captions, {tokens} tokens of width {width}")
@@ -208,10 +211,10 @@ def read_square_image(path: Path) -> Tensor:
 
 
 def cropped_with_notice(image: Tensor, path: Path) -> Tensor:
-    """The central square of an image (1, C, H, W). Says on stderr what was cropped."""
+    """The central square of an image (1, C, H, W). Says what was cropped."""
     square = center_square(image)
     if square.shape != image.shape:
-        print(f"{path} is {_size(image)}: only its central {_size(square)} is used", file=sys.stderr)
+        logger.info(f"{path} is {_size(image)}: only its central {_size(square)} is used")
     return square
 
 

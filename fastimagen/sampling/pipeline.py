@@ -256,6 +256,7 @@ class ImagenPipeline:
             captions += request.labels
             request = replace(request, text=self.encode(request.labels))
         warnings = self.caption_warnings(captions) if captions else []
+        warnings += self._lowres_warning(request)
         return self._padded(request) if self.compiled else request, warnings
 
     def _padded(self, request: SamplingRequest) -> SamplingRequest:
@@ -268,6 +269,18 @@ class ImagenPipeline:
         if limits and isinstance(negative, TextEmbeddings):
             negative = negative.padded(min(limits))
         return replace(request, text=text, negative=negative)
+
+    def _lowres_warning(self, request: SamplingRequest) -> list[str]:
+        """A line if the low-resolution image has another size than those that the stage was trained on."""
+        first = self.cascade.running(request.start_at, request.stop_at, request.lowres)[0]
+        if request.lowres is None or first.lowres_size in (None, request.lowres.shape[-1]):
+            return []
+        size = request.lowres.shape[-1]
+        warning = (
+            f"the low-resolution image is {size} pixels wide, stage {first.name} was trained on {first.lowres_size}"
+        )
+        logger.warning(warning)
+        return [warning]
 
     def save_pretrained(self, path: str | Path, *, card: str | None = None) -> Path:
         """Write a model directory. card: text of README.md; None copies that of the directory this model is from.

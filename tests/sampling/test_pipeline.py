@@ -368,3 +368,13 @@ def test_the_card_of_a_cascade_without_text_asks_for_no_captions(toy_config: dic
     assert "fastimagen sample --model . --count 4 --out samples" in card and "captions\n" in card
     assert "samples.png" not in card and "text-to-image" not in card
     assert ImagenPipeline.from_pretrained(tmp_path / "model").text_encoder is None
+
+
+def test_a_low_resolution_image_of_another_size_than_in_training_is_said(
+    pipe: ImagenPipeline, text: TextEmbeddings
+) -> None:
+    as_trained, larger = (
+        pipe(text=text, lowres=torch.zeros(1, 3, size, size), start_at="sr").warnings for size in (8, 12)
+    )
+    assert as_trained == []
+    assert larger == ["the low-resolution image is 12 pixels wide, stage sr was trained on 8"]

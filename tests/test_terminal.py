@@ -1,0 +1,71 @@
+"""The `fastimagen` command in a terminal or a pipe, started as a user starts it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastimagen import __version__
+from fastimagen.cli import EXIT_BROKEN_PIPE, main
+from tests.conftest import ROOT
+
+
+def run_module(*arguments: str, pipe_to: str = "cat", **environment: str) -> subprocess.CompletedProcess[str]:
+    """`python -m fastimagen ARGUMENTS | PIPE_TO`, with the exit status of the former."""
+    command = shlex.join([sys.executable, "-m", "fastimagen", *arguments])
+    script = f"{command} | {pipe_to}; exit ${{PIPESTATUS[0]}}"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=environment, cwd=ROOT)
+
+
+def test_version_is_printed_without_importing_torch() -> None:
+    child = run_module("--version", PYTHONPROFILEIMPORTTIME="1")
+    assert child.stdout == f"fastimagen {__version__}\n"
+    assert "fastimagen.cli" in child.stderr and "torch" not in child.stderr
+
+
+def test_a_closed_pipe_ends_a_command_without_a_traceback() -> None:
+    child = run_module("info", pipe_to="true")
+    assert (child.returncode, child.stderr) == (EXIT_BROKEN_PIPE, "")
+
+
+def test_another_broken_pipe_is_an_error(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """One to a child process or a server, say: standard output is intact, so the user must hear of it."""
+
+    def fail(*_: object) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe", "a server")
+
+    monkeypatch.setattr("fastimagen.info.report", fail)
+    with open(os.dup(1), "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert main(["info"]) == 1
+    assert "error: [Errno 32] Broken pipe: 'a server'" in capfd.readouterr().err
+
+
+def test_an_ascii_terminal_gets_escapes_and_keeps_the_images(toy_model: Path, tmp_path: Path) -> None:
+    arguments = ["--model", str(toy_model), "--captions", "ein rötlicher Kreis", "--steps", "1"]
+    child = run_module(
+        "sample", *arguments, "--out", str(tmp_path / "größer"), PYTHONIOENCODING="ascii", PYTHONUTF8="0"
+    )
+    assert child.returncode == 0 and "Loading" not in child.stderr, child.stderr
+    assert child.stdout.strip().endswith("gr\\xf6\\xdfer")
+    assert (tmp_path / "größer/grid.png").is_file()
+
+
+def test_train_is_a_command_of_the_package() -> None:
+    """What a wheel has; launch/train.py of a clone runs the same."""
+    child = run_module("train", "--config", "ds.json", "--dry-run", "--set", "fastimagen.train.steps=7")
+    assert child.returncode == 0, child.stderr
+    assert child.stdout == run_launcher("--config", "ds.json", "--dry-run", "--set", "fastimagen.train.steps=7")
+    assert '"steps": 7' in child.stdout
+
+
+def run_launcher(*arguments: str) -> str:
+    command = [sys.executable, "launch/train.py", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout
