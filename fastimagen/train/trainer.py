@@ -30,6 +30,7 @@ from .ema import EMA
 from .engine import choose_accelerator, init_distributed, make_engine
 from .flat_weights import FlatWeights
 from .metrics import MetricAverager, Metrics
+from .phases import Phases
 from .preemption import StopRequest, lock_run
 from .stage_setup import check_same_stage, initial_unet, plan, resolve_cascade
 from .validation import ema_unet, preview_sampling, sample_grid, validation_loss
@@ -54,6 +55,7 @@ class Trainer:
         self.settings = self.config.fastimagen.train
         self.run_dir = Path(run_dir or self.settings.run)
         self.cascade, self.stages = plan(self.config, stage)
+        self.phases = Phases()
 
     def describe(self) -> str:
         """What `fit` would do: the stages, the DeepSpeed configuration of each, the whole file. Writes nothing."""
@@ -96,7 +98,8 @@ class Trainer:
 
     def _fit_stage(self, config: StageConfig, resume_from: Path | None, stop: StopRequest) -> None:
         """Train one stage from a checkpoint, or from the start, to its last step."""
-        settings, steps = self.settings, self._steps(config)
+        settings, steps, phases = self.settings, self._steps(config), self.phases
+        phases.begin_stage(config.name)
         if resume_from and checkpoint.read_state(resume_from)["step"] >= steps:
             self._print(f"{config.name}: trained ({steps} steps)")
             return
@@ -123,17 +126,22 @@ class Trainer:
         batches = loader.batches(start_step)
         try:
             for step in range(start_step + 1, steps + 1):
+                phases.enter("data", step)
                 skipped_before, data_wait = engine.skipped_steps, 0.0
                 step_loss = torch.zeros((), device=self.device)
                 for micro_step in range(accumulation_steps):
+                    phases.enter("data")
                     began = time.perf_counter()
                     batch = next(batches)
                     images = batch.images_for(self.device)  # (B, C, H, W)
                     text = batch.text_for(config.unet, self.device)
                     data_wait += time.perf_counter() - began
+                    phases.enter("forward")
                     generator = self._generator(config, step, micro_step)
                     loss = stage.training_loss(engine, images, text, generator).mean()
+                    phases.enter("backward")
                     engine.backward(loss)
+                    phases.enter("step")
                     engine.step()  # an optimizer step after the last micro-batch
                     step_loss += loss.detach() / accumulation_steps
 
@@ -149,18 +157,22 @@ class Trainer:
                 every = (settings.log_every, settings.validate_every, settings.sample_every, settings.checkpoint_every)
                 log, validate, preview, save = (step == steps or step % interval == 0 for interval in every)
                 if log:
+                    phases.enter("log")
                     self._log(metrics, averager, step, engine, loader.counters)
                     averager = MetricAverager(self.device)
                 if validation_data and (validate or preview):
+                    phases.enter("validation")
                     unet = ema_unet(stage, weights, ema, next(engine.module.parameters()).dtype)
                     if validate:
                         metrics.write(step, val_loss=validation_loss(stage, unet, validation_data, self.config))
                     if preview:
+                        phases.enter("samples")
                         path = self.run_dir / "samples" / config.name / f"step-{step:08d}.png"
                         sample_grid(stage, unet, validation_data, self.config, path)
                     del unet  # frees its weights
                 reason = stop.should_stop()
                 if reason or save:
+                    phases.enter("checkpoint")
                     state, folder = self._state(config, step, averager), self._checkpoints(config)
                     checkpoint.save(folder, engine, weights.gather(ema.average), state, settings.keep_checkpoints)
                 if reason:
