@@ -30,7 +30,7 @@ $(VENV)/ready: setup.py pyproject.toml constraints.txt
 	touch $@
 
 quickstart: venv
-	$(BIN)/python launch/quickstart.py
+	$(BIN)/python -m fastimagen quickstart
 
 test: venv
 	$(BIN)/python -m pytest

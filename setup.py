@@ -1,9 +1,11 @@
 """Packages and extras of fastimagen. constraints.txt pins the versions that are tested together."""
 
 import re
+import shutil
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "fastimagen/__init__.py").read_text())[1]
@@ -13,16 +15,39 @@ PACKAGES = ["commands", "data", "diffusion", "evaluation", "interop", "networks"
 TEXT = ["transformers>=5.0", "sentencepiece>=0.2", "protobuf"]
 KERNELS = ["triton>=3.6; platform_system == 'Linux'"]
 DATA = ["webdataset>=1.0"]
+HUB = ["huggingface_hub>=1.0"]
 TRAIN = [*TEXT, *KERNELS, *DATA, "deepspeed>=0.19.8", "tensorboard", "tqdm", "psutil"]
 DEMO = [*TEXT, "gradio>=6.0"]
+
+
+class BuildWithStartingFiles(build_py):
+    """Copies ds.json and launch/ into a wheel: fastimagen/starting_files.py finds them there."""
+
+    def run(self):
+        super().run()
+        if self.editable_mode:
+            return  # the clone has them
+        target = Path(self.build_lib) / "fastimagen/_starting_files"
+        shutil.rmtree(target, ignore_errors=True)  # of an earlier build
+        shutil.copytree(ROOT / "launch", target / "launch", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "ds.json", target)
+
+
+def long_description():
+    """README.md without images, and without links to files: neither exists beside an installed wheel."""
+    text = re.sub(r"^!\[[^\]]*\]\([^)]*\)\n+", "", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return re.sub(r"\[([^\]]*)\]\((?!https?:|#)[^)]*\)", r"\1", text)
+
 
 setup(
     name="fastimagen",
     version=VERSION,
     description="Train Imagen, the cascaded text-to-image diffusion model, on CUDA clusters, and sample from it",
-    long_description=(ROOT / "README.md").read_text(),
+    long_description=long_description(),
     long_description_content_type="text/markdown",
     license="MIT",
+    license_files=["LICENSE"],
+    keywords=["diffusion", "text-to-image", "Imagen", "DeepSpeed", "Triton", "PyTorch"],
     python_requires=">=3.11",
     classifiers=[
         "Development Status :: 3 - Alpha",
@@ -38,17 +63,31 @@ setup(
     # installs as fastimagen_kernels, because Hugging Face publishes a package called `kernels`.
     packages=["fastimagen", *(f"fastimagen.{name}" for name in PACKAGES), "fastimagen_kernels"],
     package_dir={"fastimagen_kernels": "kernels"},
-    package_data={"fastimagen": ["py.typed"]},
+    package_data={"fastimagen": ["py.typed", "__init__.pyi"]},
+    include_package_data=False,  # MANIFEST.in is for the source distribution
+    cmdclass={"build_py": BuildWithStartingFiles},
     install_requires=["torch>=2.11", "safetensors>=0.5", "numpy>=1.26", "einops>=0.8", "pydantic>=2.10", "pillow>=11"],
     extras_require={
         "text": TEXT,
         "kernels": KERNELS,
         "data": DATA,
+        "hub": HUB,
         "train": TRAIN,
         "xformers": ["xformers"],
         "demo": DEMO,
-        "test": [*TRAIN, *DEMO, "pytest", "pytest-benchmark", "hypothesis", "packaging", "pyyaml"],
-        "dev": ["ruff", "mypy"],
+        "test": [
+            *TRAIN,
+            *DEMO,
+            *HUB,
+            "pytest",
+            "pytest-benchmark",
+            "hypothesis",
+            "packaging",
+            "pyyaml",
+            "playwright",
+            "axe-playwright-python",
+        ],
+        "dev": ["ruff", "mypy", "build", "twine"],
     },
     entry_points={"console_scripts": ["fastimagen = fastimagen.cli:main"]},
 )

@@ -75,6 +75,14 @@ def parser() -> argparse.ArgumentParser:
         sub.set_defaults(run_command=run)
         return sub
 
+    quickstart = command("quickstart", _quickstart, "train a small cascade on captioned shapes and sample from it")
+    quickstart.add_argument(
+        "--dir", type=Path, default=Path(), help="folder to work in (default: the current one); rerun to resume"
+    )
+
+    starting = command("starting-files", _starting_files, "copy ds.json, and the configurations and scripts of launch/")
+    starting.add_argument("--out", type=Path, default=Path(), help="folder (default: the current one)")
+
     _shards_flags(commands.add_parser("shards", help="pack images and captions into WebDataset shards"))
 
     embed = command("embed", _embed, "fill the cache of text embeddings; rerun to resume")
@@ -196,6 +204,19 @@ def _model_flags(sub: argparse.ArgumentParser, *, batches: bool = False) -> None
     )
     if batches:
         sub.add_argument("--batch-size", type=int, default=32, help="images at a time (default: %(default)s)")
+
+
+def _quickstart(options: argparse.Namespace) -> int:
+    from .commands.quickstart import quickstart
+
+    return quickstart(options)
+
+
+def _starting_files(options: argparse.Namespace) -> None:
+    from .starting_files import copy_all
+
+    for path in copy_all(options.out):
+        print(options.out / path)
 
 
 def _shards_folder(options: argparse.Namespace) -> None:

@@ -219,12 +219,9 @@ def test_concurrent_visitors_get_their_own_images(model: Path, client: Any) -> N
 def test_without_gradio_the_error_says_what_to_install(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import importlib.util
-
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gradio" else find(name))
+    monkeypatch.setattr("fastimagen.extras.find_spec", lambda name: None)
     assert main(["demo", "--model", str(model)]) == 1
-    assert capsys.readouterr().err == "error: the web page needs Gradio: pip install --editable '.[demo]'\n"
+    assert capsys.readouterr().err == "error: the web page needs gradio: pip install --editable '.[demo]'\n"
 
 
 def test_a_model_without_text_encoder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

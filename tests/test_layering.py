@@ -25,7 +25,7 @@ SAMPLER = {  # what sampling needs: runs with the core dependencies and reaches 
     "logs": "",
     "config_file": "config files",
     "presets": "config config_file",
-    "ops": "",
+    "ops": "extras",
     "networks": "config ops text.embeddings",
     "diffusion": "config images ops",
     "text": "extras files",
@@ -39,8 +39,9 @@ TRAINING = {
     "interop": "cascade config config_file fastimagen files networks presets sampling text",
     "info": "fastimagen ops",
     "demo": "cascade config files images sampling text",
-    "commands": "cascade config_file demo diffusion evaluation files images sampling text train",
-    "cli": "commands config config_file data fastimagen info interop logs sampling train",
+    "starting_files": "",
+    "commands": "cascade config_file demo diffusion evaluation extras files images sampling starting_files text train",
+    "cli": "commands config config_file data fastimagen info interop logs sampling starting_files train",
     "__main__": "cli",
 }
 KERNELS = {"fastimagen_kernels": ""}
@@ -65,17 +66,18 @@ THIRD_PARTY = {
     "presets": "",
     "info": "",
     "logs": "",
+    "starting_files": "",
     "cli": "",
     "launch": "",
     "fastimagen_kernels": "torch triton",
 }
 # The third-party packages that may also be imported inside functions.
 DEFERRED = {
+    "commands": "torch",
     "data": "braceexpand webdataset",
     "demo": "gradio",
     "files": "safetensors torch",
     "info": "torch",
-    "launch": "torch",
     "ops": "fastimagen_kernels xformers",
     "text": "transformers",
     "train": "deepspeed psutil tqdm",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import logging
 import os
 import sys
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from ..cascade import Callback
 from ..diffusion.inpainting import InitImage
+from ..extras import require_extra
 from ..files import require_empty
 from ..images import open_rgb, to_tensor
 from ..sampling.distributed import exit_process, rank_and_world_size, sample_distributed
@@ -59,8 +59,7 @@ def encode(options: argparse.Namespace) -> None:
 
 def demo(options: argparse.Namespace) -> None:
     """Serve the web page."""
-    if importlib.util.find_spec("gradio") is None:
-        raise ValueError("the web page needs Gradio: pip install --editable '.[demo]'")
+    require_extra("gradio", user="the web page", extra="demo")
     from ..demo import serve
 
     serve(load_pipeline(options), host=options.host, port=options.port)

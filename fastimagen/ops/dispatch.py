@@ -12,6 +12,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from ..extras import install_command
+
 logger = logging.getLogger(__name__)
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -113,7 +115,7 @@ def no_triton() -> str | None:
 @cache
 def _no_triton() -> str | None:
     if find_spec("triton") is None:
-        return "triton is not installed (pip install --editable '.[kernels]')"
+        return f"triton is not installed ({install_command('kernels')})"
     if find_spec("fastimagen_kernels") is None:
         return "the kernels of fastimagen are not installed"
     if not torch.cuda.is_available() and not interpreting():
@@ -135,7 +137,7 @@ def no_xformers() -> str | None:
 @cache
 def _no_xformers() -> str | None:
     if find_spec("xformers") is None:
-        return "xformers is not installed (pip install --editable '.[xformers]')"
+        return f"xformers is not installed ({install_command('xformers')})"
     if not torch.cuda.is_available():
         return "xformers needs a GPU"
     try:

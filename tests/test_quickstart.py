@@ -1,0 +1,68 @@
+"""The quickstart's phases, without running them: `make quickstart` does."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from fastimagen.cli import main, parser
+from fastimagen.commands import quickstart
+from tests.conftest import ROOT
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The commands that the quickstart starts; none of them does anything, and `evaluate` reports nothing."""
+    commands: list[list[str]] = []
+
+    def start(command: list[str]) -> subprocess.CompletedProcess[str]:
+        commands.append(command[2:])  # without python -u
+        (quickstart.EVALUATION).mkdir(parents=True, exist_ok=True)
+        (quickstart.EVALUATION / "report.json").write_text("{}")
+        quickstart.IMAGES.mkdir(parents=True, exist_ok=True)
+        (quickstart.IMAGES / "grid.png").write_text("grid")
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", start)
+    return commands
+
+
+def test_it_runs_commands_that_exist_in_an_empty_folder(
+    started: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["quickstart", "--dir", "here"]) == 0
+    assert "copied ds.json, launch/captions.txt" in capsys.readouterr().out
+    assert json.loads(Path("runs/quickstart/report.json").read_text())["total_seconds"] >= 0  # the folder is `here`
+    assert [command[:3] for command in started if command[0] == "-m"] and len(started) == 7
+    for command in started:
+        words = command[2:]
+        if command[1] == "deepspeed.launcher.runner":
+            assert (tmp_path / "here" / words[2]).is_file()
+            words = ["train", *words[3:]]
+        options = parser().parse_args(words)
+        for name in (getattr(options, "config", None), *(getattr(options, "captions", None) or [])):
+            assert name is None or (tmp_path / "here" / name).is_file()
+
+
+def test_another_configuration_is_not_touched(
+    started: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # main changes it
+    Path("ds.json").write_text((ROOT / "launch/configs/own_images.json").read_text())
+    assert main(["quickstart"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {tmp_path / 'ds.json'} does not train on the built-in shapes: ")
+    assert started == [] and sorted(path.name for path in tmp_path.iterdir()) == ["ds.json"]
+
+
+def test_without_deepspeed_it_says_what_to_install(
+    started: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastimagen.extras.find_spec", lambda name: None)
+    assert main(["quickstart", "--dir", str(tmp_path / "new")]) == 1
+    assert capsys.readouterr().err == "error: the quickstart needs deepspeed: pip install --editable '.[train]'\n"
+    assert not (tmp_path / "new").exists()
