@@ -25,7 +25,8 @@ class UNetConfig(Section):
     """One U-Net. Presets (presets.py) give MinImagen's and the paper's networks."""
 
     channels: int = Field(3, ge=1)
-    """Image channels, in and out."""
+    """Image channels, in and out. Stages have 3 for colour or 1 for grey: files of the other kind are converted, and
+    transparent pixels are blended with white."""
     lowres: bool = False
     """Whether the network takes a low-resolution image as a second input (super-resolution)."""
     text_dim: int | None = Field(None, ge=1)
@@ -232,6 +233,11 @@ class StageConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> StageConfig:
+        if self.unet.channels not in (1, 3):
+            raise ValueError(
+                f'stage "{self.name}": unet.channels must be 3 (colour) or 1 (grey), got {self.unet.channels}; '
+                f"transparency is not drawn"
+            )
         for label, side in (("size", self.size), ("crop", self.crop or self.size)):
             if side % self.unet.stride:
                 raise ValueError(
@@ -280,10 +286,18 @@ class CascadeConfig(Section):
                     f'stage "{stage.name}": lowres_size {stage.lowres_size} is not the size of stage "{below.name}", '
                     f"{below.size}: remove it"
                 )
+        channels = [stage.unet.channels for stage in self.stages]
+        if len(set(channels)) > 1:
+            raise ValueError(f"every stage enlarges the images of the one below, but unet.channels differs: {channels}")
         widths = {stage.unet.text_dim for stage in self.stages if stage.unet.text_dim is not None}
         if len(widths) > 1:
             raise ValueError(f"all stages read the same text, but text_dim differs: {sorted(widths)}")
         return self
+
+    @property
+    def channels(self) -> int:
+        """Channels of the images, the same for all stages."""
+        return self.stages[0].unet.channels
 
     def stage(self, name: str) -> StageConfig:
         """The stage called `name`. Raises ValueError with the list of names if there is none."""

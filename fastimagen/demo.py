@@ -16,13 +16,12 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from PIL import Image
 from torch import Tensor
 
 from .cascade import Callback
 from .config import SamplingConfig
 from .files import write_json
-from .images import to_uint8
+from .images import from_pixels, to_uint8
 from .sampling.output import Output
 from .sampling.pipeline import ImagenPipeline
 from .sampling.request import SamplingRequest
@@ -286,10 +285,10 @@ def _finished(output: Output, count: int, seconds: float, folder: Path) -> tuple
 
 
 def _gallery(pixels: Tensor, captions: list[str], count: int, max_size: int | None = None) -> gr.Gallery:
-    """Images (B, H, W, 3) uint8, at most max_size wide, with the images of a caption in one row if they fit."""
+    """Images (B, H, W, C) uint8, at most max_size wide, with the images of a caption in one row if they fit."""
     import gradio as gr
 
-    images = [Image.fromarray(image) for image in pixels.numpy()]
+    images = [from_pixels(image) for image in pixels.numpy()]
     if max_size is not None:
         for image in images:
             image.thumbnail((max_size, max_size))

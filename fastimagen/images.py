@@ -1,4 +1,4 @@
-"""Images before and after the model: files -> RGB -> tensors in [-1, 1] -> PNG files and captioned grids."""
+"""Images before and after the model: files -> RGB or grey -> tensors in [-1, 1] -> PNG files and captioned grids."""
 
 from __future__ import annotations
 
@@ -97,6 +97,13 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
+def to_pixels(image: Image.Image, channels: int) -> np.ndarray:
+    """An RGB image as uint8 (C, H, W): C = 3, or C = 1 for grey, the luma of ITU-R BT.601. White stays white."""
+    if channels == 1:
+        return np.asarray(image.convert("L"))[None]  # (1, H, W)
+    return np.asarray(image).transpose(2, 0, 1)  # (3, H, W)
+
+
 def to_tensor(image: Image.Image | np.ndarray) -> Tensor:
     """An RGB image, PIL or uint8 array (H, W, 3), as float32 tensor (3, H, W): 0 -> -1, 255 -> 1.
 
@@ -110,6 +117,17 @@ def to_tensor(image: Image.Image | np.ndarray) -> Tensor:
     return from_uint8(torch.from_numpy(pixels.transpose(2, 0, 1).copy()))  # (3, H, W)
 
 
+def with_channels(images: Tensor, channels: int) -> Tensor:
+    """Images (B, C, H, W) in [-1, 1] with `channels` channels, 1 or 3: colour becomes its luma (ITU-R BT.601), grey is
+    repeated."""
+    if images.shape[1] == channels:
+        return images
+    if channels == 1:
+        luma = images.new_tensor([0.299, 0.587, 0.114])[:, None, None]  # (3, 1, 1)
+        return (images * luma).sum(dim=1, keepdim=True).clamp(-1, 1)  # (B, 1, H, W)
+    return images.repeat(1, channels, 1, 1)  # (B, 3, H, W)
+
+
 def from_uint8(images: Tensor) -> Tensor:
     """uint8 images of any shape as float32 in [-1, 1], on their device: 0 -> -1, 255 -> 1. All devices agree bit for
     bit."""
@@ -119,27 +137,34 @@ def from_uint8(images: Tensor) -> Tensor:
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Images (B, 3, H, W) in [-1, 1] as uint8 (B, H, W, 3), rounded; values beyond the range are clamped.
+    """Images (B, C, H, W) in [-1, 1] as uint8 (B, H, W, C), C = 3 or 1, rounded; values beyond the range are clamped.
 
     Raises ValueError for other shapes and for NaN or infinity, which would otherwise become black.
     """
-    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-        raise ValueError(f"expected floating point images (B, 3, H, W), got {images.dtype} {tuple(images.shape)}")
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or not images.is_floating_point():
+        raise ValueError(
+            f"expected floating point images (B, 3, H, W) or (B, 1, H, W), got {images.dtype} {tuple(images.shape)}"
+        )
     finite = images.isfinite().flatten(1).all(dim=1)  # (B,)
     if not finite.all():
         broken = (~finite).nonzero().flatten().tolist()
         raise ValueError(f"images {broken} of {len(images)} contain NaN or infinity")
-    bytes_ = (images.float() + 1).mul(127.5).round().clamp(0, 255).to(torch.uint8)  # (B, 3, H, W)
-    return bytes_.permute(0, 2, 3, 1).contiguous()  # (B, H, W, 3)
+    bytes_ = (images.float() + 1).mul(127.5).round().clamp(0, 255).to(torch.uint8)  # (B, C, H, W)
+    return bytes_.permute(0, 2, 3, 1).contiguous()  # (B, H, W, C)
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """One image (3, H, W) in [-1, 1] as PIL image. Raises ValueError as `to_uint8` does."""
-    return Image.fromarray(to_uint8(image[None])[0].cpu().numpy())
+    """One image (C, H, W) in [-1, 1] as PIL image, "RGB" or "L". Raises ValueError as `to_uint8` does."""
+    return from_pixels(to_uint8(image[None])[0].cpu().numpy())
+
+
+def from_pixels(pixels: np.ndarray) -> Image.Image:
+    """uint8 pixels (H, W, 3) or (H, W, 1) as PIL image, "RGB" or "L"."""
+    return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
 
 
 def save_png(image: Tensor | Image.Image, path: str | Path) -> None:
-    """Write an image, (3, H, W) in [-1, 1] or PIL, as PNG; creates the folder. Raises ValueError as `to_uint8` does."""
+    """Write an image, (C, H, W) in [-1, 1] or PIL, as PNG; creates the folder. Raises ValueError as `to_uint8` does."""
     pil = image if isinstance(image, Image.Image) else to_pil(image)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     pil.save(path, format="PNG")
@@ -202,13 +227,13 @@ MAX_LINES = 6
 def grid(
     images: Tensor, captions: Sequence[str] | None = None, columns: int | None = None, scale: int | None = None
 ) -> Image.Image:
-    """Images (B, 3, H, W) in [-1, 1] in rows on white, each above its caption.
+    """Images (B, C, H, W) in [-1, 1], C = 3 or 1, in rows on white, each above its caption.
 
     columns: None is one row for up to 4 images, otherwise about a square. scale: integer enlargement without smoothing;
     None enlarges small images to MIN_GRID_TILE pixels. Raises ValueError as `to_uint8` does, and unless there is one
     caption for each image.
     """
-    pixels = to_uint8(images).cpu().numpy()  # (B, H, W, 3)
+    pixels = to_uint8(images).cpu().numpy()  # (B, H, W, C)
     count, height, width = pixels.shape[:3]
     captions = [""] * count if captions is None else captions
     if not count or len(captions) != count:
@@ -236,7 +261,7 @@ def grid(
     for row, space in zip(rows, below):
         for column, i in enumerate(row):
             left = margin + column * (width + margin)
-            image = Image.fromarray(pixels[i]).resize((width, height), Image.Resampling.NEAREST)
+            image = from_pixels(pixels[i]).resize((width, height), Image.Resampling.NEAREST)
             canvas.paste(image, (left, top))
             for number, text in enumerate(texts[i]):
                 position = left, top + height + line // 3 + number * line

@@ -13,7 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fastimagen.images import from_uint8, grid, open_rgb, resize, resize_and_crop, save_png, to_pil, to_tensor, to_uint8
+from fastimagen.images import (
+    from_uint8,
+    grid,
+    open_rgb,
+    resize,
+    resize_and_crop,
+    save_png,
+    to_pil,
+    to_pixels,
+    to_tensor,
+    to_uint8,
+    with_channels,
+)
 
 
 def encode(image: Image.Image, format: str = "PNG", **options) -> bytes:
@@ -315,3 +327,30 @@ def test_endless_words_and_captions_stay_inside():
 def test_wrong_grids_are_refused(arguments):
     with pytest.raises(ValueError, match="grid"):
         grid(torch.zeros(2, 3, 8, 8), **arguments)
+
+
+# ---- grey
+
+
+def test_grey_pixels_are_pillows_luma_in_files_and_in_tensors():
+    image = smooth(9, 7)
+    luma = np.asarray(image.convert("L"), dtype=float)
+    assert np.array_equal(to_pixels(image, 1), luma[None])
+    assert np.array_equal(to_pixels(image, 3), np.asarray(image).transpose(2, 0, 1))
+    converted = with_channels(to_tensor(image)[None], 1)  # (1, 1, H, W)
+    assert np.abs((converted[0, 0].numpy() + 1) * 127.5 - luma).max() < 0.51
+    grey = to_tensor(image.convert("L").convert("RGB"))[None, :1]  # (1, 1, H, W)
+    assert with_channels(with_channels(grey, 3), 1).allclose(grey, atol=1e-6)
+
+
+def test_grey_tensors_become_grey_files_and_grids(tmp_path):
+    shade = torch.full((2, 1, 8, 8), -1.0)
+    shade[1] = 1.0
+    save_png(shade[0], tmp_path / "black.png")
+    black = Image.open(tmp_path / "black.png")
+    assert black.mode == "L" and black.size == (8, 8) and black.getextrema() == (0, 0)
+    overview = np.asarray(grid(shade, columns=2, scale=1))
+    assert overview.shape[2] == 3
+    assert (overview[12:20, 12:20] == 0).all() and (overview[12:20, 32:40] == 255).all()
+    with pytest.raises(ValueError, match=r"\(B, 3, H, W\) or \(B, 1, H, W\), got torch.float32 \(1, 4, 8, 8\)"):
+        to_uint8(torch.zeros(1, 4, 8, 8))

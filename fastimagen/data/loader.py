@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..config import UNetConfig
-from ..images import from_uint8, open_rgb, resize_and_crop
+from ..images import from_uint8, open_rgb, resize_and_crop, to_pixels
 from ..seeds import random_bits
 from ..text.embeddings import TextEmbeddings
 from .order import CROPS, Order
@@ -44,7 +44,7 @@ class Embeddings(Protocol):
 class Batch:
     """B samples.
 
-    images (B, 3, H, W): uint8; text: None if the loader has no embeddings; positions (B,): int64, in the
+    images (B, C, H, W): uint8; text: None if the loader has no embeddings; positions (B,): int64, in the
     data order; keys: of the samples, or of the replacement if an image was unreadable.
     """
 
@@ -57,7 +57,7 @@ class Batch:
         return len(self.keys)
 
     def images_for(self, device: torch.device) -> Tensor:
-        """The images (B, 3, H, W) on `device`, float32 in [-1, 1]. uint8 is a quarter of the bytes to copy, and copies
+        """The images (B, C, H, W) on `device`, float32 in [-1, 1]. uint8 is a quarter of the bytes to copy, and copies
         from pinned memory do not block."""
         return from_uint8(self.images.to(device, non_blocking=True))
 
@@ -88,7 +88,8 @@ class Loader:
     """The micro-batches of one rank.
 
     shards, caches: the tars, and the text embeddings of each (None: no text); order: of their samples. size: of the
-    centre square of the scaled image; crop_size: of a random crop of it, which depends on (seed, position).
+    centre square of the scaled image; crop_size: of a random crop of it, which depends on (seed, position). channels:
+    3 for colour, 1 for grey; other files are converted.
     global_batch: samples per optimizer step on all ranks, a multiple of world_size * micro_batch. threads: that decode
     images; prefetch: micro-batches prepared in advance; pin: in pinned memory, for copies to a GPU.
 
@@ -110,6 +111,7 @@ class Loader:
         *,
         size: int,
         crop_size: int | None = None,
+        channels: int = 3,
         global_batch: int,
         micro_batch: int,
         rank: int = 0,
@@ -133,7 +135,7 @@ class Loader:
         if caches is not None and [len(cache) for cache in caches] != sizes:
             raise ValueError("the text embeddings belong to other shards: rebuild them with fastimagen embed")
         self.shards, self.caches, self.order = shards, caches, order
-        self.size, self.crop_size, self.seed = size, crop_size, seed
+        self.size, self.crop_size, self.channels, self.seed = size, crop_size, channels, seed
         self.global_batch, self.micro_batch = global_batch, micro_batch
         self.rank, self.world_size = rank, world_size
         self.threads, self.prefetch, self.max_bad_share, self.pin = threads, prefetch, max_bad_share, pin
@@ -196,7 +198,8 @@ class Loader:
     ) -> Future[tuple[Batch, list[_Sample]]]:
         side = self.crop_size or self.size
         # Filled by the decoding threads.
-        images = torch.empty(len(positions), 3, side, side, dtype=torch.uint8, pin_memory=self.pin)  # (B, 3, H, W)
+        shape = (len(positions), self.channels, side, side)
+        images = torch.empty(shape, dtype=torch.uint8, pin_memory=self.pin)  # (B, C, H, W)
         rows = images.numpy()
         samples = [pool.submit(self._read, position, locate, rows[i]) for i, position in enumerate(positions)]
         # The pool starts tasks in order: the images that _assemble waits for are being decoded already, so that it
@@ -204,7 +207,7 @@ class Loader:
         return pool.submit(self._assemble, images, positions, samples)
 
     def _read(self, position: int, locate: Locate, pixels: np.ndarray) -> _Sample:
-        """Decode one image into `pixels` (3, H, W); runs in a decoding thread."""
+        """Decode one image into `pixels` (C, H, W); runs in a decoding thread."""
         bad = []
         for candidate in range(position, position + MIN_READ):
             shard, index = locate(candidate)
@@ -215,7 +218,7 @@ class Loader:
                 bad.append((shard, index, str(error)))
                 continue
             square = resize_and_crop(image, self.size, crop=self._crop(position))
-            pixels[:] = np.asarray(square).transpose(2, 0, 1)  # (3, H, W)
+            pixels[:] = to_pixels(square, self.channels)  # (C, H, W)
             tokens = None if self.caches is None else self.caches[shard][index]
             return _Sample(self.shards[shard].key(index), tokens, min(image.size) < self.size, bad)
         raise ValueError(f"{len(bad)} images in a row are unreadable, first {self._describe(*bad[0])}")

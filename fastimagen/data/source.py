@@ -58,6 +58,7 @@ class Split:
             order,
             size=size,
             crop_size=crop,
+            channels=image_channels(config),
             global_batch=global_batch,
             rank=rank,
             world_size=world_size,
@@ -85,7 +86,7 @@ class Split:
     def examples(
         self, count: int, config: FastimagenConfig, *, size: int
     ) -> tuple[list[str], TextEmbeddings | None, Tensor]:
-        """The first `count` samples: captions, embeddings, images (n, 3, size, size) in [-1, 1]."""
+        """The first `count` samples: captions, embeddings, images (n, C, size, size) in [-1, 1]."""
         count = min(count, len(self))
         batch = self.fixed_batch(config, range(count), size=size, crop=None)
         captions = [caption for shard in self.shards for caption in shard.captions()][:count]
@@ -176,6 +177,11 @@ def uses_text(config: FastimagenConfig) -> bool:
     if not isinstance(config.cascade, CascadeConfig):
         return True
     return any(stage.unet.text_dim for stage in config.cascade.stages)
+
+
+def image_channels(config: FastimagenConfig) -> int:
+    """Channels of the images that the stages take; 3 for a preset, and until a cascade with changes is resolved."""
+    return config.cascade.channels if isinstance(config.cascade, CascadeConfig) else 3
 
 
 def _sources(config: FastimagenConfig) -> list[str]:

@@ -26,8 +26,10 @@ def evaluate_shapes(
 
     Seeds are seed, seed + 1, ...; `sampling` are keywords of the pipeline. Returns {"accuracy": {split: {"single",
     "pair"}}, "sampling_seconds", "versions", ...} and, with `out`, writes it to report.json, with a grid of each split.
-    Raises ValueError if `out` is not empty or `count` is below 1.
+    Raises ValueError if `out` is not empty, `count` is below 1 or the model draws grey images.
     """
+    if pipe.cascade.config.channels != 3:
+        raise ValueError("evaluate reads the colours of the built-in shapes, but this model draws grey images")
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}")
     if out is not None:

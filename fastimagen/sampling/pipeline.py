@@ -19,6 +19,7 @@ from ..cascade import Callback, Cascade
 from ..config import CompileMode, SamplingConfig
 from ..diffusion.inpainting import InitImage
 from ..files import first_line
+from ..images import with_channels
 from ..text.embeddings import TextEmbeddings
 from ..text.t5 import T5Encoder
 from .model_directory import load_weights, read_model, write_model
@@ -212,6 +213,8 @@ class ImagenPipeline:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         settings = self._settings(request)
         encoded, warnings = self._encode_request(request)  # last: loading the text encoder may take minutes
+        encoded, converted = self._with_channels(encoded)
+        warnings += converted
         images = []
         for batch in encoded.batches(batch_size):
             lowres = _for_each_image(batch.lowres, len(batch))  # (b, C, h, w)
@@ -269,6 +272,21 @@ class ImagenPipeline:
         if limits and isinstance(negative, TextEmbeddings):
             negative = negative.padded(min(limits))
         return replace(request, text=text, negative=negative)
+
+    def _with_channels(self, request: SamplingRequest) -> tuple[SamplingRequest, list[str]]:
+        """The request with init and low-resolution images in the model's channels, and a line for each conversion."""
+        channels, warnings = self.cascade.config.channels, []
+        conversion = "converted to grey" if channels == 1 else "given equal red, green and blue"
+        if request.init_image is not None and request.init_image.image.shape[1] != channels:
+            image = with_channels(request.init_image.image, channels)
+            request = replace(request, init_image=replace(request.init_image, image=image))
+            warnings.append(f"the init image was {conversion}, as the model draws")
+        if request.lowres is not None and request.lowres.shape[1] != channels:
+            request = replace(request, lowres=with_channels(request.lowres, channels))
+            warnings.append(f"the low-resolution image was {conversion}, as the model draws")
+        for warning in warnings:
+            logger.warning(warning)
+        return request, warnings
 
     def _lowres_warning(self, request: SamplingRequest) -> list[str]:
         """A line if the low-resolution image has another size than those that the stage was trained on."""

@@ -320,3 +320,12 @@ def test_embeddings_of_other_shards_are_refused(shards):
     order = Order([len(shard) for shard in shards], 0)
     with pytest.raises(ValueError, match="fastimagen embed"):
         Loader(shards, embeddings(shards)[::-1], order, size=8, global_batch=4, micro_batch=4, seed=0)
+
+
+def test_a_grey_loader_gives_the_luma_of_colour_images(tmp_path):
+    shards = make_shards(tmp_path, [12])
+    loader = make_loader(shards, channels=1)
+    batch = loader.fixed_batch(range(12))
+    assert batch.images.shape == (12, 1, 8, 8)
+    expected = [Image.new("RGB", (1, 1), (number, 0, 77)).convert("L").getpixel((0, 0)) for number in range(12)]
+    assert batch.images[:, 0, 0, 0].tolist() == expected
