@@ -34,7 +34,7 @@ SAMPLER = {  # what sampling needs: runs with the core dependencies and reaches 
 }
 TRAINING = {
     "data": "config extras files images seeds text",
-    "train": "cascade config config_file data extras fastimagen files images networks presets sampling seeds text",
+    "train": "cascade config config_file data extras fastimagen files images networks ops presets sampling seeds text",
     "evaluation": "data fastimagen files images sampling",
     "interop": "cascade config config_file fastimagen files networks presets sampling text",
     "info": "fastimagen ops",

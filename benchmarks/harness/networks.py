@@ -12,11 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-from fastimagen import ops
 from fastimagen.cascade import Stage
 from fastimagen.config import CascadeConfig, UNetConfig
 from fastimagen.interop.minimagen_unet import minimagen_config
@@ -30,6 +26,7 @@ from fastimagen.presets import (
     paper,
 )
 from fastimagen.text.embeddings import TextEmbeddings
+from fastimagen.train.flops import unet_flops
 
 TOKENS = 64  # captions are padded to so many, and have 8 to 64
 
@@ -152,23 +149,6 @@ def make_unet(config: UNetConfig, device: torch.device, dtype: torch.dtype) -> U
 
 
 def flops(config: UNetConfig, side: int, mode: str) -> float:
-    """Floating-point operations of convolutions, linear layers and attention for one image, counted as they would
-    run; "training" is forward and backward."""
-    before = ops.backend()
-    ops.set_backend("torch")
-    text = captions(1, config.text_dim, torch.device("cpu")) if config.text_dim else None
-    try:
-        # Nothing is computed; the fused kernels of attention are unknown to the counter, the products in it are not.
-        with (
-            FakeTensorMode(allow_non_fake_inputs=True),
-            sdpa_kernel(SDPBackend.MATH),
-            FlopCounterMode(display=False) as counter,
-        ):
-            unet, x = UNet(config), torch.empty(1, config.channels, side, side)
-            lowres = {"lowres": x, "lowres_time": torch.empty(1)} if config.lowres else {}
-            out = unet(x, torch.empty(1), text=text, **lowres)
-            if mode == "training":
-                out.sum().backward()
-        return float(counter.get_total_flops())
-    finally:
-        ops.set_backend(before)
+    """Floating-point operations for one image; "training" is forward and backward, with activation checkpointing."""
+    found = unet_flops(config, side, TOKENS)
+    return float(found.forward if mode == "forward" else found.training + found.recomputed)

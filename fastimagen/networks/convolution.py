@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ..ops.dispatch import in_kernels
+from ..ops.dispatch import autocast_dtype, in_kernels
 
 WIDE_KERNEL = 9  # from this width on, kernels compute blocks of outputs at once
 BLOCK_SIZE = 4  # outputs per side of such a block; measured in docs/notes.md
@@ -230,9 +230,7 @@ def _to_map(rows: Tensor, like: Tensor) -> Tensor:
 
 def _in_autocast_dtype(x: Tensor) -> Tensor:
     """x as F.conv2d takes it under autocast, which casts inside the operator and leaves float64."""
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
-        return x.to(torch.get_autocast_dtype(x.device.type))
-    return x
+    return x.to(autocast_dtype(x) or x.dtype)
 
 
 def _has_fast_product(x: Tensor, weight: Tensor, kernel: int) -> bool:

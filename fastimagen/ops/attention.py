@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .attention_op import fused
-from .dispatch import KERNEL_DTYPES, backend, no_xformers, use_triton
+from .dispatch import KERNEL_DTYPES, autocast_dtype, backend, no_xformers, use_triton
 
 
 class Keys(NamedTuple):
@@ -56,9 +56,7 @@ def attention(
     """
     keys = Keys(k, v, null_k, null_v, context_k, context_v, context_lengths)
     _check(q, keys)
-    device = q.device.type
-    if torch.is_autocast_enabled(device) and q.dtype != torch.float64:
-        q = q.to(torch.get_autocast_dtype(device))
+    q = q.to(autocast_dtype(q) or q.dtype)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, keys = _prepare(q, keys, qk_scales)
     if backend() == "xformers":

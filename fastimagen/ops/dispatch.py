@@ -71,6 +71,14 @@ def in_kernels(tensor: Tensor) -> bool:
     return tensor.is_cuda or (_requested == "triton" and interpreting())
 
 
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """The dtype in which autocast computes with this tensor; None outside of autocast, and for float64."""
+    device = tensor.device.type  # of "meta" autocast knows nothing
+    if device == "meta" or tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
 def traced() -> bool:
     """Whether something looks at operators: torch.compile, or a dispatch mode (fake tensors, make_fx, FLOP counters).
 
