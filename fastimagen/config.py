@@ -340,13 +340,40 @@ class ShapesConfig(Section):
     """Random seed of the images."""
 
 
+class HeldOutConfig(Section):
+    """Validation samples out of data.shards, chosen by a hash of their keys: new or reordered shards do not move them.
+
+    Training leaves them out. Give one of the two.
+    """
+
+    share: float | None = Field(None, gt=0, lt=1)
+    """Share of the samples. Whether a sample is held out depends on its key alone."""
+    count: int | None = Field(None, ge=1)
+    """Number of samples: those with the smallest hashes. New shards never move a training sample into validation."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> HeldOutConfig:
+        if (self.share is None) == (self.count is None):
+            raise ValueError('give one of "share" and "count", e.g. {"share": 0.01}')
+        return self
+
+
+def _kind_of_validation(value: Any) -> str:
+    """The tag of the form that data.validation is given in."""
+    return "<held_out>" if isinstance(value, (dict, HeldOutConfig)) else "<shards>"
+
+
 class DataConfig(Section):
     """Images and captions."""
 
     shards: str | tuple[str, ...] = "data/shapes/train"
     """WebDataset tars: a folder, a glob, a {000..999} range or a list; local paths or URLs."""
-    validation: str | tuple[str, ...] | None = "data/shapes/val"
-    """Validation tars; None trains without validation."""
+    validation: Annotated[
+        Annotated[str | tuple[str, ...] | None, Tag("<shards>")] | Annotated[HeldOutConfig, Tag("<held_out>")],
+        Discriminator(_kind_of_validation),
+    ] = "data/shapes/val"
+    """Validation tars; or {"share": 0.01} or {"count": 500} of the samples of data.shards, which training leaves out;
+    None trains without validation."""
     shapes: ShapesConfig | None = None
     """Render the built-in shapes into the parent folder of data.shards if they are missing."""
     cache: str | None = None
@@ -385,13 +412,26 @@ class StageTrainConfig(Section):
     """Training settings of one stage."""
 
     steps: int | None = Field(None, ge=1)
-    """Optimizer steps; None takes train.steps."""
+    """Optimizer steps; with neither steps nor epochs the stage takes those of train."""
+    epochs: float | None = Field(None, gt=0)
+    """Times that the stage reads every training sample, instead of steps."""
     deepspeed: dict[str, Any] = {}
     """DeepSpeed keys of this stage, merged over the top level of the file."""
     ema: EMAConfig | None = None
     """EMA of this stage; None takes train.ema."""
     init_from: str | None = None
     """Model directory with the initial weights of this stage."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> StageTrainConfig:
+        _one_length(self.steps, self.epochs)
+        return self
+
+
+def _one_length(steps: int | None, epochs: float | None) -> None:
+    """Raise ValueError if a training has two lengths."""
+    if steps is not None and epochs is not None:
+        raise ValueError(f"steps {steps} and epochs {epochs:g} both set the length of training: remove one of them")
 
 
 class TrainConfig(Section):
@@ -401,8 +441,10 @@ class TrainConfig(Section):
     """Run directory; --run-dir overrides it."""
     seed: int = Field(0, ge=0)
     """Seed of initial weights, data order, times, noise and dropout."""
-    steps: int = Field(1000, ge=1)
-    """Optimizer steps of every stage without its own."""
+    steps: int | None = Field(None, ge=1)
+    """Optimizer steps of every stage without its own; 1000 if there are neither steps nor epochs."""
+    epochs: float | None = Field(None, gt=0)
+    """Times that a stage without its own length reads every training sample, instead of steps."""
     stages: dict[str, StageTrainConfig] = {}
     """Overrides by stage name."""
     ema: EMAConfig = EMAConfig()
@@ -415,12 +457,13 @@ class TrainConfig(Section):
     """Checkpoints kept per stage."""
     validate_every: int = Field(500, ge=1)
     """Steps between validations on EMA weights."""
-    validation_samples: int = Field(256, ge=1)
-    """Maximum number of validation samples."""
+    validation_samples: Annotated[int, Field(ge=1)] | Literal["all"] = 256
+    """Maximum number of validation samples, or "all"."""
     sample_every: int = Field(1000, ge=1)
     """Steps between preview grids, which take at most 32 sampling steps."""
     sample_count: int = Field(16, ge=1)
-    """Images of a grid: the first captions of the validation set, with seeds 0, 1, 2, ..."""
+    """Images of a grid: the first captions of the validation set, with seeds 0, 1, 2, ... Without validation data, the
+    first captions of the training set."""
     compile: CompileMode | None = None
     """Mode of torch.compile for the U-Nets; only with CUDA."""
     cudnn_benchmark: bool = True
@@ -431,6 +474,7 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
+        _one_length(self.steps, self.epochs)
         for name, stage in self.stages.items():
             if "fastimagen" in stage.deepspeed:
                 raise ValueError(f'train.stages.{name}.deepspeed takes DeepSpeed keys only: remove "fastimagen"')

@@ -99,8 +99,8 @@ class Loader:
     (three standard deviations). The index is not checked for data sets of fewer than MIN_READ samples.
 
     counters: images read (attempts), bad (unreadable) and upscaled (smaller than size) on this rank so far; excluded:
-    samples that the index excludes, in all shards. Raises ValueError for sizes that do not fit together, and if
-    training must stop.
+    samples that the index excludes, in all shards; held_out: samples that validation takes out of them. Raises
+    ValueError for sizes that do not fit together, and if training must stop.
     """
 
     def __init__(
@@ -120,6 +120,7 @@ class Loader:
         prefetch: int = 2,
         max_bad_share: float = 0.01,
         pin: bool = False,
+        held_out: int = 0,
         seed: int,
     ) -> None:
         sizes = order.sizes.tolist()
@@ -144,7 +145,7 @@ class Loader:
         reasons: Counter[str] = Counter()
         for shard in shards:
             reasons.update(shard.excluded)
-        self.counters = {"read": 0, "bad": 0, "upscaled": 0, "excluded": reasons.total()}
+        self.counters = {"read": 0, "bad": 0, "upscaled": 0, "excluded": reasons.total(), "held_out": held_out}
         known = order.total + reasons.total()
         self._excluded_share = reasons.total() / known if known >= MIN_READ else 0.0
         if self._excluded_share > max_bad_share:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import CascadeConfig, DataConfig, FastimagenConfig
+from ..config import CascadeConfig, DataConfig, FastimagenConfig, HeldOutConfig
 from ..text.embeddings import TextEmbeddings
 from ..text.t5 import T5_NAMES, T5Encoder, encoder_identity, is_path, is_random_encoder, text_width
 from ..text.tiny_t5 import build_tiny_t5
-from .embedding_cache import EmbeddingCache, EmbedReport, cache_path, captions_hash, embed_shards, open_cache
-from .loader import Batch, Loader
+from .embedding_cache import EmbedReport, cache_path, captions_hash, embed_shards, open_cache
+from .held_out import SelectedEmbeddings, choose_held_out, select_samples
+from .loader import Batch, Embeddings, Loader
 from .order import Order
 from .shards import Shard, list_shards, open_shards
 
@@ -27,10 +30,14 @@ TRAINED_T5 = f"a trained T5 ({next(iter(T5_NAMES))} ... {list(T5_NAMES)[-1]}, or
 
 @dataclass(frozen=True)
 class Split:
-    """Open shards and, for text-conditioned cascades, their embedding caches (else None)."""
+    """Open shards and, for text-conditioned cascades, their embedding caches (else None).
+
+    held_out: number of samples that were taken out of these shards for validation.
+    """
 
     shards: list[Shard]
-    caches: list[EmbeddingCache] | None
+    caches: Sequence[Embeddings] | None
+    held_out: int = 0
 
     def __len__(self) -> int:
         return sum(len(shard) for shard in self.shards)
@@ -56,6 +63,7 @@ class Split:
             self.shards,
             self.caches,
             order,
+            held_out=self.held_out,
             size=size,
             crop_size=crop,
             channels=image_channels(config),
@@ -89,8 +97,43 @@ class Split:
         """The first `count` samples: captions, embeddings, images (n, C, size, size) in [-1, 1]."""
         count = min(count, len(self))
         batch = self.fixed_batch(config, range(count), size=size, crop=None)
-        captions = [caption for shard in self.shards for caption in shard.captions()][:count]
-        return captions, batch.text, batch.images_for(torch.device("cpu"))
+        captions = islice((shard.caption(index) for shard in self.shards for index in range(len(shard))), count)
+        return list(captions), batch.text, batch.images_for(torch.device("cpu"))
+
+
+def open_data(config: FastimagenConfig, *, with_text: bool) -> tuple[Split, Split | None]:
+    """The training split and the validation split, None without validation.
+
+    Raises ValueError as `open_split`, and if holding samples out leaves one of them empty.
+    """
+    everything, validation = open_split(config.data.shards, config, with_text=with_text), config.data.validation
+    if isinstance(validation, HeldOutConfig):
+        return _hold_out(everything, validation)
+    return everything, None if validation is None else open_split(validation, config, with_text=with_text)
+
+
+def count_training_samples(config: FastimagenConfig) -> int:
+    """The number of samples of data.shards without those that validation takes. Reads no captions."""
+    shards, validation = _open_shards(config.data.shards, config), config.data.validation
+    held_out = choose_held_out(shards, validation) if isinstance(validation, HeldOutConfig) else []
+    return sum(map(len, shards)) - sum(int(mask.sum()) for mask in held_out)
+
+
+def _hold_out(everything: Split, config: HeldOutConfig) -> tuple[Split, Split]:
+    """Divide a split into training and validation samples."""
+    masks = choose_held_out(everything.shards, config)
+    validation = _select(everything, masks)
+    # The training split reports what the index excludes, in all shards.
+    validation = replace(validation, shards=[replace(shard, excluded={}) for shard in validation.shards])
+    return replace(_select(everything, [~mask for mask in masks]), held_out=len(validation)), validation
+
+
+def _select(split: Split, masks: Sequence[np.ndarray]) -> Split:
+    """The samples of a mask (S,) for each shard."""
+    caches = split.caches and [
+        SelectedEmbeddings(cache, np.flatnonzero(mask)) for cache, mask in zip(split.caches, masks)
+    ]
+    return Split([select_samples(shard, mask) for shard, mask in zip(split.shards, masks)], caches)
 
 
 def open_split(source: Source, config: FastimagenConfig, *, with_text: bool) -> Split:
@@ -113,14 +156,14 @@ def open_split(source: Source, config: FastimagenConfig, *, with_text: bool) -> 
 
 
 def _open_shards(source: Source, config: FastimagenConfig) -> list[Shard]:
-    """The shards of data.shards or data.validation. Raises ValueError that names the key if there are none."""
+    """The shards of one of `shard_sources`. Raises ValueError that names the key if there are none."""
     try:
         list_shards(source)
     except ValueError as error:
         if source == config.data.validation:
             raise ValueError(
-                f"fastimagen.data.validation: {error}; set it to null to train without validation, or pack validation "
-                f"images with: fastimagen shards folder --validation SHARE"
+                f"fastimagen.data.validation: {error}; set it to null to train without validation, or to "
+                f'{{"share": 0.01}} to hold out samples of data.shards'
             ) from None
         raise ValueError(
             f"fastimagen.data.shards: {error}; pack a folder of images with: fastimagen shards folder"
@@ -186,10 +229,14 @@ def image_channels(config: FastimagenConfig) -> int:
 
 def _sources(config: FastimagenConfig) -> list[str]:
     """Where the training and validation shards are."""
-    sources: list[str] = []
-    for source in (config.data.shards, config.data.validation or ()):
-        sources += [source] if isinstance(source, str) else source
-    return sources
+    return [path for source in shard_sources(config.data) for path in ([source] if isinstance(source, str) else source)]
+
+
+def shard_sources(data: DataConfig) -> list[Source]:
+    """data.shards, and data.validation where it names shards of its own."""
+    if data.validation is None or isinstance(data.validation, HeldOutConfig):
+        return [data.shards]
+    return [data.shards, data.validation]
 
 
 def _are_shapes(source: str) -> bool:
@@ -229,8 +276,7 @@ def embed_all(config: FastimagenConfig, *, say: Say, rank: int = 0, world_size: 
     check_data(config)
     _check_encoder(config)  # also for a cascade without text
     text = config.text
-    sources = [source for source in (config.data.shards, config.data.validation) if source]
-    shards = [shard for source in sources for shard in _open_shards(source, config)]
+    shards = [shard for source in shard_sources(config.data) for shard in _open_shards(source, config)]
     encoder = T5Encoder(text.encoder, revision=text.revision, max_length=text.max_length, device=_device())
     report = embed_shards(
         shards, encoder, cache_dir=text.cache, batch_size=text.batch_size, rank=rank, world_size=world_size
@@ -267,9 +313,8 @@ def prepare_shapes(config: FastimagenConfig, *, say: Say) -> None:
 def is_embedded(config: FastimagenConfig) -> bool:
     """Whether the embedding caches are complete; the text encoder is not loaded."""
     try:
-        for source in (config.data.shards, config.data.validation):
-            if source:
-                open_split(source, config, with_text=True)
+        for source in shard_sources(config.data):
+            open_split(source, config, with_text=True)
     except ValueError:
         return False
     return True

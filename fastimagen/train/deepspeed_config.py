@@ -209,6 +209,13 @@ def _autos(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, dict[str, A
             yield f"{prefix}{key}", tree, key
 
 
+def total_batch_size(base: dict[str, Any], override: dict[str, Any], world_size: int) -> int:
+    """The images of an optimizer step on all processes, as `resolve_deepspeed` resolves it."""
+    resolved = _merge(copy.deepcopy(base), override)
+    _resolve_batch(resolved, world_size, [])
+    return resolved["train_batch_size"]
+
+
 def _resolve_batch(resolved: dict[str, Any], world_size: int, notices: list[str]) -> None:
     """train_batch_size = train_micro_batch_size_per_gpu x gradient_accumulation_steps x processes."""
     total, micro, accumulation = "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"

@@ -9,7 +9,7 @@ from typing import Any
 from ..config import CascadeConfig, Config, StageConfig
 from ..config_file import load_config, validate
 from ..data.shards import index_shard, list_shards
-from ..data.source import uses_text
+from ..data.source import shard_sources, uses_text
 from ..files import read_safetensors
 from ..presets import resolve
 from ..sampling.model_directory import write_model
@@ -104,11 +104,9 @@ def _card(name: str, config: Config, rows: list[str], encoder: dict[str, Any] | 
 
 def _example_caption(config: Config) -> str:
     """The first caption of the validation data, or of the training data; "a photo" if neither is here any more."""
-    data = config.fastimagen.data
-    for source in (data.validation, data.shards):
+    for source in reversed(shard_sources(config.fastimagen.data)):
         try:
-            if source:
-                return " ".join(index_shard(list_shards(source)[0]).caption(0).split())
+            return " ".join(index_shard(list_shards(source)[0]).caption(0).split())
         except (ValueError, OSError, IndexError):
             continue
     return "a photo"

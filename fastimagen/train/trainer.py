@@ -18,17 +18,18 @@ import torch.distributed as dist
 from ..cascade import Stage
 from ..config import Config, StageConfig, StageTrainConfig
 from ..data.loader import Loader
-from ..data.source import Split, embed_all, is_embedded, open_split, prepare_shapes, uses_text
+from ..data.source import Split, count_training_samples, embed_all, is_embedded, open_data, prepare_shapes, uses_text
 from ..files import atomic_file
 from ..networks.parameters import muon_parameters
 from ..networks.unet import UNet
 from ..seeds import mix_seed
 from . import checkpoint
-from .deepspeed_config import json_like, resolve_deepspeed
+from .deepspeed_config import json_like, resolve_deepspeed, total_batch_size
 from .deepspeed_keys import check_deepspeed_keys
 from .ema import EMA
 from .engine import choose_accelerator, init_distributed, make_engine
 from .flat_weights import FlatWeights
+from .length import planned_epochs, planned_steps, steps_of_epochs
 from .metrics import MetricAverager, Metrics
 from .phases import Phases
 from .preemption import StopRequest, lock_run
@@ -56,6 +57,7 @@ class Trainer:
         self.run_dir = Path(run_dir or self.settings.run)
         self.cascade, self.stages = plan(self.config, stage)
         self.phases = Phases()
+        self.samples: int | None = None  # training samples, counted when a stage is given in epochs
 
     def describe(self) -> str:
         """What `fit` would do: the stages, the DeepSpeed configuration of each, the whole file. Writes nothing."""
@@ -98,14 +100,14 @@ class Trainer:
 
     def _fit_stage(self, config: StageConfig, resume_from: Path | None, stop: StopRequest) -> None:
         """Train one stage from a checkpoint, or from the start, to its last step."""
-        settings, steps, phases = self.settings, self._steps(config), self.phases
+        settings, steps, phases = self.settings, self._steps(config, self.world_size), self.phases
         phases.begin_stage(config.name)
         if resume_from and checkpoint.read_state(resume_from)["step"] >= steps:
             self._print(f"{config.name}: trained ({steps} steps)")
             return
 
         stage = Stage(config, self.cascade.below(config.name))
-        train_data, validation_data = self._open_data()
+        train_data, validation_data = open_data(self.config.fastimagen, with_text=uses_text(self.config.fastimagen))
         engine, deepspeed = self._make_engine(config)
         global_batch_size = deepspeed["train_batch_size"]
         accumulation_steps = deepspeed["gradient_accumulation_steps"]
@@ -160,15 +162,15 @@ class Trainer:
                     phases.enter("log")
                     self._log(metrics, averager, step, engine, loader.counters)
                     averager = MetricAverager(self.device)
-                if validation_data and (validate or preview):
+                if preview or (validate and validation_data):
                     phases.enter("validation")
                     unet = ema_unet(stage, weights, ema, next(engine.module.parameters()).dtype)
-                    if validate:
+                    if validate and validation_data:
                         metrics.write(step, val_loss=validation_loss(stage, unet, validation_data, self.config))
                     if preview:
                         phases.enter("samples")
                         path = self.run_dir / "samples" / config.name / f"step-{step:08d}.png"
-                        sample_grid(stage, unet, validation_data, self.config, path)
+                        sample_grid(stage, unet, validation_data or train_data, self.config, path)
                     del unet  # frees its weights
                 reason = stop.should_stop()
                 if reason or save:
@@ -193,15 +195,6 @@ class Trainer:
             prepare_shapes(config, say=print)
             if uses_text(config) and not is_embedded(config):
                 embed_all(config, say=print)
-
-    def _open_data(self) -> tuple[Split, Split | None]:
-        """The training split and, if the configuration names one, the validation split."""
-        config = self.config.fastimagen
-        with_text = uses_text(config)
-        train_data = open_split(config.data.shards, config, with_text=with_text)
-        if config.data.validation is None:
-            return train_data, None
-        return train_data, open_split(config.data.validation, config, with_text=with_text)
 
     def _loader(self, data: Split, config: StageConfig, deepspeed: dict[str, Any]) -> Loader:
         """The training batches of this rank."""
@@ -245,15 +238,22 @@ class Trainer:
     def _stage_settings(self, config: StageConfig) -> StageTrainConfig:
         return self.settings.stages.get(config.name, StageTrainConfig())
 
-    def _steps(self, config: StageConfig) -> int:
-        return self._stage_settings(config).steps or self.settings.steps
+    def _steps(self, config: StageConfig, world_size: int) -> int:
+        """The optimizer steps of a stage. Epochs are counted in the samples of the shards."""
+        epochs = planned_epochs(self.settings, config.name)
+        if epochs is None:
+            return planned_steps(self.settings, config.name)
+        if self.samples is None:
+            self.samples = count_training_samples(self.config.fastimagen)
+        override = self._stage_settings(config).deepspeed
+        return steps_of_epochs(epochs, self.samples, total_batch_size(self.config.deepspeed, override, world_size))
 
     def _resolve(self, config: StageConfig, world_size: int, device: str) -> tuple[dict[str, Any], list[str]]:
         """The stage's DeepSpeed configuration, and a line for everything that was resolved."""
         deepspeed, notices = resolve_deepspeed(
             self.config.deepspeed,
             self._stage_settings(config).deepspeed,
-            steps=self._steps(config),
+            steps=self._steps(config, world_size),
             world_size=world_size,
             cuda=device == "cuda",
             tensorboard=str(self.run_dir / "tensorboard"),
@@ -265,6 +265,13 @@ class Trainer:
             notices.append(f"train.cudnn_benchmark: {json_like(self.settings.cudnn_benchmark)}")
         elif self.settings.compile:
             notices.append("train.compile: null (no CUDA)")
+        epochs = planned_epochs(self.settings, config.name)
+        if epochs is not None:
+            batch = deepspeed["train_batch_size"]
+            steps = self._steps(config, world_size)
+            notices.append(f"{epochs:g} epochs of {self.samples} samples in batches of {batch}: {steps} steps")
+        if self.config.fastimagen.data.validation is None:
+            notices.append("no validation data: no val_loss, and preview grids show the first training captions")
         steps, preview_steps = config.sampling.steps, preview_sampling(config).steps
         if preview_steps < steps:
             notices.append(f"preview grids take {preview_steps} sampling steps, not the stage's {steps}")
@@ -274,8 +281,9 @@ class Trainer:
         self, config: StageConfig, unet: UNet, deepspeed: dict[str, Any], world_size: int, device: str
     ) -> str:
         millions = sum(parameter.numel() for parameter in unet.parameters()) / 1e6
+        steps = self._steps(config, world_size)
         return (
-            f"{config.name}: {config.size}x{config.size}, {millions:.2f} M parameters, {self._steps(config)} steps of "
+            f"{config.name}: {config.size}x{config.size}, {millions:.2f} M parameters, {steps} steps of "
             f"{deepspeed['train_batch_size']} images on {world_size} x {device}"
         )
 

@@ -39,7 +39,7 @@ def validation_loss(stage: Stage, unet: UNet, split: Split, config: Config) -> f
     All ranks call it."""
     device = next(unet.parameters()).device
     settings = config.fastimagen.train
-    count = min(settings.validation_samples, len(split))
+    count = len(split) if settings.validation_samples == "all" else min(settings.validation_samples, len(split))
     total = torch.zeros((), dtype=torch.float64, device=device)
     chunks = [range(first, min(first + CHUNK_SIZE, count)) for first in range(0, count, CHUNK_SIZE)]
     for index in range(dist.get_rank(), len(chunks), dist.get_world_size()):

@@ -22,6 +22,7 @@ from torch import Tensor
 from fastimagen.cascade import Stage
 from fastimagen.config import EMAConfig, StageConfig
 from fastimagen.config_file import config_from_dict
+from fastimagen.data.source import open_data
 from fastimagen.seeds import mix_seed
 from fastimagen.train.ema import EMA
 from fastimagen.train.metrics import MetricAverager, Metrics
@@ -46,6 +47,7 @@ RUNS = """
 import json, sys
 from pathlib import Path
 from fastimagen.config_file import config_from_dict
+from fastimagen.data.source import open_data
 from fastimagen.train.trainer import Trainer
 
 for name, tree in json.loads(Path(sys.argv[1]).read_text()):
@@ -55,7 +57,8 @@ for name, tree in json.loads(Path(sys.argv[1]).read_text()):
 
 @pytest.fixture(scope="module")
 def runs(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of runs of the base stage: clipped, live, averaged (interrupted and resumed), still and still8."""
+    """A folder of runs of the base stage: clipped, live, averaged (interrupted and resumed), still and still8,
+    held (validation out of the training shards) and alone (no validation)."""
 
     def tree(*, steps: int, decay: float = 0.0, **deepspeed: Any) -> dict[str, Any]:
         content = toy_tree(toy_data)
@@ -90,6 +93,14 @@ def runs(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("still", tree(steps=2, **still)),
         ("still8", tree(steps=1, train_batch_size=8, train_micro_batch_size_per_gpu=2, **still)),
     ]
+    held, alone = tree(steps=1), tree(steps=1)
+    held["fastimagen"]["data"]["validation"] = {"count": 12}
+    held["fastimagen"]["train"]["validation_samples"] = "all"
+    alone["fastimagen"]["data"]["validation"] = None
+    del alone["fastimagen"]["train"]["steps"]
+    alone["fastimagen"]["train"]["epochs"] = 0.04  # 2.56 of 64 samples, in batches of 2
+    alone["train_batch_size"] = 2
+    trees += [("held", held), ("alone", alone)]
     folder = tmp_path_factory.mktemp("parts")
     (folder / "trees.json").write_text(json.dumps(trees))
     child = subprocess.run(
@@ -160,6 +171,44 @@ def test_micro_batches_read_the_whole_batch(runs: Path) -> None:
     assert [record["step"] for record in training] == [1] and training[0]["read"] >= 8
 
 
+def test_held_out_samples_are_validated_and_counted(runs: Path) -> None:
+    (training, validation) = records(runs / "held")
+    assert training["held_out"] == 12 and validation["val_loss"] > 0
+    assert json.loads((runs / "held/config.json").read_text())["fastimagen"]["data"]["validation"]["count"] == 12
+
+
+def test_without_validation_data_grids_show_training_captions_and_epochs_become_steps(runs: Path) -> None:
+    assert [(record["step"], "val_loss" in record) for record in records(runs / "alone")] == [(1, False), (2, False)]
+    assert (runs / "alone/samples/base/step-00000002.png").exists()
+
+
+def test_the_dry_run_says_what_epochs_mean(toy_config: dict, tmp_path: Path) -> None:
+    train = toy_config["fastimagen"]["train"]
+    del train["steps"]
+    train["epochs"] = 2
+    train["stages"]["sr"] = {"steps": 7}
+    toy_config["fastimagen"]["data"]["validation"] = {"share": 0.2}
+    trainer = Trainer(config_from_dict(toy_config), tmp_path / "run")
+    lines = trainer.describe().splitlines()
+    samples = trainer.samples
+    assert samples is not None and 64 > samples > 32
+    steps = -(-2 * samples // 4)
+    assert f"base: 2 epochs of {samples} samples in batches of 4: {steps} steps" in lines
+    assert any(line.startswith("base: 8x8") and f"{steps} steps of 4 images" in line for line in lines)
+    assert any(line.startswith("sr: 16x16") and "7 steps of 4 images" in line for line in lines)
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_lengths_are_refused(toy_config: dict) -> None:
+    toy_config["fastimagen"]["train"]["epochs"] = 1.5
+    with pytest.raises(ValueError, match=r"fastimagen.train: steps 6 and epochs 1.5 both set the length of training"):
+        config_from_dict(toy_config)
+    del toy_config["fastimagen"]["train"]["epochs"]
+    toy_config["fastimagen"]["train"]["stages"]["base"] |= {"steps": 3, "epochs": 2}
+    with pytest.raises(ValueError, match=r"fastimagen.train.stages.base: steps 3 and epochs 2 both"):
+        config_from_dict(toy_config)
+
+
 # ---- preview grids
 
 
@@ -174,7 +223,7 @@ def test_preview_grids_take_32_steps_of_the_same_sampler(toy_config: dict, tmp_p
     unet = initial_unet(config, seed=0).eval()
     calls = []
     unet.register_forward_pre_hook(lambda *_: calls.append(1))
-    _, validation_data = trainer._open_data()
+    _, validation_data = open_data(trainer.config.fastimagen, with_text=True)
     assert validation_data is not None
     sample_grid(Stage(config, None), unet, validation_data, trainer.config, tmp_path / "grid.png")
     assert len(calls) == 32 and (tmp_path / "grid.png").exists()

@@ -1,0 +1,26 @@
+"""How long a stage trains: optimizer steps, given as such or as epochs."""
+
+from __future__ import annotations
+
+import math
+
+from ..config import StageTrainConfig, TrainConfig
+
+DEFAULT_STEPS = 1000
+
+
+def planned_epochs(settings: TrainConfig, stage: str) -> float | None:
+    """The epochs of a stage; None if its length is given in steps."""
+    own = settings.stages.get(stage, StageTrainConfig())
+    return own.epochs if own.steps or own.epochs else settings.epochs
+
+
+def planned_steps(settings: TrainConfig, stage: str) -> int:
+    """The optimizer steps of a stage without epochs."""
+    own = settings.stages.get(stage, StageTrainConfig())
+    return own.steps or settings.steps or DEFAULT_STEPS
+
+
+def steps_of_epochs(epochs: float, samples: int, batch_size: int) -> int:
+    """The fewest steps that read `samples` training samples `epochs` times."""
+    return max(1, math.ceil(round(epochs * samples / batch_size, 6)))  # 0.1 x 30 / 1 is 3.0000000000000004
