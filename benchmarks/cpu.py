@@ -195,7 +195,7 @@ def data(bench: Bench) -> None:
         prepare_shapes(config, say=lambda _: None)
         embed_all(config, say=lambda _: None)
         loader = open_split(config.data.shards, config, with_text=True).loader(
-            config, size=64, crop=None, global_batch=64, rank=0, world_size=1, micro_batch=64, seed=0
+            config, size=64, crop=None, global_batch=64, rank=0, world_size=1, micro_batch=64, seed=0, crop_seed=0
         )
         with closing(loader.batches(0)) as batches:  # one for all repetitions: what it read ahead is used in the next
             times = bench.time({"ours": Work(lambda _: [next(batches) for _ in range(4)])})["ours"]

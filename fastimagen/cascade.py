@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .config import AugmentationConfig, CascadeConfig, SamplingConfig, StageConfig
 from .config_file import validate
+from .diffusion.draws import Draws, draw
 from .diffusion.guidance import Denoiser
 from .diffusion.inpainting import InitImage, sample_from_image
 from .diffusion.process import Diffusion
@@ -49,34 +50,36 @@ class Stage:
 
     # ---- training
 
+    def draw(self, seed: int, positions: Iterable[int], images: Tensor) -> Draws:
+        """The random numbers that the loss of the samples at `positions` needs; see diffusion/draws.py."""
+        return draw(seed, self.name, positions, images, lowres=self.config.unet.lowres)
+
     def training_loss(
         self,
         unet: nn.Module,
         images: Tensor,
         text: TextEmbeddings | None,
-        generator: torch.Generator,
+        draws: Draws,
         *,
         drop_captions: bool = True,
     ) -> Tensor:
         """Weighted loss per sample (B,) for images (B, C, H, W) in [-1, 1].
 
-        Times, noise, augmentation and caption dropout are drawn from `generator`, which is on the images' device.
+        `draws` decides times, noise, augmentation and caption dropout.
         """
-        batch = len(images)
-        time = self.diffusion.training_times(batch, generator)  # (B,)
-        noise = randn_like(images, generator)  # (B, C, H, W)
+        time = self.diffusion.training_times(draws.time)  # (B,)
         condition: dict[str, Any] = {}
         if self.config.unet.lowres:
+            assert draws.lowres_noise is not None, "draws of another stage"
             low, high = self._augmentation_config.train_range
-            level = low + (high - low) * torch.rand(batch, generator=generator, device=generator.device)  # (B,)
-            condition = self.lowres_condition(self.shrink(images), level, randn_like(images, generator))
+            level = low + (high - low) * draws.level  # (B,)
+            condition = self.lowres_condition(self.shrink(images), level, draws.lowres_noise)
         if text is not None:
-            uniform = torch.rand(batch, generator=generator, device=generator.device)  # (B,)
             dropout = self.config.objective.caption_dropout if drop_captions else 0.0
-            condition |= {"text": text, "keep_text": uniform >= dropout}
-        x_t = self.diffusion.add_noise(images, noise, time)  # (B, C, H, W)
+            condition |= {"text": text, "keep_text": draws.caption >= dropout}
+        x_t = self.diffusion.add_noise(images, draws.noise, time)  # (B, C, H, W)
         output = unet(self.diffusion.network_input(x_t, time), self.diffusion.schedule.network_time(time), **condition)
-        return self.diffusion.loss(output, self.diffusion.target(images, noise, time), time)  # (B,)
+        return self.diffusion.loss(output, self.diffusion.target(images, draws.noise, time), time)  # (B,)
 
     def shrink(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W), or crops of them, at the resolution of the stage below: (B, C, h, w)."""
@@ -313,8 +316,3 @@ def _on_device(unet: UNet, device: torch.device) -> Iterator[None]:
         yield
     finally:
         unet.to(original_device)
-
-
-def randn_like(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Standard normal noise of the images' shape and dtype."""
-    return torch.randn(images.shape, generator=generator, device=images.device, dtype=images.dtype)

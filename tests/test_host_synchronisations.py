@@ -19,6 +19,7 @@ from fastimagen import cascade as cascade_module
 from fastimagen.cascade import Stage
 from fastimagen.config import CascadeConfig, SamplingConfig, ScheduleConfig, UNetConfig
 from fastimagen.data.loader import Batch
+from fastimagen.diffusion.draws import Draws, draw
 from fastimagen.diffusion.inpainting import InitImage
 from fastimagen.diffusion.samplers import SAMPLERS
 from fastimagen.networks.unet import UNet
@@ -66,6 +67,12 @@ def small_cascade(schedule: ScheduleConfig = SCHEDULES["cosine"], **objective: A
     sr = {"name": "sr", "size": 32, "crop": 16, "unet": {**unet, "lowres": True}}
     sr["augmentation"] = {"schedule": schedule.model_dump()}
     return CascadeConfig.model_validate({"stages": [{"name": "base", "size": 16, "unet": unet} | common, sr | common]})
+
+
+def draws_on_gpu(stage: Stage, images: Tensor) -> Draws:
+    """Draws without values."""
+    uniforms = (torch.empty(len(images), dtype=torch.float64, device=GPU) for _ in range(3))
+    return Draws(*uniforms, torch.empty_like(images), torch.empty_like(images) if stage.config.unet.lowres else None)
 
 
 class Scale(nn.Module):
@@ -144,6 +151,17 @@ def test_a_batch_is_three_copies_that_do_not_block() -> None:
     assert len(found) == 3 and not any("blocking" in event for event in found), found
 
 
+@pytest.mark.parametrize("lowres", [False, True])
+def test_draws_are_one_copy_that_does_not_block(lowres: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The uniform numbers; noise is drawn on the GPU."""
+    images = torch.empty(4, 3, 16, 16, device=GPU)
+    monkeypatch.setattr(torch, "Generator", lambda device: Generator())
+    with recorded() as found:
+        draws = draw(0, "base", range(4), images, lowres=lowres)
+    assert len(found) == 1 and "blocking" not in found[0], found
+    assert draws.noise.device == draws.time.device == GPU and (draws.lowres_noise is not None) == lowres
+
+
 @pytest.mark.parametrize(("preset", "name"), STAGES)
 def test_a_preset_trains_without_synchronisation(preset: str, name: str) -> None:
     """The first micro-batch copies the tables of linear schedules, once; later ones, accumulated or not, nothing."""
@@ -152,11 +170,12 @@ def test_a_preset_trains_without_synchronisation(preset: str, name: str) -> None
     images, text = torch.empty(2, 3, side, side, device=GPU), text_on_gpu(stage.config.unet.text_dim)
     schedules = [stage.config.schedule] + ([stage.config.augmentation.schedule] if stage.config.augmentation else [])
     linear = sum(schedule.name == "linear" for schedule in schedules)
+    draws = draws_on_gpu(stage, images)
     with recorded() as first:
-        stage.training_loss(unet, images, text, Generator())
+        stage.training_loss(unet, images, text, draws)
     assert len(first) == linear and all("schedule.py" in event for event in first), first
     with recorded() as second:
-        stage.training_loss(unet, images, text, Generator()).mean().backward()
+        stage.training_loss(unet, images, text, draws).mean().backward()
     assert second == []
     assert all(parameter.grad is not None for parameter in unet.parameters())
 
@@ -169,9 +188,10 @@ def test_every_objective_trains_without_synchronisation(schedule: str) -> None:
         cascade = small_cascade(SCHEDULES[schedule], **objective)
         for config in cascade.stages:
             stage = Stage(config, cascade.below(config.name))
-            stage.training_loss(network, images, text, Generator())  # copies the tables of the schedules
+            draws = draws_on_gpu(stage, images)
+            stage.training_loss(network, images, text, draws)  # copies the tables of the schedules
             with recorded() as found:
-                stage.training_loss(network, images, text, Generator()).mean().backward()
+                stage.training_loss(network, images, text, draws).mean().backward()
             assert found == [], (objective, stage.name)
 
 
@@ -245,4 +265,4 @@ def test_a_stage_that_has_sampled_can_train(noise_on_gpu: None) -> None:
     images = torch.empty(2, 3, 16, 16, device=GPU)
     with recorded():
         stage.sample(network, text_on_gpu(64), [0, 1], lowres=images)
-        stage.training_loss(network, images, text_on_gpu(64), Generator()).mean().backward()
+        stage.training_loss(network, images, text_on_gpu(64), draws_on_gpu(stage, images)).mean().backward()

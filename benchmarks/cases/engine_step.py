@@ -65,7 +65,6 @@ class Engine:
         )
         self.engine = make_engine(unet, resolved, muon_parameters(unet))
         self.average = EMA(FlatWeights(self.engine).shards, EMAConfig())
-        self.generator = torch.Generator(device).manual_seed(0)
         self.steps = 0
 
     def step(self, batches: Iterator[Batch]) -> None:
@@ -74,7 +73,8 @@ class Engine:
             batch = next(batches)
             images = batch.images_for(self.device)  # (B, 3, H, W)
             text = batch.text_for(self.stage.config.unet, self.device)
-            loss = self.stage.training_loss(self.engine, images, text, self.generator).mean()
+            draws = self.stage.draw(0, batch.positions.tolist(), images)
+            loss = self.stage.training_loss(self.engine, images, text, draws).mean()
             self.engine.backward(loss)
             self.engine.step()
         self.steps += 1

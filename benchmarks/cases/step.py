@@ -71,11 +71,11 @@ def ours(
     if compile:
         unet.compile(dynamic=False)
     batch_images, text = images(batch, network.side, device), captions(batch, stage.config.unet.text_dim, device)
-    generator = torch.Generator(device).manual_seed(0)
 
     def step() -> None:
         ops.set_backend(backend)
-        stage.training_loss(unet, batch_images, text, generator).mean().backward()
+        draws = stage.draw(0, range(batch), batch_images)
+        stage.training_loss(unet, batch_images, text, draws).mean().backward()
         update()
 
     return step

@@ -1,12 +1,13 @@
-"""Tars -> batches of images and text embeddings, in an order that depends on the seed and the step only.
+"""Tars -> batches of images and text embeddings, in an order that depends on the seed and the position only.
 
-A global batch of M samples at step n holds positions n M to (n + 1) M - 1 of the data order, for any number of ranks,
-micro-batches and threads, so that a run resumes from its step number. Threads decode images in advance (Pillow and
-NumPy release Python's global interpreter lock).
+Global batches of M samples that begin at position p hold positions p to p + M - 1 of the data order, then the next M,
+for any number of ranks, micro-batches and threads. So a run resumes from the number of samples that it has read, with
+any batch size. Threads decode images in advance (Pillow and NumPy release Python's global interpreter lock).
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections import Counter, deque
@@ -88,8 +89,8 @@ class Loader:
     """The micro-batches of one rank.
 
     shards, caches: the tars, and the text embeddings of each (None: no text); order: of their samples. size: of the
-    centre square of the scaled image; crop_size: of a random crop of it, which depends on (seed, position). channels:
-    3 for colour, 1 for grey; other files are converted.
+    centre square of the scaled image; crop_size: of a random crop of it, which depends on (crop_seed, position).
+    channels: 3 for colour, 1 for grey; other files are converted.
     global_batch: samples per optimizer step on all ranks, a multiple of world_size * micro_batch. threads: that decode
     images; prefetch: micro-batches prepared in advance; pin: in pinned memory, for copies to a GPU.
 
@@ -121,7 +122,7 @@ class Loader:
         max_bad_share: float = 0.01,
         pin: bool = False,
         held_out: int = 0,
-        seed: int,
+        crop_seed: int,
     ) -> None:
         sizes = order.sizes.tolist()
         assert [len(shard) for shard in shards] == sizes, "the order belongs to other shards"
@@ -136,7 +137,7 @@ class Loader:
         if caches is not None and [len(cache) for cache in caches] != sizes:
             raise ValueError("the text embeddings belong to other shards: rebuild them with fastimagen embed")
         self.shards, self.caches, self.order = shards, caches, order
-        self.size, self.crop_size, self.channels, self.seed = size, crop_size, channels, seed
+        self.size, self.crop_size, self.channels, self.crop_seed = size, crop_size, channels, crop_seed
         self.global_batch, self.micro_batch = global_batch, micro_batch
         self.rank, self.world_size = rank, world_size
         self.threads, self.prefetch, self.max_bad_share, self.pin = threads, prefetch, max_bad_share, pin
@@ -155,15 +156,15 @@ class Loader:
                 f"fastimagen.data.max_bad_share = {max_bad_share} allows"
             )
 
-    def batches(self, start_step: int) -> Generator[Batch, None, None]:
-        """This rank's micro-batches, beginning with optimizer step `start_step`, without end.
+    def batches(self, start: int) -> Generator[Batch, None, None]:
+        """This rank's micro-batches, without end. The first global batch begins at position `start`.
 
         Closing the generator stops the decoding threads; their errors are raised here.
         """
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
         pending: deque[Future[tuple[Batch, list[_Sample]]]] = deque()
         try:
-            for positions in self._schedule(start_step):
+            for positions in self._schedule(start):
                 pending.append(self._submit(pool, positions, self.order.__getitem__))
                 if len(pending) > self.prefetch:
                     yield self._count(*pending.popleft().result())
@@ -180,14 +181,13 @@ class Loader:
         with ThreadPoolExecutor(self.threads, thread_name_prefix="decode") as pool:
             return self._count(*self._submit(pool, indices, self._in_sequence).result())
 
-    def _schedule(self, step: int) -> Iterator[range]:
+    def _schedule(self, start: int) -> Iterator[range]:
         """The positions of each micro-batch of this rank; its part of a global batch is contiguous."""
         share = self.global_batch // self.world_size
-        while True:
-            first = step * self.global_batch + self.rank * share
-            for start in range(first, first + share, self.micro_batch):
-                yield range(start, start + self.micro_batch)
-            step += 1
+        for batch_start in itertools.count(start, self.global_batch):
+            first = batch_start + self.rank * share
+            for position in range(first, first + share, self.micro_batch):
+                yield range(position, position + self.micro_batch)
 
     def _in_sequence(self, number: int) -> tuple[int, int]:
         number %= self.order.total
@@ -228,7 +228,7 @@ class Loader:
         if self.crop_size is None:
             return "center"
         num_offsets = self.size - self.crop_size + 1
-        top, left = random_bits(self.seed, CROPS, (position, 0), 2).tolist()
+        top, left = random_bits(self.crop_seed, CROPS, (position, 0), 2).tolist()
         return top % num_offsets, left % num_offsets, self.crop_size
 
     def _assemble(

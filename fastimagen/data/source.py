@@ -53,11 +53,13 @@ class Split:
         world_size: int,
         micro_batch: int,
         seed: int,
+        crop_seed: int,
         pin: bool = False,
     ) -> Loader:
         """A loader of training batches: images of `size`, or random crops of side `crop` from them.
 
-        pin: in pinned memory, which only a process with a GPU can allocate."""
+        seed: of the order; crop_seed: of the crops, which differ between stages. pin: in pinned memory, which only a
+        process with a GPU can allocate."""
         order = Order([len(shard) for shard in self.shards], seed)
         return Loader(
             self.shards,
@@ -73,7 +75,7 @@ class Split:
             micro_batch=micro_batch,
             threads=config.data.threads,
             max_bad_share=config.data.max_bad_share,
-            seed=seed,
+            crop_seed=crop_seed,
             pin=pin,
         )
 
@@ -88,6 +90,7 @@ class Split:
             world_size=1,
             micro_batch=len(indices),
             seed=0,
+            crop_seed=0,
         )
         return loader.fixed_batch(indices)
 

@@ -37,12 +37,12 @@ class Diffusion:
                 f'use "v", "x0" or more timesteps'
             )
 
-    def training_times(self, batch: int, generator: torch.Generator) -> Tensor:
-        """Random times (B,) on the generator's device: uniform, or with log-normal noise levels sigma / alpha.
+    def training_times(self, uniform: Tensor) -> Tensor:
+        """Times (B,) from uniform numbers (B,) in [0, 1), float64: uniform, or with log-normal noise levels
+        sigma / alpha.
 
         Noise levels outside of the schedule's range become its first or last time.
         """
-        uniform = torch.rand(batch, generator=generator, device=generator.device, dtype=torch.float64)
         if self.objective.times == "uniform":
             return self.schedule.training_times(uniform)
         log_ratio = self.objective.edm_mean + self.objective.edm_std * torch.special.ndtri(uniform)

@@ -97,8 +97,10 @@ class MetricAverager:
 
     @classmethod
     def resume(cls, device: torch.device, state: dict[str, Any], rank: int) -> MetricAverager:
-        """The averager of this rank from `state()`."""
-        return cls(device, state["loss_sums"][rank], state["steps"])
+        """The averager of this rank from `state()`. Ranks of another number each get the mean of the sums."""
+        sums = state["loss_sums"]
+        own = sums[rank] if len(sums) == dist.get_world_size() else sum(sums) / len(sums)
+        return cls(device, own, state["steps"])
 
     def add(self, loss: Tensor, images: int, data_wait: float) -> None:
         """Add an optimizer step: mean loss of this rank, images of all ranks, seconds spent waiting for data."""

@@ -1,7 +1,7 @@
 """The training loop: the stages in order, each with a DeepSpeed engine of its own.
 
-To resume, rerun the command. The random numbers of a step are a function of (seed, stage, step, rank), its data of
-(seed, epoch, position): a run that was killed and resumed computes the same as an uninterrupted one.
+To resume, rerun the command. The random numbers of a sample are a function of (seed, stage, position), the sample
+itself of (seed, position): a run computes the same on any number of ranks, and after it was killed and resumed.
 """
 
 from __future__ import annotations
@@ -113,11 +113,11 @@ class Trainer:
         accumulation_steps = deepspeed["gradient_accumulation_steps"]
         weights = FlatWeights(engine)
         ema = EMA(weights.shards, self._stage_settings(config).ema or settings.ema)
-        start_step, averager = 0, MetricAverager(self.device)
+        start_step, samples, averager = 0, 0, MetricAverager(self.device)
         if resume_from:
             state, ema_weights = checkpoint.load(resume_from, engine)
             weights.scatter(ema_weights, ema.average)
-            start_step = state["step"]
+            start_step, samples = state["step"], state["samples"]
             averager = MetricAverager.resume(self.device, state["averages"], self.rank)
             self._print(f"{config.name}: resuming from step {start_step}")
         loader = self._loader(train_data, config, deepspeed)
@@ -125,13 +125,13 @@ class Trainer:
             self.run_dir, stage=config.name, steps=steps, start=start_step, rank=self.rank, monitor=engine.monitor
         )
         nonfinite_in_a_row = 0
-        batches = loader.batches(start_step)
+        batches = loader.batches(samples)
         try:
             for step in range(start_step + 1, steps + 1):
                 phases.enter("data", step)
                 skipped_before, data_wait = engine.skipped_steps, 0.0
                 step_loss = torch.zeros((), device=self.device)
-                for micro_step in range(accumulation_steps):
+                for _ in range(accumulation_steps):
                     phases.enter("data")
                     began = time.perf_counter()
                     batch = next(batches)
@@ -139,13 +139,14 @@ class Trainer:
                     text = batch.text_for(config.unet, self.device)
                     data_wait += time.perf_counter() - began
                     phases.enter("forward")
-                    generator = self._generator(config, step, micro_step)
-                    loss = stage.training_loss(engine, images, text, generator).mean()
+                    draws = stage.draw(settings.seed, batch.positions.tolist(), images)
+                    loss = stage.training_loss(engine, images, text, draws).mean()
                     phases.enter("backward")
                     engine.backward(loss)
                     phases.enter("step")
                     engine.step()  # an optimizer step after the last micro-batch
                     step_loss += loss.detach() / accumulation_steps
+                samples += global_batch_size
 
                 if engine.skipped_steps > skipped_before:
                     nonfinite_in_a_row += 1
@@ -175,7 +176,7 @@ class Trainer:
                 reason = stop.should_stop()
                 if reason or save:
                     phases.enter("checkpoint")
-                    state, folder = self._state(config, step, averager), self._checkpoints(config)
+                    state, folder = self._state(config, step, samples, averager), self._checkpoints(config)
                     checkpoint.save(folder, engine, weights.gather(ema.average), state, settings.keep_checkpoints)
                 if reason:
                     raise TrainingInterrupted(
@@ -207,6 +208,7 @@ class Trainer:
             global_batch=deepspeed["train_batch_size"],
             micro_batch=deepspeed["train_micro_batch_size_per_gpu"],
             seed=self.settings.seed,
+            crop_seed=mix_seed(self.settings.seed, config.name, "crops"),
             pin=self.device.type == "cuda",
         )
 
@@ -224,10 +226,11 @@ class Trainer:
             check_same_stage(checkpoint.read_state(newest)["stage"], config, newest)
         return newest
 
-    def _state(self, config: StageConfig, step: int, averager: MetricAverager) -> dict[str, Any]:
-        """The content of a checkpoint's state.json."""
+    def _state(self, config: StageConfig, step: int, samples: int, averager: MetricAverager) -> dict[str, Any]:
+        """The content of a checkpoint's state.json. samples: read since the start, the next position of the data."""
         return {
             "step": step,
+            "samples": samples,
             "stage": config.model_dump(mode="json"),
             "world_size": self.world_size,
             "averages": averager.state(),
@@ -301,10 +304,6 @@ class Trainer:
             if self.settings.compile:
                 unet.compile(mode=self.settings.compile)
         return make_engine(unet, deepspeed, muon), deepspeed
-
-    def _generator(self, config: StageConfig, step: int, micro_step: int) -> torch.Generator:
-        seed = mix_seed(self.settings.seed, config.name, step, micro_step, self.rank)
-        return torch.Generator(self.device).manual_seed(seed)
 
     # ---- reports
 

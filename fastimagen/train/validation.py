@@ -18,7 +18,7 @@ from ..seeds import mix_seed
 from .ema import EMA
 from .flat_weights import FlatWeights
 
-CHUNK_SIZE = 32  # validation samples per random generator: the loss does not depend on ranks or batch size
+CHUNK_SIZE = 32  # validation samples per batch
 MAX_PREVIEW_STEPS = 32
 """Sampling steps of a preview grid. With 1000 DDPM steps, 16 guided images would cost as much as 333 training steps of
 32 images. All samplers respace to fewer steps; `fastimagen sample` takes the stage's own number."""
@@ -44,9 +44,9 @@ def validation_loss(stage: Stage, unet: UNet, split: Split, config: Config) -> f
     chunks = [range(first, min(first + CHUNK_SIZE, count)) for first in range(0, count, CHUNK_SIZE)]
     for index in range(dist.get_rank(), len(chunks), dist.get_world_size()):
         batch = split.fixed_batch(config.fastimagen, chunks[index], size=stage.config.size, crop=stage.config.crop)
-        generator = torch.Generator(device).manual_seed(mix_seed(settings.seed, stage.name, "validation", index))
-        text = batch.text_for(stage.config.unet, device)
-        loss = stage.training_loss(unet, batch.images_for(device), text, generator, drop_captions=False)
+        images, text = batch.images_for(device), batch.text_for(stage.config.unet, device)
+        draws = stage.draw(mix_seed(settings.seed, "validation"), chunks[index], images)
+        loss = stage.training_loss(unet, images, text, draws, drop_captions=False)
         total += loss.double().sum()
     dist.all_reduce(total)
     return total.item() / count

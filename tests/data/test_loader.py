@@ -59,11 +59,11 @@ def embeddings(shards):
 def make_loader(shards, *, seed=5, **options):
     options = {"size": 8, "global_batch": 12, "micro_batch": 12} | options
     order = Order([len(shard) for shard in shards], seed, block=2)
-    return Loader(shards, embeddings(shards), order, seed=seed, **options)
+    return Loader(shards, embeddings(shards), order, crop_seed=seed, **options)
 
 
 def take(loader: Loader, start: int, count: int) -> list[Batch]:
-    batches = loader.batches(start)
+    batches = loader.batches(start * loader.global_batch)
     try:
         return list(itertools.islice(batches, count))
     finally:
@@ -155,7 +155,7 @@ def test_fixed_batch_is_in_the_order_of_the_shards(shards):
 
 def test_a_loader_without_embeddings_has_no_text(shards):
     order = Order([len(shard) for shard in shards], 0)
-    (batch,) = take(Loader(shards, None, order, size=8, global_batch=4, micro_batch=4, seed=0), 0, 1)
+    (batch,) = take(Loader(shards, None, order, size=8, global_batch=4, micro_batch=4, crop_seed=0), 0, 1)
     assert batch.text is None and numbers(batch) == [int(key) for key in batch.keys]
 
 
@@ -291,7 +291,7 @@ def test_errors_in_decoding_threads_reach_the_consumer(shards):
     order = Order([len(shard) for shard in shards], 0)
     caches = [Broken(cache) for cache in embeddings(shards)]
     with pytest.raises(OSError, match="disk failure"):
-        take(Loader(shards, caches, order, size=8, global_batch=4, micro_batch=4, seed=0), 0, 1)
+        take(Loader(shards, caches, order, size=8, global_batch=4, micro_batch=4, crop_seed=0), 0, 1)
     assert decoding_threads() == 0
 
 
@@ -319,7 +319,7 @@ def test_inconsistent_sizes_are_refused(shards, options, message):
 def test_embeddings_of_other_shards_are_refused(shards):
     order = Order([len(shard) for shard in shards], 0)
     with pytest.raises(ValueError, match="fastimagen embed"):
-        Loader(shards, embeddings(shards)[::-1], order, size=8, global_batch=4, micro_batch=4, seed=0)
+        Loader(shards, embeddings(shards)[::-1], order, size=8, global_batch=4, micro_batch=4, crop_seed=0)
 
 
 def test_a_grey_loader_gives_the_luma_of_colour_images(tmp_path):

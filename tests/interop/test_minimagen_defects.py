@@ -46,7 +46,7 @@ def test_defect_2_training_and_sampling_augment_the_lowres_image_alike() -> None
     """A constant image of 0.6, in [-1, 1], reaches the network as 0.6 alpha + sigma noise in both."""
     stage, spy = sr_stage(augmentation={"train_range": [0.2, 0.2], "sample_level": 0.2}), Spy()
     constant = torch.full((64, 3, 16, 16), 0.6)
-    stage.training_loss(spy, constant, None, torch.Generator().manual_seed(0))
+    stage.training_loss(spy, constant, None, stage.draw(0, range(64), constant))
     stage.sample(spy, None, list(range(64)), lowres=stage.shrink(constant))
     (trained, sampled) = spy.calls[0], spy.calls[1]
     alpha, sigma = (value.item() for value in stage.augmentation.alpha_sigma(torch.tensor(0.2)))
@@ -64,11 +64,13 @@ def test_defect_5_flat_images_train_and_contrast_is_unchanged() -> None:
     torch.testing.assert_close(faint.unique(), torch.tensor([-0.2, 0.2]), rtol=0, atol=1e-6)
     stage = sr_stage()
     unet = UNet(stage.config.unet)
-    stage.training_loss(unet, torch.stack([black, faint]), None, torch.Generator().manual_seed(0)).sum().backward()
+    images = torch.stack([black, faint])
+    stage.training_loss(unet, images, None, stage.draw(0, range(2), images)).sum().backward()
     assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in unet.parameters())
 
 
 def test_defect_9_each_sample_has_its_own_augmentation_level() -> None:
     stage, spy = sr_stage(augmentation={"train_range": [0.0, 1.0]}), Spy()
-    stage.training_loss(spy, torch.zeros(8, 3, 16, 16), None, torch.Generator().manual_seed(0))
+    images = torch.zeros(8, 3, 16, 16)
+    stage.training_loss(spy, images, None, stage.draw(0, range(8), images))
     assert len(spy.calls[0]["lowres_time"].unique()) == 8

@@ -37,11 +37,10 @@ def test_a_step_reads_no_tensor_on_the_host(name: str) -> None:
     unet = UNet(stage.config.unet)
     images = torch.rand(2, 3, stage.config.size, stage.config.size) * 2 - 1
     text = TextEmbeddings(torch.randn(2, 5, 64), torch.arange(5) < torch.tensor([[5], [2]]))
-    generator = torch.Generator().manual_seed(0)
     average = EMA(list(unet.parameters()), EMAConfig())
 
     def step() -> None:
-        stage.training_loss(unet, images, text, generator).mean().backward()
+        stage.training_loss(unet, images, text, stage.draw(0, range(2), images)).mean().backward()
         average.update(1)
 
     step()
@@ -87,7 +86,8 @@ def test_caption_lengths_share_one_compiled_graph(name: str) -> None:
             TextEmbeddings(torch.ones(2, length, 64), torch.arange(length) < torch.tensor([[length], [2]]))
             for length in (4, 7, 11)
         ]
-        return [stage.training_loss(unet, images, text, torch.Generator().manual_seed(1)).mean() for text in texts]
+        draws = stage.draw(1, range(2), images)
+        return [stage.training_loss(unet, images, text, draws).mean() for text in texts]
 
     expected = losses()
     torch._dynamo.reset()
