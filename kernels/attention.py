@@ -225,8 +225,11 @@ def attention_backward(
     out: Tensor,
     lse: Tensor,
     scale: float,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """dq, dk, dv, dnull (2, *null_k.shape), dcontext_k, dcontext_v; None for absent inputs. dout is like out."""
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """dq, dkv (B, J, 2, A_kv, D), dnull (2, *null_k.shape), dcontext_kv (B, L, 2, A_kv, D); None for absent inputs.
+
+    dout is like out.
+    """
     plan = plan_for(q, k, context_k, null_k)
     inputs = (strided(q), strided(k), strided(v))
     context = (strided(context_k), strided(context_v))
@@ -260,19 +263,19 @@ def attention_backward(
             *plan.backward_rows.constants,
             **plan.backward_rows.options,
         )
-        grads = [
-            None if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-            for x in (k, v, context_k, context_v)
-        ]
+        dkv, dcontext_kv = (
+            None if x is None else torch.empty((*x.shape[:2], 2, *x.shape[2:]), dtype=x.dtype, device=x.device)
+            for x in (k, context_k)
+        )
         if plan.backward_keys is not None:
             rows = (inputs, context, lengths, lse, strided_dout, delta)
-            launch_backward_keys(plan, plan.backward_keys, *rows, scale, grads)
+            launch_backward_keys(plan, plan.backward_keys, *rows, scale, dkv, dcontext_kv)
     if dnull is not None:
         assert null_k is not None
         dnull = dnull.sum((1, 2, 3) if null_k.dim() == 1 else (1, 3))  # (2, D) or (2, A_kv, D)
         if dnull.dtype != null_k.dtype:
             dnull = dnull.to(null_k.dtype)
-    return dq, grads[0], grads[1], dnull, grads[2], grads[3]
+    return dq, dkv, dnull, dcontext_kv
 
 
 def launch_backward_keys(
@@ -285,20 +288,24 @@ def launch_backward_keys(
     dout: tuple,
     delta: Tensor,
     scale: float,
-    grads: list[Tensor | None],
+    dkv: Tensor | None,
+    dcontext_kv: Tensor | None,
 ) -> None:
-    """Compute `grads`: dk, dv, dcontext_k, dcontext_v.
+    """Compute dkv and dcontext_kv.
 
     inputs: q, k, v; context: context_k, context_v; dout: all as `strided` returns them.
     """
     image, text = plan.image, plan.text
-    targets, total = list(map(strided, grads)), 2 * (image + text)
-    parts = None
+    total = 2 * (image + text)
+    parts, sums_kv, sums_context_kv = None, dkv, dcontext_kv
     if plan.splits > 1:
         parts = torch.empty(plan.splits, total, dtype=torch.float32, device=lse.device)
         first = parts[0]  # (total,): the other splits follow at the same offsets
-        starts = (0, image, 2 * image, 2 * image + text)
-        targets = [x and (first[start:], *x[1:]) for x, start in zip(targets, starts)]
+        sums_kv = None if dkv is None else first[: 2 * image].view(dkv.shape)  # (B, J, 2, A_kv, D)
+        sums_context_kv = None if dcontext_kv is None else first[2 * image :].view(dcontext_kv.shape)
+    targets: list[tuple | None] = []
+    for sums in (sums_kv, sums_context_kv):
+        targets += [None, None] if sums is None else map(strided, sums.unbind(2))  # (B, J, A_kv, D) each
     attention_backward_keys_kernel[launch.grid](
         *inputs,
         *context,
@@ -320,7 +327,7 @@ def launch_backward_keys(
     )
     if parts is not None:
         attention_add_splits_kernel[(-(-total // ADD_BLOCK),)](
-            parts, *grads, plan.splits, total, image, text, BLOCK=ADD_BLOCK
+            parts, dkv, dcontext_kv, plan.splits, total, 2 * image, BLOCK=ADD_BLOCK
         )
 
 

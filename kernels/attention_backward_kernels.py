@@ -347,26 +347,20 @@ def attention_backward_keys_kernel(
 
 @triton.jit(do_not_specialize=["splits", "total", "image", "text"])
 def attention_add_splits_kernel(
-    parts,  # (splits, total) fp32: dk, dv, dcontext_k and dcontext_v of each split, one after the other
-    dk,  # (B, J, A_kv, D), or None
-    dv,  # as dk
-    dcontext_k,  # (B, L, A_kv, D), or None
-    dcontext_v,  # as dcontext_k
+    parts,  # (splits, total) fp32: dkv and dcontext_kv of each split, one after the other
+    dkv,  # (B, J, 2, A_kv, D), or None
+    dcontext_kv,  # (B, L, 2, A_kv, D), or None
     splits,  # splits of the rows
-    total,  # elements of dk, dv, dcontext_k and dcontext_v together
-    image,  # elements of dk
-    text,  # elements of dcontext_k
+    total,  # elements of dkv and dcontext_kv together
+    image,  # elements of dkv
     BLOCK: tl.constexpr,  # elements of a program
 ):
-    """The sum of `parts` over the splits, in order, stored as dk, dv, dcontext_k and dcontext_v."""
+    """The sum of `parts` over the splits, in order, stored as dkv and dcontext_kv."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros([BLOCK], tl.float32)
     for split in range(0, splits):
         acc += tl.load(parts + tl.cast(split, tl.int64) * total + at, at < total, 0.0)
-    if dk is not None:
-        tl.store(dk + at, acc, at < image)
-        tl.store(dv + (at - image), acc, (at >= image) & (at < 2 * image))
-    if dcontext_k is not None:
-        at -= 2 * image
-        tl.store(dcontext_k + at, acc, (at >= 0) & (at < text))
-        tl.store(dcontext_v + (at - text), acc, (at >= text) & (at < 2 * text))
+    if dkv is not None:
+        tl.store(dkv + at, acc, at < image)
+    if dcontext_kv is not None:
+        tl.store(dcontext_kv + (at - image), acc, (at >= image) & (at < total))

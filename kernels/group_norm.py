@@ -88,8 +88,8 @@ class Gradients(NamedTuple):
     dx: Tensor
     dweight: Tensor
     dbias: Tensor
-    dscale: Tensor | None
-    dshift: Tensor | None
+    dfilm: Tensor | None  # (B, 2, C): dscale, dshift
+    dfilm_bias: Tensor | None
     dx_bias: Tensor | None
     dskip: Tensor | None
 
@@ -184,6 +184,7 @@ def group_norm_forward(
     num_groups: int,
     eps: float,
     silu: bool,
+    film_bias: Tensor | None = None,
     x_bias: Tensor | None = None,
     skip: Tensor | None = None,
     skip_scale: float = 1.0,
@@ -191,7 +192,7 @@ def group_norm_forward(
     """y (B, C, H, W) in x's layout and dtype, mean and rstd (B, G) in fp32.
 
     x (B, C_X, H, W) is contiguous or channels_last; skip (B, C - C_X, H, W) has its layout and dtype. weight, bias
-    (C,), x_bias (C_X,) and the rows of scale, shift (B, C) are contiguous.
+    (C,), x_bias (C_X,), film_bias (2 C,) and the rows of scale, shift (B, C) are contiguous.
     """
     shape, channels_last, device = x.shape, is_channels_last(x), x.device
     batch = shape[0]
@@ -205,7 +206,7 @@ def group_norm_forward(
         y = torch.empty((batch, weight.shape[0], *shape[2:]), dtype=x.dtype, device=device, memory_format=layout)
     mean = torch.empty((batch, num_groups), dtype=torch.float32, device=device)
     rstd = torch.empty((batch, num_groups), dtype=torch.float32, device=device)
-    tensors = (x, skip, y, x_bias, weight, bias, scale, shift)
+    tensors = (x, skip, y, x_bias, weight, bias, scale, shift, film_bias)
     scales = (0 if scale is None else scale.stride(0), 0 if shift is None else shift.stride(0), skip_scale)
     with torch.cuda.device_of(x):
         if not p.chunks:
@@ -233,6 +234,7 @@ def group_norm_backward(
     rstd: Tensor,
     num_groups: int,
     silu: bool,
+    film_bias: Tensor | None = None,
     x_bias: Tensor | None = None,
     skip: Tensor | None = None,
     skip_scale: float = 1.0,
@@ -246,18 +248,17 @@ def group_norm_backward(
     p = plan(shape, channels - shape[1], is_channels_last(x), x.itemsize, num_groups, silu, "backward", select)
     dx = torch.empty_like(x)
     dskip = None if skip is None else torch.empty_like(skip)
-    dscale = dshift = None
+    dfilm = None
     scales: tuple[int, int, float] = (0, 0, skip_scale)
     if scale is not None:
         assert shift is not None
-        dscale = torch.empty((batch, channels), dtype=scale.dtype, device=device)
-        dshift = torch.empty((batch, channels), dtype=shift.dtype, device=device)
+        dfilm = torch.empty((batch, 2, channels), dtype=scale.dtype, device=device)
         scales = (scale.stride(0), shift.stride(0), skip_scale)
     vectors = 2 if x_bias is None else 3
     samples = torch.empty((batch, vectors, channels), dtype=fp32, device=device)
     gradients = (x_residual, skip_residual, dx, dskip)
-    saved = (x_bias, weight, bias, scale, shift, mean, rstd)
-    results = (dscale, dshift, samples, *scales)
+    saved = (x_bias, weight, bias, scale, shift, film_bias, mean, rstd)
+    results = (dfilm, samples, *scales)
     with torch.cuda.device_of(x):
         if not p.chunks:
             group_norm_silu_one_pass_backward_kernel[(batch * p.programs,)](
@@ -277,18 +278,21 @@ def group_norm_backward(
                 )
         dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
         dx_bias = None if x_bias is None else torch.empty_like(x_bias)
+        dfilm_bias = None if film_bias is None else torch.empty_like(film_bias)
         group_norm_silu_vector_gradients_kernel[(triton.cdiv(channels, VECTOR_WIDTH),)](
             samples,
             dweight,
             dbias,
             dx_bias,
+            dfilm,
+            dfilm_bias,
             batch,
             C=channels,
             C_X=shape[1],
             SAMPLES=VECTOR_SAMPLES,
             WIDTH=VECTOR_WIDTH,
         )
-    return Gradients(dx, dweight, dbias, dscale, dshift, dx_bias, dskip)
+    return Gradients(dx, dweight, dbias, dfilm, dfilm_bias, dx_bias, dskip)
 
 
 def can_select(device: torch.device) -> bool:
@@ -311,15 +315,15 @@ def shipped() -> Iterator[tuple[str, Callable[[], object]]]:
         (torch.bfloat16, contiguous, 512, 64, True, ""),
         (torch.float32, last, 512, 64, True, ""),
         (torch.float32, contiguous, 512, 16, True, ""),
-        (torch.bfloat16, last, 512, 64, True, "x_bias"),
-        (torch.bfloat16, last, 512, 16, True, "x_bias"),
+        (torch.bfloat16, last, 512, 64, True, "biases"),
+        (torch.bfloat16, last, 512, 16, True, "biases"),
         (torch.bfloat16, last, 768, 64, False, "skip and residuals"),
         (torch.bfloat16, last, 512, 16, False, "skip and residuals"),
         (torch.bfloat16, contiguous, 768, 64, False, "skip and residuals"),
     ):
         meta = partial(meta_map, side=side, dtype=dtype, layout=layout)
         vector, statistic = torch.empty(channels, device="meta"), torch.empty(8, 8, device="meta")
-        x_bias = vector if more == "x_bias" else None
+        film_bias, x_bias = (torch.empty(2 * channels, device="meta"), vector) if more == "biases" else (None, None)
         x, skip = meta(channels), None
         if more == "skip and residuals":
             x, skip = meta(320), meta(channels - 320)  # 64-channel tiles are whole; of 512 / 8 or 768 / 8 channels
@@ -330,8 +334,8 @@ def shipped() -> Iterator[tuple[str, Callable[[], object]]]:
         layout_name = "channels_last" if layout is last else "contiguous"
         label = " ".join(filter(None, (dtype_name, layout_name, f"{channels}x{side}x{side}", more)))
         vectors = (vector, vector, scale, shift)
-        yield f"forward {label}", partial(group_norm_forward, x, *vectors, 8, 1e-5, True, x_bias, skip, 0.7)
-        saved = (meta(channels), x, *vectors, statistic, statistic, 8, True, x_bias, skip, 0.7)
+        yield f"forward {label}", partial(group_norm_forward, x, *vectors, 8, 1e-5, True, film_bias, x_bias, skip, 0.7)
+        saved = (meta(channels), x, *vectors, statistic, statistic, 8, True, film_bias, x_bias, skip, 0.7)
         yield f"backward {label}", partial(group_norm_backward, *saved, *((x, skip) if skip is not None else ()))
 
 

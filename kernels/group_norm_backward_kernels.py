@@ -8,6 +8,7 @@ from .group_norm_device import (
     affine,
     by_group,
     columns,
+    film_factor,
     input_bias,
     load_input,
     load_masked,
@@ -39,15 +40,14 @@ def sums_of_chunks(sums_ptr, n, chunks, channel, valid, C: tl.constexpr, VECTORS
 
 
 @triton.jit
-def store_film_gradients(
-    s1, s2, weight_ptr, bias_ptr, scale_ptr, dscale_ptr, dshift_ptr, n, channel, valid, C: tl.constexpr
-):
+def store_film_gradients(s1, s2, weight_ptr, bias_ptr, dfilm_ptr, n, channel, valid, C: tl.constexpr):
     """dscale and dshift of channels (columns,) of sample n, if there is FiLM."""
-    if scale_ptr is not None:
+    if dfilm_ptr is not None:
         weight = load_masked(weight_ptr + channel, valid)
         bias = load_masked(bias_ptr + channel, valid)
-        tl.store(dscale_ptr + n * C + channel, weight * s2 + bias * s1, valid)
-        tl.store(dshift_ptr + n * C + channel, s1, valid)
+        at = dfilm_ptr + n * 2 * C + channel
+        tl.store(at, weight * s2 + bias * s1, valid)
+        tl.store(at + C, s1, valid)
 
 
 @triton.jit
@@ -60,8 +60,7 @@ def store_sample_gradients(
     c2,
     gain,
     rstd,
-    scale_ptr,
-    scale_stride,
+    factor,
     n,
     channel,
     valid,
@@ -70,9 +69,6 @@ def store_sample_gradients(
     VECTORS: tl.constexpr,
 ):
     """What sample n adds to dweight, dbias and, of 3 VECTORS, dx_bias (of x's channels; the others are not read)."""
-    factor = tl.full(channel.shape, 1.0, tl.float32)
-    if scale_ptr is not None:
-        factor += load_masked(scale_ptr + n * scale_stride + channel, valid)
     at = samples_ptr + n * VECTORS * C + channel
     tl.store(at, factor * s2, valid)
     tl.store(at + C, factor * s1, valid)
@@ -94,10 +90,10 @@ def group_norm_silu_one_pass_backward_kernel(
     bias_ptr,  # (C,)
     scale_ptr,  # (B, C), or None
     shift_ptr,  # (B, C), or None
+    film_bias_ptr,  # (2 C,): added to scale and shift, or None
     mean_ptr,  # (B, G) fp32
     rstd_ptr,  # (B, G) fp32
-    dscale_ptr,  # (B, C), or None
-    dshift_ptr,  # (B, C), or None
+    dfilm_ptr,  # (B, 2, C): dscale, dshift, or None
     samples_ptr,  # (B, 2, C) fp32, with x_bias (B, 3, C): dweight, dbias, dx_bias
     scale_stride,  # elements between samples of scale
     shift_stride,  # elements between samples of shift
@@ -118,7 +114,9 @@ def group_norm_silu_one_pass_backward_kernel(
     channel, valid = columns(group, C, CPG, 1, WIDTH)
     row = tl.arange(0, ROWS).to(tl.int64)
     mask = (row < pixels)[:, None] & valid[None, :]
-    gain, bias = affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride, n, channel, valid)
+    gain, bias = affine(
+        weight_ptr, bias_ptr, scale_ptr, shift_ptr, film_bias_ptr, scale_stride, shift_stride, n, channel, valid, C
+    )
     rstd = tl.load(rstd_ptr + index)
     centre = tl.load(mean_ptr + index) - input_bias(x_bias_ptr, channel, valid, C_X)  # (WIDTH,)
     x = load_input(x_ptr, skip_ptr, skip_scale, n, row, channel, mask, pixels, C, C_X, CHANNELS_LAST, SELECT)
@@ -134,15 +132,13 @@ def group_norm_silu_one_pass_backward_kernel(
     c1 = tl.sum(gain * s1, axis=0) / (CPG * (pixels * 1.0))
     c2 = tl.sum(gain * s2, axis=0) / (CPG * (pixels * 1.0))
     dx = rstd * (gain[None, :] * dz - c1 - xhat * c2)
-    factor = skip_factor(skip_ptr, skip_scale, channel, C_X)
-    dx = dx * factor[None, :]
+    dx = dx * skip_factor(skip_ptr, skip_scale, channel, C_X)[None, :]
     store_gradient(
         dx_ptr, dskip_ptr, residual_ptr, skip_residual_ptr, dx, n, row, channel, mask, pixels, C, C_X, CHANNELS_LAST
     )
-    store_film_gradients(s1, s2, weight_ptr, bias_ptr, scale_ptr, dscale_ptr, dshift_ptr, n, channel, valid, C)
-    store_sample_gradients(
-        samples_ptr, s0, s1, s2, c1, c2, gain, rstd, scale_ptr, scale_stride, n, channel, valid, pixels, C, VECTORS
-    )
+    store_film_gradients(s1, s2, weight_ptr, bias_ptr, dfilm_ptr, n, channel, valid, C)
+    factor = film_factor(scale_ptr, film_bias_ptr, scale_stride, n, channel, valid)
+    store_sample_gradients(samples_ptr, s0, s1, s2, c1, c2, gain, rstd, factor, n, channel, valid, pixels, C, VECTORS)
 
 
 @triton.jit(do_not_specialize=["first_sample", "chunks", "tiles"])
@@ -155,6 +151,7 @@ def group_norm_silu_backward_sums_kernel(
     bias_ptr,  # (C,)
     scale_ptr,  # (B, C), or None
     shift_ptr,  # (B, C), or None
+    film_bias_ptr,  # (2 C,): added to scale and shift, or None
     mean_ptr,  # (B, G) fp32
     rstd_ptr,  # (B, G) fp32
     sums_ptr,  # (B, chunks, 2, C) fp32, with x_bias (B, chunks, 3, C): S1, S2, S0
@@ -183,7 +180,9 @@ def group_norm_silu_backward_sums_kernel(
     block, chunk, n = program_position(tl.program_id(0), chunks, C, CPG, GROUPS, WIDTH)
     n += first_sample
     channel, valid = columns(block, C, CPG, GROUPS, WIDTH)
-    gain, bias = affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride, n, channel, valid)
+    gain, bias = affine(
+        weight_ptr, bias_ptr, scale_ptr, shift_ptr, film_bias_ptr, scale_stride, shift_stride, n, channel, valid, C
+    )
     statistic = n * (C // CPG) + channel // CPG
     rstd = load_masked(rstd_ptr + statistic, valid)
     centre = load_masked(mean_ptr + statistic, valid) - input_bias(x_bias_ptr, channel, valid, C_X)
@@ -230,12 +229,12 @@ def group_norm_silu_backward_kernel(
     bias_ptr,  # (C,)
     scale_ptr,  # (B, C), or None
     shift_ptr,  # (B, C), or None
+    film_bias_ptr,  # (2 C,): added to scale and shift, or None
     mean_ptr,  # (B, G) fp32
     rstd_ptr,  # (B, G) fp32
     sums_ptr,  # (B, chunks, 2, C) fp32, with x_bias (B, chunks, 3, C): S1, S2, S0
     parts_ptr,  # (B, G, parts, 2) fp32: sums over channels of gain * S1 and gain * S2
-    dscale_ptr,  # (B, C), or None
-    dshift_ptr,  # (B, C), or None
+    dfilm_ptr,  # (B, 2, C): dscale, dshift, or None
     samples_ptr,  # (B, 2, C) fp32, with x_bias (B, 3, C): dweight, dbias, dx_bias
     scale_stride,  # elements between samples of scale
     shift_stride,  # elements between samples of shift
@@ -261,7 +260,9 @@ def group_norm_silu_backward_kernel(
     block, chunk, n = program_position(tl.num_programs(0) - 1 - tl.program_id(0), chunks, C, CPG, GROUPS, WIDTH)
     n += first_sample
     channel, valid = columns(block, C, CPG, GROUPS, WIDTH)
-    gain, bias = affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride, n, channel, valid)
+    gain, bias = affine(
+        weight_ptr, bias_ptr, scale_ptr, shift_ptr, film_bias_ptr, scale_stride, shift_stride, n, channel, valid, C
+    )
     statistic = n * (C // CPG) + channel // CPG
     rstd = load_masked(rstd_ptr + statistic, valid)
     centre = load_masked(mean_ptr + statistic, valid) - input_bias(x_bias_ptr, channel, valid, C_X)
@@ -274,13 +275,14 @@ def group_norm_silu_backward_kernel(
     if chunk == chunks - 1:  # these programs are the first to start
         VECTORS: tl.constexpr = 2 if x_bias_ptr is None else 3
         s0, s1, s2 = sums_of_chunks(sums_ptr, n, chunks, channel, valid, C, VECTORS, CHUNKS)
-        store_film_gradients(s1, s2, weight_ptr, bias_ptr, scale_ptr, dscale_ptr, dshift_ptr, n, channel, valid, C)
+        store_film_gradients(s1, s2, weight_ptr, bias_ptr, dfilm_ptr, n, channel, valid, C)
+        factor = film_factor(scale_ptr, film_bias_ptr, scale_stride, n, channel, valid)
         store_sample_gradients(
-            samples_ptr, s0, s1, s2, c1, c2, gain, rstd, scale_ptr, scale_stride, n, channel, valid, pixels, C, VECTORS
+            samples_ptr, s0, s1, s2, c1, c2, gain, rstd, factor, n, channel, valid, pixels, C, VECTORS
         )
 
     slope = gain * rstd
-    factor = skip_factor(skip_ptr, skip_scale, channel, C_X)
+    of_input = skip_factor(skip_ptr, skip_scale, channel, C_X)
     by_x = rstd * rstd * c2
     constant = rstd * c1
     first = chunk.to(tl.int64) * tiles * ROWS
@@ -292,7 +294,7 @@ def group_norm_silu_backward_kernel(
         dy = load_masked(pointers(dy_ptr, n, row, channel, pixels, C, CHANNELS_LAST), mask)
         dz = activation_gradient(dy, x * slope[None, :] + bias[None, :], SILU)
         dx = slope[None, :] * dz - (by_x[None, :] * x + constant[None, :])
-        dx = dx * factor[None, :]
+        dx = dx * of_input[None, :]
         store_gradient(
             dx_ptr, dskip_ptr, residual_ptr, skip_residual_ptr, dx, n, row, channel, mask, pixels, C, C_X, CHANNELS_LAST
         )
@@ -304,18 +306,22 @@ def group_norm_silu_vector_gradients_kernel(
     dweight_ptr,  # (C,)
     dbias_ptr,  # (C,)
     dx_bias_ptr,  # (C_X,), or None
+    dfilm_ptr,  # (B, 2, C): dscale, dshift, or None
+    dfilm_bias_ptr,  # (2 C,), or None
     batch,  # B
     C: tl.constexpr,  # channels
     C_X: tl.constexpr,  # channels of x
     SAMPLES: tl.constexpr,  # samples loaded at once
     WIDTH: tl.constexpr,  # channels of a program
 ):
-    """dweight, dbias and dx_bias of WIDTH channels: sums over the samples."""
+    """dweight, dbias, dx_bias and dfilm_bias of WIDTH channels: sums over the samples."""
     channel = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     VECTORS: tl.constexpr = 2 if dx_bias_ptr is None else 3
     dweight = tl.zeros([SAMPLES, WIDTH], tl.float32)
     dbias = tl.zeros([SAMPLES, WIDTH], tl.float32)
     dx_bias = tl.zeros([SAMPLES, WIDTH], tl.float32)
+    dscale = tl.zeros([SAMPLES, WIDTH], tl.float32)
+    dshift = tl.zeros([SAMPLES, WIDTH], tl.float32)
     for first in range(0, batch, SAMPLES):
         n = (first + tl.arange(0, SAMPLES)).to(tl.int64)
         at = samples_ptr + n[:, None] * (VECTORS * C) + channel[None, :]
@@ -324,7 +330,14 @@ def group_norm_silu_vector_gradients_kernel(
         dbias += load_masked(at + C, there & (channel < C)[None, :])
         if dx_bias_ptr is not None:
             dx_bias += load_masked(at + 2 * C, there & (channel < C_X)[None, :])
+        if dfilm_bias_ptr is not None:
+            film_at = dfilm_ptr + n[:, None] * (2 * C) + channel[None, :]
+            dscale += load_masked(film_at, there & (channel < C)[None, :])
+            dshift += load_masked(film_at + C, there & (channel < C)[None, :])
     tl.store(dweight_ptr + channel, tl.sum(dweight, axis=0), channel < C)
     tl.store(dbias_ptr + channel, tl.sum(dbias, axis=0), channel < C)
     if dx_bias_ptr is not None:
         tl.store(dx_bias_ptr + channel, tl.sum(dx_bias, axis=0), channel < C_X)
+    if dfilm_bias_ptr is not None:
+        tl.store(dfilm_bias_ptr + channel, tl.sum(dscale, axis=0), channel < C)
+        tl.store(dfilm_bias_ptr + C + channel, tl.sum(dshift, axis=0), channel < C)

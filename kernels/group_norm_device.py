@@ -139,14 +139,39 @@ def to_columns(v, GROUPS: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride, n, channel, valid):
+def film_factor(scale_ptr, film_bias_ptr, scale_stride, n, channel, valid):
+    """1 + scale (columns,) of sample n, with the bias of FiLM's linear layer."""
+    factor = tl.full(channel.shape, 1.0, tl.float32)
+    if scale_ptr is not None:
+        factor += load_masked(scale_ptr + n * scale_stride + channel, valid)
+        if film_bias_ptr is not None:
+            factor += load_masked(film_bias_ptr + channel, valid)
+    return factor
+
+
+@triton.jit
+def affine(
+    weight_ptr,
+    bias_ptr,
+    scale_ptr,
+    shift_ptr,
+    film_bias_ptr,
+    scale_stride,
+    shift_stride,
+    n,
+    channel,
+    valid,
+    C: tl.constexpr,
+):
     """gain and offset (columns,) of group_norm.py's formulas."""
     gain = load_masked(weight_ptr + channel, valid)
     offset = load_masked(bias_ptr + channel, valid)
     if scale_ptr is not None:
-        factor = 1 + load_masked(scale_ptr + n * scale_stride + channel, valid)
+        factor = film_factor(scale_ptr, film_bias_ptr, scale_stride, n, channel, valid)
         gain = gain * factor
         offset = offset * factor + load_masked(shift_ptr + n * shift_stride + channel, valid)
+        if film_bias_ptr is not None:
+            offset += load_masked(film_bias_ptr + C + channel, valid)
     return gain, offset
 
 

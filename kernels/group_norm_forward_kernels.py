@@ -31,6 +31,7 @@ def group_norm_silu_one_pass_forward_kernel(
     bias_ptr,  # (C,)
     scale_ptr,  # (B, C), or None
     shift_ptr,  # (B, C), or None
+    film_bias_ptr,  # (2 C,): added to scale and shift, or None
     mean_ptr,  # (B, G) fp32
     rstd_ptr,  # (B, G) fp32
     scale_stride,  # elements between samples of scale
@@ -61,7 +62,9 @@ def group_norm_silu_one_pass_forward_kernel(
         by_group(valid * count, 1, WIDTH), by_group(column_mean + x_bias, 1, WIDTH), by_group(m2, 1, WIDTH)
     )  # (1,)
     rstd = tl.rsqrt(m2 / (CPG * count) + eps)
-    gain, bias = affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride, n, channel, valid)
+    gain, bias = affine(
+        weight_ptr, bias_ptr, scale_ptr, shift_ptr, film_bias_ptr, scale_stride, shift_stride, n, channel, valid, C
+    )
     centre = to_columns(mean, 1, WIDTH) - x_bias
     z = (x - centre[None, :]) * (to_columns(rstd, 1, WIDTH) * gain)[None, :] + bias[None, :]
     y_at = pointers(y_ptr, n, row, channel, pixels, C, CHANNELS_LAST)
@@ -137,6 +140,7 @@ def group_norm_silu_forward_kernel(
     bias_ptr,  # (C,)
     scale_ptr,  # (B, C), or None
     shift_ptr,  # (B, C), or None
+    film_bias_ptr,  # (2 C,): added to scale and shift, or None
     parts_ptr,  # (B, G, parts, 2) fp32: means, sums of squared deviations
     mean_ptr,  # (B, G) fp32
     rstd_ptr,  # (B, G) fp32
@@ -178,7 +182,9 @@ def group_norm_silu_forward_kernel(
     tl.store(mean_ptr + n * (C // CPG) + group, mean, first_of_group & (group < C // CPG))
     tl.store(rstd_ptr + n * (C // CPG) + group, rstd, first_of_group & (group < C // CPG))
 
-    gain, bias = affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride, n, channel, valid)
+    gain, bias = affine(
+        weight_ptr, bias_ptr, scale_ptr, shift_ptr, film_bias_ptr, scale_stride, shift_stride, n, channel, valid, C
+    )
     gain = gain * to_columns(rstd, GROUPS, WIDTH)
     centre = to_columns(mean, GROUPS, WIDTH) - input_bias(x_bias_ptr, channel, valid, C_X)
     first = chunk.to(tl.int64) * tiles * ROWS

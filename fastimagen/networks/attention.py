@@ -64,7 +64,7 @@ class TextAttention(nn.Module):
     def attend(self, x: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         """Normalized x (B, N, C) attends to k and v (B, J, A_kv, D), to the text and to the null key: (B, N, C)."""
         q = rearrange(self.to_q(x), "b n (heads d) -> b n heads d", heads=self.heads)  # (B, N, A, D)
-        null_k, null_v = self.null_kv.unbind()  # (D,) each; two indexed rows would have two gradients of both rows
+        null_k, null_v = ops.halves(rearrange(self.null_kv, "kv d -> (kv d)"), dim=0)  # (D,) each
         qk_scales = None
         if self.qk_scales is not None:
             q_scale, k_scale = self.qk_scales.unbind()  # (D,) each
@@ -95,13 +95,12 @@ class SelfAttention(TextAttention):
 
     def project_text(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values, each (B, L, 1, D), of text tokens (B, L, K)."""
-        k, v = rearrange(self.text_to_kv(tokens), "b l (kv d) -> b l kv 1 d", kv=2).unbind(2)  # (B, L, 1, D) each
-        return k, v
+        return keys_and_values(self.text_to_kv(tokens), heads=1)  # (B, L, 1, D) each
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x (B, N, C) -> (B, N, C)."""
         x = self.norm(x)
-        k, v = rearrange(self.to_kv(x), "b n (kv d) -> b n kv 1 d", kv=2).unbind(2)  # (B, N, 1, D) each
+        k, v = keys_and_values(self.to_kv(x), heads=1)  # (B, N, 1, D) each
         return self.attend(x, k, v, context)
 
 
@@ -114,9 +113,7 @@ class CrossAttention(TextAttention):
 
     def project_text(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values, each (B, L, A, D), of conditioning tokens (B, L, K)."""
-        kv = rearrange(self.to_kv(tokens), "b l (kv heads d) -> b l kv heads d", kv=2, heads=self.heads)
-        k, v = kv.unbind(2)  # (B, L, A, D) each
-        return k, v
+        return keys_and_values(self.to_kv(tokens), self.heads)  # (B, L, A, D) each
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x (B, N, C) -> (B, N, C)."""
@@ -160,11 +157,16 @@ class AttentionPooling(nn.Module):
         self.to_out = nn.Linear(heads * head_dim, dim, bias=False)
 
     def forward(self, tokens: Tensor, lengths: Tensor | None) -> Tensor:
-        kv = rearrange(self.to_kv(self.norm(tokens)), "b l (kv heads d) -> b l kv heads d", kv=2, heads=self.heads)
-        k, v = kv.unbind(2)  # (B, L, A, D) each
+        k, v = keys_and_values(self.to_kv(self.norm(tokens)), self.heads)  # (B, L, A, D) each
         query = repeat(self.query, "heads d -> b 1 heads d", b=len(tokens)).to(k.dtype)  # (B, 1, A, D)
         pooled = ops.attention(query, context_k=k, context_v=v, context_lengths=lengths)  # (B, 1, A, D)
         return self.to_out(rearrange(pooled, "b 1 heads d -> b (heads d)"))  # (B, K)
+
+
+def keys_and_values(kv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """The halves of kv (B, J, 2 A_kv D), each (B, J, A_kv, D)."""
+    k, v = (rearrange(half, "b j (heads d) -> b j heads d", heads=heads) for half in ops.halves(kv, dim=-1))
+    return k, v  # (B, J, A_kv, D) each
 
 
 def to_tokens(x: Tensor) -> Tensor:

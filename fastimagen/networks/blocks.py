@@ -9,7 +9,7 @@ from .. import ops
 from ..config import UNetConfig
 from .attention import Context, CrossAttention, TransformerBlock, to_map, to_tokens
 from .convolution import Conv2d, PointwiseConv, convolutions_add_bias
-from .layers import SKIP_SCALE, GroupNormSiLU, ResidualGroupNormSiLU
+from .layers import SKIP_SCALE, Film, GroupNormSiLU, ResidualGroupNormSiLU
 
 
 class ResBlock(nn.Module):
@@ -26,7 +26,7 @@ class ResBlock(nn.Module):
         self.norm1 = ResidualGroupNormSiLU(dim_in, config.groups)
         self.conv1 = Conv2d(dim_in, dim_out, 3, padding=1)
         self.cross_attention = cross
-        self.embedding_to_film = nn.Linear(time_dim, 2 * dim_out)
+        self.embedding_to_film = Film(time_dim, 2 * dim_out)
         self.norm2 = GroupNormSiLU(dim_out, config.groups)
         self.conv2 = Conv2d(dim_out, dim_out, 3, padding=1, zero_init=config.zero_init)
         self.shortcut = PointwiseConv(dim_in, dim_out) if dim_in != dim_out else None
@@ -36,14 +36,15 @@ class ResBlock(nn.Module):
         if skip is not None and plain:
             x, skip = torch.cat([x, skip * SKIP_SCALE], dim=1), None  # (B, I, H, W)
         h, x, skip = self.norm1(x, skip)  # (B, I, H, W), and the residual path
-        scale, shift = self.embedding_to_film(vector).chunk(2, dim=1)  # (B, O) each
+        film = self.embedding_to_film(vector, add_bias=plain)  # (B, 2 O)
+        film_bias = None if plain else self.embedding_to_film.bias
         if self.cross_attention is not None:
             h = self.conv1(h)  # (B, O, H, W)
             h = h + to_map(self.cross_attention(to_tokens(h), context), h)  # (B, O, H, W)
-            h = self.norm2(h, scale, shift)
+            h = self.norm2(h, film, film_bias)
         else:
             h = self.conv1(h, add_bias=plain)  # (B, O, H, W)
-            h = self.norm2(h, scale, shift, None if plain else self.conv1.bias)
+            h = self.norm2(h, film, film_bias, None if plain else self.conv1.bias)
         h = self.conv2(h, add_bias=plain)  # (B, O, H, W)
         if self.shortcut is None:
             return ops.add_residual(h, x, None if plain else self.conv2.bias)

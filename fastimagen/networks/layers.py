@@ -15,6 +15,13 @@ SKIP_SCALE = 2**-0.5
 """Skip connections are scaled by 1 / sqrt(2) (Imagen, appendix B.1)."""
 
 
+class Film(nn.Linear):
+    """Vector (B, T) -> scale and shift behind each other, (B, 2 C); without the bias if what follows adds it."""
+
+    def forward(self, vector: Tensor, *, add_bias: bool = True) -> Tensor:
+        return F.linear(vector, self.weight, self.bias if add_bias else None)
+
+
 class NormWeights(nn.Module):
     """Gains and biases of a GroupNorm. Base class of those with SiLU."""
 
@@ -26,19 +33,22 @@ class NormWeights(nn.Module):
 
 
 class GroupNormSiLU(NormWeights):
-    """silu(GroupNorm(x + x_bias) * (1 + scale) + shift) for x (B, C, H, W); scale and shift (B, C) are FiLM.
+    """silu(GroupNorm(x + x_bias) * (1 + scale) + shift) for x (B, C, H, W); film (B, 2 C) is scale and shift.
 
-    All but x is optional. x_bias (C,) is the bias of the convolution before it.
+    All but x is optional. film_bias (2 C,) and x_bias (C,) are the biases of the layers that made film and x.
     """
 
     def forward(
         self,
         x: Tensor,
-        scale: Tensor | None = None,
-        shift: Tensor | None = None,
+        film: Tensor | None = None,
+        film_bias: Tensor | None = None,
         x_bias: Tensor | None = None,
     ) -> Tensor:
-        return ops.group_norm_silu(x, self.weight, self.bias, self.groups, scale=scale, shift=shift, x_bias=x_bias)
+        scale, shift = (None, None) if film is None else ops.halves(film, dim=1)  # (B, C) each
+        return ops.group_norm_silu(
+            x, self.weight, self.bias, self.groups, scale=scale, shift=shift, film_bias=film_bias, x_bias=x_bias
+        )
 
 
 class ResidualGroupNormSiLU(NormWeights):

@@ -7,6 +7,7 @@ from .attention import attention
 from .dispatch import backend, set_backend
 from .dynamic_threshold import dynamic_threshold
 from .group_norm import group_norm_silu, group_norm_silu_residual
+from .halves import halves
 from .residual import add_residual
 from .sampler_step import sampler_step
 
@@ -17,6 +18,7 @@ __all__ = [
     "dynamic_threshold",
     "group_norm_silu",
     "group_norm_silu_residual",
+    "halves",
     "sampler_step",
     "set_backend",
 ]

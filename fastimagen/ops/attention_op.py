@@ -16,8 +16,8 @@ from torch import Tensor
 
 from .dispatch import in_kernels, traced
 
-Grads = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-"""dq, dk, dv, dnull (2, *null_k.shape), dcontext_k, dcontext_v; None for absent inputs."""
+Grads = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+"""dq, dkv (B, J, 2, A_kv, D), dnull (2, *null_k.shape), dcontext_kv (B, L, 2, A_kv, D); None for absent inputs."""
 
 
 def fused(
@@ -58,9 +58,17 @@ class _Attention(torch.autograd.Function):
                 'compute it in plain PyTorch: fastimagen.ops.set_backend("torch")'
             )
         saved = (*ctx.saved_tensors, ctx.scale)
-        dq, dk, dv, dnull, dcontext_k, dcontext_v = _attend_backward(dout, *saved)
-        dnull_k, dnull_v = (None, None) if dnull is None else dnull.unbind()  # (D,) or (A_kv, D) each
-        return dq, dk, dv, dnull_k, dnull_v, dcontext_k, dcontext_v, None, None
+        return _by_input(*_attend_backward(dout, *saved))
+
+
+def _by_input(
+    dq: Tensor, dkv: Tensor | None, dnull: Tensor | None, dcontext_kv: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """The gradients of the arguments of `fused`; those of keys and values lie side by side for ops.halves."""
+    dk, dv = (None, None) if dkv is None else dkv.unbind(2)  # (B, J, A_kv, D) each
+    dnull_k, dnull_v = (None, None) if dnull is None else dnull.unbind()  # (D,) or (A_kv, D) each
+    dcontext_k, dcontext_v = (None, None) if dcontext_kv is None else dcontext_kv.unbind(2)  # (B, L, A_kv, D) each
+    return dq, dk, dv, dnull_k, dnull_v, dcontext_k, dcontext_v, None, None
 
 
 def _attend(
@@ -212,12 +220,12 @@ def _dense_backward(
             both = torch.stack([dnull_k, dnull_v]).sum(dim=(1, 2))  # (2, A_kv, D)
             dnull = (both.sum(dim=1) if null_k.dim() == 1 else both).to(null_k.dtype)
         dq = _unrows(ds @ keys, q)  # (B, N, A, D)
-        return dq, _like(dk, k), _like(dv, v), dnull, _like(dcontext_k, context_k), _like(dcontext_v, context_v)
+        return dq, _pair(dk, dv, k), dnull, _pair(dcontext_k, dcontext_v, context_k)
 
 
-def _like(grad: Tensor, x: Tensor | None) -> Tensor | None:
-    """The gradient in x's dtype, contiguous; None if x is absent."""
-    return None if x is None else grad.to(x.dtype).contiguous()
+def _pair(dk: Tensor, dv: Tensor, k: Tensor | None) -> Tensor | None:
+    """dk and dv (B, J, A_kv, D) as (B, J, 2, A_kv, D) in k's dtype; None if k is absent."""
+    return None if k is None else torch.stack([dk, dv], dim=2).to(k.dtype)  # (B, J, 2, A_kv, D)
 
 
 # ---- the operator
@@ -252,11 +260,11 @@ def _backward(
     out: Tensor,
     lse: Tensor,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `_attend_backward`, with empty tensors for absent inputs: operators return no None."""
     grads = _attend_backward(dout, q, k, v, null_k, null_v, context_k, context_v, lengths, out, lse, scale)
-    dq, dk, dv, dnull, dcontext_k, dcontext_v = (q.new_empty(0) if grad is None else grad for grad in grads)
-    return dq, dk, dv, dnull, dcontext_k, dcontext_v
+    dq, dkv, dnull, dcontext_kv = (q.new_empty(0) if grad is None else grad for grad in grads)
+    return dq, dkv, dnull, dcontext_kv
 
 
 @_forward.register_fake
@@ -291,12 +299,12 @@ def _(
     out: Tensor,
     lse: Tensor,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dq, dk, dv, dcontext_k, dcontext_v = (
-        q.new_empty(0 if x is None else x.shape) for x in (q, k, v, context_k, context_v)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dkv, dcontext_kv = (
+        q.new_empty(0) if x is None else x.new_empty(*x.shape[:2], 2, *x.shape[2:]) for x in (k, context_k)
     )
     dnull = q.new_empty(0) if null_k is None else null_k.new_empty(2, *null_k.shape)
-    return dq, dk, dv, dnull, dcontext_k, dcontext_v
+    return q.new_empty(q.shape), dkv, dnull, dcontext_kv
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -306,13 +314,8 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _differentiate(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple:
     _, k, _, null_k, _, context_k, *_ = ctx.saved_tensors
-    dq, dk, dv, dnull, dcontext_k, dcontext_v = _backward(dout, *ctx.saved_tensors, ctx.scale)
-    if k is None:
-        dk = dv = None
-    dnull_k, dnull_v = (None, None) if null_k is None else dnull.unbind()  # (D,) or (A_kv, D) each
-    if context_k is None:
-        dcontext_k = dcontext_v = None
-    return dq, dk, dv, dnull_k, dnull_v, dcontext_k, dcontext_v, None, None
+    dq, *grads = _backward(dout, *ctx.saved_tensors, ctx.scale)
+    return _by_input(dq, *(None if x is None else grad for x, grad in zip((k, null_k, context_k), grads)))
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup_context)

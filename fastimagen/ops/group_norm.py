@@ -22,6 +22,7 @@ def group_norm_silu(
     shift: Tensor | None = None,
     eps: float = 1e-5,
     activation: str = "silu",
+    film_bias: Tensor | None = None,
     x_bias: Tensor | None = None,
     skip: Tensor | None = None,
     skip_scale: float = 1.0,
@@ -29,13 +30,14 @@ def group_norm_silu(
     """y = act(GroupNorm(x) * (1 + scale) + shift); act is "silu" or "none" (Imagen's residual blocks, appendix B).
 
     x (B, C, H, W), contiguous or channels_last; y has its layout and dtype, under autocast too. weight, bias (C,);
-    scale, shift (B, C), both or neither. x_bias (C,) is added to x first: the bias of the convolution before it.
+    scale, shift (B, C), both or neither. film_bias (2 C,) is added to them first, and x_bias (C,) to x: the biases of
+    the linear layer and of the convolution that made them.
     With skip, cat([x + x_bias, skip * skip_scale], dim=1) is normalized: x (B, C_x, H, W), x_bias (C_x,), skip
     (B, C_s, H, W), converted to x's dtype, and C = C_x + C_s. The kernels compute in fp32, make neither the sum nor
     the concatenation, and save only their inputs and the statistics for the backward pass. Raises ValueError for
     shapes that do not fit and for another activation.
     """
-    vectors = weight, bias, scale, shift, x_bias
+    vectors = weight, bias, scale, shift, film_bias, x_bias
     return _normalize(x, vectors, num_groups, eps, activation, skip, skip_scale, residual=False)[0]
 
 
@@ -49,6 +51,7 @@ def group_norm_silu_residual(
     shift: Tensor | None = None,
     eps: float = 1e-5,
     activation: str = "silu",
+    film_bias: Tensor | None = None,
     x_bias: Tensor | None = None,
     skip: Tensor | None = None,
     skip_scale: float = 1.0,
@@ -58,7 +61,7 @@ def group_norm_silu_residual(
     The gradients that arrive at these x (without x_bias) and skip (without skip_scale; in x's dtype; None without a
     skip) are added inside the backward kernel, where autograd would add in passes of their own.
     """
-    vectors = weight, bias, scale, shift, x_bias
+    vectors = weight, bias, scale, shift, film_bias, x_bias
     return _normalize(x, vectors, num_groups, eps, activation, skip, skip_scale, residual=True)
 
 
@@ -72,12 +75,14 @@ def group_norm_silu_reference(
     shift: Tensor | None = None,
     eps: float = 1e-5,
     activation: str = "silu",
+    film_bias: Tensor | None = None,
     x_bias: Tensor | None = None,
     skip: Tensor | None = None,
     skip_scale: float = 1.0,
 ) -> Tensor:
     """`group_norm_silu` in plain PyTorch, differentiable by PyTorch."""
-    return composed(joined(x, x_bias, skip, skip_scale), weight, bias, num_groups, scale, shift, eps, activation)
+    x, scale, shift = joined(x, x_bias, skip, skip_scale), *biased(scale, shift, film_bias)
+    return composed(x, weight, bias, num_groups, scale, shift, eps, activation)
 
 
 def _normalize(
@@ -95,11 +100,11 @@ def _normalize(
     _check(x, vectors, num_groups, activation, skip)
     if skip is not None and skip.dtype != x.dtype:
         skip = skip.to(x.dtype)
-    weight, bias, scale, shift, x_bias = vectors
+    weight, bias, scale, shift, film_bias, x_bias = vectors
     triton = use_triton("group_norm_silu", x, _unsupported(x, *vectors))
     if triton and in_kernels(x) and not torch.compiler.is_compiling():
         return by_kernels(x, vectors, skip, skip_scale, num_groups, eps, activation == "silu", residual=residual)
-    both = joined(x, x_bias, skip, skip_scale)
+    both, scale, shift = joined(x, x_bias, skip, skip_scale), *biased(scale, shift, film_bias)
     if triton:
         y = fused(both, weight, bias, scale, shift, num_groups, eps, activation)
     else:
@@ -117,6 +122,15 @@ def joined(x: Tensor, x_bias: Tensor | None, skip: Tensor | None, skip_scale: fl
     return torch.cat([x, skip if skip_scale == 1 else skip * skip_scale], dim=1)  # (B, C, H, W)
 
 
+def biased(scale: Tensor | None, shift: Tensor | None, film_bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """scale and shift (B, C) with their halves of film_bias (2 C,)."""
+    if film_bias is None:
+        return scale, shift
+    assert scale is not None and shift is not None
+    scale_bias, shift_bias = film_bias.chunk(2)  # (C,) each
+    return scale + scale_bias.to(scale.dtype), shift + shift_bias.to(shift.dtype)
+
+
 def _check(
     x: Tensor,
     vectors: Vectors,
@@ -129,7 +143,7 @@ def _check(
         raise ValueError(f'no activation "{activation}"; there are {", ".join(ACTIVATIONS)}')
     if x.dim() != 4:
         raise ValueError(f"group_norm_silu takes x (B, C, H, W), got {tuple(x.shape)}")
-    weight, bias, scale, shift, x_bias = vectors
+    weight, bias, scale, shift, film_bias, x_bias = vectors
     batch, channels, height, width = x.shape
     if x_bias is not None and x_bias.shape != (channels,):
         raise _wrong_shape("x_bias", x_bias, (channels,), x, skip)
@@ -144,14 +158,18 @@ def _check(
         raise _wrong_shape("weight", weight, (channels,), x, skip)
     if bias.shape != (channels,):
         raise _wrong_shape("bias", bias, (channels,), x, skip)
-    if scale is None and shift is None:
-        return
-    if scale is None or shift is None:
+    if (scale is None) != (shift is None):
         raise ValueError("scale and shift must be given together")
+    if scale is None or shift is None:
+        if film_bias is not None:
+            raise ValueError("film_bias needs scale and shift")
+        return
     if scale.shape != (batch, channels):
         raise _wrong_shape("scale", scale, (batch, channels), x, skip)
     if shift.shape != (batch, channels):
         raise _wrong_shape("shift", shift, (batch, channels), x, skip)
+    if film_bias is not None and film_bias.shape != (2 * channels,):
+        raise _wrong_shape("film_bias", film_bias, (2 * channels,), x, skip)
 
 
 def _wrong_shape(name: str, vector: Tensor, shape: tuple[int, ...], x: Tensor, skip: Tensor | None) -> ValueError:

@@ -10,8 +10,8 @@ from torch import Tensor
 from .group_norm_op import rows
 from .layout import dense, laid_as
 
-Vectors = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
-"""weight, bias (C,), scale, shift (B, C), x_bias (C_x,)."""
+Vectors = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+"""weight, bias (C,), scale, shift (B, C), film_bias (2 C,), x_bias (C_x,)."""
 
 
 def by_kernels(
@@ -42,6 +42,7 @@ class GroupNorm(torch.autograd.Function):
         bias: Tensor,
         scale: Tensor | None,
         shift: Tensor | None,
+        film_bias: Tensor | None,
         x_bias: Tensor | None,
         skip: Tensor | None,
         skip_scale: float,
@@ -55,12 +56,12 @@ class GroupNorm(torch.autograd.Function):
         dense_x = dense(x)
         dense_skip = None if skip is None else laid_as(dense_x, skip)
         weight, bias, scale, shift = weight.contiguous(), bias.contiguous(), rows(scale), rows(shift)
-        x_bias = None if x_bias is None else x_bias.contiguous()
+        film_bias, x_bias = (None if vector is None else vector.contiguous() for vector in (film_bias, x_bias))
         y, mean, rstd = group_norm_forward(
-            dense_x, weight, bias, scale, shift, num_groups, eps, silu, x_bias, dense_skip, skip_scale
+            dense_x, weight, bias, scale, shift, num_groups, eps, silu, film_bias, x_bias, dense_skip, skip_scale
         )
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(dense_x, weight, bias, scale, shift, mean, rstd, x_bias, dense_skip)
+        ctx.save_for_backward(dense_x, weight, bias, scale, shift, mean, rstd, film_bias, x_bias, dense_skip)
         ctx.constants = skip_scale, num_groups, silu
         return (y, x, skip) if residual else y
 
@@ -74,12 +75,12 @@ class GroupNorm(torch.autograd.Function):
                 'compute it in plain PyTorch: fastimagen.ops.set_backend("torch")'
             )
         if dy is None:
-            return x_residual, None, None, None, None, None, skip_residual, None, None, None, None, None
+            return x_residual, *[None] * 6, skip_residual, *[None] * 5
         from fastimagen_kernels.group_norm import group_norm_backward
 
-        x, weight, bias, scale, shift, mean, rstd, x_bias, skip = ctx.saved_tensors
+        x, weight, bias, scale, shift, mean, rstd, film_bias, x_bias, skip = ctx.saved_tensors
         skip_scale, num_groups, silu = ctx.constants
-        dx, dweight, dbias, dscale, dshift, dx_bias, dskip = group_norm_backward(
+        dx, dweight, dbias, dfilm, dfilm_bias, dx_bias, dskip = group_norm_backward(
             laid_as(x, dy),
             x,
             weight,
@@ -90,10 +91,15 @@ class GroupNorm(torch.autograd.Function):
             rstd,
             num_groups,
             silu,
+            film_bias,
             x_bias,
             skip,
             skip_scale,
             None if x_residual is None else laid_as(x, x_residual),
             None if skip_residual is None else laid_as(x, skip_residual),
         )
-        return dx, dweight, dbias, dscale, dshift, dx_bias, dskip, None, None, None, None, None
+        dscale = dshift = None
+        if dfilm is not None:
+            dscale, dshift = dfilm.unbind(1)  # (B, C) each; side by side for ops.halves
+            dshift = dshift.to(shift.dtype)
+        return dx, dweight, dbias, dscale, dshift, dfilm_bias, dx_bias, dskip, None, None, None, None, None

@@ -82,14 +82,14 @@ def _backward(
     rstd: Tensor,
     num_groups: int,
     activation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dx, dweight, dbias, dscale, dshift; the last two empty without FiLM."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx, dweight, dbias, dfilm (B, 2, C): dscale, dshift; empty without FiLM."""
     x = dense(x)
     dy = laid_as(x, dy)
     if in_kernels(x):
         from fastimagen_kernels.group_norm import group_norm_backward
 
-        dx, dweight, dbias, dscale, dshift, *_ = group_norm_backward(
+        dx, dweight, dbias, dfilm, *_ = group_norm_backward(
             dy,
             x,
             weight.contiguous(),
@@ -102,11 +102,8 @@ def _backward(
             activation == "silu",
         )
     else:
-        dx, dweight, dbias, dscale, dshift = _gradients(
-            dy, x, weight, bias, scale, shift, mean, rstd, num_groups, activation
-        )
-    dscale, dshift = (x.new_empty(0) if gradient is None else gradient for gradient in (dscale, dshift))
-    return dx, dweight, dbias, dscale, dshift
+        dx, dweight, dbias, dfilm = _gradients(dy, x, weight, bias, scale, shift, mean, rstd, num_groups, activation)
+    return dx, dweight, dbias, x.new_empty(0) if dfilm is None else dfilm
 
 
 def _gradients(
@@ -120,7 +117,7 @@ def _gradients(
     rstd: Tensor,
     num_groups: int,
     activation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The backward pass in PyTorch, by the formulas of kernels/group_norm.py."""
 
     def per_channel(statistic: Tensor) -> Tensor:
@@ -143,10 +140,9 @@ def _gradients(
     s1, s2 = dz.sum(dim=(2, 3)), (dz * xhat).sum(dim=(2, 3))  # (B, C) each
     c1, c2 = group_mean(gain * dz), group_mean(gain * dz * xhat)  # (B, C, 1, 1) each
     dx = per_channel(rstd) * (gain * dz - c1 - xhat * c2)  # (B, C, H, W)
-    dscale = None if scale is None else (weight * s2 + bias * s1).to(scale.dtype)
-    dshift = None if shift is None else s1.to(shift.dtype, copy=True)
+    dfilm = None if scale is None else torch.stack([weight * s2 + bias * s1, s1], dim=1).to(scale.dtype)  # (B, 2, C)
     dweight, dbias = (factor * s2).sum(dim=0), (factor * s1).sum(dim=0)  # (C,) each
-    return laid_as(x, dx.to(x.dtype)), dweight.to(weight.dtype), dbias.to(bias.dtype), dscale, dshift
+    return laid_as(x, dx.to(x.dtype)), dweight.to(weight.dtype), dbias.to(bias.dtype), dfilm
 
 
 def rows(vector: Tensor | None) -> Tensor | None:
@@ -181,9 +177,9 @@ def _(
     rstd: Tensor,
     num_groups: int,
     activation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dscale, dshift = (x.new_empty(0) if vector is None else vector.new_empty(vector.shape) for vector in (scale, shift))
-    return torch.empty_like(dense(x)), torch.empty_like(weight), torch.empty_like(bias), dscale, dshift
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dfilm = x.new_empty(0) if scale is None else scale.new_empty(x.shape[0], 2, x.shape[1])
+    return torch.empty_like(dense(x)), torch.empty_like(weight), torch.empty_like(bias), dfilm
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -193,9 +189,12 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _differentiate(ctx: Any, dy: Tensor, _dmean: Tensor, _drstd: Tensor) -> tuple:
-    dx, dweight, dbias, dscale, dshift = _backward(dy, *ctx.saved_tensors, ctx.num_groups, ctx.activation)
-    film = ctx.saved_tensors[3] is not None
-    return dx, dweight, dbias, dscale if film else None, dshift if film else None, None, None, None
+    dx, dweight, dbias, dfilm = _backward(dy, *ctx.saved_tensors, ctx.num_groups, ctx.activation)
+    shift, dscale, dshift = ctx.saved_tensors[4], None, None
+    if shift is not None:
+        dscale, dshift = dfilm.unbind(1)  # (B, C) each
+        dshift = dshift.to(shift.dtype)
+    return dx, dweight, dbias, dscale, dshift, None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup_context)

@@ -68,14 +68,16 @@ def test_group_norm(case: str, layout: torch.memory_format, dtype: torch.dtype, 
 
 def joined_formula(
     x: Tensor,
-    x_bias: Tensor | None = None,
+    film_bias: Tensor,
+    x_bias: Tensor,
     skip: Tensor | None = None,
     skip_scale: float = 1.0,
     **vectors: Any,
 ) -> Tensor:
-    """Of x with the bias of its convolution, and behind it the scaled skip."""
-    if x_bias is not None:
-        x = x + x_bias[:, None, None]
+    """Of x with the bias of its convolution, and behind it the scaled skip; FiLM with the bias of its linear layer."""
+    scale_bias, shift_bias = film_bias.chunk(2)
+    vectors |= {"scale": vectors["scale"] + scale_bias, "shift": vectors["shift"] + shift_bias}
+    x = x + x_bias[:, None, None]
     return group_norm_formula(x if skip is None else torch.cat([x, skip_scale * skip], dim=1), **vectors)
 
 
@@ -96,7 +98,7 @@ def with_residual(normalized: Callable[..., tuple[Tensor, Tensor, Tensor | None]
     [((2, 256, 16, 16), 0), ((2, 256, 16, 16), 128), ((3, 128, 64, 64), 128), ((2, 24, 7, 13), 8)],
     ids=str,
 )
-def test_group_norm_with_bias_skip_and_residual(
+def test_group_norm_with_biases_skip_and_residual(
     shape: tuple[int, ...],
     skip_channels: int,
     residual: bool,
@@ -113,6 +115,7 @@ def test_group_norm_with_bias_skip_and_residual(
         "bias": normal(total, seed=3),
         "scale": normal(batch, total, seed=4),
         "shift": normal(batch, total, seed=5),
+        "film_bias": normal(2 * total, seed=7),
         "num_groups": 8,
     }
     if skip_channels:

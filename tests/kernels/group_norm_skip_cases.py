@@ -23,13 +23,13 @@ def inputs(
     skip_channels: int,
     *,
     film: bool = True,
-    x_bias: bool = True,
+    biases: bool = True,
     residuals: tuple[str, ...] = ("x_residual", "skip_residual"),
     last: bool = False,
     mean: float = 0.0,
     dtype: torch.dtype = torch.float32,
 ) -> Tensors:
-    """Random tensors by name; weight, bias and x_bias stay in fp32."""
+    """Random tensors by name; weight, bias, film_bias and x_bias stay in fp32."""
     generator = torch.Generator().manual_seed(0)
     batch, x_channels, *side = shape
     channels = x_channels + skip_channels
@@ -46,8 +46,10 @@ def inputs(
     if film:
         scale, shift = normal(batch, 2 * channels).to(dtype).chunk(2, dim=1)  # (B, C) each
         tensors |= {"scale": scale, "shift": shift}
-    if x_bias:
+    if biases:
         tensors |= {"x_bias": normal(x_channels)}
+    if film and biases:
+        tensors |= {"film_bias": normal(2 * channels)}
     if skip_channels:
         tensors |= {"skip": image(skip_channels, mean)}
     return tensors | {name: image(x_channels if name == "x_residual" else skip_channels) for name in residuals}
@@ -72,11 +74,15 @@ def defined(
     *,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
+    film_bias: Tensor | None = None,
     x_bias: Tensor | None = None,
     skip: Tensor | None = None,
     skip_scale: float = 1.0,
 ) -> Outputs:
     """group_norm_silu_residual written out."""
+    if film_bias is not None:
+        assert scale is not None and shift is not None
+        scale, shift = scale + film_bias[: scale.shape[1]], shift + film_bias[scale.shape[1] :]
     both = x if x_bias is None else x + x_bias[:, None, None]
     if skip is not None:
         both = torch.cat([both, skip * skip_scale], dim=1)  # (B, C, H, W)

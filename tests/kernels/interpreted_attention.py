@@ -69,6 +69,22 @@ def test_result_does_not_depend_on_the_row_splits(programs: int, monkeypatch: py
     assert_close(results(ops.attention, tensors), exact(tensors))
 
 
+@pytest.mark.parametrize("programs", [0, 12], ids=["no splits", "splits of several tiles"])
+def test_gradients_of_keys_and_values_are_joined_without_a_copy(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "MIN_SPLIT_TILES", 1)
+    monkeypatch.setattr(kernels, "PROGRAMS", programs)
+    tensors = make(Case(queries=25, heads=4, width=24, keys=5, context=18, lengths=(17,), batch=1))
+    true = exact(tensors)
+    pairs = [("k", "v"), ("null_k", "null_v"), ("context_k", "context_v")]
+    joined = [torch.cat([tensors[k], tensors[v]], dim=-1).requires_grad_() for k, v in pairs]
+    keys = {name: half for pair, both in zip(pairs, joined) for name, half in zip(pair, ops.halves(both, dim=-1))}
+    out = ops.attention(tensors["q"], context_lengths=tensors["context_lengths"], **keys)
+    monkeypatch.setattr(torch, "cat", lambda *unused: pytest.fail("a copy"))
+    for pair, grad in zip(pairs, torch.autograd.grad(out, joined, tensors["dout"])):
+        names = [f"d{name}" for name in pair]
+        assert_close(dict(zip(names, grad.chunk(2, dim=-1))), {name: true[name] for name in names})
+
+
 @pytest.mark.parametrize("short", [0, 1024], ids=["many rows", "few rows"])
 def test_sm_90_tiles_err_at_most_twice_as_much_as_pytorch(short: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_tiles, "architecture", lambda device: "sm_90")

@@ -188,7 +188,8 @@ def test_offsets_beyond_2_to_the_32_elements(last: bool, tmp_path: Path, monkeyp
     )
 
     one, zero = torch.ones(2), torch.zeros(2)
-    vectors = (None, torch.ones(channels), torch.zeros(channels), None, None)  # x_bias, weight, bias, scale, shift
+    # x_bias, weight, bias, scale, shift, film_bias
+    vectors = (None, torch.ones(channels), torch.zeros(channels), None, None, None)
     scales = (0, 0, 1.0)
     parts[..., 0], parts[..., 1] = 0, count  # mean 0 and deviation 1
     constants |= dict(SILU=False)
@@ -204,7 +205,7 @@ def test_offsets_beyond_2_to_the_32_elements(last: bool, tmp_path: Path, monkeyp
 
     parts[:], sums[:] = 0, 1
     samples = torch.full((batch, 2, channels), math.nan)
-    arguments = (x, x, None, None, None, dx, None, *saved, sums, parts, None, None, samples, *scales, *position)
+    arguments = (x, x, None, None, None, dx, None, *saved, sums, parts, None, samples, *scales, *position)
     launch(kernels.group_norm_silu_backward_kernel, True, *arguments, **constants, PARTS=cut.parts, CHUNKS=1024)
     assert torch.equal(dx[here], x[here])
     assert (samples[-1, :, block] == chunks).all()

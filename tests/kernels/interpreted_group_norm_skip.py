@@ -1,4 +1,4 @@
-"""GroupNorm's kernels with a skip, a convolution's bias and residual gradients, in the interpreter, against float64.
+"""GroupNorm's kernels with a skip, biases and residual gradients, in the interpreter, against float64.
 
 test_group_norm_skip.py runs this file.
 """
@@ -51,7 +51,7 @@ def fused(tensors: Tensors, groups: int) -> Tensors:
 @PATHS
 @LAYOUTS
 @pytest.mark.parametrize(
-    ("shape", "skip_channels", "groups", "film", "x_bias", "residuals"),
+    ("shape", "skip_channels", "groups", "film", "biases", "residuals"),
     [
         ((2, 15, 7, 5), 9, 3, True, True, BOTH),  # the second group lies in both tensors
         ((1, 4, 6, 4), 12, 2, False, False, ("x_residual",)),
@@ -66,18 +66,34 @@ def test_every_gradient_matches_float64(
     skip_channels: int,
     groups: int,
     film: bool,
-    x_bias: bool,
+    biases: bool,
     residuals: tuple[str, ...],
     last: bool,
     path: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cut_small(monkeypatch, path)
-    tensors = inputs(shape, skip_channels, film=film, x_bias=x_bias, residuals=residuals, last=last)
+    tensors = inputs(shape, skip_channels, film=film, biases=biases, residuals=residuals, last=last)
     got = fused(tensors, groups)
     assert_close(got, exact(tensors, groups))
     assert got["dx"].stride() == tensors["x"].stride() and got["y"].stride() == tensors["dy"].stride()
     assert not skip_channels or got["dskip"].stride() == tensors["skip"].stride()
+
+
+@PATHS
+def test_gradients_of_scale_and_shift_are_joined_without_a_copy(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut_small(monkeypatch, path)
+    tensors = inputs((2, 6, 3, 5), 0, residuals=(), last=True)
+    true = exact(tensors, 3)
+    x, weight, bias = tensors["x"], tensors["weight"], tensors["bias"]
+    film = torch.cat([tensors["scale"], tensors["shift"]], dim=1).requires_grad_()  # (B, 2 C)
+    scale, shift = ops.halves(film, dim=1)
+    vectors = dict(scale=scale, shift=shift, film_bias=tensors["film_bias"], x_bias=tensors["x_bias"])
+    y = ops.group_norm_silu(x, weight, bias, 3, **vectors)
+    monkeypatch.setattr(torch, "cat", lambda *unused: pytest.fail("a copy"))
+    (dfilm,) = torch.autograd.grad(y, film, tensors["dy"])
+    dscale, dshift = dfilm.chunk(2, dim=1)
+    assert_close({"dscale": dscale, "dshift": dshift}, {name: true[name] for name in ("dscale", "dshift")})
 
 
 def test_loads_of_x_and_skip_apart_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +154,9 @@ def test_inputs_and_gradients_may_have_any_layout(monkeypatch: pytest.MonkeyPatc
     true = exact(tensors, 3)
     for name in ("skip", "x_residual", "skip_residual"):
         assert_close(fused(tensors | {name: tensors[name].contiguous()}, 3), true)
-    vectors = {name: torch.stack([tensors[name]] * 2, dim=-1)[..., 0] for name in ("weight", "bias", "x_bias")}
+    vectors = {
+        name: torch.stack([tensors[name]] * 2, dim=-1)[..., 0] for name in ("weight", "bias", "film_bias", "x_bias")
+    }
     assert_close(fused(tensors | vectors, 3), true)
     expanded = {name: torch.ones(()).expand_as(tensors[name]) for name in ("dy", "x_residual")}
     assert_close(fused(tensors | expanded, 3), exact(tensors | expanded, 3))
@@ -194,7 +212,7 @@ def test_memory_traffic_per_element_is_that_of_one_tensor(
     shape = (1, 24, 64, 40) if path == "split" else (1, 24, 16, 16)
     tensors = inputs(shape, 8, last=last, dtype=torch.bfloat16)
     x, skip = tensors["x"].requires_grad_(), tensors["skip"].requires_grad_()
-    vectors = {name: tensors[name] for name in ("weight", "bias", "scale", "shift", "x_bias")}
+    vectors = {name: tensors[name] for name in ("weight", "bias", "scale", "shift", "film_bias", "x_bias")}
     with traffic(monkeypatch) as moved:
         y, x_again, skip_again = ops.group_norm_silu_residual(x, num_groups=2, skip=skip, **vectors)
         forward = moved(x, skip, y)

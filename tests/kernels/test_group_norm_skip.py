@@ -15,7 +15,7 @@ from tests.kernels.interpreting import interpreted_tests
 
 BOTH = ("x_residual", "skip_residual")
 CASES = pytest.mark.parametrize(
-    ("shape", "skip_channels", "groups", "x_bias", "residuals"),
+    ("shape", "skip_channels", "groups", "biases", "residuals"),
     [
         ((2, 15, 7, 5), 9, 3, True, BOTH),
         ((2, 20, 5, 3), 0, 5, True, ("x_residual",)),
@@ -38,7 +38,7 @@ def test_every_gradient_matches_float64(
     shape: tuple[int, ...],
     skip_channels: int,
     groups: int,
-    x_bias: bool,
+    biases: bool,
     residuals: tuple[str, ...],
     last: bool,
     path: str,
@@ -46,7 +46,7 @@ def test_every_gradient_matches_float64(
 ) -> None:
     if path == "operator":  # without kernels
         monkeypatch.setattr(group_norm, "use_triton", lambda *unused: True)
-    tensors = inputs(shape, skip_channels, x_bias=x_bias, residuals=residuals, last=last)
+    tensors = inputs(shape, skip_channels, biases=biases, residuals=residuals, last=last)
     got = results(ops.group_norm_silu_residual, tensors, groups)
     assert_close(got, exact(tensors, groups))
     layout = torch.channels_last if last else torch.contiguous_format
@@ -89,6 +89,11 @@ def test_compiles_into_one_graph() -> None:
         (dict(bias=torch.ones(9)), r"bias must be \(8,\) for"),
         (dict(scale=torch.ones(2, 6), shift=torch.ones(2, 8)), r"scale must be \(2, 8\) for"),
         (dict(scale=torch.ones(2, 8), shift=torch.ones(2, 6)), r"shift must be \(2, 8\) for"),
+        (dict(film_bias=torch.ones(16)), "film_bias needs scale and shift"),
+        (
+            dict(scale=torch.ones(2, 8), shift=torch.ones(2, 8), film_bias=torch.ones(8)),
+            r"film_bias must be \(16,\) for x \(2, 6, 3, 3\) and skip \(2, 2, 3, 3\), got \(8,\)",
+        ),
         (dict(num_groups=3), "8 channels cannot be split into 3 groups"),
         (
             dict(skip=torch.zeros(2, 2, 3, 4)),
