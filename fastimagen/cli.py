@@ -95,6 +95,12 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--run", type=Path, required=True, help="run directory, as training writes it")
     export.add_argument("--out", type=Path, required=True, help="new model directory")
 
+    push = command("push", _push, "share a model directory on the Hugging Face hub")
+    push.add_argument("--model", type=Path, required=True, help="model directory")
+    push.add_argument("--to", required=True, metavar="OWNER/NAME", help="name on the hub; created if it does not exist")
+    push.add_argument("--private", action="store_true", help="only for those who are allowed to see it")
+    push.add_argument("--revision", help="branch to upload to (default: the main one)")
+
     _sample_flags(command("sample", _sample, "sample images for captions"))
 
     encode = command("encode", _encode, "embed captions into a file for `sample --embeddings`")
@@ -188,7 +194,8 @@ def _model_flags(sub: argparse.ArgumentParser, *, batches: bool = False) -> None
     from .config import CompileMode
     from .sampling.settings import Offload
 
-    sub.add_argument("--model", type=Path, required=True, help="model directory")
+    sub.add_argument("--model", required=True, help="model directory, or OWNER/NAME on the Hugging Face hub")
+    sub.add_argument("--revision", help="branch, tag or commit of a model on the hub")
     sub.add_argument("--device", help="cuda or cpu (default: cuda if there is a GPU)")
     sub.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="default: %(default)s")
     sub.add_argument(
@@ -246,6 +253,12 @@ def _export(options: argparse.Namespace) -> None:
     from .train.export import export
 
     print(export(options.run, options.out))
+
+
+def _push(options: argparse.Namespace) -> None:
+    from .sampling.hub import push_model
+
+    print(push_model(options.model, options.to, private=options.private, revision=options.revision))
 
 
 def _sample(options: argparse.Namespace) -> None:

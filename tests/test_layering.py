@@ -30,7 +30,7 @@ SAMPLER = {  # what sampling needs: runs with the core dependencies and reaches 
     "diffusion": "config images ops",
     "text": "extras files",
     "cascade": "config config_file diffusion images networks seeds text",
-    "sampling": "cascade config config_file diffusion fastimagen files images text",
+    "sampling": "cascade config config_file diffusion extras fastimagen files images text",
 }
 TRAINING = {
     "data": "config extras files images seeds text",
@@ -79,6 +79,7 @@ DEFERRED = {
     "files": "safetensors torch",
     "info": "torch",
     "ops": "fastimagen_kernels xformers",
+    "sampling": "huggingface_hub",
     "text": "transformers",
     "train": "deepspeed psutil tqdm",
 }

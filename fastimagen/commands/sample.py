@@ -95,6 +95,7 @@ def load_pipeline(options: argparse.Namespace) -> ImagenPipeline:
     default = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     return ImagenPipeline.from_pretrained(
         options.model,
+        revision=options.revision,
         device=options.device or default,
         dtype=options.dtype,
         compile=options.compile,

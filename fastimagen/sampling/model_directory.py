@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -24,6 +25,10 @@ from ..config_file import validate
 from ..files import atomic_folder, read_json_object, read_safetensors
 
 FORMAT = "fastimagen.model.1"
+
+CLASS_NAME = "ImagenPipeline"
+"""Entry "_class_name" of model_index.json. Programs that take the file for that of a diffusers pipeline read it, and then
+say that they do not know this class."""
 
 
 def write_model(
@@ -35,11 +40,13 @@ def write_model(
     encoder_folder: Path | None,
     card: str,
     grid: Path | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Path:
     """Write a model directory from weights by stage and parameter name, complete or not at all.
 
     text_encoder: {"name", "revision", "max_length", "included"}; an included one is copied from encoder_folder.
-    grid: image of samples for the card, copied as samples.png. Raises ValueError if the folder is not empty.
+    grid: image of samples for the card, copied as samples.png. dtype: of the weights; None keeps theirs. Raises
+    ValueError if the folder is not empty.
     """
     with atomic_folder(path) as temporary:
         for stage in cascade.stages:
@@ -47,12 +54,15 @@ def write_model(
             folder.mkdir()
             config = stage.model_dump_json(indent=2)
             (folder / "config.json").write_text(config + "\n")
-            contiguous = {name: weight.detach().cpu().contiguous() for name, weight in weights[stage.name].items()}
-            save_file(contiguous, folder / "model.safetensors", metadata={"format": "pt", "config": config})
+            stored = {
+                name: weight.detach().to("cpu", dtype).contiguous() for name, weight in weights[stage.name].items()
+            }
+            save_file(stored, folder / "model.safetensors", metadata={"format": "pt", "config": config})
         if text_encoder and text_encoder.get("included"):
             assert encoder_folder is not None
             shutil.copytree(encoder_folder, temporary / text_encoder["name"])
         index = {
+            "_class_name": CLASS_NAME,
             "format": FORMAT,
             "version": __version__,
             "stages": [stage.name for stage in cascade.stages],

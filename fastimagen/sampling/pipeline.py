@@ -6,6 +6,7 @@ Needs the core dependencies only; encoding captions needs transformers as well (
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from ..files import first_line
 from ..images import with_channels
 from ..text.embeddings import TextEmbeddings
 from ..text.t5 import T5Encoder
+from .hub import locate_model, push_model
 from .model_directory import load_weights, read_model, write_model
 from .output import Output
 from .request import SamplingRequest
@@ -37,6 +39,9 @@ class ImagenPipeline:
     """A trained cascade, ready to sample.
 
     `pipe = ImagenPipeline.from_pretrained(path, device="cuda", dtype=torch.bfloat16)`
+
+    text_encoder: entry of model_index.json. source: what samples.json calls the model. folder: its model directory, which
+    holds the text encoder if that is included.
     """
 
     def __init__(
@@ -45,6 +50,7 @@ class ImagenPipeline:
         *,
         text_encoder: dict[str, Any] | None,
         source: str = "",
+        folder: Path | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | str = torch.float32,
         compile: CompileMode | None = None,
@@ -62,7 +68,7 @@ class ImagenPipeline:
             logger.info("torch.compile compiles each U-Net at its first step, which takes minutes")
             for unet in self.cascade.unets.values():
                 unet.compile(mode=compile)
-        self.text_encoder, self.source = text_encoder, source
+        self.text_encoder, self.source, self.folder = text_encoder, source, folder
         self._encoder: T5Encoder | None = None
 
     def __repr__(self) -> str:
@@ -88,30 +94,32 @@ class ImagenPipeline:
         cls,
         path: str | Path,
         *,
+        revision: str | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | str = torch.float32,
         compile: CompileMode | None = None,
         offload: Offload = "auto",
     ) -> ImagenPipeline:
-        """Load a model directory.
+        """Load a model directory, or OWNER/NAME from the Hugging Face hub at a branch, tag or commit `revision`.
 
         device, dtype: by name or as torch's objects; dtype is float32, bfloat16 or float16.
         compile: mode of torch.compile for the U-Nets; "reduce-overhead" adds CUDA graphs, None does not compile.
         offload: "always" keeps the weights on the CPU and moves a stage to `device` only while it runs, "never" keeps
         all stages on `device`, "auto" offloads if the weights need more than half of the GPU's free memory.
-        Raises ValueError with one line if the folder is not a model directory or is damaged, or if the device is not
-        available.
+        Raises ValueError with one line if the folder is not a model directory or is damaged, if the hub has no such
+        model, or if the device is not available; ImportError for a model from the hub without huggingface_hub.
         """
-        config, weights, index = read_model(path)
+        folder, source = locate_model(path, revision)
+        config, weights, index = read_model(folder)
         with torch.device("meta"):
             cascade = Cascade(config)
         for stage in config.stages:
-            source = str(Path(path) / stage.name)
-            load_weights(cascade.unets[stage.name], weights[stage.name], source, assign=True)
+            load_weights(cascade.unets[stage.name], weights[stage.name], str(folder / stage.name), assign=True)
         return cls(
             cascade,
             text_encoder=index.get("text_encoder"),
-            source=str(path),
+            source=source,
+            folder=folder,
             device=device,
             dtype=dtype,
             compile=compile,
@@ -141,6 +149,13 @@ class ImagenPipeline:
         """What the text encoder truncates or cannot represent of captions, a line each."""
         return self._load_encoder().caption_warnings(captions)
 
+    @property
+    def encoder_folder(self) -> Path | None:
+        """The text encoder inside the model directory; None if it is named by the hub's name, or if there is none."""
+        if self.text_encoder is None or not self.text_encoder.get("included"):
+            return None
+        return (self.folder or Path()) / self.text_encoder["name"]
+
     def _load_encoder(self) -> T5Encoder:
         if self._encoder is not None:
             return self._encoder
@@ -149,10 +164,10 @@ class ImagenPipeline:
                 "this model names no text encoder: give embeddings, with text=TextEmbeddings.load(FILE) or --embeddings"
             )
         name = self.text_encoder["name"]
-        if self.text_encoder.get("included"):
-            name = str(Path(self.source) / name)
-            if not Path(name).is_dir():
-                raise ValueError(f"{self.source} is damaged: its text encoder {name} is missing")
+        if (included := self.encoder_folder) is not None:
+            name = str(included)
+            if not included.is_dir():
+                raise ValueError(f"{self.source} is damaged: its text encoder {included} is missing")
         try:
             self._encoder = T5Encoder(
                 name,
@@ -300,25 +315,37 @@ class ImagenPipeline:
         logger.warning(warning)
         return [warning]
 
-    def save_pretrained(self, path: str | Path, *, card: str | None = None) -> Path:
-        """Write a model directory. card: text of README.md; None copies that of the directory this model is from.
+    def save_pretrained(
+        self, path: str | Path, *, card: str | None = None, dtype: torch.dtype | str | None = None
+    ) -> Path:
+        """Write a model directory.
 
-        Raises ValueError if the folder is not empty.
+        card: text of README.md; None copies that of the directory this model is from. dtype: of the stored weights; None
+        is the pipeline's own. Raises ValueError if the folder is not empty.
         """
+        old_card, grid = (None if self.folder is None else self.folder / name for name in ("README.md", "samples.png"))
         if card is None:
-            old_card = Path(self.source) / "README.md"
-            card = old_card.read_text(encoding="utf-8") if self.source and old_card.is_file() else ""
-        grid = Path(self.source) / "samples.png"
+            card = old_card.read_text(encoding="utf-8") if old_card is not None and old_card.is_file() else ""
         weights = {stage.name: self.cascade.unets[stage.name].state_dict() for stage in self.cascade.config.stages}
         return write_model(
             Path(path),
             self.cascade.config,
             weights,
             text_encoder=self.text_encoder,
-            encoder_folder=Path(self.source) / "text_encoder",
+            encoder_folder=self.encoder_folder,
             card=card,
-            grid=grid if self.source and grid.is_file() else None,
+            grid=grid if grid is not None and grid.is_file() else None,
+            dtype=None if dtype is None else _floating_dtype(dtype),
         )
+
+    def push_to_hub(self, name: str, *, private: bool = False, revision: str | None = None) -> str:
+        """Upload the model as OWNER/NAME to the Hugging Face hub, as `save_pretrained` writes it; returns its address.
+
+        The repository is created if it does not exist; revision: branch, by default the main one. Raises ValueError if
+        the hub refuses, ImportError without huggingface_hub.
+        """
+        with tempfile.TemporaryDirectory(prefix="fastimagen-push-") as folder:
+            return push_model(self.save_pretrained(Path(folder) / "model"), name, private=private, revision=revision)
 
 
 def _for_each_image(rows: Any, count: int) -> Any:

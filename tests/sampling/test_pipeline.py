@@ -262,7 +262,7 @@ def test_nothing_is_written_into_a_folder_that_is_not_empty(
 def test_a_model_that_cannot_be_saved_leaves_no_files(
     pipe: ImagenPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipe, "source", str(tmp_path / "gone"))  # its text encoder cannot be copied
+    monkeypatch.setattr(pipe, "folder", tmp_path / "gone")  # its text encoder cannot be copied
     with pytest.raises(OSError):
         pipe.save_pretrained(tmp_path / "copy")
     assert list(tmp_path.iterdir()) == []
