@@ -94,6 +94,9 @@ def parser() -> argparse.ArgumentParser:
     export = command("export", _export, "convert a run directory into a model directory")
     export.add_argument("--run", type=Path, required=True, help="run directory, as training writes it")
     export.add_argument("--out", type=Path, required=True, help="new model directory")
+    export.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights (default: %(default)s)"
+    )
 
     push = command("push", _push, "share a model directory on the Hugging Face hub")
     push.add_argument("--model", type=Path, required=True, help="model directory")
@@ -252,7 +255,7 @@ def _embed(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     from .train.export import export
 
-    print(export(options.run, options.out))
+    print(export(options.run, options.out, dtype=options.dtype))
 
 
 def _push(options: argparse.Namespace) -> None:

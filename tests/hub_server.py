@@ -1,4 +1,4 @@
-"""A Hugging Face hub on this machine: what huggingface_hub needs to create a repository, and to write and read files."""
+"""A Hugging Face hub on this machine: what huggingface_hub needs to create repositories, to write and to read files."""
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ def locate_model(name_or_path: str | Path, revision: str | None = None) -> tuple
     """(model directory on this machine, what to call it) for a folder or for OWNER/NAME on the hub.
 
     A model from the hub is downloaded into the hub's cache once; without a network, or with HF_HUB_OFFLINE=1, the cache
-    is used. revision: branch, tag or commit on the hub. Raises ValueError with one line if there is neither, ImportError
-    without huggingface_hub.
+    is used. revision: branch, tag or commit on the hub. Raises ValueError with one line if there is neither,
+    ImportError without huggingface_hub.
     """
     name = str(name_or_path)
     if Path(name).exists() or not HUB_NAME.fullmatch(name):

@@ -27,8 +27,8 @@ from ..files import atomic_folder, read_json_object, read_safetensors
 FORMAT = "fastimagen.model.1"
 
 CLASS_NAME = "ImagenPipeline"
-"""Entry "_class_name" of model_index.json. Programs that take the file for that of a diffusers pipeline read it, and then
-say that they do not know this class."""
+"""Entry "_class_name" of model_index.json. Programs that take the file for that of a diffusers pipeline read it, and
+then say that they do not know this class."""
 
 
 def write_model(

@@ -40,8 +40,8 @@ class ImagenPipeline:
 
     `pipe = ImagenPipeline.from_pretrained(path, device="cuda", dtype=torch.bfloat16)`
 
-    text_encoder: entry of model_index.json. source: what samples.json calls the model. folder: its model directory, which
-    holds the text encoder if that is included.
+    text_encoder: entry of model_index.json. source: what samples.json calls the model. folder: its model directory,
+    which holds the text encoder if that is included.
     """
 
     def __init__(
@@ -320,8 +320,8 @@ class ImagenPipeline:
     ) -> Path:
         """Write a model directory.
 
-        card: text of README.md; None copies that of the directory this model is from. dtype: of the stored weights; None
-        is the pipeline's own. Raises ValueError if the folder is not empty.
+        card: text of README.md; None copies that of the directory this model is from. dtype: of the stored weights;
+        None is the pipeline's own. Raises ValueError if the folder is not empty.
         """
         old_card, grid = (None if self.folder is None else self.folder / name for name in ("README.md", "samples.png"))
         if card is None:

@@ -102,9 +102,9 @@ def test_a_folder_is_never_looked_up_on_the_hub(
     (tmp_path / "runs/mine").symlink_to(toy_model)
     monkeypatch.chdir(tmp_path)
     assert ImagenPipeline.from_pretrained("runs/mine").source == "runs/mine"
-    with pytest.raises(ValueError, match='^revision "main" is for a model on the hub, but runs/mine is a folder'):
+    with pytest.raises(ValueError, match=r'^revision "main" is for a model on the hub, but runs/mine is a folder'):
         ImagenPipeline.from_pretrained("runs/mine", revision="main")
-    with pytest.raises(ValueError, match="^runs/other/model is not a model directory"):
+    with pytest.raises(ValueError, match=r"^runs/other/model is not a model directory"):
         ImagenPipeline.from_pretrained("runs/other/model")
 
 

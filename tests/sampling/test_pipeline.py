@@ -15,9 +15,11 @@ from torch import Tensor
 
 from fastimagen import cascade as cascade_module
 from fastimagen.cascade import Cascade
+from fastimagen.cli import main
 from fastimagen.config_file import config_from_dict
 from fastimagen.data.shards import open_shards
 from fastimagen.images import to_uint8
+from fastimagen.sampling.model_directory import read_model
 from fastimagen.sampling.pipeline import ImagenPipeline
 from fastimagen.text.embeddings import TextEmbeddings
 from fastimagen.train.export import export
@@ -365,9 +367,16 @@ def test_the_card_of_a_cascade_without_text_asks_for_no_captions(toy_config: dic
         stage["unet"] = stage["unet"] | {"text_dim": None}
     write_toy_run(tmp_path / "run", toy_config)
     card = (export(tmp_path / "run", tmp_path / "model") / "README.md").read_text()
-    assert "fastimagen sample --model . --count 4 --out samples" in card and "captions\n" in card
+    assert "fastimagen sample --model . --count 4\n" in card and "--captions" not in card
     assert "samples.png" not in card and "text-to-image" not in card
     assert ImagenPipeline.from_pretrained(tmp_path / "model").text_encoder is None
+    command = ["export", "--run", str(tmp_path / "run"), "--out", str(tmp_path / "half"), "--dtype", "bfloat16"]
+    assert main(command) == 0
+    half, index = read_model(tmp_path / "half")[1:]
+    assert {weight.dtype for stage in half.values() for weight in stage.values()} == {torch.bfloat16}
+    assert index["_class_name"] == "ImagenPipeline"
+    again = ImagenPipeline.from_pretrained(tmp_path / "half").save_pretrained(tmp_path / "full", dtype="float32")
+    assert {weight.dtype for weight in read_model(again)[1]["base"].values()} == {torch.float32}
 
 
 def test_a_low_resolution_image_of_another_size_than_in_training_is_said(
