@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help venv quickstart test test-fast drills lint bench gpu-check report clean
+.PHONY: help venv quickstart test test-fast drills lint bench gpu-check report docs clean
 
 help:
 	@echo "make quickstart   train a small cascade on captioned shapes and sample images from it"
@@ -16,6 +16,7 @@ help:
 	@echo "make bench        benchmark on this machine's CPU, within 12 minutes"
 	@echo "make gpu-check    test and benchmark on a GPU, within 9 minutes; set PYTHON to use another environment"
 	@echo "make report       regenerate the tables and plots of README.md and docs/ from all result files"
+	@echo "make docs         build the documentation site in build/site"
 	@echo "make venv         create the environment in $(VENV), and do nothing else"
 
 venv: $(VENV)/ready
@@ -26,7 +27,7 @@ $(VENV)/ready: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) setuptools wheel
 	$(PIP) torch
-	$(PIP) --no-build-isolation --editable '.[test,dev]'
+	$(PIP) --no-build-isolation --editable '.[test,dev,docs]'
 	touch $@
 
 quickstart: venv
@@ -57,6 +58,10 @@ gpu-check:
 
 report: venv
 	$(BIN)/python -m benchmarks.report
+
+# The variable silences an announcement that Material for MkDocs prints before every build.
+docs: venv
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) build *.egg-info

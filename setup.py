@@ -18,6 +18,7 @@ DATA = ["webdataset>=1.0"]
 HUB = ["huggingface_hub>=1.0"]
 TRAIN = [*TEXT, *KERNELS, *DATA, "deepspeed>=0.19.8", "tensorboard", "tqdm", "psutil"]
 DEMO = [*TEXT, "gradio>=6.0"]
+DOCS = ["mkdocs-material>=9.7", "matplotlib>=3.10"]  # matplotlib draws the figures of the tutorial
 
 
 class BuildWithStartingFiles(build_py):
@@ -87,6 +88,7 @@ setup(
             "playwright",
             "axe-playwright-python",
         ],
+        "docs": DOCS,
         "dev": ["ruff", "mypy", "build", "twine"],
     },
     entry_points={"console_scripts": ["fastimagen = fastimagen.cli:main"]},

@@ -87,7 +87,9 @@ def parser() -> argparse.ArgumentParser:
 
     embed = command("embed", _embed, "fill the cache of text embeddings; rerun to resume")
     embed.add_argument("--config", required=True, help="ds.json")
-    embed.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    embed.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="override a key of the file"
+    )
 
     add_flags(command("train", train, "train the stages of a cascade; rerun to resume"))
 
@@ -136,7 +138,11 @@ def parser() -> argparse.ArgumentParser:
 
 def _shards_flags(shards: argparse.ArgumentParser) -> None:
     kinds = shards.add_subparsers(required=True, metavar="KIND")
-    folder = kinds.add_parser("folder", help="images with .txt captions beside them, or a JSONL manifest")
+
+    def kind(name: str, help: str) -> argparse.ArgumentParser:
+        return kinds.add_parser(name, help=help, description=f"Pack {help} into WebDataset shards.")
+
+    folder = kind("folder", "images with .txt captions beside them, or a JSONL manifest")
     folder.add_argument("source", type=Path, help='folder, or a .jsonl of {"image": path, "caption": text}')
     folder.add_argument("--out", type=Path, required=True, help="new folder")
     folder.add_argument("--shard-size", type=int, default=1000, help="samples per tar (default: %(default)s)")
@@ -148,7 +154,7 @@ def _shards_flags(shards: argparse.ArgumentParser) -> None:
         help="hold out this share of the images: writes OUT/train and OUT/val",
     )
     folder.set_defaults(run_command=_shards_folder)
-    shapes = kinds.add_parser("shapes", help="the built-in captioned shapes")
+    shapes = kind("shapes", "the built-in captioned shapes")
     shapes.add_argument("--out", type=Path, required=True, help="new folder")
     shapes.add_argument("--count", type=int, default=20000, help="training images (default: %(default)s)")
     shapes.add_argument("--size", type=int, default=64, help="height and width in pixels (default: %(default)s)")

@@ -2,7 +2,8 @@
 
 The Python blocks of a page run one after the other in one namespace, in a folder of their own, as a reader would type
 them. A model directory given to `from_pretrained` is a toy model, and "cuda" becomes "cpu" where there is no GPU. A
-block below the line `<!-- not run: reason -->` is compiled only.
+block below the line `<!-- not run: reason -->` is compiled only. A `text` block directly below a Python block is what
+the Python block prints.
 
 Commands in shell blocks must be complete: their own parsers read them. Commands in inline code may leave out arguments
 or use placeholders (`fastimagen sample --settings FILE`): command and flags must exist.
@@ -33,6 +34,7 @@ from tests.conftest import ROOT
 FENCE = re.compile(
     r"^(?:<!-- (?P<note>[^\n]*) -->\n)?```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE
 )
+PRINTED = re.compile(r"^```(?:python|py)\n(?P<code>.*?)^```\n\n```text\n(?P<output>.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)[^)]*\)|<(?:img|a)\s[^>]*(?:src|href)=\"([^\"]+)\"")
 INLINE_CODE = re.compile(r"`([^`]+)`")
 REPOSITORY_PATH = re.compile(
@@ -73,7 +75,9 @@ def configuration_problems(text: str, toy_model: Path) -> list[str]:
 def python_problems(text: str, folder: Path, toy_model: Path) -> list[str]:
     """Run the Python blocks of a page inside `folder` until one fails."""
     namespace: dict[str, Any] = {"__name__": "readme"}
+    printed = {match["code"]: match["output"] for match in PRINTED.finditer(text)}
     for code, note in blocks(text, "python", "py"):
+        expected, output = printed.get(code), io.StringIO()
         if not torch.cuda.is_available():
             code = code.replace('"cuda"', '"cpu"')
         try:
@@ -81,10 +85,12 @@ def python_problems(text: str, folder: Path, toy_model: Path) -> list[str]:
             if note.startswith("not run: "):
                 continue
             _link_models(code, folder, toy_model)
-            with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()):
+            with contextlib.chdir(folder), contextlib.redirect_stdout(output):
                 exec(compiled, namespace)
         except Exception as error:  # any error that a reader would see
             return [f"Python: {type(error).__name__}: {error}"]
+        if expected not in (None, output.getvalue()):
+            return [f"Python: the page shows {expected!r}, but the block prints {output.getvalue()!r}"]
     return []
 
 
@@ -252,7 +258,10 @@ def _extras_installed(arguments: list[str]) -> list[str]:
 
 
 def link_problems(text: str, page: Path) -> list[str]:
-    """Links and images whose target does not exist in the repository; web addresses are not checked."""
+    """Links and images whose target does not exist in the repository; web addresses are not checked.
+
+    The generated pages of the documentation site do not exist in the repository: link to reference/index.md.
+    """
     found = []
     for match in LINK.finditer(FENCE.sub("", text)):
         target = match[1] or match[2]

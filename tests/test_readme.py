@@ -27,7 +27,7 @@ from tests.page_checks import (
 )
 
 PAGES = [Path(name) for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
-PAGES += sorted(path.relative_to(ROOT) for path in (ROOT / "docs").glob("*.md"))
+PAGES += sorted(path.relative_to(ROOT) for path in (ROOT / "docs").rglob("*.md"))
 NOT_PINNED = {"xformers"}  # needs CUDA and one release of torch, so the Makefile does not install it
 
 
@@ -155,6 +155,9 @@ def test_python_faults_are_found(toy_model: Path, tmp_path: Path) -> None:
         "Python: AttributeError: 'Output' object has no attribute 'nothing'"
     ]
     assert python_problems("```python\nif\n```\n", tmp_path, toy_model)[0].startswith("Python: SyntaxError")
+    wrong = "```python\nprint(1 + 1)\n```\n\n```text\n3\n```\n"
+    assert python_problems(wrong, tmp_path, toy_model) == ["Python: the page shows '3\\n', but the block prints '2\\n'"]
+    assert python_problems(wrong.replace("3", "2"), tmp_path, toy_model) == []
 
 
 def test_faults_of_commands_are_found() -> None:
