@@ -434,6 +434,45 @@ def _one_length(steps: int | None, epochs: float | None) -> None:
         raise ValueError(f"steps {steps} and epochs {epochs:g} both set the length of training: remove one of them")
 
 
+class TimeoutConfig(Section):
+    """Seconds after which a run that hangs ends, on every rank. Rerun the command to resume."""
+
+    heartbeat: float = Field(20.0, ge=1)
+    """A process from which the others hear nothing for so long is lost: dead, stopped, or cut off from the network."""
+    rendezvous: float = Field(300.0, gt=0)
+    """Until all processes have found each other."""
+    start: float = Field(3600.0, gt=0)
+    """Phase before the first stage: rendering the built-in shapes, embedding their captions."""
+    engine: float = Field(1800.0, gt=0)
+    """Building a stage's network and engine, and loading its checkpoint."""
+    data: float = Field(600.0, gt=0)
+    """Waiting for one micro-batch."""
+    forward: float = Field(300.0, gt=0)
+    """Forward pass of one micro-batch."""
+    backward: float = Field(300.0, gt=0)
+    """Backward pass of one micro-batch, with the communication in it."""
+    step: float = Field(300.0, gt=0)
+    """Optimizer step."""
+    log: float = Field(300.0, gt=0)
+    """Writing a record of the metrics."""
+    validation: float = Field(3600.0, gt=0)
+    """Validation loss."""
+    samples: float = Field(3600.0, gt=0)
+    """Preview grid."""
+    checkpoint: float = Field(1800.0, gt=0)
+    """Saving a checkpoint."""
+    first: float = Field(1800.0, gt=0)
+    """Added when a stage enters a phase for the first time, since kernels may have to be compiled."""
+    stop: float = Field(300.0, gt=0)
+    """After a signal, until the checkpoint of the current step is being saved. What kills the job afterwards, such as
+    Slurm, must not come earlier."""
+
+    @property
+    def longest(self) -> float:
+        """As long as any phase may last."""
+        return max(getattr(self, name) for name in type(self).model_fields) + self.first
+
+
 class TrainConfig(Section):
     """The training loop."""
 
@@ -471,6 +510,8 @@ class TrainConfig(Section):
     run may choose others, with other rounding errors."""
     max_nonfinite: int = Field(10, ge=1)
     """Consecutive steps with a non-finite loss or gradient that end the run."""
+    timeouts: TimeoutConfig = TimeoutConfig()
+    """When a run that hangs ends."""
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:

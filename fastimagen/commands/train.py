@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
+from types import FrameType
+from typing import TYPE_CHECKING
 
 from ..files import first_line
+from ..train.exit_status import EXIT_INTERRUPTED, EXIT_LOST, record
+
+if TYPE_CHECKING:
+    from ..train.trainer import Trainer
 
 OUT_OF_MEMORY = (
     "Reduce train_micro_batch_size_per_gpu and raise gradient_accumulation_steps, or recompute activations with "
     "checkpoint_levels in the stage's unet"
 )
-EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: interrupted by a signal, checkpoint saved; rerun the command to resume
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -36,20 +43,44 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def train(options: argparse.Namespace) -> int:
     """Train as the flags say. Returns the exit status. Raises what `Trainer` raises for what the user can correct."""
+    before = {number: signal.signal(number, _leave) for number in SIGNALS}
     # Idle OpenMP threads sleep instead of spinning: on shared cores, spinning threads made a step six times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Where a process is lost, the others say so in a line; torch's warnings about the connection are C++ tracebacks.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from ..config_file import load_config
-    from ..train.trainer import Trainer, TrainingDiverged, TrainingInterrupted
+    from ..train.trainer import Trainer
 
-    trainer = Trainer(load_config(options.config, options.overrides), options.run_dir, stage=options.stage)
-    if options.dry_run:
-        print(trainer.describe())
-        return 0
+    try:
+        trainer = Trainer(load_config(options.config, options.overrides), options.run_dir, stage=options.stage)
+        if options.dry_run:
+            print(trainer.describe())
+            return 0
+        status = _fit(trainer)
+    except BaseException:
+        record(1)
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for number in SIGNALS:  # launchers send signals to all processes when the first one ends: the status stands
+        signal.signal(number, signal.SIG_IGN)
+    return record(status)
+
+
+def _fit(trainer: Trainer) -> int:
+    """Train. Returns the exit status."""
+    from ..train.preemption import TrainingInterrupted
+    from ..train.trainer import TrainingDiverged
+
     try:
         trainer.fit()
     except TrainingInterrupted as interrupted:
         print(interrupted, flush=True)
         return EXIT_INTERRUPTED
+    except ConnectionError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_LOST
     except TrainingDiverged as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
@@ -58,3 +89,9 @@ def train(options: argparse.Namespace) -> int:
             raise
         raise ValueError(f"{first_line(error)} {OUT_OF_MEMORY}") from None
     return 0
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    """Before training there is nothing to save. Imports take seconds, and libraries swallow exceptions in them."""
+    os.write(1, f"{signal.Signals(number).name}: stopped before training; rerun the command\n".encode())
+    os._exit(record(EXIT_INTERRUPTED))

@@ -6,12 +6,17 @@ import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from datetime import timedelta
+from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
+from ..config import TimeoutConfig
 from .deepspeed_keys import section_error
+from .peers import Peers
+from .rendezvous import failed_to_connect, set_launcher_defaults
 
 
 def choose_accelerator() -> None:
@@ -20,21 +25,21 @@ def choose_accelerator() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
-def init_distributed() -> torch.device:
+def backend() -> Literal["nccl", "gloo"]:
+    """How processes communicate: NCCL between GPUs, gloo between CPUs."""
+    return "nccl" if torch.cuda.is_available() else "gloo"
+
+
+def init_distributed(timeouts: TimeoutConfig | None = None, peers: Peers | None = None) -> torch.device:
     """Join the process group that `deepspeed`, `torchrun` or plain `python` (one process) started.
 
-    Returns this process's device: its GPU with NCCL, or the CPU with gloo.
+    timeouts: by default those of TimeoutConfig; a collective fails after the longest of them, in this process group
+    and in all that are made later, DeepSpeed's own included. peers: the processes, if they have met. Returns this
+    process's device: its GPU with NCCL, or the CPU with gloo. Raises ConnectionError, one line, if the processes cannot
+    connect to each other.
     """
-    for name, value in (
-        ("RANK", "0"),
-        ("LOCAL_RANK", "0"),
-        ("WORLD_SIZE", "1"),
-        ("MASTER_ADDR", "127.0.0.1"),
-        ("MASTER_PORT", "0"),
-    ):
-        os.environ.setdefault(name, value)
-    if os.environ["WORLD_SIZE"] != "1" and os.environ["MASTER_PORT"] == "0":
-        raise ValueError("MASTER_PORT 0 means any free port, which several processes cannot guess alike: name one")
+    timeouts = timeouts or TimeoutConfig()
+    set_launcher_defaults()
     choose_accelerator()
     import deepspeed
     import deepspeed.ops
@@ -48,8 +53,29 @@ def init_distributed() -> torch.device:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     else:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+        # The watchdog ends a process whose collective hangs or has lost a peer. torch's own handler would do so too,
+        # with a C++ traceback that names neither rank nor phase.
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+    _set_default_timeout(timedelta(seconds=timeouts.longest))
+    try:
+        connect = timedelta(seconds=timeouts.rendezvous)
+        deepspeed.init_distributed(dist_backend=backend(), verbose=False, timeout=connect)
+        dist.barrier()  # connects the processes: what is wrong with the network shows here
+    except RuntimeError as error:
+        if peers is None:
+            raise
+        raise failed_to_connect(peers, backend(), error) from None
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeouts.longest))
     return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+
+
+def _set_default_timeout(timeout: timedelta) -> None:
+    """Let process groups have this time-out that are made without one, as DeepSpeed's are. torch has no public way."""
+    from torch.distributed import distributed_c10d
+
+    distributed_c10d.default_pg_timeout = timeout
+    if distributed_c10d.default_pg_nccl_timeout is not None:
+        distributed_c10d.default_pg_nccl_timeout = timeout
 
 
 def make_engine(model: nn.Module, deepspeed_config: dict[str, Any], muon: set[str]) -> Any:

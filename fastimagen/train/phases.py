@@ -30,6 +30,8 @@ class Current(NamedTuple):
     """Name of the stage in training; "" before the first one."""
     step: int
     """The optimizer step in progress; 0 before the first one."""
+    entered: int
+    """How many phases have begun so far: at the same point of training the same number on all ranks."""
     first: bool
     """Whether the stage enters this phase for the first time, when kernels and torch.compile may still be compiled."""
 
@@ -47,7 +49,7 @@ class Phases:
     """
 
     def __init__(self) -> None:
-        self.current = Current("start", time.monotonic(), "", 0, True)
+        self.current = Current("start", time.monotonic(), "", 0, 0, True)
         self._entered: set[Phase] = {"start"}
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self._counted_until = self.current.since
@@ -70,7 +72,7 @@ class Phases:
     def _change(self, phase: Phase, stage: str, step: int) -> None:
         now = time.monotonic()
         self._count(now)
-        self.current = Current(phase, now, stage, step, phase not in self._entered)
+        self.current = Current(phase, now, stage, step, self.current.entered + 1, phase not in self._entered)
         self._entered.add(phase)
 
     def _count(self, now: float) -> None:

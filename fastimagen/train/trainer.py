@@ -27,18 +27,16 @@ from . import checkpoint
 from .deepspeed_config import json_like, resolve_deepspeed, total_batch_size
 from .deepspeed_keys import check_deepspeed_keys
 from .ema import EMA
-from .engine import choose_accelerator, init_distributed, make_engine
+from .engine import backend, choose_accelerator, init_distributed, make_engine
 from .flat_weights import FlatWeights
 from .length import planned_epochs, planned_steps, steps_of_epochs
 from .metrics import MetricAverager, Metrics
 from .phases import Phases
-from .preemption import StopRequest, lock_run
+from .preemption import StopRequest, TrainingInterrupted, lock_run
+from .rendezvous import meet
 from .stage_setup import check_same_stage, initial_unet, plan, resolve_cascade
 from .validation import ema_unet, preview_sampling, sample_grid, validation_loss
-
-
-class TrainingInterrupted(Exception):
-    """A signal stopped the run; a checkpoint is saved."""
+from .watchdog import Watchdog
 
 
 class TrainingDiverged(Exception):
@@ -77,26 +75,32 @@ class Trainer:
         """Train all stages.
 
         Raises TrainingInterrupted after a signal, when a checkpoint is saved; TrainingDiverged if the gradient stays
-        non-finite; OSError if a checkpoint cannot be written; ValueError for what the user can correct.
+        non-finite; OSError if a checkpoint cannot be written or the processes cannot reach each other; ValueError for
+        what the user can correct.
         """
-        self.device = init_distributed()
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        lock = lock_run(self.run_dir) if self.rank == 0 else None
-        try:
-            if self.rank == 0:
-                self._prepare_shapes()
-            dist.barrier()
-            newest = [self._newest_checkpoint(config) for config in self.stages]  # check all before writing anything
-            if self.rank == 0:
-                with atomic_file(self.run_dir / "config.json") as path:
-                    path.write_text(self.config.to_json())
-            with StopRequest() as stop:
-                for config, resume_from in zip(self.stages, newest):
-                    self._fit_stage(config, resume_from, stop)
-        finally:
-            if lock:
-                lock.close()
+        timeouts = self.settings.timeouts
+        peers = meet(timeouts.rendezvous, backend=backend())
+        with StopRequest(peers, self.phases) as stop, Watchdog(peers, self.phases, timeouts, stop):
+            self.device = init_distributed(timeouts, peers)
+            self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            lock = lock_run(self.run_dir) if self.rank == 0 else None
+            try:
+                self._fit_stages(stop)
+            finally:
+                if lock:
+                    lock.close()
+
+    def _fit_stages(self, stop: StopRequest) -> None:
+        if self.rank == 0:
+            self._prepare_shapes()
+        dist.barrier()
+        newest = [self._newest_checkpoint(config) for config in self.stages]  # check all before writing anything
+        if self.rank == 0:
+            with atomic_file(self.run_dir / "config.json") as path:
+                path.write_text(self.config.to_json())
+        for config, resume_from in zip(self.stages, newest):
+            self._fit_stage(config, resume_from, stop)
 
     def _fit_stage(self, config: StageConfig, resume_from: Path | None, stop: StopRequest) -> None:
         """Train one stage from a checkpoint, or from the start, to its last step."""

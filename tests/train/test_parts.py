@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -26,7 +25,7 @@ from fastimagen.data.source import open_data
 from fastimagen.seeds import mix_seed
 from fastimagen.train.ema import EMA
 from fastimagen.train.metrics import MetricAverager, Metrics
-from fastimagen.train.preemption import StopRequest, lock_run
+from fastimagen.train.preemption import lock_run
 from fastimagen.train.stage_setup import initial_unet
 from fastimagen.train.trainer import Trainer
 from fastimagen.train.validation import preview_sampling, sample_grid
@@ -308,33 +307,6 @@ def test_monitor_and_console_show_the_record(tmp_path: Path, capsys: pytest.Capt
 
 
 # ---- stopping
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_stops_the_run_and_the_old_handlers_are_restored(number: signal.Signals, one_process: None) -> None:
-    calls = [0]
-    before = {known: signal.signal(known, lambda *_: calls.append(1)) for known in StopRequest.SIGNALS}
-    handlers = {known: signal.getsignal(known) for known in StopRequest.SIGNALS}
-    try:
-        with pytest.raises(RuntimeError), StopRequest() as stop:
-            assert stop.should_stop() is None
-            os.kill(os.getpid(), number)
-            assert stop.should_stop() == number.name and calls == [0]
-            assert stop.should_stop() == number.name  # until the end
-            raise RuntimeError("the run fails")
-        assert {known: signal.getsignal(known) for known in StopRequest.SIGNALS} == handlers
-        os.kill(os.getpid(), number)
-        assert calls == [0, 1]
-    finally:
-        for known, handler in before.items():
-            signal.signal(known, handler)
-
-
-def test_a_second_interrupt_exits_immediately(one_process: None) -> None:
-    with pytest.raises(KeyboardInterrupt), StopRequest() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.should_stop() == "SIGINT"
-        os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_a_run_directory_has_one_writer(tmp_path: Path) -> None:

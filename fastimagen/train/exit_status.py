@@ -1,0 +1,29 @@
+"""How a training process ends, and how `fastimagen supervise` and its training processes understand each other."""
+
+from __future__ import annotations
+
+import os
+
+EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: interrupted by a signal; rerun the command to resume
+EXIT_LOST = 69  # EX_UNAVAILABLE: a process is lost or hangs; rerun the command to resume
+
+STATUS_FILE = "FASTIMAGEN_STATUS_FILE"
+"""Environment variable with the file to which every training process of a host appends its exit status. torchrun
+itself exits with 1 whatever they were."""
+STOP_FILE = "FASTIMAGEN_STOP_FILE"
+"""Environment variable with the path of a file whose existence is a request to stop. Not all launchers pass on all
+signals."""
+
+
+def record(status: int) -> int:
+    """Append the exit status for the supervisor, if there is one. Returns it."""
+    if path := os.environ.get(STATUS_FILE):
+        with open(path, "a") as file:
+            file.write(f"{status}\n")
+    return status
+
+
+def stop_file_exists() -> bool:
+    """Whether the supervisor asks to stop."""
+    path = os.environ.get(STOP_FILE)
+    return path is not None and os.path.exists(path)
