@@ -152,6 +152,9 @@ class ObjectiveConfig(Section):
     preconditioned residual of Karras et al. 2022, table 1."""
     loss: Literal["l2", "l1", "huber"] = "l2"
     """Loss function between the network's output and its target."""
+    difference_weight: float = Field(0.0, ge=0)
+    """Weight of the same loss on differences between neighbouring pixels of the error, horizontal plus vertical; it
+    sharpens outlines (after the image gradient difference loss of Mathieu et al. 2016)."""
     weighting: Literal["none", "min_snr"] = "none"
     """Loss weight as a function of the noise level. "min_snr": Hang et al. 2023; "none": constant, except for the
     prediction "edm", which then has the weight of Karras et al. 2022."""
@@ -205,6 +208,9 @@ class SamplingConfig(Section):
     """Thresholding of x0 in every step (Imagen, section 2.3)."""
     percentile: float = Field(0.995, gt=0, le=1)
     """Percentile of |x0| for dynamic thresholding, as a fraction."""
+    ceiling: float | None = Field(None, ge=1)
+    """Largest threshold of dynamic thresholding: x0 is divided by no more than this. 1 is static thresholding; without
+    it there is no limit, as in the paper."""
     tile: int | None = Field(None, ge=16)
     """Size of overlapping tiles, in pixels, for images that do not fit into memory as a whole."""
 

@@ -368,14 +368,16 @@ def test_embeddings_of_the_wrong_width_are_refused(model: Path, tmp_path: Path, 
 # ---- evaluate
 
 
-def test_evaluate_reports_both_splits(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_reports_all_splits(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("fastimagen.evaluation.shape_reader")
     arguments = ["evaluate", "--model", str(model), "--count", "4", "--steps", "1", "--out", str(tmp_path / "out")]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
-    assert "seen single" in printed and "unseen" in printed
+    assert "open diversity: two seeds differ by" in printed
     report = json.loads((tmp_path / "out/report.json").read_text())
-    for split in ("seen", "unseen"):
+    for split in ("seen", "unseen", "open"):
+        assert f"{split} single" in printed and f"{split} appearance: contrast" in printed
+        assert report["appearance"][split]["contrast"]["mean"] > 0
         figures = report["accuracy"][split]
         assert sum(kind["count"] for kind in figures.values()) == 4
         assert all(

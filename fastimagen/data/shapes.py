@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from io import BytesIO
 from itertools import product
@@ -189,6 +189,24 @@ def scene(split: str, index: int, seed: int = 0) -> Scene:
         first, second = second, first
     background, relation = draw([*BACKGROUNDS], "two grounds"), draw([*RELATIONS], "relation")
     return Scene((Object(*first), Object(*second)), background, relation)
+
+
+def open_scene(index: int, seed: int = 0) -> Scene:
+    """Scene number `index` whose caption leaves something open: in turn the size, the position and both.
+
+    Otherwise these are the test scenes of one object. Raises ValueError for a negative index or seed.
+    """
+    group, within = divmod(index, TWO_OBJECTS - 1)
+    seen = scene("seen", group * TWO_OBJECTS + within, seed)
+    size, position = [(False, True), (True, False), (False, False)][index % 3]
+    (named,) = seen.objects
+    kept = replace(named, size=named.size if size else None, position=named.position if position else None)
+    return replace(seen, objects=(kept,))
+
+
+def open_image(index: int, draw: int, seed: int = 0, size: int = CANVAS) -> np.ndarray:
+    """Image (size, size, 3) uint8 of `open_scene(index)`, one of many: what is open depends on `draw`."""
+    return render(open_scene(index, seed), size, numpy_generator(seed, len(SPLITS), draw, index))
 
 
 def sample(split: str, index: int, seed: int = 0, size: int = CANVAS) -> tuple[np.ndarray, str]:

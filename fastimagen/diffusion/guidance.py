@@ -51,6 +51,7 @@ class Denoiser:
             guidance=self.guidance,
             threshold=self.sampling.threshold,
             percentile=self.sampling.percentile,
+            ceiling=self.sampling.ceiling,
             previous=previous,
             noise=noise,
         )

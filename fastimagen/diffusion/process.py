@@ -8,10 +8,18 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..config import ObjectiveConfig, ScheduleConfig
 from .schedule import make_schedule
+
+
+def huber(error: Tensor) -> Tensor:
+    """error^2 / 2 up to 1, then |error| - 1/2 (Huber 1964), element by element."""
+    size = error.abs()
+    return torch.where(size < 1, size.square() / 2, size - 0.5)
+
+
+PENALTIES = {"l2": torch.square, "l1": torch.abs, "huber": huber}
 
 
 def expand(coefficient: Tensor, like: Tensor) -> Tensor:
@@ -112,7 +120,14 @@ class Diffusion:
         return limited / (sigma**2 + (alpha * self.objective.sigma_data) ** 2) * self.objective.sigma_data**2
 
     def loss(self, output: Tensor, target: Tensor, time: Tensor) -> Tensor:
-        """Weighted error per sample (B,), averaged over pixels, fp32."""
-        error = {"l2": F.mse_loss, "l1": F.l1_loss, "huber": F.smooth_l1_loss}[self.objective.loss]
-        per_sample = error(output.float(), target.float(), reduction="none").flatten(1).mean(dim=1)  # (B,)
+        """Weighted error per sample (B,), averaged over pixels and over pairs of neighbouring pixels, fp32."""
+        error = output.float() - target.float()  # (B, C, H, W)
+        per_sample = self._penalty(error)  # (B,)
+        if self.objective.difference_weight:
+            differences = self._penalty(error.diff(dim=-1)) + self._penalty(error.diff(dim=-2))  # (B,)
+            per_sample = per_sample + self.objective.difference_weight * differences
         return per_sample * self.weight(time).to(per_sample)
+
+    def _penalty(self, error: Tensor) -> Tensor:
+        """The mean loss of an error (B, C, H, W) per sample, (B,)."""
+        return PENALTIES[self.objective.loss](error).flatten(1).mean(dim=1)  # (B,)

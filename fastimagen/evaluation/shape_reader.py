@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -25,7 +25,10 @@ FRAME_HALF_SIDE = 1.05  # of an object of area 1: every ideal outline fits in
 
 @dataclass(frozen=True)
 class Found:
-    """An object as seen: names from `shapes`, middle (x, y) and radius in pixels of the canvas."""
+    """An object as seen: names from `shapes`, middle (x, y) and radius in pixels of the canvas.
+
+    outline_errors: by shape, the area in which the object differs from that shape's ideal outline, in units of its own.
+    """
 
     color: str
     shape: str
@@ -33,14 +36,16 @@ class Found:
     position: str
     middle: tuple[float, float]
     radius: float
+    outline_errors: Mapping[str, float] = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
 class Reading:
-    """The background and the objects of an image, the largest object first."""
+    """The background and the objects of an image, the largest object first. ground: the background's RGB, 0 to 255."""
 
     objects: tuple[Found, ...]
     background: str
+    ground: tuple[float, float, float]
 
 
 def read(image: np.ndarray) -> Reading:
@@ -60,7 +65,7 @@ def read(image: np.ndarray) -> Reading:
         strong |= inside & (contrast > 0.5 * np.quantile(contrast[inside], 0.9))
     labels = components(strong)
     found = tuple(_describe_region(pixels, ground, contrast, labels, label) for label in _large(labels))
-    return Reading(found, _nearest(ground, BACKGROUNDS))
+    return Reading(found, _nearest(ground, BACKGROUNDS), tuple(ground.tolist()))
 
 
 def _large(labels: np.ndarray) -> list[int]:
@@ -90,7 +95,9 @@ def _describe_region(
     offsets = _cell_centers()  # (FRAME_CELLS,)
     window = _at(share, y + math.sqrt(area) * offsets, x + math.sqrt(area) * offsets)  # (FRAME_CELLS, FRAME_CELLS)
     ideals = _ideals()
-    shape = min(SHAPES, key=lambda name: np.abs(window - ideals[name].mask).sum())
+    cell = (2 * FRAME_HALF_SIDE / FRAME_CELLS) ** 2  # area, in units of the object's
+    errors = {name: float(cell * np.abs(window - ideals[name].mask).sum()) for name in SHAPES}
+    shape = min(SHAPES, key=lambda name: errors[name])
 
     scale = CANVAS / len(share)
     radius = scale * math.sqrt(area / ideals[shape].area)
@@ -98,7 +105,7 @@ def _describe_region(
     middle = (scale * x - dx, scale * y - dy)
     position = _nearest(np.array(middle) - CANVAS / 2, POSITIONS)
     size = min(RADIUS, key=lambda name: abs(math.log(radius / RADIUS[name])))
-    return Found(_nearest(color, COLORS), shape, size, position, middle, radius)
+    return Found(_nearest(color, COLORS), shape, size, position, middle, radius, errors)
 
 
 def _nearest(value: np.ndarray, named: Mapping[str, Sequence[float]]) -> str:
@@ -244,18 +251,18 @@ def _agreement(seen: Sequence[Found], named: Sequence[Object]) -> int:
     return sum((a.color == b.color) + (a.shape == b.shape) for a, b in zip(seen, named))
 
 
-def accuracy(images: Sequence[np.ndarray] | np.ndarray, scenes: Sequence[Scene]) -> dict[str, dict]:
-    """How often images (B, H, W, 3) uint8 agree with their captions' scenes.
+def accuracy(readings: Sequence[Reading], scenes: Sequence[Scene]) -> dict[str, dict]:
+    """How often the readings of images agree with their captions' scenes.
 
     Returns {"single": ..., "pair": ...} for captions of one and of two objects; a kind without captions is absent.
     Each is {"count": captions, KEY: {"mean", "error", "count"}} with the keys of `compare`: the share that agrees,
     its binomial standard error and the number of captions that mention it. Raises ValueError unless there is one
-    scene per image."""
-    if len(images) != len(scenes):
-        raise ValueError(f"there must be one scene for each image, got {len(images)} images and {len(scenes)} scenes")
+    scene per reading."""
+    if len(readings) != len(scenes):
+        raise ValueError(f"there must be one scene for each image, got {len(readings)} images and {len(scenes)} scenes")
     verdicts: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
-    for image, scene in zip(images, scenes):
-        for key, right in judge(image, scene).items():
+    for reading, scene in zip(readings, scenes):
+        for key, right in compare(reading, scene).items():
             verdicts["single" if len(scene.objects) == 1 else "pair"][key].append(right)
     return {
         kind: {"count": len(verdicts[kind]["caption"])}

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastimagen.config import ObjectiveConfig, ScheduleConfig
 from fastimagen.diffusion.process import Diffusion
@@ -196,6 +197,29 @@ def test_losses_equal_their_formulas(kind: str) -> None:
     assert loss.dtype == torch.float32 and loss.shape == (3,)
     assert loss.double().allclose(expected, rtol=1e-5)
     assert diffusion.loss(output.bfloat16(), target, times).dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", ["l2", "l1", "huber"])
+@pytest.mark.parametrize("prediction", ["x0", "v"])
+def test_loss_on_differences_equals_its_formula(kind: str, prediction: str) -> None:
+    times = torch.tensor([0.3, 0.7], dtype=torch.float64)
+    objective = dict(loss=kind, prediction=prediction, weighting="min_snr")
+    target, output = (2 * image[:, :, :, :3] for image in data(times))  # (B, C, 4, 3)
+    rows, columns = [], []
+    for y in range(4):
+        for x in range(3):
+            error = output[:, :, y, x] - target[:, :, y, x]
+            if x:
+                rows.append(error - (output - target)[:, :, y, x - 1])
+            if y:
+                columns.append(error - (output - target)[:, :, y - 1, x])
+    penalty = {"l2": torch.square, "l1": torch.abs, "huber": lambda e: F.huber_loss(e, 0 * e, reduction="none")}[kind]
+    differences = sum(penalty(torch.stack(pairs)).mean(dim=(0, 2)) for pairs in (rows, columns))  # (B,)
+    plain, weighted = make(**objective), make(**objective, difference_weight=0.7)
+    added = weighted.loss(output.float(), target.float(), times) - plain.loss(output.float(), target.float(), times)
+    torch.testing.assert_close(added.double(), 0.7 * differences * plain.weight(times), rtol=1e-5, atol=1e-6)
+    shifted = target + 0.3  # an error without differences
+    assert weighted.loss(shifted, target, times).allclose(plain.loss(shifted, target, times))
 
 
 @pytest.mark.parametrize("gamma", [1.0, 5.0, 20.0])

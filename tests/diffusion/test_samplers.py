@@ -402,6 +402,17 @@ def test_denoiser_scales_predicts_and_thresholds(kind: str, prediction: str) -> 
     assert (found - expected).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("ceiling", [1.0, 1.7, 50.0])
+def test_ceiling_limits_the_dynamic_threshold(ceiling: float) -> None:
+    diffusion = Diffusion(ScheduleConfig(), ObjectiveConfig(prediction="x0"))
+    images = 3 * torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    denoise = Denoiser(lambda x, time: images, diffusion, SamplingConfig(percentile=0.9, ceiling=ceiling))
+    found = denoise(torch.zeros_like(images), torch.tensor(0.6, dtype=torch.float64))
+    for image, thresholded in zip(images, found):
+        s = min(max(1.0, sorted_quantile(image.abs().flatten(), 0.9)), ceiling)
+        torch.testing.assert_close(thresholded, image.clamp(-s, s) / s)
+
+
 def sorted_quantile(values: Tensor, percentile: float) -> float:
     """Linear interpolation between order statistics."""
     rank = percentile * (len(values) - 1)
