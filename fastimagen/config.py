@@ -499,7 +499,9 @@ class TrainConfig(Section):
     checkpoint_every: int = Field(500, ge=1)
     """Steps between checkpoints; the last step always has one."""
     keep_checkpoints: int = Field(2, ge=1)
-    """Checkpoints kept per stage."""
+    """Checkpoints kept per stage: the last ones. The one with the smallest validation loss is kept as well."""
+    keep_every: int | None = Field(None, ge=1)
+    """Checkpoints of multiples of so many steps are kept too; a multiple of checkpoint_every."""
     validate_every: int = Field(500, ge=1)
     """Steps between validations on EMA weights."""
     validation_samples: Annotated[int, Field(ge=1)] | Literal["all"] = 256

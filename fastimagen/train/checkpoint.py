@@ -1,23 +1,36 @@
-"""Checkpoints of a stage, written to a temporary folder and renamed: a checkpoint with its final name is complete.
+"""The checkpoints of a stage: a folder each, complete once it has its final name, checked by checksums.
 
-``checkpoints/<stage>/step-00000500/`` contains DeepSpeed's sharded files (``deepspeed/``), the EMA weights by parameter
-name (``ema.safetensors``, fp32) and ``state.json``. Folders with another name are incomplete checkpoints.
+``checkpoints/<stage>/step-00000500/`` contains
+
+- ``rank-00000.safetensors``, ...: what each rank owned, as fragments of the parameters (fragments.py)
+- ``engine.json``: shapes of the parameters, counters, position of the learning rate schedule, loss scale
+- ``state.json``: what the trainer needs to go on
+- ``index.json``: size and SHA-256 of every other file
+
+While the ranks write, the folder is an incomplete checkpoint, ``.step-00000500.*.partial``. A damaged checkpoint is
+renamed to ``damaged-step-00000500``. Nothing here needs DeepSpeed, a process group or a GPU.
 """
 
 from __future__ import annotations
 
-import json
+import hashlib
+import math
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 
-from ..files import first_line, read_json_object, sync
+from ..files import read_json_object, sync, write_json, write_safetensors
+from .fragments import read_parameters
 
+FORMAT = "fastimagen.checkpoint.1"
 STEP_NAME = re.compile(r"step-(\d{8})")
+INDEX, ENGINE, STATE = "index.json", "engine.json", "state.json"
+
+
+# ---- which checkpoints there are
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -26,70 +39,155 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def newest(folder: Path) -> Path | None:
-    """The checkpoint to resume from; None at the start."""
+    """The checkpoint with the most steps; None if there is none."""
     found = checkpoints(folder)
     return found[-1] if found else None
 
 
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """state.json of a checkpoint: step, stage configuration, world size, averages since the last record."""
-    return read_json_object(checkpoint / "state.json")
+def best(folder: Path) -> Path | None:
+    """The checkpoint with the smallest validation loss; None if none was validated at its step."""
+    losses = [(loss, path) for path in checkpoints(folder) if (loss := _validation_loss(path)) is not None]
+    return min(losses)[1] if losses else None
 
 
-def save(folder: Path, engine: Any, average: dict[str, Tensor] | None, state: dict[str, Any], keep: int) -> Path:
-    """Write the checkpoint of step state["step"], then remove all but the last `keep`. All ranks call it.
-
-    average: the EMA weights by parameter name, fp32, on the CPU; needed on rank 0 only.
-    Raises OSError on all ranks if one of them cannot write, for example because the disk is full; older checkpoints are
-    then kept.
-    """
-    from safetensors.torch import save_file
-
-    final = folder / f"step-{state['step']:08d}"
-    temporary = folder / f".{final.name}.partial"
-    rank = dist.get_rank()
-    if rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    dist.barrier()
-    problem = None
+def _validation_loss(checkpoint: Path) -> float | None:
     try:
-        engine.save_checkpoint(str(temporary), tag="deepspeed", save_latest=False)
-        if average is not None:
-            save_file(average, temporary / "ema.safetensors", metadata={"format": "pt"})
-            (temporary / "state.json").write_text(json.dumps(state, indent=2))
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        problem = error
-    _fail_together(problem, temporary)
-    if rank == 0:
-        _sync_tree(temporary)
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-        sync(folder)
-        for old in checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
-    dist.barrier()
+        loss = read_state(checkpoint).get("val_loss")
+    except ValueError:  # damaged: the next start or export that needs it says so
+        return None
+    return loss if isinstance(loss, float) and math.isfinite(loss) else None
+
+
+# ---- reading
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """state.json of a checkpoint: step, stage configuration, averages since the last record, validation loss."""
+    return read_json_object(checkpoint / STATE)
+
+
+def read_engine(checkpoint: Path) -> dict[str, Any]:
+    """engine.json of a checkpoint."""
+    return read_json_object(checkpoint / ENGINE)
+
+
+def fragment_files(checkpoint: Path) -> list[Path]:
+    """The files with the fragments of all ranks. Raises ValueError if the index is damaged."""
+    return [checkpoint / name for name in sorted(_index(checkpoint)) if name.endswith(".safetensors")]
+
+
+def read_average(checkpoint: Path) -> dict[str, Tensor]:
+    """The EMA weights by parameter name, fp32, on the CPU. Raises ValueError if the checkpoint is damaged."""
+    shapes = {name: tuple(shape) for name, shape in read_engine(checkpoint)["parameters"].items()}
+    return read_parameters(fragment_files(checkpoint), "ema", shapes)
+
+
+def damage(checkpoint: Path, rank: int = 0, world_size: int = 1) -> str | None:
+    """What is wrong with the share of a checkpoint's files that this rank checks; None if they are as written.
+
+    Raises ValueError for a checkpoint of an earlier format.
+    """
+    if (checkpoint / "deepspeed").is_dir():
+        raise ValueError(
+            f"{checkpoint} was written by an earlier fastimagen, in another format: export it with that version and "
+            f"start a new run from the exported weights (train.stages.NAME.init_from), or choose another --run-dir"
+        )
+    try:
+        index = _index(checkpoint)
+    except ValueError as error:
+        return str(error)
+    for name in sorted(index)[rank::world_size]:
+        path, expected = checkpoint / name, index[name]
+        try:
+            size = path.stat().st_size
+            if size != expected["bytes"]:
+                return f"{path} has {size} bytes instead of {expected['bytes']}"
+            if sha256(path) != expected["sha256"]:
+                return f"{path} is not as it was written: its SHA-256 differs"
+        except OSError as error:
+            return f"cannot read {path}: {error.strerror}"
+    return None
+
+
+def _index(checkpoint: Path) -> dict[str, dict[str, Any]]:
+    """{file name: {"bytes", "sha256"}}. Raises ValueError if index.json is not an index."""
+    index = read_json_object(checkpoint / INDEX)
+    files = index.get("files")
+    if index.get("format") != FORMAT or not isinstance(files, dict) or not {ENGINE, STATE} <= files.keys():
+        raise ValueError(f"{checkpoint / INDEX} is not the index of a checkpoint of the format {FORMAT}")
+    if not all(isinstance(entry, dict) and entry.keys() == {"bytes", "sha256"} for entry in files.values()):
+        raise ValueError(f"{checkpoint / INDEX} lacks sizes or checksums")
+    return files
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---- writing
+
+
+def incomplete_name(step: int, token: str) -> str:
+    """The folder of an incomplete checkpoint. token: the same on all ranks of a run, another one after a restart."""
+    return f".step-{step:08d}.{token}.partial"
+
+
+def write_rank(folder: Path, rank: int, tensors: dict[str, Tensor]) -> None:
+    """Write the fragments of a rank into the folder of an incomplete checkpoint, then report that they are on the disk.
+
+    Raises OSError if something cannot be written.
+    """
+    path = folder / _rank_name(rank, "safetensors")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_safetensors(path, tensors, {"format": "pt"})
+    write_json(folder / _rank_name(rank, "json"), _entry(path))
+    sync(folder)
+
+
+def complete(folder: Path, world_size: int, engine: dict[str, Any], state: dict[str, Any]) -> Path:
+    """Make the folder a checkpoint, when all ranks have written. Raises OSError if something cannot be written."""
+    files = {}
+    for rank in range(world_size):
+        report = folder / _rank_name(rank, "json")
+        files[_rank_name(rank, "safetensors")] = read_json_object(report)
+        report.unlink()
+    for name, content in ((ENGINE, engine), (STATE, state)):
+        write_json(folder / name, content)
+        files[name] = _entry(folder / name)
+    write_json(folder / INDEX, {"format": FORMAT, "files": files})
+    sync(folder)
+    final = folder.with_name(f"step-{state['step']:08d}")
+    if final.exists():
+        remove(final)
+    folder.rename(final)
+    sync(final.parent)
     return final
 
 
-def load(checkpoint: Path, engine: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Restore the engine from a checkpoint; returns state.json and the EMA weights by name. All ranks call it.
+def reported(folder: Path, world_size: int) -> set[int]:
+    """The ranks that have written into the folder of an incomplete checkpoint."""
+    return {rank for rank in range(world_size) if (folder / _rank_name(rank, "json")).exists()}
 
-    Raises ValueError if another number of processes wrote it.
-    """
-    from safetensors.torch import load_file
 
-    state = read_state(checkpoint)
-    if state["world_size"] != dist.get_world_size():
-        raise ValueError(
-            f"{checkpoint} was written by {state['world_size']} processes, this run has "
-            f"{dist.get_world_size()}: start the same number, or start a new run from exported weights "
-            f"(train.stages.NAME.init_from)"
-        )
-    path, _ = engine.load_checkpoint(str(checkpoint), tag="deepspeed")
-    if path is None:
-        raise ValueError(f"{checkpoint} contains no DeepSpeed state")
-    return state, load_file(checkpoint / "ema.safetensors")
+def _rank_name(rank: int, suffix: str) -> str:
+    return f"rank-{rank:05d}.{suffix}"
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+# ---- removing
+
+
+def remove(checkpoint: Path) -> None:
+    """Remove a checkpoint. At a kill in the middle, what is left is an incomplete checkpoint."""
+    going = checkpoint.with_name(f".{checkpoint.name}.removed.partial")
+    shutil.rmtree(going, ignore_errors=True)
+    checkpoint.rename(going)
+    shutil.rmtree(going)
 
 
 def remove_incomplete(folder: Path) -> None:
@@ -98,21 +196,18 @@ def remove_incomplete(folder: Path) -> None:
         shutil.rmtree(incomplete)
 
 
-def _fail_together(problem: Exception | None, temporary: Path) -> None:
-    """Raise OSError on all ranks if one of them has a problem, so that none waits in a barrier."""
-    problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, None if problem is None else first_line(problem))
-    first = next((text for text in problems if text), None)
-    if first is not None:
-        if dist.get_rank() == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise OSError(
-            f"cannot write checkpoint {temporary.parent}: {first}; older checkpoints are untouched"
-        ) from problem
+def rotate(folder: Path, keep: int, keep_every: int | None) -> None:
+    """Keep the last `keep` checkpoints, those of multiples of `keep_every` steps and the best; remove the others."""
+    found = checkpoints(folder)
+    kept = {*found[-keep:], best(folder)}
+    for path in found:
+        if path not in kept and not (keep_every and int(path.name[-8:]) % keep_every == 0):
+            remove(path)
 
 
-def _sync_tree(folder: Path) -> None:
-    """fsync everything in a folder: the content must be on the disk before the rename is."""
-    for path in folder.rglob("*"):
-        sync(path)
-    sync(folder)
+def set_aside(checkpoint: Path) -> Path:
+    """Rename a damaged checkpoint, so that nothing resumes from it and it counts towards no retention."""
+    aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
+    if aside.exists():
+        shutil.rmtree(aside)
+    return checkpoint.rename(aside)

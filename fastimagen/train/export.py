@@ -10,10 +10,9 @@ import torch
 from ..config import CascadeConfig, Config, StageConfig
 from ..config_file import load_config, validate
 from ..data.source import uses_text
-from ..files import read_safetensors
 from ..presets import resolve
 from ..sampling.model_directory import write_model
-from .checkpoint import newest, read_state
+from .checkpoint import newest, read_average, read_state
 from .model_card import StageFacts, model_card
 
 
@@ -33,7 +32,7 @@ def export(run: str | Path, out: str | Path, *, dtype: Literal["float32", "bfloa
             raise ValueError(f"{run}: stage {name} has no checkpoint yet; train it first")
         state = read_state(checkpoint)
         stages.append(validate(StageConfig, state["stage"], f"stage {name}"))
-        weights[name] = read_safetensors(checkpoint / "ema.safetensors")
+        weights[name] = read_average(checkpoint)
         parameters = sum(weight.numel() for weight in weights[name].values())
         facts.append(StageFacts(name, stages[-1].size, parameters, state["step"]))
     cascade = CascadeConfig(stages=tuple(stages))

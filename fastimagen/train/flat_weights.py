@@ -15,10 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch 2.13 renamed it
+from .fragments import Fragment
 
-PIECE_SIZE = 1 << 28
-"""Weights that `gather` has on the device of process 0 at once: 1 GiB in fp32, whatever the network's size."""
+all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch 2.13 renamed it
 
 
 class Location(NamedTuple):
@@ -61,43 +60,23 @@ class FlatWeights:
             parameters |= self._parameters(index, whole)
         return {name: parameters[name] for name in self.shapes}
 
-    @torch.no_grad()
-    def gather(self, values: list[Tensor]) -> dict[str, Tensor] | None:
-        """All parameters by name in fp32, on the CPU of process 0; None on the others."""
-        rank, world_size = dist.get_rank(), dist.get_world_size()
-        parameters: dict[str, Tensor] = {}
-        for index, value in enumerate(values):
-            whole = torch.empty(world_size, len(value)) if rank == 0 else None  # (P, n)
-            size = max(1, PIECE_SIZE // world_size)
-            for start in range(0, len(value), size):
-                own = value[start : start + size].to(self.device)  # (size,) or less
-                pieces = [torch.empty_like(own) for _ in range(world_size)] if rank == 0 else None
-                dist.gather(own, pieces)
-                if whole is not None and pieces is not None:
-                    for row, piece in zip(whole, pieces):
-                        row[start : start + size] = piece
-            if whole is not None:
-                parameters |= self._parameters(index, whole)
-        return {name: parameters[name] for name in self.shapes} if rank == 0 else None
-
-    @torch.no_grad()
-    def scatter(self, parameters: dict[str, Tensor], values: list[Tensor]) -> None:
-        """Write this process's parts of the parameters into `values`. No communication."""
-        rank = dist.get_rank()
-        for index, value in enumerate(values):
-            own = torch.zeros(len(value))  # (n,), with zeros where DeepSpeed pads
-            for name, (shard, start, part) in self.locations.items():
-                if shard != index:
-                    continue
-                weights = parameters[name].flatten()
-                if part is None:
-                    start -= rank * len(value)
-                else:
-                    weights = weights[rank * part : (rank + 1) * part]
-                first, last = max(0, start), min(start + len(weights), len(value))
-                if first < last:
-                    own[first:last] = weights[first - start : last - start]
-            value.copy_(own)
+    def fragments(self, index: int) -> list[Fragment]:
+        """What this process has of the parameters in shard number `index`, without DeepSpeed's padding."""
+        rank, size = dist.get_rank(), len(self.shards[index])
+        found = []
+        for name, (shard, start, part) in self.locations.items():
+            if shard != index:
+                continue
+            length = math.prod(self.shapes[name])
+            if part is None:  # of all processes' shards, joined, this one has [rank * size, (rank + 1) * size)
+                first, last = max(0, rank * size - start), min(length, (rank + 1) * size - start)
+                offset = start + first - rank * size
+            else:
+                first, last = rank * part, min(length, (rank + 1) * part)
+                offset = start
+            if first < last:
+                found.append(Fragment(name, first, last - first, offset))
+        return found
 
     def _parameters(self, index: int, whole: Tensor) -> dict[str, Tensor]:
         """The parameters of one shard, from those of all processes (P, n)."""

@@ -10,7 +10,7 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -24,10 +24,13 @@ from ..networks.parameters import muon_parameters
 from ..networks.unet import UNet
 from ..seeds import mix_seed
 from . import checkpoint
+from .agreement import agree_on_checkpoint, agree_on_run_directory, on_first_rank
+from .checkpoint_writer import CheckpointWriter
 from .deepspeed_config import json_like, resolve_deepspeed, total_batch_size
 from .deepspeed_keys import check_deepspeed_keys
 from .ema import EMA
 from .engine import backend, choose_accelerator, init_distributed, make_engine
+from .engine_state import load
 from .flat_weights import FlatWeights
 from .length import planned_epochs, planned_steps, steps_of_epochs
 from .metrics import MetricAverager, Metrics
@@ -83,8 +86,7 @@ class Trainer:
         with StopRequest(peers, self.phases) as stop, Watchdog(peers, self.phases, timeouts, stop):
             self.device = init_distributed(timeouts, peers)
             self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            lock = lock_run(self.run_dir) if self.rank == 0 else None
+            lock = on_first_rank(self._lock)
             try:
                 self._fit_stages(stop)
             finally:
@@ -92,13 +94,10 @@ class Trainer:
                     lock.close()
 
     def _fit_stages(self, stop: StopRequest) -> None:
-        if self.rank == 0:
-            self._prepare_shapes()
-        dist.barrier()
+        self.token = agree_on_run_directory(self.run_dir)
+        on_first_rank(self._prepare_shapes)
         newest = [self._newest_checkpoint(config) for config in self.stages]  # check all before writing anything
-        if self.rank == 0:
-            with atomic_file(self.run_dir / "config.json") as path:
-                path.write_text(self.config.to_json())
+        on_first_rank(self._write_config)
         for config, resume_from in zip(self.stages, newest):
             self._fit_stage(config, resume_from, stop)
 
@@ -119,8 +118,7 @@ class Trainer:
         ema = EMA(weights.shards, self._stage_settings(config).ema or settings.ema)
         start_step, samples, averager = 0, 0, MetricAverager(self.device)
         if resume_from:
-            state, ema_weights = checkpoint.load(resume_from, engine)
-            weights.scatter(ema_weights, ema.average)
+            state = load(resume_from, engine, weights, ema)
             start_step, samples = state["step"], state["samples"]
             averager = MetricAverager.resume(self.device, state["averages"], self.rank)
             self._print(f"{config.name}: resuming from step {start_step}")
@@ -128,12 +126,15 @@ class Trainer:
         metrics = Metrics(
             self.run_dir, stage=config.name, steps=steps, start=start_step, rank=self.rank, monitor=engine.monitor
         )
+        saver = CheckpointWriter(
+            self._checkpoints(config), self.token, keep=settings.keep_checkpoints, keep_every=settings.keep_every
+        )
         nonfinite_in_a_row = 0
         batches = loader.batches(samples)
         try:
             for step in range(start_step + 1, steps + 1):
                 phases.enter("data", step)
-                skipped_before, data_wait = engine.skipped_steps, 0.0
+                skipped_before, data_wait, val_loss = engine.skipped_steps, 0.0, None
                 step_loss = torch.zeros((), device=self.device)
                 for _ in range(accumulation_steps):
                     phases.enter("data")
@@ -165,13 +166,15 @@ class Trainer:
                 log, validate, preview, save = (step == steps or step % interval == 0 for interval in every)
                 if log:
                     phases.enter("log")
-                    self._log(metrics, averager, step, engine, loader.counters)
+                    counters = {**loader.counters, "checkpoint_failures": saver.failures}
+                    self._log(metrics, averager, step, engine, counters)
                     averager = MetricAverager(self.device)
                 if preview or (validate and validation_data):
                     phases.enter("validation")
                     unet = ema_unet(stage, weights, ema, next(engine.module.parameters()).dtype)
                     if validate and validation_data:
-                        metrics.write(step, val_loss=validation_loss(stage, unet, validation_data, self.config))
+                        val_loss = validation_loss(stage, unet, validation_data, self.config)
+                        metrics.write(step, val_loss=val_loss)
                     if preview:
                         phases.enter("samples")
                         path = self.run_dir / "samples" / config.name / f"step-{step:08d}.png"
@@ -180,18 +183,31 @@ class Trainer:
                 reason = stop.should_stop()
                 if reason or save:
                     phases.enter("checkpoint")
-                    state, folder = self._state(config, step, samples, averager), self._checkpoints(config)
-                    checkpoint.save(folder, engine, weights.gather(ema.average), state, settings.keep_checkpoints)
+                    saver.save(engine, weights, ema, self._state(config, step, samples, averager, val_loss))
+                if failure := saver.failure():
+                    metrics.say(f"{config.name} {step}: {failure}")
                 if reason:
+                    saver.finish()
                     raise TrainingInterrupted(
                         f"{reason}: saved a checkpoint of {config.name} at step {step}; rerun the command to resume"
                     )
+            phases.enter("checkpoint")
+            saver.finish()
         finally:
+            saver.close()
             batches.close()
             metrics.close()
             engine.destroy()
 
     # ---- data and checkpoints
+
+    def _lock(self) -> IO[str]:
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        return lock_run(self.run_dir)
+
+    def _write_config(self) -> None:
+        with atomic_file(self.run_dir / "config.json") as path:
+            path.write_text(self.config.to_json())
 
     def _prepare_shapes(self) -> None:
         """Render and embed the built-in shapes if the configuration asks for them."""
@@ -220,24 +236,28 @@ class Trainer:
         return self.run_dir / "checkpoints" / config.name
 
     def _newest_checkpoint(self, config: StageConfig) -> Path | None:
-        """The checkpoint to resume from, the same one on all ranks, after removing incomplete ones."""
+        """The intact checkpoint to resume from, the same one on all ranks, after removing incomplete ones."""
         folder = self._checkpoints(config)
-        if self.rank == 0:
-            checkpoint.remove_incomplete(folder)
-        dist.barrier()
-        newest = checkpoint.newest(folder)
+        on_first_rank(lambda: checkpoint.remove_incomplete(folder))
+        newest, damaged = agree_on_checkpoint(folder)
+        for line in damaged:
+            self._print(f"{config.name}: {line}")
         if newest:
             check_same_stage(checkpoint.read_state(newest)["stage"], config, newest)
         return newest
 
-    def _state(self, config: StageConfig, step: int, samples: int, averager: MetricAverager) -> dict[str, Any]:
-        """The content of a checkpoint's state.json. samples: read since the start, the next position of the data."""
+    def _state(
+        self, config: StageConfig, step: int, samples: int, averager: MetricAverager, val_loss: float | None
+    ) -> dict[str, Any]:
+        """The content of a checkpoint's state.json. samples: read since the start, the next position of the data.
+        val_loss: of this step, if it was validated."""
         return {
             "step": step,
             "samples": samples,
             "stage": config.model_dump(mode="json"),
             "world_size": self.world_size,
             "averages": averager.state(),
+            "val_loss": val_loss,
         }
 
     # ---- the engine

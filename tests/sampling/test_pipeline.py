@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load, load_file, save_file
+from safetensors.torch import load, load_file
 from torch import Tensor
 
 from fastimagen import cascade as cascade_module
@@ -22,6 +23,7 @@ from fastimagen.images import to_uint8
 from fastimagen.sampling.model_directory import read_model
 from fastimagen.sampling.pipeline import ImagenPipeline
 from fastimagen.text.embeddings import TextEmbeddings
+from fastimagen.train import checkpoint
 from fastimagen.train.export import export
 from tests.conftest import toy_cascade, write_toy_encoder, write_toy_model
 
@@ -311,21 +313,31 @@ def write_toy_run(
     unets = Cascade(config.fastimagen.cascade).unets
     for stage in config.fastimagen.cascade.stages:
         for step in (2, 10) if stage.name in stages else ():
-            checkpoint = run / f"checkpoints/{stage.name}/step-{step:08d}"
-            checkpoint.mkdir(parents=True)
             parameters = unets[stage.name].named_parameters()
             newest[stage.name] = {name: torch.randn(p.shape) for name, p in parameters}
-            save_file(newest[stage.name], checkpoint / "ema.safetensors")
-            state = {"step": step, "stage": stage.model_dump(mode="json"), "world_size": 1}
-            (checkpoint / "state.json").write_text(json.dumps(state))
+            state = {"step": step, "stage": stage.model_dump(mode="json"), "val_loss": step / 10}
+            write_checkpoint(run / "checkpoints" / stage.name, newest[stage.name], state)
     return newest
+
+
+def write_checkpoint(folder: Path, average: dict[str, Tensor], state: dict[str, Any], ranks: int = 2) -> Path:
+    """A checkpoint of a stage with EMA weights alone, each rank with a part of every parameter."""
+    incomplete = folder / checkpoint.incomplete_name(state["step"], "token")
+    for rank in range(ranks):
+        fragments = {}
+        for name, weight in average.items():
+            first, last = (len(weight.flatten()) * part // ranks for part in (rank, rank + 1))
+            fragments[f"ema/{name}/{first}"] = weight.flatten()[first:last]
+        checkpoint.write_rank(incomplete, rank, fragments)
+    shapes = {name: list(weight.shape) for name, weight in average.items()}
+    return checkpoint.complete(incomplete, ranks, {"parameters": shapes}, state)
 
 
 def test_export_takes_the_newest_ema_weights_and_the_text_encoder(
     toy_config: dict, toy_data: Path, tmp_path: Path
 ) -> None:
     expected = write_toy_run(tmp_path / "run", toy_config)
-    (tmp_path / "run/checkpoints/base/.step-00000012.partial").mkdir()  # an incomplete checkpoint
+    (tmp_path / "run/checkpoints/base/.step-00000012.token.partial").mkdir()  # an incomplete checkpoint
     model = export(tmp_path / "run", tmp_path / "model")
     for stage, weights in expected.items():
         exported = load_file(model / stage / "model.safetensors")

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 from torch import Tensor
 
 from fastimagen.cascade import Stage
@@ -23,6 +22,7 @@ from fastimagen.config import EMAConfig, StageConfig
 from fastimagen.config_file import config_from_dict
 from fastimagen.data.source import open_data
 from fastimagen.seeds import mix_seed
+from fastimagen.train.checkpoint import read_average
 from fastimagen.train.ema import EMA
 from fastimagen.train.metrics import MetricAverager, Metrics
 from fastimagen.train.preemption import lock_run
@@ -115,7 +115,7 @@ def runs(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def weights(run: Path, step: int) -> dict[str, Tensor]:
     """The EMA weights after a step; those of step 0 are the initial weights of every run with this seed."""
     if step:
-        return load_file(run / f"checkpoints/base/step-{step:08d}/ema.safetensors")
+        return read_average(run / f"checkpoints/base/step-{step:08d}")
     unet = initial_unet(StageConfig.model_validate(TOY_STAGES[0]), seed=mix_seed(0, "base", "weights"))
     return {name: weight.detach() for name, weight in unet.named_parameters()}
 

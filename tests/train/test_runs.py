@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from fastimagen.train.checkpoint import damage, read_average
+
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -109,12 +111,8 @@ def test_a_killed_run_resumes_bit_for_bit(
     assert moment == "while a checkpoint is written" or "resuming from step" in output
     assert records(run) == records(uninterrupted)
     assert records(run, "val_loss") == records(uninterrupted, "val_loss")
-    from safetensors.torch import load_file
-
     for stage in ("base", "sr"):
-        ours, theirs = (
-            load_file(path / f"checkpoints/{stage}/step-00000006/ema.safetensors") for path in (run, uninterrupted)
-        )
+        ours, theirs = (read_average(path / f"checkpoints/{stage}/step-00000006") for path in (run, uninterrupted))
         assert all(ours[name].equal(theirs[name]) for name in theirs)
 
 
@@ -161,9 +159,11 @@ def test_two_ranks_of_the_deepspeed_launcher_stop_when_it_dies(
         time.sleep(0.1)
     state = json.loads(next(run.glob("checkpoints/base/step-*/state.json")).read_text())
     assert state["world_size"] == 2 and len(state["averages"]["loss_sums"]) == 2
-    # A checkpoint of two processes does not resume on one.
-    output = finish(start(config, run, "--stage", "base"), 1)
-    assert "was written by 2 processes" in output.splitlines()[-1]
+    # A checkpoint of two processes resumes on one.
+    steps = f"fastimagen.train.steps={state['step'] + 1}"
+    output = finish(start(config, run, "--stage", "base", "--set", steps))
+    assert f"resuming from step {state['step']}" in output
+    assert list(run.glob(f"checkpoints/base/step-{state['step'] + 1:08d}"))
 
 
 def test_a_second_writer_is_refused(toy_config: dict, write_config: Callable, tmp_path: Path) -> None:
@@ -198,10 +198,10 @@ def test_a_full_disk_keeps_the_older_checkpoint(toy_config: dict, write_config: 
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
     output = finish(start(write_config(toy_config), run, "--stage", "base", preexec_fn=no_space), 1)
-    assert output.splitlines()[-1].startswith("error: cannot write checkpoint")
+    assert output.splitlines()[-1].startswith("error: cannot write the checkpoint of step 4")
     assert [path.name for path in (run / "checkpoints/base").iterdir()] == ["step-00000002"]
     finish(start(write_config(toy_config), run, "--stage", "base"))
-    assert (run / "checkpoints/base/step-00000004/ema.safetensors").exists()
+    assert damage(run / "checkpoints/base/step-00000004") is None
 
 
 def test_gradients_that_stay_non_finite_end_the_run(toy_config: dict, write_config: Callable, tmp_path: Path) -> None:
@@ -229,6 +229,6 @@ def test_a_run_starts_from_exported_weights(
     finish(start(write_config(toy_config), tmp_path / "run", "--stage", "base"))
     from safetensors.torch import load_file
 
-    ours = load_file(tmp_path / "run/checkpoints/base/step-00000001/ema.safetensors")
+    ours = read_average(tmp_path / "run/checkpoints/base/step-00000001")
     theirs = load_file(model / "base/model.safetensors")
     assert all(ours[name].allclose(theirs[name]) for name in theirs)
