@@ -17,14 +17,17 @@ import matplotlib
 import numpy as np
 import torch
 from diagrams import BLUE, ORANGE
+from einops import rearrange
 from matplotlib import pyplot
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from fastimagen import ImagenPipeline
 from fastimagen.config import ScheduleConfig
 from fastimagen.data.shapes import caption, parse, render
 from fastimagen.diffusion.schedule import make_schedule
 from fastimagen.images import resize, to_tensor, to_uint8
+from fastimagen.networks.attention import QK_SCALE, Context, CrossAttention
 from fastimagen.seeds import image_noise
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -188,6 +191,35 @@ def words(model: Model, out: Path) -> None:
     strip(out / "words.png", [("", images.split(1))], titles)
 
 
+def attention(model: Model, out: Path) -> None:
+    """Where in the image each word is read: the last cross-attention of the base stage, in nearly pure noise."""
+    time = torch.tensor([0.9], dtype=torch.float64)
+    x_t = model.base.diffusion.add_noise(drawn(CAPTION, 32), model.noise(32), time)
+    layer, inputs = model.unet.ups[-1].blocks[0].cross_attention, []
+    hook = layer.register_forward_pre_hook(lambda module, arguments: inputs.extend(arguments))
+    estimate = model.estimate(x_t, time, True)
+    hook.remove()
+    weights = attention_weights(layer, *inputs)  # (N, L)
+    side = round(weights.shape[0] ** 0.5)
+    maps = (weights / weights.max() * 2 - 1).T.reshape(-1, 1, 1, side, side).expand(-1, -1, 3, -1, -1)
+    shown = [index for index, word in enumerate(CAPTION.split()) if len(word) > 3]  # a word is one token here
+    titles = ["estimate", *(CAPTION.split()[index] for index in shown)]
+    strip(out / "attention.png", [("", [estimate, *(maps[index] for index in shown)])], titles)
+
+
+@torch.inference_mode()
+def attention_weights(layer: CrossAttention, x: Tensor, context: Context) -> Tensor:
+    """(N, L): how much each image token attends to each text token, the mean over all heads."""
+    q = rearrange(layer.to_q(layer.norm(x)), "1 n (heads d) -> heads n d", heads=layer.heads)
+    text, _ = context.text_kv[layer.slot]  # (1, L, A, D)
+    times, _ = layer.project_text(context.time_tokens)  # (1, R, A, D)
+    null = layer.null_kv[0].expand(1, 1, layer.heads, -1)  # (1, 1, A, D)
+    k = rearrange(torch.cat([text, times, null], dim=1), "1 keys heads d -> heads keys d")
+    q_scale, k_scale = layer.qk_scales
+    logits = QK_SCALE * (normalize(q, dim=-1) * q_scale) @ (normalize(k, dim=-1) * k_scale).mT  # (A, N, keys)
+    return logits.softmax(dim=-1).mean(dim=0)[:, : text.shape[1]]  # (N, L)
+
+
 def loss(model: Model, out: Path) -> None:
     """Training and validation loss of both stages."""
     records = [json.loads(line) for line in (model.run / "metrics.jsonl").read_text().splitlines()]
@@ -276,7 +308,20 @@ def augmentation(model: Model, out: Path) -> None:
 
 FIGURES: dict[str, Callable[[Model, Path], None]] = {
     draw.__name__: draw
-    for draw in (overview, noise, schedule, unet, denoiser, words, loss, sampling, guidance, thresholding, augmentation)
+    for draw in (
+        overview,
+        noise,
+        schedule,
+        unet,
+        denoiser,
+        words,
+        attention,
+        loss,
+        sampling,
+        guidance,
+        thresholding,
+        augmentation,
+    )
 }
 
 
