@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .config import AugmentationConfig, CascadeConfig, SamplingConfig, StageConfig
 from .config_file import validate
+from .config_rules import check_sampling
 from .diffusion.draws import Draws, draw
 from .diffusion.guidance import Denoiser
 from .diffusion.inpainting import InitImage, sample_from_image
@@ -90,27 +91,23 @@ class Stage:
     def lowres_condition(self, lowres: Tensor, level: Tensor, noise: Tensor) -> dict[str, Tensor]:
         """The U-Net's low-resolution arguments: lowres (B, C, h, w), resized to noise (B, C, H, W) and noised.
 
-        level (B,) in [0, 1] is the noise level of the augmentation (Imagen, section 2.4). Training and sampling share
-        this function; images are in [-1, 1] before noise is added.
+        level in [0, 1] is the noise level of the augmentation (Imagen, section 2.4), (B,) or, on the CPU, () for all
+        images. Training and sampling share this function; images are in [-1, 1] before noise is added.
         """
-        time = self.augmentation.training_times(level.double())  # (B,)
-        alpha, sigma = (c.to(noise)[:, None, None, None] for c in self.augmentation.alpha_sigma(time))  # (B, 1, 1, 1)
+        time = self.augmentation.training_times(level.double())  # (B,) or ()
+        alpha, sigma = self.augmentation.alpha_sigma(time)
+        network_time = self.augmentation.network_time(time)
         lowres = resize(lowres, noise.shape[-1])  # (B, C, H, W)
-        return {"lowres": alpha * lowres + sigma * noise, "lowres_time": self.augmentation.network_time(time)}
+        if level.dim():
+            alpha, sigma = (c.to(noise)[:, None, None, None] for c in (alpha, sigma))  # (B, 1, 1, 1)
+            return {"lowres": alpha * lowres + sigma * noise, "lowres_time": network_time}
+        # Numbers, because Apple GPUs have no float64, and a copy to a GPU would be a host synchronisation.
+        return {
+            "lowres": alpha.item() * lowres + sigma.item() * noise,
+            "lowres_time": noise.new_full((len(noise),), network_time.item(), dtype=torch.float32),  # (B,)
+        }
 
     # ---- sampling
-
-    def check_tile(self, tile: int | None) -> None:
-        """Raise ValueError if this stage cannot sample in tiles of that size."""
-        unet = self.config.unet
-        if tile is None or tile >= self.config.size:
-            return
-        if tile % unet.stride:
-            raise ValueError(
-                f"tile {tile} of stage {self.name} must be a multiple of {unet.stride}, the stride of its U-Net"
-            )
-        if unet.positional_encoding:
-            raise ValueError(f"stage {self.name} has a positional encoding of the whole image: it cannot use tiles")
 
     @torch.inference_mode()
     def sample(
@@ -136,8 +133,9 @@ class Stage:
         condition: dict[str, Tensor] = {}
         if self.config.unet.lowres:
             assert lowres is not None, "a super-resolution stage needs lowres"
-            sample_level = self._augmentation_config.sample_level
-            level = torch.full((len(seeds),), sample_level, dtype=torch.float64, device=device)  # (B,)
+            chosen = sampling.augmentation_level
+            sample_level = self._augmentation_config.sample_level if chosen is None else chosen
+            level = torch.full((), sample_level, dtype=torch.float64, device="cpu")
             noise = image_noise(seeds, shape, stage=f"{self.name}/augmentation", step=0, device=device)  # (B, C, H, W)
             condition = self.lowres_condition(lowres.to(noise), level, noise)
         denoise = self._denoiser(unet, text, negative, condition, sampling)
@@ -285,26 +283,36 @@ class Cascade(nn.Module):
     def settings(self, **overrides: Any) -> dict[str, SamplingConfig]:
         """Sampling settings by stage, with overrides of single fields.
 
-        An override is one value for all stages, a mapping from stage names to values, or None, which keeps the stage's
-        own value. Raises ValueError for unknown stages and values out of range.
+        An override is one value for all stages that have a use for it (`_has_use_for`), a mapping from stage names to
+        values, or None, which keeps the stage's own value. Raises ValueError for unknown stages, values out of range
+        and values that contradict a stage.
         """
         names = [stage.name for stage in self.stages]
+        by_stage: dict[str, dict[str, Any]] = {name: {} for name in names}
         for field, value in overrides.items():
-            unknown = sorted(set(value) - set(names)) if isinstance(value, Mapping) else []
-            if unknown:
-                raise ValueError(f"{field} is given for unknown stage {unknown[0]}; the cascade has {', '.join(names)}")
+            if not isinstance(value, Mapping):
+                users = [stage.name for stage in self.stages if _has_use_for(stage.config, field)]
+                value = dict.fromkeys(users or names, value)  # if nothing uses it, the checks below say why
+            for name, own in value.items():
+                if name not in by_stage:
+                    raise ValueError(f"{field} is given for unknown stage {name}; the cascade has {', '.join(names)}")
+                if own is not None:
+                    by_stage[name][field] = own
         settings = {}
         for stage in self.stages:
-            values = stage.config.sampling.model_dump()
-            for field, value in overrides.items():
-                own = value.get(stage.name) if isinstance(value, Mapping) else value
-                if own is not None:
-                    values[field] = own
-            chosen = validate(SamplingConfig, values, f"sampling of {stage.name}")
-            stage.diffusion.schedule.sampling_times(chosen.steps)  # raises for more steps than the schedule has
-            stage.check_tile(chosen.tile)
-            settings[stage.name] = chosen
+            values = stage.config.sampling.model_dump() | by_stage[stage.name]
+            settings[stage.name] = validate(SamplingConfig, values, f"sampling of {stage.name}")
+            check_sampling(stage.config, settings[stage.name])
         return settings
+
+
+def _has_use_for(stage: StageConfig, field: str) -> bool:
+    """Whether a sampling setting that is given once for all stages is meant for this one too."""
+    if field == "guidance":
+        return stage.unet.text_dim is not None
+    if field == "augmentation_level":
+        return stage.augmentation is not None
+    return True
 
 
 @contextmanager

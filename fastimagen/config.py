@@ -2,7 +2,7 @@
 
 The user's file (ds.json) has DeepSpeed's keys at the top level and all fastimagen settings under ``"fastimagen"``.
 Settings that DeepSpeed already has (optimizer, clipping, accumulation, precision, monitors) are not repeated here.
-config_file.py reads the file and writes the error messages.
+config_file.py reads the file and writes the error messages; config_rules.py holds the rules between fields.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
+from . import config_rules
+
 T = TypeVar("T", int, bool)
 
 
 class Section(BaseModel):
     """Base class of all sections: an unknown key is an error, values are frozen, docstrings describe the fields."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class UNetConfig(Section):
@@ -86,26 +88,7 @@ class UNetConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> UNetConfig:
-        levels = len(self.dim_mults)
-        if not levels or min(self.dim_mults) < 1:
-            raise ValueError(f"dim_mults must hold at least one positive number, got {self.dim_mults}")
-        for name in ("num_blocks", "self_attention", "cross_attention"):
-            value = getattr(self, name)
-            if isinstance(value, tuple) and len(value) != levels:
-                raise ValueError(f"{name} has {len(value)} entries but dim_mults has {levels} levels")
-        for width in (self.dim, *(self.dim * mult for mult in self.dim_mults)):
-            if width % self.groups:
-                raise ValueError(f"a level of {width} channels cannot be split into groups = {self.groups}")
-        if min(self.per_level(self.num_blocks)) < 0:
-            raise ValueError(f"num_blocks must not be negative, got {self.num_blocks}")
-        if not self.stem_kernels or any(kernel < 1 or kernel % 2 == 0 for kernel in self.stem_kernels):
-            raise ValueError(f"stem_kernels must be odd, got {self.stem_kernels}")
-        if self.text_dim is None and (self.text_in_self_attention or self.text_padding == "null"):
-            raise ValueError('text_in_self_attention and text_padding "null" need text_dim')
-        if any(not 0 <= level < levels for level in self.checkpoint_levels):
-            raise ValueError(f"checkpoint_levels must be levels from 0 to {levels - 1}, got {self.checkpoint_levels}")
-        if self.full_resolution == "extra_block" and not self.downsample_first:
-            raise ValueError('full_resolution "extra_block" needs "downsample_first": true')
+        config_rules.check_unet(self)
         return self
 
     def per_level(self, value: T | tuple[T, ...]) -> tuple[T, ...]:
@@ -133,14 +116,7 @@ class ScheduleConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> ScheduleConfig:
-        if self.name == "linear" and self.timesteps is None:
-            raise ValueError('the linear schedule is discrete: set "timesteps" (1000 in DDPM and MinImagen)')
-        if self.name == "cosine" and self.timesteps is not None:
-            raise ValueError('the cosine schedule is continuous: remove "timesteps"')
-        if self.name == "linear" and self.shift != 1.0:
-            raise ValueError('"shift" is only for the cosine schedule: remove it')
-        if self.logsnr_range[0] >= self.logsnr_range[1]:
-            raise ValueError(f"logsnr_range must ascend, got {self.logsnr_range}")
+        config_rules.check_schedule(self)
         return self
 
 
@@ -171,6 +147,11 @@ class ObjectiveConfig(Section):
     caption_dropout: float = Field(0.1, ge=0, le=1)
     """Probability of dropping a caption in training, for classifier-free guidance (Imagen, section 2.2)."""
 
+    @model_validator(mode="after")
+    def _consistent(self) -> ObjectiveConfig:
+        config_rules.check_objective(self)
+        return self
+
 
 class AugmentationConfig(Section):
     """Noise conditioning augmentation of the low-resolution image (Imagen, section 2.4)."""
@@ -180,13 +161,11 @@ class AugmentationConfig(Section):
     train_range: tuple[float, float] = (0.0, 1.0)
     """Range within [0, 1] from which training draws one augmentation level per sample, uniformly."""
     sample_level: float = Field(0.1, ge=0, le=1)
-    """Augmentation level in sampling."""
+    """Augmentation level in sampling, within train_range."""
 
     @model_validator(mode="after")
     def _consistent(self) -> AugmentationConfig:
-        low, high = self.train_range
-        if not 0 <= low <= high <= 1:
-            raise ValueError(f"train_range must ascend within [0, 1], got {self.train_range}")
+        config_rules.check_augmentation(self)
         return self
 
 
@@ -213,6 +192,8 @@ class SamplingConfig(Section):
     it there is no limit, as in the paper."""
     tile: int | None = Field(None, ge=16)
     """Size of overlapping tiles, in pixels, for images that do not fit into memory as a whole."""
+    augmentation_level: float | None = Field(None, ge=0, le=1)
+    """Noise level of the low-resolution image of super-resolution stages; None takes augmentation.sample_level."""
 
 
 class StageConfig(Section):
@@ -239,34 +220,7 @@ class StageConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> StageConfig:
-        if self.unet.channels not in (1, 3):
-            raise ValueError(
-                f'stage "{self.name}": unet.channels must be 3 (colour) or 1 (grey), got {self.unet.channels}; '
-                f"transparency is not drawn"
-            )
-        for label, side in (("size", self.size), ("crop", self.crop or self.size)):
-            if side % self.unet.stride:
-                raise ValueError(
-                    f'stage "{self.name}": {label} {side} is not a multiple of {self.unet.stride}, '
-                    f"the total stride of its U-Net"
-                )
-        if self.crop is not None and self.crop > self.size:
-            raise ValueError(f'stage "{self.name}": crop {self.crop} is larger than size {self.size}')
-        if self.unet.lowres and self.augmentation is None:
-            raise ValueError(f'stage "{self.name}" has a low-resolution input: set "augmentation"')
-        if self.crop is not None and self.unet.positional_encoding:
-            raise ValueError(
-                f'stage "{self.name}" trains on crops, which a positional encoding of the whole image '
-                f"does not fit: remove one of the two"
-            )
-        if not self.unet.lowres and self.augmentation is not None:
-            raise ValueError(f'stage "{self.name}" has no low-resolution input: remove "augmentation"')
-        if not self.unet.lowres and self.lowres_size is not None:
-            raise ValueError(f'stage "{self.name}" has no low-resolution input: remove "lowres_size"')
-        if self.lowres_size is not None and self.lowres_size >= self.size:
-            raise ValueError(
-                f'stage "{self.name}": lowres_size {self.lowres_size} must be smaller than size {self.size}'
-            )
+        config_rules.check_stage(self)
         return self
 
 
@@ -278,26 +232,7 @@ class CascadeConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> CascadeConfig:
-        names = [stage.name for stage in self.stages]
-        if len(set(names)) != len(names):
-            raise ValueError(f"stage names must differ, got {names}")
-        sizes = [stage.size for stage in self.stages]
-        if sizes != sorted(set(sizes)):
-            raise ValueError(f"stage sizes must ascend, got {sizes}")
-        for below, stage in zip(self.stages, self.stages[1:]):
-            if not stage.unet.lowres:
-                raise ValueError(f'stage "{stage.name}" is not the first: its unet needs "lowres": true')
-            if stage.lowres_size not in (None, below.size):
-                raise ValueError(
-                    f'stage "{stage.name}": lowres_size {stage.lowres_size} is not the size of stage "{below.name}", '
-                    f"{below.size}: remove it"
-                )
-        channels = [stage.unet.channels for stage in self.stages]
-        if len(set(channels)) > 1:
-            raise ValueError(f"every stage enlarges the images of the one below, but unet.channels differs: {channels}")
-        widths = {stage.unet.text_dim for stage in self.stages if stage.unet.text_dim is not None}
-        if len(widths) > 1:
-            raise ValueError(f"all stages read the same text, but text_dim differs: {sorted(widths)}")
+        config_rules.check_cascade(self)
         return self
 
     @property
@@ -397,8 +332,9 @@ class TextConfig(Section):
     """Hugging Face name or folder of a T5 encoder, or one of the short names (t5_small ... xxl1.1)."""
     revision: str | None = None
     """Revision of the encoder on the hub."""
-    max_length: int = Field(256, ge=1)
-    """Largest number of tokens of a caption; further tokens are cut off."""
+    max_length: int = Field(256, ge=2)
+    """Largest number of tokens of a caption, with the end mark; further tokens are cut off. At most the max_text_length
+    of the U-Nets."""
     cache: str | None = None
     """Folder of the embedding cache; None is next to the shards."""
     batch_size: int = Field(64, ge=1)

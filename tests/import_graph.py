@@ -18,12 +18,13 @@ class Import:
     """One imported name.
 
     name: in full, such as fastimagen.config.UNetConfig. deferred: whether the statement is inside a function or under
-    `if TYPE_CHECKING`, so that importing the module does not run it.
+    `if TYPE_CHECKING`, so that importing the module does not run it. typing_only: under `if TYPE_CHECKING`.
     """
 
     name: str
     line: int
     deferred: bool
+    typing_only: bool = False
 
     @property
     def package(self) -> str:
@@ -47,19 +48,19 @@ def imports(path: Path, module: str) -> list[Import]:
     return list(_visit(ast.parse(path.read_text()), package, deferred=False))
 
 
-def _visit(node: ast.AST, package: list[str], deferred: bool) -> Iterator[Import]:
+def _visit(node: ast.AST, package: list[str], deferred: bool, typing_only: bool = False) -> Iterator[Import]:
     for name in _imported_names(node, package):
-        yield Import(name, node.lineno, deferred)
+        yield Import(name, node.lineno, deferred, typing_only)
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
         deferred = True
     if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
         for child in node.body:
-            yield from _visit(child, package, deferred=True)
+            yield from _visit(child, package, deferred=True, typing_only=True)
         for child in node.orelse:
             yield from _visit(child, package, deferred)
         return
     for child in ast.iter_child_nodes(node):
-        yield from _visit(child, package, deferred)
+        yield from _visit(child, package, deferred, typing_only)
 
 
 def _imported_names(node: ast.AST, package: list[str]) -> list[str]:
@@ -84,14 +85,16 @@ def imported_module(name: str, known: dict[str, Path]) -> str | None:
     return name or None
 
 
-def graph(root: Path, folders: tuple[str, ...]) -> dict[str, set[str]]:
-    """The modules that every module of these folders imports, deferred imports included."""
+def graph(root: Path, folders: tuple[str, ...], *, typing: bool = True) -> dict[str, set[str]]:
+    """The modules that every module of these folders imports, deferred imports included. typing: those under
+    `if TYPE_CHECKING` too."""
     known: dict[str, Path] = {}
     for folder in folders:
         known |= modules(root, folder)
     edges = {}
     for module, path in known.items():
-        targets = {imported_module(item.name, known) for item in imports(path, module)}
+        used = [item for item in imports(path, module) if typing or not item.typing_only]
+        targets = {imported_module(item.name, known) for item in used}
         edges[module] = {target for target in targets if target is not None and target != module}
     return edges
 

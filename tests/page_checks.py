@@ -18,6 +18,7 @@ import json
 import re
 import runpy
 import shlex
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -55,17 +56,21 @@ def blocks(text: str, *languages: str) -> Iterator[tuple[str, str]]:
 
 
 def configuration_problems(text: str, toy_model: Path) -> list[str]:
-    """Resolve the cascade of every JSON block as training does, for a text encoder of any width."""
+    """Resolve the cascade of every JSON block as training does, with an encoder of width 512, or the toy model's 64."""
     found = []
     for code, _ in blocks(text, "json"):
         section = json.loads(code)
-        if "model" in section.get("cascade", {}):
-            section["cascade"] |= {"model": str(toy_model), "stages": {}}
-        try:
-            config = validate(FastimagenConfig, {"text": {"encoder": "t5_small"}, **section}, "fastimagen")
-            plan(Config(deepspeed={}, fastimagen=config))
-        except ValueError as error:
-            found.append(f"{code.strip()}: {error}")
+        with tempfile.TemporaryDirectory() as folder:
+            encoder = "t5_small"
+            if "model" in section.get("cascade", {}):
+                section["cascade"] |= {"model": str(toy_model), "stages": {}}
+                (Path(folder) / "config.json").write_text('{"model_type": "t5", "d_model": 64}')
+                encoder = folder
+            try:
+                config = validate(FastimagenConfig, {"text": {"encoder": encoder}, **section}, "fastimagen")
+                plan(Config(deepspeed={}, fastimagen=config))
+            except ValueError as error:
+                found.append(f"{code.strip()}: {error}")
     return found
 
 

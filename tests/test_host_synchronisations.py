@@ -63,7 +63,7 @@ def preset_on_gpu(preset: str, name: str) -> tuple[Stage, UNet]:
 def small_cascade(schedule: ScheduleConfig = SCHEDULES["cosine"], **objective: Any) -> CascadeConfig:
     """A base stage and super-resolution, which trains on crops, with noise augmentation and the smallest U-Nets."""
     unet = dict(dim=8, dim_mults=[1], num_blocks=0, self_attention=False, text_dim=64, stem_kernels=[3])
-    common = {"schedule": schedule.model_dump(), "objective": objective}
+    common = {"schedule": schedule.model_dump(), "objective": objective, "sampling": {"steps": 4}}
     sr = {"name": "sr", "size": 32, "crop": 16, "unet": {**unet, "lowres": True}}
     sr["augmentation"] = {"schedule": schedule.model_dump()}
     return CascadeConfig.model_validate({"stages": [{"name": "base", "size": 16, "unet": unet} | common, sr | common]})

@@ -41,7 +41,7 @@ def test_every_kind_of_import_is_found(tmp_path: Path) -> None:
         Import("fastimagen.text.t5", 3, deferred=False),
         Import("fastimagen.data.shards", 4, deferred=False),
         Import("fastimagen.data.order.Order", 5, deferred=False),
-        Import("fastimagen.config.Config", 7, deferred=True),
+        Import("fastimagen.config.Config", 7, deferred=True, typing_only=True),
         Import("einops", 11, deferred=False),
         Import("fastimagen.data.source.open_split", 13, deferred=True),
         Import("PIL.Image", 14, deferred=True),
@@ -83,3 +83,10 @@ def test_the_graph_has_deferred_imports_and_is_followed_to_its_end(tmp_path: Pat
     }
     assert reachable("fastimagen.a", edges) == {"fastimagen.b", "fastimagen_kernels.k"}
     assert "a" in reachable("a", {"a": {"b"}, "b": {"a"}})
+
+
+def test_imports_for_types_alone_can_be_left_out(tmp_path: Path) -> None:
+    write(tmp_path / "fastimagen/a.py", "if TYPE_CHECKING:\n    from . import b")
+    write(tmp_path / "fastimagen/b.py", "from . import a")
+    assert graph(tmp_path, ("fastimagen",))["fastimagen.a"] == {"fastimagen.b"}
+    assert graph(tmp_path, ("fastimagen",), typing=False) == {"fastimagen.a": set(), "fastimagen.b": {"fastimagen.a"}}

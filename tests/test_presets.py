@@ -193,7 +193,8 @@ def test_changes_are_merged_into_a_preset() -> None:
 
 def test_changes_can_take_the_text_away() -> None:
     no_text = {"unet": {"text_dim": None}}
-    cascade = resolve(CascadeChanges(preset="shapes", stages={"base": no_text, "sr": no_text}), text_dim=64)
+    stages = {"base": no_text | {"sampling": {"guidance": 1.0}}, "sr": no_text}
+    cascade = resolve(CascadeChanges(preset="shapes", stages=stages), text_dim=64)
     assert {stage.unet.text_dim for stage in cascade.stages} == {None}
 
 

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .. import __version__
 from ..config import CascadeConfig, StageConfig
 from ..config_file import validate
-from ..files import atomic_folder, read_json_object, read_safetensors
+from ..files import atomic_folder, first_line, read_json_object, read_safetensors
 
 FORMAT = "fastimagen.model.1"
 
@@ -112,8 +113,13 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str, 
 
     Raises ValueError that starts with `source` and names the first parameters that do not match.
     """
+    check_shapes(module, {name: tuple(weight.shape) for name, weight in weights.items()}, source)
+    module.load_state_dict(weights, assign=assign)
+
+
+def check_shapes(module: nn.Module, found: Mapping[str, tuple[int, ...]], source: str) -> None:
+    """Raise ValueError as `load_weights` does, for the shapes of weights by parameter name."""
     expected = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
-    found = {name: tuple(weight.shape) for name, weight in weights.items()}
     problems = []
     for name in sorted(expected.keys() | found.keys()):
         if name not in found:
@@ -125,4 +131,15 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str, 
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise ValueError(f"{source}: weights and configuration do not match: {'; '.join(problems[:3])}{more}")
-    module.load_state_dict(weights, assign=assign)
+
+
+def read_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the weights in a safetensors file, by parameter name, from its header.
+
+    Raises ValueError that names the file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"cannot read weights {path}: {first_line(error)}") from None

@@ -13,13 +13,14 @@ from ..files import read_safetensors
 from ..networks.unet import UNet
 from ..presets import change, resolve
 from ..sampling.model_directory import load_weights, read_cascade
+from .field_checks import check_fields
 
 
 def resolve_cascade(config: Config) -> Config:
     """The same configuration with its cascade in full, for the run directory to record.
 
     Stages of a model directory start from its weights unless train.stages names others. Raises ValueError for unknown
-    presets, stages and keys, for a folder that is not a model directory, and as `check_data` does.
+    presets, stages and keys, for a folder that is not a model directory, and as `check_data` and `check_fields` do.
     """
     ours = config.fastimagen
     given = ours.cascade
@@ -37,6 +38,7 @@ def resolve_cascade(config: Config) -> Config:
     is_preset = isinstance(given, str) or (isinstance(given, CascadeChanges) and given.preset is not None)
     if is_preset and reads_text:  # presets take the width of the text encoder
         ours = ours.model_copy(update={"cascade": resolve(given, text_dim=encoder_width(ours))})
+    check_fields(ours)
     return config.model_copy(update={"fastimagen": ours})
 
 
@@ -54,12 +56,6 @@ def plan(config: Config, stage: str = "all") -> tuple[CascadeConfig, list[StageC
             cascade.stage(name)
         except ValueError as error:
             raise ValueError(f"fastimagen.train.stages: {error}") from None
-    first = cascade.stages[0]
-    if first.unet.lowres and first.lowres_size is None:
-        raise ValueError(
-            f'stage "{first.name}" enlarges images, but no stage is below it: set its "lowres_size" to the size of the '
-            f"images that it will get"
-        )
     return cascade, list(cascade.stages) if stage == "all" else [cascade.stage(stage)]
 
 

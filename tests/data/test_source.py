@@ -119,6 +119,7 @@ def test_a_cascade_without_text_needs_no_text_encoder(
     tree["fastimagen"]["text"]["encoder"] = "./missing"
     for stage in tree["fastimagen"]["cascade"]["stages"]:
         stage["unet"] |= {"text_dim": None, "cross_attention": False}
+        stage["sampling"] |= {"guidance": 1.0}
     check_data(section(tree))
     with pytest.raises(ValueError, match=r"fastimagen.text.encoder: there is no folder ./missing"):
         embed_all(section(tree), say=print)

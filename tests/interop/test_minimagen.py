@@ -238,6 +238,7 @@ def test_converted_stages_train_and_sample_like_minimagen(tmp_path: Path) -> Non
             "threshold": "dynamic",
             "percentile": 0.8,
             "tile": None,
+            "augmentation_level": None,
         }
     assert base.augmentation is None
     assert sr.augmentation.schedule == sr.schedule and sr.augmentation.sample_level == 0.3

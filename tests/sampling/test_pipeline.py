@@ -377,6 +377,7 @@ def test_a_model_travels_with_the_local_encoder_and_its_own_example(
 def test_the_card_of_a_cascade_without_text_asks_for_no_captions(toy_config: dict, tmp_path: Path) -> None:
     for stage in toy_config["fastimagen"]["cascade"]["stages"]:
         stage["unet"] = stage["unet"] | {"text_dim": None}
+        stage["sampling"] = stage["sampling"] | {"guidance": 1.0}
     write_toy_run(tmp_path / "run", toy_config)
     card = (export(tmp_path / "run", tmp_path / "model") / "README.md").read_text()
     assert "fastimagen sample --model . --count 4\n" in card and "--captions" not in card

@@ -129,12 +129,14 @@ def test_tiling_gives_the_unet_tiles_of_the_image_and_its_low_resolution_input(
 
 
 def test_tile_sizes_that_do_not_fit_the_unet_are_refused(text: TextEmbeddings) -> None:
-    with pytest.raises(ValueError, match="tile 18 of stage sr must be a multiple of 4, the stride of its U-Net"):
+    with pytest.raises(ValueError, match='stage "sr": tile 18 must be a multiple of 4, the stride of its U-Net'):
         large().settings(tile=18)
     config = toy_cascade()
     unet = config.stages[1].unet.model_copy(update={"positional_encoding": True})
     stages = config.stages[0], config.stages[1].model_copy(update={"size": 32, "unet": unet})
-    with pytest.raises(ValueError, match="stage sr has a positional encoding of the whole image: it cannot use tiles"):
+    with pytest.raises(
+        ValueError, match='stage "sr" has a positional encoding of the whole image: it cannot use tiles'
+    ):
         Cascade(config.model_copy(update={"stages": stages})).settings(tile=16)
 
 

@@ -40,22 +40,24 @@ def test_the_dry_run_shows_a_preset_in_full(toy_config: dict[str, Any], write_co
 
 
 def test_a_model_directory_is_cascade_and_starting_point(
-    toy_config: dict[str, Any], write_config: Write, model: Path
+    toy_config: dict[str, Any], write_config: Write, model: Path, tmp_path: Path
 ) -> None:
+    other = write_toy_model(tmp_path / "other")
     toy_config["fastimagen"]["cascade"] = {"model": str(model), "stages": {"sr": {"sampling": {"steps": 9}}}}
-    toy_config["fastimagen"]["train"]["stages"] = {"sr": {"init_from": "other"}}
+    toy_config["fastimagen"]["train"]["stages"] = {"sr": {"init_from": str(other)}}
     resolved = resolve_cascade(load_config(write_config(toy_config))).fastimagen
     assert isinstance(resolved.cascade, CascadeConfig)
     assert [(stage.name, stage.sampling.steps) for stage in resolved.cascade.stages] == [("base", 2), ("sr", 9)]
     assert {name: stage.init_from for name, stage in resolved.train.stages.items()} == {
         "base": str(model),
-        "sr": "other",
+        "sr": str(other),
     }
 
 
 def test_a_preset_without_text_needs_no_text_encoder(toy_config: dict[str, Any], write_config: Write) -> None:
     changes = {"unet": {"text_dim": None}, "sampling": {"guidance": 1.0}}
     toy_config["fastimagen"]["cascade"] = {"preset": "shapes", "stages": {"base": changes, "sr": None}}
+    del toy_config["fastimagen"]["data"]["shapes"]
     toy_config["fastimagen"] |= {"text": {"encoder": "nowhere/t5"}, "train": {}}
     _, stages = plan(load_config(write_config(toy_config)))
     assert [(stage.name, stage.unet.text_dim) for stage in stages] == [("base", None)]
@@ -65,6 +67,7 @@ def test_super_resolution_alone_says_what_it_enlarges(toy_config: dict[str, Any]
     """It then trains as the same stage does above a base stage of that size."""
     toy_config["fastimagen"]["train"] = {}
     cascade = {"preset": "shapes", "stages": {"base": None, "sr": {"size": 32, "crop": 16, "lowres_size": 16}}}
+    del toy_config["fastimagen"]["data"]["shapes"]
     toy_config["fastimagen"]["cascade"] = cascade
     (alone,) = plan(load_config(write_config(toy_config)))[1]
     images, losses = torch.rand(2, 3, 16, 16), []
@@ -89,6 +92,7 @@ def test_a_cascade_that_cannot_be_resolved_is_an_error(
     toy_config: dict[str, Any], write_config: Write, cascade: dict[str, Any], message: str
 ) -> None:
     toy_config["fastimagen"] |= {"cascade": cascade, "train": {}}
+    del toy_config["fastimagen"]["data"]["shapes"]
     with pytest.raises(ValueError) as caught:
         Trainer(load_config(write_config(toy_config)))
     assert str(caught.value).startswith(message)

@@ -1,0 +1,207 @@
+"""Which values of the configuration contradict each other, section by section.
+
+Each function raises ValueError with one line: what is wrong, what is allowed, which key to change. config.py calls them
+when it validates a section, so that nothing is read, trained or sampled with settings that cannot work together.
+Settings that a choice elsewhere makes ineffective are errors too. Rules that need files or torch are in
+train/field_checks.py.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import (
+        AugmentationConfig,
+        CascadeConfig,
+        ObjectiveConfig,
+        SamplingConfig,
+        ScheduleConfig,
+        Section,
+        StageConfig,
+        UNetConfig,
+    )
+
+RESERVED_NAMES = {
+    "all": "--stage all trains all stages",
+    "text_encoder": "model directories have a folder of that name",
+}
+"""Names that no stage can have, and why."""
+
+
+def check_unet(unet: UNetConfig) -> None:
+    """Rules between the fields of a U-Net."""
+    levels = len(unet.dim_mults)
+    if not levels or min(unet.dim_mults) < 1:
+        raise ValueError(f"dim_mults must hold at least one positive number, got {unet.dim_mults}")
+    for name in ("num_blocks", "self_attention", "cross_attention"):
+        value = getattr(unet, name)
+        if isinstance(value, tuple) and len(value) != levels:
+            raise ValueError(f"{name} has {len(value)} entries but dim_mults has {levels} levels")
+    if unet.dim < 4 or unet.dim % 2:
+        raise ValueError(f"dim must be even and at least 4, for the sinusoidal time embedding, got {unet.dim}")
+    for width in (unet.dim, *(unet.dim * mult for mult in unet.dim_mults)):
+        if width % unet.groups:
+            raise ValueError(f"a level of {width} channels cannot be split into groups = {unet.groups}")
+    if min(unet.per_level(unet.num_blocks)) < 0:
+        raise ValueError(f"num_blocks must not be negative, got {unet.num_blocks}")
+    if not unet.stem_kernels or any(kernel < 1 or kernel % 2 == 0 for kernel in unet.stem_kernels):
+        raise ValueError(f"stem_kernels must be odd, got {unet.stem_kernels}")
+    if 2 ** (len(unet.stem_kernels) - 1) > unet.dim:  # the kernels have dim / 2, dim / 4, ... channels
+        raise ValueError(f"dim {unet.dim} has too few channels for {len(unet.stem_kernels)} stem_kernels")
+    if unet.text_dim is None and (unet.text_in_self_attention or unet.text_padding == "null"):
+        raise ValueError('text_in_self_attention and text_padding "null" need text_dim')
+    if unet.text_in_self_attention and not any(unet.per_level(unet.self_attention)):
+        raise ValueError("text_in_self_attention needs a level with self_attention")
+    if any(not 0 <= level < levels for level in unet.checkpoint_levels):
+        raise ValueError(f"checkpoint_levels must be levels from 0 to {levels - 1}, got {unet.checkpoint_levels}")
+    if unet.full_resolution == "extra_block" and not unet.downsample_first:
+        raise ValueError('full_resolution "extra_block" needs "downsample_first": true')
+
+
+def check_schedule(schedule: ScheduleConfig) -> None:
+    """Rules between the fields of a noise schedule."""
+    if schedule.name == "linear":
+        if schedule.timesteps is None:
+            raise ValueError('the linear schedule is discrete: set "timesteps" (1000 in DDPM and MinImagen)')
+        _require_defaults(schedule, ("shift", "logsnr_range"), "for the cosine schedule")
+    elif schedule.timesteps is not None:
+        raise ValueError('the cosine schedule is continuous: remove "timesteps"')
+    if schedule.logsnr_range[0] >= schedule.logsnr_range[1]:
+        raise ValueError(f"logsnr_range must ascend, got {schedule.logsnr_range}")
+
+
+def check_objective(objective: ObjectiveConfig) -> None:
+    """Rules between the fields of an objective."""
+    if objective.weighting != "min_snr":
+        _require_defaults(objective, ("min_snr_gamma",), 'for "weighting": "min_snr"')
+    if objective.times != "edm":
+        _require_defaults(objective, ("edm_mean", "edm_std"), 'for "times": "edm"')
+    if objective.prediction != "edm":
+        _require_defaults(objective, ("sigma_data",), 'for "prediction": "edm"')
+
+
+def check_augmentation(augmentation: AugmentationConfig) -> None:
+    """Rules between the fields of the noise conditioning augmentation."""
+    low, high = augmentation.train_range
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f"train_range must ascend within [0, 1], got {augmentation.train_range}")
+    if not low <= augmentation.sample_level <= high:
+        raise ValueError(
+            f"sample_level {augmentation.sample_level} lies outside of train_range {list(augmentation.train_range)}: "
+            f"the network never sees such an input in training"
+        )
+
+
+def check_stage(stage: StageConfig) -> None:
+    """Rules between the sections of a stage."""
+    unet, label = stage.unet, f'stage "{stage.name}"'
+    if stage.name in RESERVED_NAMES:
+        raise ValueError(f"{label}: choose another name, because {RESERVED_NAMES[stage.name]}")
+    if unet.channels not in (1, 3):
+        raise ValueError(
+            f"{label}: unet.channels must be 3 (colour) or 1 (grey), got {unet.channels}; transparency is not drawn"
+        )
+    for name, side in (("size", stage.size), ("crop", stage.crop or stage.size)):
+        if side % unet.stride:
+            raise ValueError(
+                f"{label}: {name} {side} is not a multiple of {unet.stride}, the total stride of its U-Net"
+            )
+    if stage.crop is not None and stage.crop > stage.size:
+        raise ValueError(f"{label}: crop {stage.crop} is larger than size {stage.size}")
+    if stage.crop is not None and unet.positional_encoding:
+        raise ValueError(
+            f"{label} trains on crops, which a positional encoding of the whole image does not fit: remove one of the "
+            f"two"
+        )
+    if unet.lowres and stage.augmentation is None:
+        raise ValueError(f'{label} has a low-resolution input: set "augmentation"')
+    for name in ("augmentation", "lowres_size"):
+        if not unet.lowres and getattr(stage, name) is not None:
+            raise ValueError(f'{label} has no low-resolution input: remove "{name}"')
+    if stage.lowres_size is not None:
+        if stage.lowres_size >= stage.size:
+            raise ValueError(f"{label}: lowres_size {stage.lowres_size} must be smaller than size {stage.size}")
+        _check_crop(stage, stage.lowres_size)
+    if unet.text_dim is not None and stage.objective.caption_dropout == 1:
+        raise ValueError(
+            f"{label}: objective.caption_dropout 1 drops every caption: lower it, or set unet.text_dim to null"
+        )
+    check_sampling(stage, stage.sampling)
+
+
+def check_sampling(stage: StageConfig, sampling: SamplingConfig) -> None:
+    """Rules between a stage and sampling settings, its own or those of a request."""
+    label, unet, objective = f'stage "{stage.name}"', stage.unet, stage.objective
+    timesteps = stage.schedule.timesteps
+    if timesteps is not None and sampling.steps > timesteps:
+        raise ValueError(f"{label}: {sampling.steps} sampling steps, but the schedule has {timesteps} timesteps")
+    if sampling.guidance != 1 and unet.text_dim is None:
+        raise ValueError(f"{label} reads no captions, so that nothing can be guided: set sampling.guidance to 1")
+    if sampling.guidance != 1 and objective.caption_dropout == 0:
+        raise ValueError(
+            f"{label}: guidance {sampling.guidance:g} needs a network that was trained without captions too, but "
+            f"objective.caption_dropout is 0: set sampling.guidance to 1, or train with caption_dropout, such as 0.1"
+        )
+    if sampling.tile is not None and sampling.tile < stage.size:
+        if sampling.tile % unet.stride:
+            raise ValueError(
+                f"{label}: tile {sampling.tile} must be a multiple of {unet.stride}, the stride of its U-Net"
+            )
+        if unet.positional_encoding:
+            raise ValueError(f"{label} has a positional encoding of the whole image: it cannot use tiles")
+    if sampling.augmentation_level is not None:
+        if stage.augmentation is None:
+            raise ValueError(f"{label} has no low-resolution input: it takes no augmentation_level")
+        low, high = stage.augmentation.train_range
+        if not low <= sampling.augmentation_level <= high:
+            raise ValueError(
+                f"{label}: augmentation_level {sampling.augmentation_level:g} lies outside of {low:g} to {high:g}, the "
+                f"train_range of its augmentation"
+            )
+
+
+def check_cascade(cascade: CascadeConfig) -> None:
+    """Rules between the stages of a cascade."""
+    stages = cascade.stages
+    names = [stage.name for stage in stages]
+    if len({name.lower() for name in names}) != len(names):
+        raise ValueError(f"stage names must differ, by more than upper and lower case, got {names}")
+    sizes = [stage.size for stage in stages]
+    if sizes != sorted(set(sizes)):
+        raise ValueError(f"stage sizes must ascend, got {sizes}")
+    for below, stage in pairwise(stages):
+        if not stage.unet.lowres:
+            raise ValueError(f'stage "{stage.name}" is not the first: its unet needs "lowres": true')
+        if stage.lowres_size not in (None, below.size):
+            raise ValueError(
+                f'stage "{stage.name}": lowres_size {stage.lowres_size} is not the size of stage "{below.name}", '
+                f"{below.size}: remove it"
+            )
+        _check_crop(stage, below.size)
+    channels = [stage.unet.channels for stage in stages]
+    if len(set(channels)) > 1:
+        raise ValueError(f"every stage enlarges the images of the one below, but unet.channels differs: {channels}")
+    widths = {stage.unet.text_dim for stage in stages if stage.unet.text_dim is not None}
+    if len(widths) > 1:
+        raise ValueError(f"all stages read the same text, but text_dim differs: {sorted(widths)}")
+
+
+def _check_crop(stage: StageConfig, lowres_size: int) -> None:
+    """A crop, reduced for the low-resolution input, must have whole pixels: else training enlarges by another factor
+    than sampling."""
+    if stage.crop is not None and stage.crop * lowres_size % stage.size:
+        raise ValueError(
+            f'stage "{stage.name}" enlarges {lowres_size} to {stage.size} pixels, so that a crop of {stage.crop} would '
+            f"be enlarged from {stage.crop * lowres_size / stage.size:.2f} pixels: choose a crop for which that is a "
+            f"whole number"
+        )
+
+
+def _require_defaults(section: Section, names: tuple[str, ...], purpose: str) -> None:
+    """Raise ValueError if a field that has no effect here is set."""
+    for name in names:
+        default: Any = type(section).model_fields[name].default
+        if getattr(section, name) != default:
+            raise ValueError(f'"{name}" is only {purpose}: remove it')

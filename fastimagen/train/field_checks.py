@@ -1,0 +1,84 @@
+"""Rules between the configuration of the stages, the data and the text encoder, checked before anything runs.
+
+config_rules.py has the rules within the stages; these here need torch or files. What they accept, trains.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..cascade import Stage
+from ..config import CascadeConfig, FastimagenConfig, StageConfig
+from ..data.source import encoder_width, uses_text
+from ..networks.unet import UNet
+from ..sampling.model_directory import check_shapes, read_shapes
+
+
+def check_fields(config: FastimagenConfig) -> None:
+    """Raise ValueError, with one line that names the key, for stages that the rest of the configuration contradicts.
+
+    The cascade must be resolved.
+    """
+    cascade = config.cascade
+    assert isinstance(cascade, CascadeConfig)
+    first = cascade.stages[0]
+    if first.unet.lowres and first.lowres_size is None:
+        raise ValueError(
+            f'stage "{first.name}" enlarges images, but no stage is below it: set its "lowres_size" to the size of the '
+            f"images that it will get"
+        )
+    _check_data(config, cascade)
+    if uses_text(config):
+        _check_text(config, cascade)
+    for stage in cascade.stages:
+        if hasattr(nn.ModuleDict, stage.name):  # Cascade keeps its U-Nets in one
+            raise ValueError(f'stage "{stage.name}": choose another name, because torch.nn.ModuleDict has {stage.name}')
+        try:
+            Stage(stage, cascade.below(stage.name))  # raises for noise schedules that are out of reach
+        except ValueError as error:
+            raise ValueError(f'stage "{stage.name}": {error}') from None
+        settings = config.train.stages.get(stage.name)
+        if settings is not None and settings.init_from is not None:
+            _check_initial_weights(stage, settings.init_from)
+
+
+def _check_text(config: FastimagenConfig, cascade: CascadeConfig) -> None:
+    """The width of the embeddings and the length of captions fit the U-Nets."""
+    width = encoder_width(config)
+    for stage in cascade.stages:
+        unet = stage.unet
+        if unet.text_dim is None:
+            continue
+        if unet.text_dim != width:
+            raise ValueError(
+                f'stage "{stage.name}": unet.text_dim is {unet.text_dim}, but the embeddings of '
+                f"fastimagen.text.encoder {config.text.encoder} have width {width}: set one to fit the other"
+            )
+        if config.text.max_length > unet.max_text_length:
+            raise ValueError(
+                f'stage "{stage.name}": unet.max_text_length is {unet.max_text_length}, but '
+                f"fastimagen.text.max_length lets captions have {config.text.max_length} tokens: lower that"
+            )
+
+
+def _check_data(config: FastimagenConfig, cascade: CascadeConfig) -> None:
+    """The built-in shapes are rendered in the size of the largest stage, or larger."""
+    shapes, largest = config.data.shapes, cascade.stages[-1]
+    if shapes is not None and shapes.size < largest.size:
+        raise ValueError(
+            f'fastimagen.data.shapes.size {shapes.size} is smaller than stage "{largest.name}": set it to '
+            f"{largest.size}, in another folder than smaller shapes"
+        )
+
+
+def _check_initial_weights(stage: StageConfig, model: str) -> None:
+    """The model directory has weights of this stage, with the shapes of its U-Net."""
+    path = Path(model) / stage.name / "model.safetensors"
+    if not path.exists():
+        raise ValueError(f"init_from {model}: there is no {path}")
+    with torch.device("meta"):
+        unet = UNet(stage.unet)
+    check_shapes(unet, read_shapes(path), str(path))
