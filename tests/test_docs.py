@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -16,7 +17,8 @@ import yaml
 import fastimagen
 from docs.generate import reference
 from fastimagen import cli, config
-from tests.conftest import ROOT
+from fastimagen.presets import shapes
+from tests.conftest import ROOT, write_toy_model
 from tests.page_checks import LINK
 
 TUTORIAL = ROOT / "docs/tutorial"
@@ -121,6 +123,22 @@ def test_the_site_loads_nothing_from_elsewhere(site: Path) -> None:
 
 
 # ---- the figures
+
+
+@pytest.mark.drill
+def test_the_script_draws_all_figures(toy_encoder: Path, tmp_path: Path) -> None:
+    """From an untrained cascade: the figures show nothing, but the script still fits the code."""
+    write_toy_model(tmp_path / "model", toy_encoder, shapes())
+    records = [
+        {"stage": stage, "step": step, "loss": 0.1, "val_loss": 0.1} for stage in ("base", "sr") for step in (1, 2)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (tmp_path / "figures").mkdir()
+    command = [sys.executable, "docs/generate/figures.py", "--run", str(tmp_path), "--out", str(tmp_path / "figures")]
+    subprocess.run(command, cwd=ROOT, check=True)
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {
+        path.name for path in TUTORIAL.iterdir() if path.suffix != ".md"
+    }
 
 
 def test_the_tutorial_shows_every_figure_that_the_script_draws() -> None:
