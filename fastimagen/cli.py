@@ -97,6 +97,13 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--run", type=Path, required=True, help="run directory, as training writes it")
     export.add_argument("--out", type=Path, required=True, help="new model directory")
     export.add_argument(
+        "--step",
+        default="newest",
+        metavar="N|best|newest",
+        help="the checkpoint: of a step, with the smallest validation loss, or the newest (default); base=500,sr=best "
+        "chooses by stage",
+    )
+    export.add_argument(
         "--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights (default: %(default)s)"
     )
 
@@ -261,7 +268,10 @@ def _embed(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     from .train.export import export
 
-    print(export(options.run, options.out, dtype=options.dtype))
+    def say(line: str) -> None:
+        print(line, file=sys.stderr)
+
+    print(export(options.run, options.out, step=options.step, dtype=options.dtype, say=say))
 
 
 def _push(options: argparse.Namespace) -> None:

@@ -408,9 +408,16 @@ def test_exporting_a_run_without_checkpoints_is_refused(
 ) -> None:
     assert refused("export", "--run", "run", "--out", "model") == "run is not a run directory: it has no config.json"
     write_toy_run(tmp_path / "run", toy_config, stages=("base",))
-    assert refused("export", "--run", "run", "--out", "model") == "run: stage sr has no checkpoint yet; train it first"
+    shutil.move(tmp_path / "run/checkpoints/base", tmp_path / "base")
+    assert refused("export", "--run", "run", "--out", "model") == "run: no stage has a checkpoint yet; train it first"
+    shutil.move(tmp_path / "base", tmp_path / "run/checkpoints/base")
+    error = refused("export", "--run", "run", "--out", "model", "--step", "5")
+    assert error == "run/checkpoints/base has no checkpoint of step 5: it has 2, 10"
+    assert "number" in refused("export", "--run", "run", "--out", "model", "--step", "last")
+    assert "the stages are base, sr" in refused("export", "--run", "run", "--out", "model", "--step", "bse=2")
     cut(tmp_path / "run/checkpoints/base/step-00000010/rank-00001.safetensors")
-    assert "rank-00001.safetensors" in refused("export", "--run", "run", "--out", "model")
+    error = refused("export", "--run", "run", "--out", "model", "--step", "10")
+    assert "step-00000010 is damaged" in error and "rank-00001.safetensors" in error
 
 
 def test_packing_no_images_is_refused(tmp_path: Path, refused: Callable[..., str]) -> None:

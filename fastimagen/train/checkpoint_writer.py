@@ -112,26 +112,26 @@ class CheckpointWriter:
         incomplete = self.folder / checkpoint.incomplete_name(state["step"], self.token)
         self._problem = None
         try:
+            problem = None
             try:
                 checkpoint.write_rank(incomplete, self.rank, tensors)
             except OSError as error:
-                _report_failure(
-                    incomplete, self.rank, f"{first_line(error)} (rank {self.rank}, {socket.gethostname()})"
-                )
+                problem = f"{first_line(error)} (rank {self.rank}, {socket.gethostname()})"
+                _report_failure(incomplete, self.rank, problem)
             if self.rank == 0:
-                self._complete(incomplete, about, state)
+                self._complete(incomplete, problem, about, state)
         except BaseException as error:  # a mistake of ours: the next call of the loop raises it
             self._bug = error
 
-    def _complete(self, incomplete: Path, about: dict[str, Any], state: dict[str, Any]) -> None:
-        """On rank 0: wait for all ranks, make it a checkpoint, remove those that are not kept."""
-        line = f"cannot write the checkpoint of step {state['step']} in {self.folder}"
+    def _complete(self, incomplete: Path, problem: str | None, about: dict[str, Any], state: dict[str, Any]) -> None:
+        """On rank 0: wait for all ranks, make it a checkpoint, remove those that are not kept. problem: its own."""
         try:
-            self._wait_for_ranks(incomplete)
+            self._wait_for_ranks(incomplete, problem)
             checkpoint.complete(incomplete, self.world_size, about, state)
         except (OSError, ValueError) as error:
             shutil.rmtree(incomplete, ignore_errors=True)
             self.failures += 1
+            line = f"cannot write the checkpoint of step {state['step']} in {self.folder}"
             self._problem = f"{line}: {first_line(error)}"
             self._unsaid = f"{self._problem}; training goes on, and earlier checkpoints are intact"
             return
@@ -140,26 +140,29 @@ class CheckpointWriter:
         except OSError as error:
             self._unsaid = f"cannot remove old checkpoints in {self.folder}: {first_line(error)}"
 
-    def _wait_for_ranks(self, incomplete: Path) -> None:
+    def _wait_for_ranks(self, incomplete: Path, problem: str | None) -> None:
         """Return when all ranks have reported. Raises OSError if one failed, or if nothing happens any more."""
+        everyone = set(range(self.world_size)) if problem is None else set(range(1, self.world_size))
         seen: dict[str, int] = {}
         since, pause = time.monotonic(), 0.002
         while True:
             failed = sorted(incomplete.glob("rank-*.failed"))
-            written = checkpoint.reported(incomplete, self.world_size)
-            if len(written) + len(failed) >= self.world_size:
+            missing = (
+                everyone - checkpoint.reported(incomplete, self.world_size) - {int(path.stem[5:]) for path in failed}
+            )
+            if not missing:
                 break
             sizes = {entry.name: _size(entry) for entry in os.scandir(incomplete)} if incomplete.exists() else {}
             if sizes != seen:
                 seen, since = sizes, time.monotonic()
             elif time.monotonic() - since > self._patience:
-                missing = sorted(set(range(self.world_size)) - written)
-                raise OSError(f"no report of ranks {missing[:8]} within {self._patience:.0f} s")
+                raise OSError(problem or f"no report of ranks {sorted(missing)[:8]} within {self._patience:.0f} s")
             time.sleep(pause)
             pause = min(2 * pause, 0.5)
-        if failed:
-            reason = failed[0].read_text(errors="replace").strip() or f"{failed[0].stem} failed"
-            raise OSError(reason)
+        if problem is None and failed:
+            problem = failed[0].read_text(errors="replace").strip() or f"{failed[0].stem} cannot write"
+        if problem is not None:
+            raise OSError(problem)
 
 
 def _size(entry: os.DirEntry[str]) -> int:
@@ -173,5 +176,6 @@ def _report_failure(incomplete: Path, rank: int, reason: str) -> None:
     """Tell rank 0 by file. If not even an empty file can be made, rank 0 notices that nothing happens any more."""
     path = incomplete / f"rank-{rank:05d}.failed"
     with contextlib.suppress(OSError):
+        incomplete.mkdir(parents=True, exist_ok=True)
         path.touch()
         path.write_text(reason)

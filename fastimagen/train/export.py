@@ -1,7 +1,8 @@
-"""Export: the newest EMA weights of every stage of a run, as a model directory."""
+"""Export: the EMA weights of the stages that a run has trained, as a model directory."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,34 +10,51 @@ import torch
 
 from ..config import CascadeConfig, Config, StageConfig
 from ..config_file import load_config, validate
-from ..data.source import uses_text
 from ..presets import resolve
 from ..sampling.model_directory import write_model
-from .checkpoint import newest, read_average, read_state
+from .checkpoint import best, checkpoints, damage, read_average, read_state
 from .model_card import StageFacts, model_card
 
 
-def export(run: str | Path, out: str | Path, *, dtype: Literal["float32", "bfloat16"] = "float32") -> Path:
+def export(
+    run: str | Path,
+    out: str | Path,
+    *,
+    step: str | int = "newest",
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    say: Callable[[str], object] = lambda line: None,
+) -> Path:
     """Write the model directory of a run, with weights of `dtype`.
 
-    Raises ValueError if a stage has no checkpoint or `out` is not empty.
+    step: "newest", "best" (smallest validation loss) or a number, for all stages or for each, as in "base=500,sr=best".
+    say: gets a line for each stage, exported or not trained yet. Raises ValueError if no stage is trained, if there is
+    no such checkpoint or it is damaged, and if `out` is not empty.
     """
     run = Path(run)
     if not (run / "config.json").exists():
         raise ValueError(f"{run} is not a run directory: it has no config.json")
     config = load_config(run / "config.json")
+    planned = resolve(config.fastimagen.cascade).stages
+    wanted = _by_stage(str(step), [stage.name for stage in planned])
+    chosen = {
+        stage.name: path
+        for stage in planned
+        if (path := _choose(run / "checkpoints" / stage.name, wanted[stage.name], say)) is not None
+    }
     stages, weights, facts = [], {}, []
-    for name in [stage.name for stage in resolve(config.fastimagen.cascade).stages]:
-        checkpoint = newest(run / "checkpoints" / name)
-        if checkpoint is None:
-            raise ValueError(f"{run}: stage {name} has no checkpoint yet; train it first")
-        state = read_state(checkpoint)
+    for name in _contiguous(run, [stage.name for stage in planned], chosen, say):
+        state = read_state(chosen[name])
         stages.append(validate(StageConfig, state["stage"], f"stage {name}"))
-        weights[name] = read_average(checkpoint)
+        weights[name] = read_average(chosen[name])
         parameters = sum(weight.numel() for weight in weights[name].values())
         facts.append(StageFacts(name, stages[-1].size, parameters, state["step"]))
+        loss = "" if state.get("val_loss") is None else f", val_loss {state['val_loss']:.4g}"
+        say(f"{name}: step {state['step']}{loss}")
+    first = [stage.name for stage in planned].index(stages[0].name)
+    if first:  # the stage below is not trained: this one still enlarges its size
+        stages[0] = stages[0].model_copy(update={"lowres_size": planned[first - 1].size})
     cascade = CascadeConfig(stages=tuple(stages))
-    encoder, folder = _text_encoder(config) if uses_text(config.fastimagen) else (None, None)
+    encoder, folder = _text_encoder(config) if any(stage.unet.text_dim for stage in stages) else (None, None)
     grid = _newest_grid(run / "samples" / stages[-1].name)
     return write_model(
         Path(out),
@@ -55,6 +73,62 @@ def export(run: str | Path, out: str | Path, *, dtype: Literal["float32", "bfloa
         grid=grid,
         dtype=getattr(torch, dtype),
     )
+
+
+def _by_stage(step: str, names: list[str]) -> dict[str, str]:
+    """{stage: "newest", "best" or a number} of "500" or "base=500,sr=best"."""
+    if "=" not in step:
+        wanted = dict.fromkeys(names, step)
+    else:
+        given = dict(part.strip().partition("=")[::2] for part in step.split(","))
+        if unknown := sorted(given.keys() - set(names)):
+            raise ValueError(f"--step names the stage {unknown[0]}; the stages are {', '.join(names)}")
+        wanted = {name: given.get(name, "newest") for name in names}
+    for value in wanted.values():
+        if value not in ("newest", "best") and not value.isdecimal():
+            raise ValueError(
+                f'--step takes a number, "best" or "newest", or one for each stage (base=500), got {value}'
+            )
+    return wanted
+
+
+def _choose(folder: Path, wanted: str, say: Callable[[str], object]) -> Path | None:
+    """The checkpoint of a stage to export, intact; None if the stage has none yet."""
+    found = checkpoints(folder)
+    if not found:
+        return None
+    steps = ", ".join(str(int(path.name[-8:])) for path in found)
+    if wanted == "newest":
+        for path in reversed(found):
+            if (problem := damage(path)) is None:
+                return path
+            say(f"{path} is damaged: {problem}; taking the one before it")
+        raise ValueError(f"no checkpoint in {folder} is intact")
+    if wanted == "best":
+        path = best(folder) or folder
+        if path == folder:
+            raise ValueError(f"no checkpoint in {folder} has a validation loss: give --step one of {steps}")
+    else:
+        path = folder / f"step-{int(wanted):08d}"
+        if path not in found:
+            raise ValueError(f"{folder} has no checkpoint of step {wanted}: it has {steps}")
+    if (problem := damage(path)) is not None:
+        raise ValueError(f"{path} is damaged: {problem}; give --step another one of {steps}")
+    return path
+
+
+def _contiguous(run: Path, names: list[str], chosen: dict[str, Path], say: Callable[[str], object]) -> list[str]:
+    """The trained stages, in order. Raises ValueError if there are none, or one between them is not trained."""
+    trained = [name for name in names if name in chosen]
+    if not trained:
+        raise ValueError(f"{run}: no stage has a checkpoint yet; train it first")
+    between = names[names.index(trained[0]) : names.index(trained[-1]) + 1]
+    if missing := [name for name in between if name not in chosen]:
+        raise ValueError(f"{run}: stage {missing[0]} has no checkpoint yet, and {trained[-1]} enlarges its images")
+    for name in names:
+        if name not in chosen:
+            say(f"{name}: not trained yet, left out")
+    return trained
 
 
 def _newest_grid(folder: Path) -> Path | None:

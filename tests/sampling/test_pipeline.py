@@ -20,7 +20,7 @@ from fastimagen.cli import main
 from fastimagen.config_file import config_from_dict
 from fastimagen.data.shards import open_shards
 from fastimagen.images import to_uint8
-from fastimagen.sampling.model_directory import read_model
+from fastimagen.sampling.model_directory import read_cascade, read_model
 from fastimagen.sampling.pipeline import ImagenPipeline
 from fastimagen.text.embeddings import TextEmbeddings
 from fastimagen.train import checkpoint
@@ -347,6 +347,37 @@ def test_export_takes_the_newest_ema_weights_and_the_text_encoder(
     card = (model / "README.md").read_text()
     assert "| base | 8x8 |" in card and "random" in card
     assert ImagenPipeline.from_pretrained(model)(["a red circle"], guidance=1.0).images.isfinite().all()
+
+
+def test_export_takes_a_step_or_the_best_and_the_stages_trained_so_far(toy_config: dict, tmp_path: Path) -> None:
+    newest = write_toy_run(tmp_path / "run", toy_config, stages=("base",))["base"]
+    lines: list[str] = []
+    model = export(tmp_path / "run", tmp_path / "best", step="best", say=lines.append)
+    assert lines == ["sr: not trained yet, left out", "base: step 2, val_loss 0.2"]
+    older = load_file(model / "base/model.safetensors")
+    assert all(
+        older[name].equal(weight)
+        for name, weight in checkpoint.read_average(tmp_path / "run/checkpoints/base/step-00000002").items()
+    )
+    assert ImagenPipeline.from_pretrained(model)("a red circle").images.shape == (1, 3, 8, 8)
+    chosen = load_file(export(tmp_path / "run", tmp_path / "ten", step="base=10") / "base/model.safetensors")
+    assert all(chosen[name].equal(newest[name]) and not older[name].equal(newest[name]) for name in newest)
+
+    path = tmp_path / "run/checkpoints/base/step-00000010/rank-00000.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    lines.clear()
+    model = export(tmp_path / "run", tmp_path / "intact", say=lines.append)
+    assert "step-00000010 is damaged" in lines[0] and lines[-1] == "base: step 2, val_loss 0.2"
+    assert load_file(model / "base/model.safetensors").keys() == older.keys()
+
+
+def test_a_super_resolution_stage_is_exported_without_the_stage_below(toy_config: dict, tmp_path: Path) -> None:
+    write_toy_run(tmp_path / "run", toy_config, stages=("sr",))
+    model = export(tmp_path / "run", tmp_path / "model")
+    (stage,) = read_cascade(model)[0].stages
+    assert stage.name == "sr" and stage.lowres_size == 8
+    pipe = ImagenPipeline.from_pretrained(model)
+    assert pipe("a red circle", lowres=torch.zeros(1, 3, 8, 8), start_at="sr").images.shape == (1, 3, 16, 16)
 
 
 def test_a_model_travels_with_the_local_encoder_and_its_own_example(

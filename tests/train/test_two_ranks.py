@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -205,6 +206,47 @@ def check_resuming(optimizer: dict, wrote: dict, dtype: str, reads: dict, reads_
     engine.destroy()
 
 
+def check_full_disk(full: int, folder: Path) -> None:
+    """The disk is full for rank `full` alone: no rank hangs, later saves succeed, only the last one must."""
+    from fastimagen.train import checkpoint
+    from fastimagen.train.checkpoint_writer import CheckpointWriter
+    from fastimagen.train.flat_weights import FlatWeights
+
+    engine = make_engine(Net(), set(), ADAMW, {"stage": 1}, "fp32")
+    weights = FlatWeights(engine)
+    ema = EMA(weights.shards, EMAConfig())
+    saver = CheckpointWriter(folder, "token", keep=5, keep_every=None)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    rank, began = torch.distributed.get_rank(), time.monotonic()
+    for step in (1, 2, 3, 4):
+        saver._join()
+        if rank == full:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (200 if step % 2 == 0 else limits[0], limits[1]))
+        saver.save(engine, weights, ema, {"step": step})
+    with pytest.raises(OSError, match=rf"checkpoint of step 4 .*File too large.* \(rank {full}, .*resume from the"):
+        saver.finish()
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert time.monotonic() - began < 30
+    saver.save(engine, weights, ema, {"step": 5})
+    saver.finish()
+    assert [path.name for path in sorted(folder.iterdir())] == [f"step-0000000{step}" for step in (1, 3, 5)]
+    assert not any(checkpoint.damage(path) for path in folder.iterdir())
+    assert saver.failures == (2 if rank == 0 else 0)
+    engine.destroy()
+
+
+def check_unshared(folder: Path) -> None:
+    """Ranks with run directories of their own are refused, on each of them in one line."""
+    from fastimagen.train import agreement
+
+    agreement.VISIBLE_AFTER = 0.2
+    own = folder / f"host-{torch.distributed.get_rank()}"
+    own.mkdir()
+    with pytest.raises(ValueError, match=r"host-1 is not shared: rank 1 on .* does not see what rank 0 on .* wrote"):
+        agreement.agree_on_run_directory(own)
+    assert list(own.iterdir()) == []
+
+
 NEVER_PARTITIONED = ["text.pool.query"]
 """The query of attention pooling is a vector, far below the size from which DeepSpeed partitions parameters."""
 
@@ -249,6 +291,9 @@ def in_each_process() -> None:
     init_distributed()
     for name, case in RESUMES.items():
         check_resuming(*case, Path(sys.argv[1]) / name)
+    for rank in range(2):
+        check_full_disk(rank, Path(sys.argv[1]) / f"full-{rank}")
+    check_unshared(Path(sys.argv[1]))
     results = {
         "layouts": {name: check_layout(*layout) for name, layout in LAYOUTS.items()},
         "not freed": {name: not_freed(name) for name in STAGES},
