@@ -84,6 +84,11 @@ def test_every_public_name_is_in_the_reference_with_its_docstring() -> None:
     assert "-> Output" in found["ImagenPipeline.__call__"]
 
 
+def test_every_sampling_setting_is_in_the_table_of_the_samplers() -> None:
+    page = (ROOT / "docs/samplers.md").read_text()
+    assert [name for name in config.SamplingConfig.model_fields if f"| `{name}` |" not in page] == []
+
+
 # ---- the site
 
 

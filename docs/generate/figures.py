@@ -299,9 +299,8 @@ def augmentation(model: Model, out: Path) -> None:
     outputs: list[Tensor | None] = [resize(small, 64)]
     for level in levels:
         inputs.append(model.sr.lowres_condition(small, torch.tensor([level]), model.noise(64))["lowres"])
-        config = model.sr.config.augmentation.model_copy(update={"sample_level": level})
-        stage = type(model.sr)(model.sr.config.model_copy(update={"augmentation": config}), model.base.config)
-        outputs.append(stage.sample(model.pipe.cascade.unets["sr"], model.text, [3], lowres=small))
+        settings = {"start_at": "sr", "lowres": small, "augmentation_level": level}
+        outputs.append(model.pipe(CAPTION, seed=3, **settings).images)
     titles = ["base image", *(f"level {level:g}" for level in levels)]
     strip(out / "augmentation.png", [("input", inputs), ("output", outputs)], titles)
 
