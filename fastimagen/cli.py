@@ -63,6 +63,7 @@ def _replace_unprintable() -> None:
 def parser() -> argparse.ArgumentParser:
     """All commands and their flags."""
     from . import __version__
+    from .commands import supervise
     from .commands.train import add_flags, train
 
     top = argparse.ArgumentParser(prog="fastimagen", description="Train Imagen cascades and sample from them.")
@@ -92,6 +93,10 @@ def parser() -> argparse.ArgumentParser:
     )
 
     add_flags(command("train", train, "train the stages of a cascade; rerun to resume"))
+
+    supervise.add_flags(
+        command("supervise", supervise.supervise, "run a launcher of training; restart it if processes are lost")
+    )
 
     export = command("export", _export, "convert a run directory into a model directory")
     export.add_argument("--run", type=Path, required=True, help="run directory, as training writes it")

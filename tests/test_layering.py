@@ -75,7 +75,7 @@ THIRD_PARTY = {
 }
 # The third-party packages that may also be imported inside functions.
 DEFERRED = {
-    "commands": "torch",
+    "commands": "psutil torch",
     "data": "braceexpand webdataset",
     "demo": "gradio",
     "files": "safetensors torch",

@@ -10,7 +10,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from ..files import first_line
-from ..train.exit_status import EXIT_INTERRUPTED, EXIT_LOST, record
+from ..train.exit_status import EXIT_INTERRUPTED, EXIT_LOST, record, record_start
 
 if TYPE_CHECKING:
     from ..train.trainer import Trainer
@@ -43,6 +43,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def train(options: argparse.Namespace) -> int:
     """Train as the flags say. Returns the exit status. Raises what `Trainer` raises for what the user can correct."""
+    record_start()
     before = {number: signal.signal(number, _leave) for number in SIGNALS}
     # Idle OpenMP threads sleep instead of spinning: on shared cores, spinning threads made a step six times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

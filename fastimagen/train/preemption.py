@@ -18,7 +18,7 @@ from .exit_status import stop_file_exists
 from .peers import Peers
 from .phases import Phases
 
-LAUNCHERS = ("deepspeed", "torchrun", "torch.distributed", "torch/distributed")
+LAUNCHERS = ("deepspeed", "torchrun", "torch.distributed", "torch/distributed", "supervise")
 BEFORE_TRAINING = ("start", "engine")  # phases in which there is nothing to save
 AGREEMENT_SECONDS = 0.5  # the ranks look for a request to stop about this often
 MAX_AGREEMENT_STEPS = 1000
