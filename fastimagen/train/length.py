@@ -21,6 +21,10 @@ def planned_steps(settings: TrainConfig, stage: str) -> int:
     return own.steps or settings.steps or DEFAULT_STEPS
 
 
-def steps_of_epochs(epochs: float, samples: int, batch_size: int) -> int:
-    """The fewest steps that read `samples` training samples `epochs` times."""
-    return max(1, math.ceil(round(epochs * samples / batch_size, 6)))  # 0.1 x 30 / 1 is 3.0000000000000004
+def steps_of_epochs(epochs: float, samples: int, batch_size: int, *, done: tuple[int, int] = (0, 0)) -> int:
+    """The fewest steps that read `samples` training samples `epochs` times.
+
+    done: the steps that a resumed stage has taken, and the samples that it has read, with any batch size."""
+    done_steps, done_samples = done
+    rest = math.ceil(round((epochs * samples - done_samples) / batch_size, 6))  # 0.1 x 30 / 1 is 3.0000000000000004
+    return max(1, done_steps + max(0, rest))

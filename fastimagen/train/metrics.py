@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..files import atomic_file
+from .run_lock import shared_lock
 
 
 class Metrics:
@@ -27,8 +28,8 @@ class Metrics:
         self.stage, self.steps, self.rank, self.monitor = stage, steps, rank, monitor
         self.bar = None
         if rank == 0:
-            _drop_after(self.path, stage, start)
-            self.file = open(self.path, "a")  # noqa: SIM115 - closed by close()
+            with shared_lock(run_dir, "metrics"):
+                _drop_after(self.path, stage, start)
             if sys.stderr.isatty():
                 from tqdm import tqdm
 
@@ -39,8 +40,8 @@ class Metrics:
         if self.rank:
             return
         record = {"stage": self.stage, "step": step, "time": round(time.time(), 3), **values}
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
+        with shared_lock(self.path.parent, "metrics"), open(self.path, "a") as file:  # another stage may replace it
+            file.write(json.dumps(record) + "\n")
         numbers = {key: value for key, value in values.items() if isinstance(value, (int, float))}
         if self.monitor.enabled:
             self.monitor.write_events([(f"{self.stage}/{key}", value, step) for key, value in numbers.items()])
@@ -57,11 +58,9 @@ class Metrics:
             self.bar.update()
 
     def close(self) -> None:
-        """Flush and close the file and the progress bar."""
-        if self.rank == 0:
-            self.file.close()
-            if self.bar:
-                self.bar.close()
+        """Close the progress bar."""
+        if self.bar:
+            self.bar.close()
 
 
 def _show(key: str, value: float) -> str:

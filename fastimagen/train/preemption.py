@@ -1,18 +1,13 @@
-"""Preemption: signals and the death of the launcher stop all ranks after the same step. Also the run directory's
-lock."""
+"""Preemption: signals and the death of the launcher stop all ranks after the same step."""
 
 from __future__ import annotations
 
 import _thread
-import fcntl
 import os
 import select
 import signal
-import socket
 import time
-from pathlib import Path
 from types import FrameType
-from typing import IO
 
 from .exit_status import stop_file_exists
 from .peers import Peers
@@ -146,23 +141,3 @@ def _launchers() -> list:
             break
         chain.append(process)
     return chain
-
-
-def lock_run(run_dir: Path) -> IO[str]:
-    """Lock the run directory against other writers until the returned file is closed or the process ends.
-
-    Raises ValueError that names the holder. The file .lock stays; the kernel releases the lock with the process.
-    """
-    handle = open(run_dir / ".lock", "a+")  # noqa: SIM115 - held open: closing it releases the lock
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        handle.seek(0)
-        raise ValueError(
-            f"{run_dir} is in use by {handle.read().strip() or 'another process'}: "
-            f"wait until it ends, or choose another --run-dir"
-        ) from None
-    handle.truncate(0)
-    handle.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    handle.flush()
-    return handle

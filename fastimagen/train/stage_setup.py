@@ -1,9 +1,8 @@
-"""Before the first step: the stages to train, their initial weights, and whether a checkpoint matches them."""
+"""Before the first step: the stages to train and their initial weights."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -73,23 +72,3 @@ def initial_unet(config: StageConfig, *, seed: int, init_from: str | None = None
             raise ValueError(f"init_from {init_from}: there is no {path}")
         load_weights(unet, read_safetensors(path), str(path))
     return unet
-
-
-def check_same_stage(saved: dict[str, Any], config: StageConfig, where: Path) -> None:
-    """Raise ValueError if network or diffusion process differ from those of a checkpoint; sampling settings may."""
-    now = flatten(config.model_dump(mode="json", exclude={"sampling"}))
-    then = flatten({key: value for key, value in saved.items() if key != "sampling"})
-    differing = sorted(key for key in now.keys() | then.keys() if now.get(key) != then.get(key))
-    if differing:
-        raise ValueError(
-            f"{where} belongs to another architecture: {', '.join(differing[:5])} differ; use another --run-dir, "
-            f"or restore these settings"
-        )
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat

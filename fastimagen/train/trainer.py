@@ -9,8 +9,11 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,8 +21,8 @@ import torch.distributed as dist
 from ..cascade import Stage
 from ..config import Config, StageConfig, StageTrainConfig
 from ..data.loader import Loader
+from ..data.shards import Shard
 from ..data.source import Split, count_training_samples, embed_all, is_embedded, open_data, prepare_shapes, uses_text
-from ..files import atomic_file
 from ..networks.parameters import muon_parameters
 from ..networks.unet import UNet
 from ..seeds import mix_seed
@@ -32,12 +35,15 @@ from .ema import EMA
 from .engine import backend, choose_accelerator, init_distributed, make_engine
 from .engine_state import load
 from .flat_weights import FlatWeights
+from .learning_rate import set_learning_rate
 from .length import planned_epochs, planned_steps, steps_of_epochs
 from .metrics import MetricAverager, Metrics
 from .phases import Phases
-from .preemption import StopRequest, TrainingInterrupted, lock_run
+from .preemption import StopRequest, TrainingInterrupted
 from .rendezvous import meet
-from .stage_setup import check_same_stage, initial_unet, plan, resolve_cascade
+from .resume import check_resuming, check_trained, settings_of, without_deepspeed
+from .run_lock import shared_lock, stage_lock, write_config
+from .stage_setup import initial_unet, plan, resolve_cascade
 from .validation import ema_unet, preview_sampling, sample_grid, validation_loss
 from .watchdog import Watchdog
 
@@ -59,6 +65,7 @@ class Trainer:
         self.cascade, self.stages = plan(self.config, stage)
         self.phases = Phases()
         self.samples: int | None = None  # training samples, counted when a stage is given in epochs
+        self.progress: dict[str, tuple[int, int]] = {}  # by stage: steps taken and samples read when it resumes
 
     def describe(self) -> str:
         """What `fit` would do: the stages, the DeepSpeed configuration of each, the whole file. Writes nothing."""
@@ -86,31 +93,27 @@ class Trainer:
         with StopRequest(peers, self.phases) as stop, Watchdog(peers, self.phases, timeouts, stop):
             self.device = init_distributed(timeouts, peers)
             self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-            lock = on_first_rank(self._lock)
-            try:
+            with ExitStack() as held:
+                on_first_rank(lambda: held.enter_context(self._lock()))
                 self._fit_stages(stop)
-            finally:
-                if lock:
-                    lock.close()
 
     def _fit_stages(self, stop: StopRequest) -> None:
         self.token = agree_on_run_directory(self.run_dir)
         on_first_rank(self._prepare_shapes)
-        newest = [self._newest_checkpoint(config) for config in self.stages]  # check all before writing anything
+        newest = {config.name: self._newest_checkpoint(config) for config in self.stages}
+        notices = {config.name: self._check_resuming(config, newest[config.name]) for config in self.stages}
         on_first_rank(self._write_config)
-        for config, resume_from in zip(self.stages, newest):
-            self._fit_stage(config, resume_from, stop)
+        for config in self.stages:
+            self._print(*notices[config.name])
+            if not self._is_trained(config):
+                self._fit_stage(config, newest[config.name], stop)
 
     def _fit_stage(self, config: StageConfig, resume_from: Path | None, stop: StopRequest) -> None:
         """Train one stage from a checkpoint, or from the start, to its last step."""
         settings, steps, phases = self.settings, self._steps(config, self.world_size), self.phases
         phases.begin_stage(config.name)
-        if resume_from and checkpoint.read_state(resume_from)["step"] >= steps:
-            self._print(f"{config.name}: trained ({steps} steps)")
-            return
-
         stage = Stage(config, self.cascade.below(config.name))
-        train_data, validation_data = open_data(self.config.fastimagen, with_text=uses_text(self.config.fastimagen))
+        train_data, validation_data = self._data
         engine, deepspeed = self._make_engine(config)
         global_batch_size = deepspeed["train_batch_size"]
         accumulation_steps = deepspeed["gradient_accumulation_steps"]
@@ -121,7 +124,6 @@ class Trainer:
             state = load(resume_from, engine, weights, ema)
             start_step, samples = state["step"], state["samples"]
             averager = MetricAverager.resume(self.device, state["averages"], self.rank)
-            self._print(f"{config.name}: resuming from step {start_step}")
         loader = self._loader(train_data, config, deepspeed)
         metrics = Metrics(
             self.run_dir, stage=config.name, steps=steps, start=start_step, rank=self.rank, monitor=engine.monitor
@@ -135,6 +137,7 @@ class Trainer:
             for step in range(start_step + 1, steps + 1):
                 phases.enter("data", step)
                 skipped_before, data_wait, val_loss = engine.skipped_steps, 0.0, None
+                lr = set_learning_rate(engine, step - engine.skipped_steps)
                 step_loss = torch.zeros((), device=self.device)
                 for _ in range(accumulation_steps):
                     phases.enter("data")
@@ -167,7 +170,7 @@ class Trainer:
                 if log:
                     phases.enter("log")
                     counters = {**loader.counters, "checkpoint_failures": saver.failures}
-                    self._log(metrics, averager, step, engine, counters)
+                    self._log(metrics, averager, step, engine, counters, lr)
                     averager = MetricAverager(self.device)
                 if preview or (validate and validation_data):
                     phases.enter("validation")
@@ -183,7 +186,8 @@ class Trainer:
                 reason = stop.should_stop()
                 if reason or save:
                     phases.enter("checkpoint")
-                    saver.save(engine, weights, ema, self._state(config, step, samples, averager, val_loss))
+                    state = self._state(config, deepspeed, step, samples, averager, val_loss)
+                    saver.save(engine, weights, ema, state)
                 if failure := saver.failure():
                     metrics.say(f"{config.name} {step}: {failure}")
                 if reason:
@@ -201,21 +205,34 @@ class Trainer:
 
     # ---- data and checkpoints
 
-    def _lock(self) -> IO[str]:
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        return lock_run(self.run_dir)
+        with stage_lock(self.run_dir, [config.name for config in self.stages]):
+            yield
 
     def _write_config(self) -> None:
-        with atomic_file(self.run_dir / "config.json") as path:
-            path.write_text(self.config.to_json())
+        """Write config.json, if a stage will train with it, and say what it changes for stages that do not."""
+        if all(map(self._is_trained, self.stages)):
+            return
+        others = [config for config in self.cascade.stages if config not in self.stages]
+        for config in others:
+            self._print(*self._check_resuming(config, checkpoint.newest(self._checkpoints(config)), selected=False))
+        write_config(self.run_dir, self.config.to_json(), [config.name for config in others])
+
+    @cached_property
+    def _data(self) -> tuple[Split, Split | None]:
+        """The training and validation samples of all stages."""
+        return open_data(self.config.fastimagen, with_text=uses_text(self.config.fastimagen))
 
     def _prepare_shapes(self) -> None:
         """Render and embed the built-in shapes if the configuration asks for them."""
         config = self.config.fastimagen
         if config.data.shapes is not None:
-            prepare_shapes(config, say=print)
-            if uses_text(config) and not is_embedded(config):
-                embed_all(config, say=print)
+            with shared_lock(self.run_dir, "data"):  # stages that start at the same time need them once
+                prepare_shapes(config, say=print)
+                if uses_text(config) and not is_embedded(config):
+                    embed_all(config, say=print)
 
     def _loader(self, data: Split, config: StageConfig, deepspeed: dict[str, Any]) -> Loader:
         """The training batches of this rank."""
@@ -243,11 +260,52 @@ class Trainer:
         for line in damaged:
             self._print(f"{config.name}: {line}")
         if newest:
-            check_same_stage(checkpoint.read_state(newest)["stage"], config, newest)
+            state = checkpoint.read_state(newest)
+            self.progress[config.name] = state["step"], state["samples"]
         return newest
 
+    def _is_trained(self, config: StageConfig) -> bool:
+        return self.progress.get(config.name, (0, 0))[0] >= self._steps(config, self.world_size)
+
+    def _check_resuming(self, config: StageConfig, newest: Path | None, *, selected: bool = True) -> list[str]:
+        """What to say about the checkpoint of a stage. Raises ValueError for changes that cannot be resumed with."""
+        if newest is None:
+            return []
+        state, name = checkpoint.read_state(newest), config.name
+        saved, step = state["settings"], state["step"]
+        if not selected:
+            now = self._resume_settings(config, {}, None)
+            return check_trained(newest, name, without_deepspeed(saved), without_deepspeed(now), step=step)
+        deepspeed, _ = self._resolve(config, self.world_size, self.device.type)
+        if self._is_trained(config):
+            now = self._resume_settings(config, deepspeed, None)
+            return [f"{name}: trained ({step} steps)", *check_trained(newest, name, saved, now, step=step)]
+        now = self._resume_settings(config, deepspeed, self._data[0].shards)
+        lines = check_resuming(newest, name, saved, now, step=step, samples=state["samples"])
+        return [f"{name}: resuming from step {step}", *lines]
+
+    def _resume_settings(
+        self, config: StageConfig, deepspeed: dict[str, Any], shards: list[Shard] | None
+    ) -> dict[str, Any]:
+        return settings_of(
+            self.config.fastimagen,
+            config,
+            steps=self._steps(config, self.world_size),
+            epochs=planned_epochs(self.settings, config.name),
+            lowres_size=Stage(config, self.cascade.below(config.name)).lowres_size,
+            deepspeed=deepspeed,
+            processes=self.world_size,
+            shards=shards,
+        )
+
     def _state(
-        self, config: StageConfig, step: int, samples: int, averager: MetricAverager, val_loss: float | None
+        self,
+        config: StageConfig,
+        deepspeed: dict[str, Any],
+        step: int,
+        samples: int,
+        averager: MetricAverager,
+        val_loss: float | None,
     ) -> dict[str, Any]:
         """The content of a checkpoint's state.json. samples: read since the start, the next position of the data.
         val_loss: of this step, if it was validated."""
@@ -255,6 +313,7 @@ class Trainer:
             "step": step,
             "samples": samples,
             "stage": config.model_dump(mode="json"),
+            "settings": self._resume_settings(config, deepspeed, self._data[0].shards),
             "world_size": self.world_size,
             "averages": averager.state(),
             "val_loss": val_loss,
@@ -273,7 +332,8 @@ class Trainer:
         if self.samples is None:
             self.samples = count_training_samples(self.config.fastimagen)
         override = self._stage_settings(config).deepspeed
-        return steps_of_epochs(epochs, self.samples, total_batch_size(self.config.deepspeed, override, world_size))
+        batch_size = total_batch_size(self.config.deepspeed, override, world_size)
+        return steps_of_epochs(epochs, self.samples, batch_size, done=self.progress.get(config.name, (0, 0)))
 
     def _resolve(self, config: StageConfig, world_size: int, device: str) -> tuple[dict[str, Any], list[str]]:
         """The stage's DeepSpeed configuration, and a line for everything that was resolved."""
@@ -332,7 +392,7 @@ class Trainer:
     # ---- reports
 
     def _log(
-        self, metrics: Metrics, averager: MetricAverager, step: int, engine: Any, counters: dict[str, int]
+        self, metrics: Metrics, averager: MetricAverager, step: int, engine: Any, counters: dict[str, int], lr: float
     ) -> None:
         """Write the record of the steps since the last one. All ranks call it."""
         if not averager.steps:  # all of them were skipped
@@ -343,7 +403,7 @@ class Trainer:
         metrics.write(
             step,
             loss=averager.loss.item() / self.world_size / averager.steps,
-            lr=engine.get_lr()[0],
+            lr=lr,
             grad_norm=float(engine.get_global_grad_norm()),
             images_per_s=averager.images / seconds,
             data_wait=averager.data_wait / seconds,
@@ -361,9 +421,10 @@ class Trainer:
                 f"lower the learning rate, or check the data. Earlier checkpoints are intact"
             )
 
-    def _print(self, line: str) -> None:
+    def _print(self, *lines: str) -> None:
         if self.rank == 0:
-            print(line, flush=True)
+            for line in lines:
+                print(line, flush=True)
 
 
 def _peak_rss_gib() -> float:

@@ -25,7 +25,7 @@ from fastimagen.seeds import mix_seed
 from fastimagen.train.checkpoint import read_average
 from fastimagen.train.ema import EMA
 from fastimagen.train.metrics import MetricAverager, Metrics
-from fastimagen.train.preemption import lock_run
+from fastimagen.train.run_lock import holder, stage_lock
 from fastimagen.train.stage_setup import initial_unet
 from fastimagen.train.trainer import Trainer
 from fastimagen.train.validation import preview_sampling, sample_grid
@@ -309,13 +309,15 @@ def test_monitor_and_console_show_the_record(tmp_path: Path, capsys: pytest.Capt
 # ---- stopping
 
 
-def test_a_run_directory_has_one_writer(tmp_path: Path) -> None:
-    held = lock_run(tmp_path)
-    message = f"is in use by process {os.getpid()} on .*: wait until it ends, or choose another"
-    with pytest.raises(ValueError, match=message):
-        lock_run(tmp_path)
-    held.close()
-    lock_run(tmp_path).close()
+def test_a_stage_of_a_run_directory_has_one_writer(tmp_path: Path) -> None:
+    with stage_lock(tmp_path, ["base"]):
+        message = f"stage base of .* is in use by process {os.getpid()} on .*: wait until it ends, train another stage"
+        with pytest.raises(ValueError, match=message), stage_lock(tmp_path, ["sr", "base"]):
+            raise AssertionError("two writers")
+        with stage_lock(tmp_path, ["sr"]):
+            assert all(f"process {os.getpid()} on" in str(holder(tmp_path, stage)) for stage in ("base", "sr"))
+        assert holder(tmp_path, "sr") is None
+    assert holder(tmp_path, "base") is None and holder(tmp_path, "never locked") is None
 
 
 def test_averages_resume_from_a_checkpoint(one_process: None) -> None:

@@ -169,22 +169,50 @@ def test_two_ranks_of_the_deepspeed_launcher_stop_when_it_dies(
 def test_a_second_writer_is_refused(toy_config: dict, write_config: Callable, tmp_path: Path) -> None:
     toy_config["fastimagen"]["train"]["steps"] = 1000
     config, run = write_config(toy_config), tmp_path / "run"
-    first = start(config, run)
+    first = start(config, run, "--stage", "base")
     wait_for(lambda: lines(run) >= 1, first)
     assert f"is in use by process {first.pid}" in finish(start(config, run), 1).splitlines()[-1]
+    toy_config["fastimagen"]["train"]["seed"] = 7
+    other = finish(start(write_config(toy_config), run, "--stage", "sr"), 1).splitlines()[-1]
+    assert f"error: process {first.pid} on " in other and "trains stage base" in other
+    assert "(fastimagen.train.seed 0 -> 7): use the same one" in other
     first.kill()
     first.communicate()
+
+
+def test_stages_train_side_by_side_on_any_number_of_ranks(
+    toy_config: dict, write_config: Callable, tmp_path: Path, uninterrupted: Path
+) -> None:
+    """The base stage on two ranks, super-resolution in four micro-batches a step, at once, in one run directory."""
+    toy_config["fastimagen"]["train"]["stages"]["sr"] = {"deepspeed": {"train_micro_batch_size_per_gpu": 1}}
+    config, run = write_config(toy_config), tmp_path / "run"
+    common = os.environ | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    common["MASTER_PORT"] = str(free_port())
+    processes = [
+        start(config, run, "--stage", "base", env=common | {"RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")
+    ]
+    for process in [*processes, start(config, run, "--stage", "sr")]:
+        finish(process)
+    for key in ("loss", "val_loss"):
+        expected = records(uninterrupted, key)
+        assert records(run, key) == pytest.approx(expected, rel=0, abs=1e-6)
+        assert len(expected) == (12 if key == "loss" else 4)
 
 
 def test_another_architecture_is_refused_and_changes_no_file(
     toy_config: dict, write_config: Callable, tmp_path: Path, uninterrupted: Path
 ) -> None:
     toy_config["fastimagen"]["cascade"]["stages"][0]["unet"]["dim"] = 16
-    before = {path: path.read_bytes() for path in uninterrupted.rglob("*") if path.is_file() and path.name != ".lock"}
+
+    def files() -> dict[Path, bytes]:
+        paths = [path for path in uninterrupted.rglob("*") if path.is_file() and not path.name.startswith(".lock")]
+        return {path: path.read_bytes() for path in paths}
+
+    before = files()
     output = finish(start(write_config(toy_config), uninterrupted), 1)
-    assert "belongs to another architecture: unet.dim differ" in output.splitlines()[-1]
-    after = {path: path.read_bytes() for path in uninterrupted.rglob("*") if path.is_file() and path.name != ".lock"}
-    assert after == before
+    line = output.splitlines()[-1]
+    assert "cannot resume with unet.dim 8 -> 16 (the checkpoint's weights belong to the other network)" in line
+    assert files() == before
 
 
 def test_a_full_disk_keeps_the_older_checkpoint(toy_config: dict, write_config: Callable, tmp_path: Path) -> None:
