@@ -168,10 +168,11 @@ def affine(
     offset = load_masked(bias_ptr + channel, valid)
     if scale_ptr is not None:
         factor = film_factor(scale_ptr, film_bias_ptr, scale_stride, n, channel, valid)
-        gain = gain * factor
-        offset = offset * factor + load_masked(shift_ptr + n * shift_stride + channel, valid)
+        shift = load_masked(shift_ptr + n * shift_stride + channel, valid)
         if film_bias_ptr is not None:
-            offset += load_masked(film_bias_ptr + C + channel, valid)
+            shift += load_masked(film_bias_ptr + C + channel, valid)
+        gain = gain * factor
+        offset = offset * factor + shift
     return gain, offset
 
 
