@@ -84,6 +84,11 @@ def parser() -> argparse.ArgumentParser:
     starting = command("starting-files", _starting_files, "copy ds.json, and the configurations and scripts of launch/")
     starting.add_argument("--out", type=Path, default=Path(), help="folder (default: the current one)")
 
+    init = command("init", _init, "write a starting configuration that fits your images and this machine")
+    init.add_argument("source", help="folder of images with captions, a .jsonl that lists both, or shards")
+    init.add_argument("--out", type=Path, default=Path("mine.json"), help="new file (default: %(default)s)")
+    init.add_argument("--size", type=int, help="height and width of the final images: 32, 64, ... 1024 (default: fits)")
+
     _shards_flags(commands.add_parser("shards", help="pack images and captions into WebDataset shards"))
 
     embed = command("embed", _embed, "fill the cache of text embeddings; rerun to resume")
@@ -238,6 +243,12 @@ def _quickstart(options: argparse.Namespace) -> int:
     from .commands.quickstart import quickstart
 
     return quickstart(options)
+
+
+def _init(options: argparse.Namespace) -> None:
+    from .commands.init import init
+
+    init(options)
 
 
 def _starting_files(options: argparse.Namespace) -> None:

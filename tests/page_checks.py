@@ -42,6 +42,8 @@ REPOSITORY_PATH = re.compile(
     r"(?<![\w/])(?:\.\./)?((?:fastimagen|kernels|launch|benchmarks|tests|docs)/[\w./*-]*[\w*])"
 )
 SEPARATORS = ("&&", "||", ";", "|", ">", ">>", "&")
+WRITTEN_BY_INIT = "mine.json"
+"""The configuration that `fastimagen init` writes by default: pages use it in the commands that follow."""
 Parse = Callable[[list[str]], argparse.Namespace]
 
 
@@ -227,7 +229,7 @@ def _files(options: argparse.Namespace) -> list[str]:
     for caption in getattr(options, "captions", None) or []:
         if caption.endswith(".txt") and "/" in caption and not (ROOT / caption).is_file():
             found.append(f"there is no {caption}")
-    if getattr(options, "config", None):
+    if getattr(options, "config", None) and options.config != WRITTEN_BY_INIT:
         try:
             with contextlib.chdir(ROOT):
                 plan(load_config(options.config, options.overrides), getattr(options, "stage", "all"))

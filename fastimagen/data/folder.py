@@ -112,6 +112,27 @@ def pack_folder(source: str | Path, out: str | Path, *, shard_size: int = 1000, 
     return _pack(items(), report, shard_size, validation)
 
 
+def captioned_images(source: str | Path) -> tuple[list[tuple[Path, str]], int]:
+    """(image, caption) of all images below a folder that `pack_folder` would pack if they are readable, and the number
+    of images without caption."""
+    pairs, uncaptioned = [], 0
+    for path in sorted(path for path in Path(source).rglob("*") if path.suffix[1:].lower() in IMAGES):
+        texts = [path.with_suffix(suffix) for suffix in (".txt", ".TXT") if path.with_suffix(suffix).is_file()]
+        caption = texts[0].read_text(encoding="utf-8-sig", errors="replace").strip() if texts else ""
+        uncaptioned += not caption
+        pairs += [(path, caption)] if caption else []
+    return pairs, uncaptioned
+
+
+def manifest_images(manifest: Path) -> list[tuple[Path, str]]:
+    """(image, caption) of a JSONL manifest's lines whose image exists. Raises ValueError as `pack_manifest` does."""
+    if not manifest.is_file():
+        raise ValueError(f"there is no manifest {manifest}")
+    lines = manifest.read_text(encoding="utf-8-sig").splitlines()
+    entries = [_entry(line, f"{manifest}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    return [(manifest.parent / name, caption) for name, caption in entries if (manifest.parent / name).is_file()]
+
+
 def pack_manifest(
     manifest: str | Path, out: str | Path, *, shard_size: int = 1000, validation: float = 0.0
 ) -> PackReport:

@@ -1,0 +1,142 @@
+"""What a collection of images and captions looks like: counts, sizes, colours, captions. `fastimagen init` reads it."""
+
+from __future__ import annotations
+
+import io
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from PIL import Image
+
+from ..images import DECODE_ERRORS, FORMATS, open_rgb
+from .folder import captioned_images, manifest_images
+from .shards import URL, list_shards, open_shards
+
+T = TypeVar("T")
+Read = Callable[[], bytes]
+
+MAX_HEADERS = 2000
+"""Images whose size is read, evenly spread over all."""
+
+MAX_DECODED = 64
+"""Images that are decoded to see whether they are grey."""
+
+GREY_TOLERANCE = 8
+"""Largest difference between the channels of a grey image, of 255: JPEG's chroma is not exact."""
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Figures about a collection. Sizes and captions are those of a part of a large collection."""
+
+    packed: bool
+    """Whether the images are in shards already."""
+    count: int
+    """Images with captions."""
+    uncaptioned: int
+    """Images that cannot be used, because they have no caption."""
+    shorter_sides: tuple[int, ...]
+    """Shorter sides in pixels, ascending."""
+    square_share: float
+    """Share of the images that are square."""
+    kept_area: float
+    """Mean share of the area that lies in the central square."""
+    grey: bool
+    """Whether all decoded images are grey."""
+    caption: str
+    """The first caption, on one line."""
+    most_words: int
+    """Words of the longest caption."""
+    foreign_letters: float
+    """Share of the letters in captions that are not Latin: T5 has no tokens for most of them."""
+
+    def side_quantile(self, share: float) -> int:
+        """The shorter side that `share` of the images fall below."""
+        return self.shorter_sides[int(share * (len(self.shorter_sides) - 1))]
+
+
+def survey(source: str | Path) -> Survey:
+    """Look at a folder of images with captions, a .jsonl manifest, or shards.
+
+    Raises ValueError, with one line that says what to do, if there is nothing to train on.
+    """
+    path = Path(source)
+    if path.suffix == ".jsonl":
+        pairs = manifest_images(path)
+        return _survey([file.read_bytes for file, _ in pairs], [caption for _, caption in pairs], packed=False)
+    if path.is_dir() and not any(path.glob("*.tar")):
+        pairs, uncaptioned = captioned_images(path)
+        if not pairs:
+            found = f"{uncaptioned} images, but none has a caption" if uncaptioned else "no images"
+            raise ValueError(
+                f"{source}: found {found}: put a caption beside each image, cat.jpg and cat.txt; a cascade that reads "
+                f"no captions needs them too, and any text will do"
+            )
+        return _survey(
+            [file.read_bytes for file, _ in pairs], [caption for _, caption in pairs], uncaptioned, packed=False
+        )
+    if any(URL.match(shard) for shard in list_shards(str(source))):
+        raise ValueError(
+            f"{source} is remote: look at one downloaded shard, and put the URL into data.shards afterwards"
+        )
+    shards = open_shards(str(source))
+    where = [(shard, index) for shard in shards for index in range(len(shard))]
+    chosen = _spread(where, MAX_HEADERS)
+    readers = [partial(shard.image, index) for shard, index in chosen]
+    captions = [shard.caption(index) for shard, index in chosen]
+    excluded = sum(sum(shard.excluded.values()) for shard in shards)
+    return _survey(readers, captions, excluded, packed=True, count=len(where))
+
+
+def _survey(
+    readers: Sequence[Read], captions: Sequence[str], uncaptioned: int = 0, *, packed: bool, count: int | None = None
+) -> Survey:
+    """The figures of images that `readers` read, with their captions. count: if these are only a part."""
+    sizes = [size for size in map(_size, _spread(readers, MAX_HEADERS)) if size is not None]
+    if not sizes:
+        raise ValueError(f"none of {len(readers)} images can be read; the formats are {', '.join(FORMATS)}")
+    shorter = np.array([min(size) for size in sizes])
+    longer = np.array([max(size) for size in sizes])
+    letters = [letter for caption in _spread(captions, MAX_HEADERS) for letter in caption if letter.isalpha()]
+    foreign = sum("LATIN" not in unicodedata.name(letter, "") for letter in letters)
+    return Survey(
+        packed=packed,
+        count=len(readers) if count is None else count,
+        uncaptioned=uncaptioned,
+        shorter_sides=tuple(sorted(shorter.tolist())),
+        square_share=float((shorter == longer).mean()),
+        kept_area=float((shorter / longer).mean()),
+        grey=all(map(_is_grey, _spread(readers, MAX_DECODED))),
+        caption=" ".join(captions[0].split()),
+        most_words=max((len(caption.split()) for caption in captions), default=0),
+        foreign_letters=foreign / max(1, len(letters)),
+    )
+
+
+def _spread(items: Sequence[T], most: int) -> list[T]:
+    """At most `most` items, evenly spread."""
+    step = max(1, -(-len(items) // most))
+    return list(items[::step])
+
+
+def _size(read: Read) -> tuple[int, int] | None:
+    """Width and height from the file's header; None if it is not an image."""
+    try:
+        with Image.open(io.BytesIO(read()), formats=FORMATS) as image:
+            return image.size
+    except DECODE_ERRORS:
+        return None
+
+
+def _is_grey(read: Read) -> bool:
+    """Whether an image has no colour; damaged images do not object."""
+    try:
+        pixels = np.asarray(open_rgb(read(), at_least=64)).astype(np.int16)  # (H, W, 3)
+    except ValueError:
+        return True
+    return int((pixels.max(axis=2) - pixels.min(axis=2)).max()) <= GREY_TOLERANCE
