@@ -58,10 +58,10 @@ class CheckpointWriter:
     def save(self, engine: Any, weights: FlatWeights, ema: EMA, state: dict[str, Any]) -> None:
         """Start to save the checkpoint of step state["step"]. All ranks call it; `state` matters on rank 0 only."""
         self._join()
-        tensors = self._copy_to_host(take(engine, weights, ema))
+        copies = self._copy_to_host(take(engine, weights, ema))
         shapes = {name: list(shape) for name, shape in weights.shapes.items()}
         about = {"parameters": shapes, **counters(engine)}
-        self._thread = threading.Thread(target=self._write, args=(tensors, about, state), daemon=True)
+        self._thread = threading.Thread(target=self._write, args=(copies, about, state), daemon=True)
         self._thread.start()
 
     def failure(self) -> str | None:
@@ -91,28 +91,31 @@ class CheckpointWriter:
             raise self._bug
 
     @torch.no_grad()
-    def _copy_to_host(self, quantities: list[Quantity]) -> dict[str, Tensor]:
-        """Copies of everything by name, in buffers that the next save uses again. On a GPU the copies run one after
-        the other without the host, which waits once."""
-        tensors: dict[str, Tensor] = {}
+    def _copy_to_host(self, quantities: list[Quantity]) -> list[Quantity]:
+        """The same with copies of the values, in buffers that the next save uses again. On a GPU the copies run one
+        after the other without the host, which waits once."""
+        copies = []
         for number, (name, values, fragments) in enumerate(quantities):
             buffer = self._buffers.get(number)
             if buffer is None or buffer.shape != values.shape or buffer.dtype != values.dtype:
                 buffer = torch.empty(values.shape, dtype=values.dtype, pin_memory=torch.cuda.is_available())
                 self._buffers[number] = buffer
             buffer.copy_(values, non_blocking=True)
-            tensors |= named_fragments(name, buffer, fragments)
+            copies.append(Quantity(name, buffer, fragments))
         if torch.cuda.is_available():
             torch.cuda.current_stream().synchronize()
-        return tensors
+        return copies
 
     # ---- in the thread
 
-    def _write(self, tensors: dict[str, Tensor], about: dict[str, Any], state: dict[str, Any]) -> None:
+    def _write(self, copies: list[Quantity], about: dict[str, Any], state: dict[str, Any]) -> None:
         incomplete = self.folder / checkpoint.incomplete_name(state["step"], self.token)
         self._problem = None
         try:
             problem = None
+            tensors: dict[str, Tensor] = {}
+            for name, values, fragments in copies:
+                tensors |= named_fragments(name, values, fragments)
             try:
                 checkpoint.write_rank(incomplete, self.rank, tensors)
             except OSError as error:

@@ -39,7 +39,7 @@ def take(engine: Any, weights: FlatWeights, ema: EMA) -> list[Quantity]:
     """
     taken = []
     for index, (shard, average) in enumerate(zip(weights.shards, ema.average)):
-        owned = weights.fragments(index)
+        owned = weights.fragments[index]
         taken += [Quantity(WEIGHTS, shard.detach(), owned), Quantity(AVERAGE, average, owned)]
         for name, value in _optimizer_state(engine, index, shard).items():
             if value is None:
@@ -84,7 +84,7 @@ def _put(files: list[Path], engine: Any, weights: FlatWeights, ema: EMA) -> None
     wanted: list[Request] = []
     numbers: list[tuple[dict[str, Any], str, Tensor]] = []
     for index, (shard, average) in enumerate(zip(weights.shards, ema.average)):
-        owned = weights.fragments(index)
+        owned = weights.fragments[index]
         wanted += requests(WEIGHTS, shard.detach(), owned) + requests(AVERAGE, average, owned)
         if not owned:  # only padding
             continue

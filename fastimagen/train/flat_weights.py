@@ -35,8 +35,9 @@ class Location(NamedTuple):
 class FlatWeights:
     """The layout of an engine's fp32 weights. All processes make one together.
 
-    shards: the master weights of this process, flat. The methods take `values` of the same shapes: the master weights
-    or their average. P is the number of processes, n the size of a shard.
+    shards: the master weights of this process, flat. fragments: what each shard has of the parameters, without
+    DeepSpeed's padding. The methods take `values` of the same shapes: the master weights or their average. P is the
+    number of processes, n the size of a shard.
     """
 
     def __init__(self, engine: Any) -> None:
@@ -46,6 +47,7 @@ class FlatWeights:
         self.shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in parameters.items()}
         self.locations = _partitioned(engine, parameters) or _flattened(engine, parameters, self.shards)
         assert self.locations.keys() == self.shapes.keys(), "a parameter is not in DeepSpeed's optimizer"
+        self.fragments = [self._own_fragments(index) for index in range(len(self.shards))]
 
     @torch.no_grad()
     def all_gather(self, values: list[Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -60,8 +62,8 @@ class FlatWeights:
             parameters |= self._parameters(index, whole)
         return {name: parameters[name] for name in self.shapes}
 
-    def fragments(self, index: int) -> list[Fragment]:
-        """What this process has of the parameters in shard number `index`, without DeepSpeed's padding."""
+    def _own_fragments(self, index: int) -> list[Fragment]:
+        """The fragments of shard number `index`."""
         rank, size = dist.get_rank(), len(self.shards[index])
         found = []
         for name, (shard, start, part) in self.locations.items():

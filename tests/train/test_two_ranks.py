@@ -96,7 +96,7 @@ def check_layout(optimizer: dict, stage: int, dtype: str) -> str:
 
     covered = 0
     for index, shard in enumerate(weights.shards):
-        for name, start, length, offset in weights.fragments(index):
+        for name, start, length, offset in weights.fragments[index]:
             own = shard[offset : offset + length].cpu()
             assert own.equal(expected[name].flatten()[start : start + length]), name
             covered += length
