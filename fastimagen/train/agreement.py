@@ -79,28 +79,25 @@ def agree_on_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest intact checkpoint of a stage, and a line for each newer one that is damaged and was set aside.
 
     Every rank checks a share of the files of each candidate. Raises ValueError on all ranks if all checkpoints are
-    damaged, or if the newest is of an earlier format.
+    damaged, which then keep their names, or if one is of an earlier format.
     """
-    lines: list[str] = []
-    while True:
-        names = [None if (newest := checkpoint.newest(folder)) is None else newest.name]
-        dist.broadcast_object_list(names, src=0)
-        if names[0] is None:
-            break
-        candidate = folder / names[0]
-        problem = _damage(candidate)
-        if problem is None:
-            return candidate, lines
-        aside = candidate.with_name(f"damaged-{candidate.name}")
-        on_first_rank(lambda path=candidate: checkpoint.set_aside(path))  # type: ignore[misc]
-        lines.append(
-            f"{candidate.name} is damaged: {problem}; it is kept as {aside}, delete it when you are done with it"
-        )
-    if lines:
-        raise ValueError(
-            f"no checkpoint in {folder} is intact ({'; '.join(lines)}); restore one, or choose another --run-dir"
-        )
-    return None, lines
+    names = [[path.name for path in reversed(checkpoint.checkpoints(folder))]]
+    dist.broadcast_object_list(names, src=0)
+    damaged: dict[str, str] = {}
+    for name in names[0]:
+        problem = _damage(folder / name)
+        if problem is not None:
+            damaged[name] = problem
+            continue
+        on_first_rank(lambda: [checkpoint.set_aside(folder / name) for name in damaged])
+        return folder / name, [
+            f"{name} is damaged: {problem}; it is kept as {folder}/damaged-{name}, delete it when you are done with it"
+            for name, problem in damaged.items()
+        ]
+    if damaged:
+        reasons = "; ".join(f"{name}: {problem}" for name, problem in damaged.items())
+        raise ValueError(f"no checkpoint in {folder} is intact ({reasons}): restore one, or choose another --run-dir")
+    return None, []
 
 
 def raise_together(problem: str | None) -> None:

@@ -112,9 +112,10 @@ def test_no_bit_of_any_file_can_change_unseen(file: str, tmp_path: Path) -> None
 def test_a_run_without_an_intact_checkpoint_does_not_start_over(tmp_path: Path) -> None:
     for step in (2, 4):
         cut(write_checkpoint(tmp_path, step) / "rank-00000.safetensors", 10)
-    with pytest.raises(ValueError, match=r"no checkpoint in .* is intact \(step-00000004 is damaged") as raised:
-        agree_on_checkpoint(tmp_path)
-    assert "\n" not in str(raised.value)
+    for _ in range(2):  # nor does the next one
+        with pytest.raises(ValueError, match=r"no checkpoint in .* is intact \(step-00000004: .*; step-0") as raised:
+            agree_on_checkpoint(tmp_path)
+        assert "\n" not in str(raised.value)
 
 
 def test_a_checkpoint_of_an_earlier_format_is_refused_and_kept(tmp_path: Path) -> None:
