@@ -10,7 +10,19 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "fastimagen/__init__.py").read_text())[1]
 
-PACKAGES = ["commands", "data", "diffusion", "evaluation", "interop", "networks", "ops", "sampling", "text", "train"]
+PACKAGES = [
+    "commands",
+    "data",
+    "demo",
+    "diffusion",
+    "evaluation",
+    "interop",
+    "networks",
+    "ops",
+    "sampling",
+    "text",
+    "train",
+]
 
 TEXT = ["transformers>=5.0", "sentencepiece>=0.2", "protobuf"]
 KERNELS = ["triton>=3.6; platform_system == 'Linux'"]

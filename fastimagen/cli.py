@@ -133,6 +133,7 @@ def parser() -> argparse.ArgumentParser:
     demo = command("demo", _demo, "serve a web page that samples images for captions")
     demo.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine)")
     demo.add_argument("--port", type=int, default=7860, help="default: %(default)s")
+    demo.add_argument("--auth", metavar="USER:PASSWORD", help="ask visitors for a password (default: ask for nothing)")
     _model_flags(demo)
 
     evaluate = command("evaluate", _evaluate, "read the attributes in the captions back from sampled images")

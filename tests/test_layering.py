@@ -39,9 +39,9 @@ TRAINING = {
     "evaluation": "data fastimagen files images sampling",
     "interop": "cascade config config_file fastimagen files networks presets sampling text",
     "info": "fastimagen ops",
-    "demo": "cascade config files images sampling text",
+    "demo": "cascade files images sampling text",
     "starting_files": "",
-    "commands": "cascade config config_file data demo diffusion evaluation extras files images sampling starting_files text train",
+    "commands": "cascade config config_file data demo diffusion evaluation extras files sampling starting_files text train",
     "cli": "commands config config_file data fastimagen info interop logs sampling starting_files train",
     "__main__": "cli",
 }
@@ -77,7 +77,7 @@ THIRD_PARTY = {
 DEFERRED = {
     "commands": "psutil torch",
     "data": "braceexpand webdataset",
-    "demo": "gradio",
+    "demo": "gradio starlette",
     "files": "safetensors torch",
     "info": "torch",
     "ops": "fastimagen_kernels xformers",

@@ -64,7 +64,8 @@ def test_the_table_of_extras_lists_those_of_setup_py() -> None:
 
 def test_ci_runs_what_the_pages_say() -> None:
     lines = [line.strip() for line in (ROOT / ".ci/run").read_text().splitlines()]
-    assert [line for line in lines if line and not line.startswith(("#", "set "))] == ["make lint", "make test"]
+    ran = [line for line in lines if line and not line.startswith(("#", "set ", "command -v chromium "))]
+    assert ran == ["make lint", "make test"]
     assert ["make", "test"] in list(commands((ROOT / "README.md").read_text()))
     guide = (ROOT / "CONTRIBUTING.md").read_text()
     named = [*commands(guide), *inline_commands(guide)]

@@ -17,8 +17,8 @@ from ..cascade import Callback
 from ..diffusion.inpainting import InitImage
 from ..extras import require_extra
 from ..files import require_empty
-from ..images import open_rgb, to_tensor
 from ..sampling.distributed import exit_process, rank_and_world_size, sample_distributed
+from ..sampling.image_files import read_init_image, read_square_image
 from ..sampling.pipeline import ImagenPipeline
 from ..sampling.request import SamplingRequest
 from ..sampling.settings import sampling_settings
@@ -60,9 +60,9 @@ def encode(options: argparse.Namespace) -> None:
 def demo(options: argparse.Namespace) -> None:
     """Serve the web page."""
     require_extra("gradio", user="the web page", extra="demo")
-    from ..demo import serve
+    from ..demo.server import serve
 
-    serve(load_pipeline(options), host=options.host, port=options.port)
+    serve(load_pipeline(options), host=options.host, port=options.port, auth=options.auth)
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -129,7 +129,7 @@ def request_from(options: argparse.Namespace) -> SamplingRequest:
         count=1 if options.count is None else options.count,
         seed=options.seed,
         negative=options.negative,
-        init_image=read_init_image(options),
+        init_image=init_image_from(options),
         lowres=None if options.lowres is None else read_square_image(options.lowres),
         start_at=options.start_at,
         stop_at=options.stop_at,
@@ -185,60 +185,13 @@ def _caption_lines(path: Path) -> list[str]:
     return lines
 
 
-def read_init_image(options: argparse.Namespace) -> InitImage | None:
+def init_image_from(options: argparse.Namespace) -> InitImage | None:
     """The image to start from, and its mask."""
     if options.image is None:
         if any(getattr(options, name) is not None for name in ("mask", "strength", "resamples")):
             raise ValueError("--mask, --strength and --resamples need --image")
         return None
-    image, mask = read_image(options.image), None
-    if options.mask is not None:
-        mask = read_image(options.mask).mean(dim=1, keepdim=True) > 0  # (1, 1, H, W)
-        if mask.shape[2:] != image.shape[2:]:
-            raise ValueError(
-                f"--mask and --image must have the same size: {options.mask} is {_size(mask)}, "
-                f"{options.image} is {_size(image)}"
-            )
-        mask = center_square(mask)
-    image = cropped_with_notice(image, options.image)
-    chosen = {"strength": options.strength, "num_resamples": options.resamples}
-    return InitImage(image, mask, **{name: value for name, value in chosen.items() if value is not None})
-
-
-def read_square_image(path: Path) -> Tensor:
-    """An image file as (1, 3, H, H) in [-1, 1], cropped if it is not square."""
-    return cropped_with_notice(read_image(path), path)
-
-
-def cropped_with_notice(image: Tensor, path: Path) -> Tensor:
-    """The central square of an image (1, C, H, W). Says what was cropped."""
-    square = center_square(image)
-    if square.shape != image.shape:
-        logger.info(f"{path} is {_size(image)}: only its central {_size(square)} is used")
-    return square
-
-
-def center_square(image: Tensor) -> Tensor:
-    """The central square of (B, C, H, W): (B, C, S, S), S the smaller side."""
-    height, width = image.shape[2:]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    return image[:, :, top : top + side, left : left + side]  # (B, C, S, S)
-
-
-def read_image(path: Path) -> Tensor:
-    """An image file as (1, 3, H, W) in [-1, 1]. Raises ValueError that names the file."""
-    try:
-        return to_tensor(open_rgb(path.read_bytes()))[None]  # (1, 3, H, W)
-    except OSError as error:
-        raise ValueError(f"cannot read image {path}: {error.strerror or error}") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def _size(image: Tensor) -> str:
-    """Width and height of an image (B, C, H, W)."""
-    return f"{image.shape[3]}x{image.shape[2]}"
+    return read_init_image(options.image, options.mask, strength=options.strength, resamples=options.resamples)
 
 
 def progress(pipe: ImagenPipeline, request: SamplingRequest) -> Callback:

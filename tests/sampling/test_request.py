@@ -196,13 +196,18 @@ def test_every_flag_takes_a_value_for_each_stage() -> None:
 
 def test_every_setting_is_a_control_of_the_page() -> None:
     pytest.importorskip("gradio")
-    from fastimagen.demo import control, page_request
+    from fastimagen.demo.inputs import page_request
+    from fastimagen.demo.page import control
 
     for setting in sampling_settings():
         found = control(setting, OTHERS[setting.name])
-        assert found.value == OTHERS[setting.name] and found.label.lower().replace(" ", "_") == setting.name
+        value = OTHERS[setting.name]
+        assert (
+            found.value == (str(value) if setting.optional else value)
+            and found.label.lower().replace(" ", "_") == setting.name
+        )
     values = (*OTHERS.values(), *(setting.default for setting in sampling_settings()))
-    request = page_request(["base", "sr"], "a", "", 0, 1, values)
+    request = page_request(["base", "sr"], "a", "", 0, 1, (None, None, 1.0, 5), values)
     assert {name: by_stage["base"] for name, by_stage in request.settings.items()} == OTHERS
 
 
