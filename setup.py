@@ -29,6 +29,7 @@ KERNELS = ["triton>=3.6; platform_system == 'Linux'"]
 DATA = ["webdataset>=1.0"]
 HUB = ["huggingface_hub>=1.0"]
 TRAIN = [*TEXT, *KERNELS, *DATA, "deepspeed>=0.19.8", "tensorboard", "tqdm", "psutil"]
+PLOT = ["matplotlib>=3.9"]
 DEMO = [*TEXT, "gradio>=6.0"]
 DOCS = ["mkdocs-material>=9.7", "matplotlib>=3.10"]  # matplotlib draws the figures of the tutorial
 
@@ -88,10 +89,12 @@ setup(
         "train": TRAIN,
         "xformers": ["xformers"],
         "demo": DEMO,
+        "plot": PLOT,
         "test": [
             *TRAIN,
             *DEMO,
             *HUB,
+            *PLOT,
             "pytest",
             "pytest-benchmark",
             "hypothesis",

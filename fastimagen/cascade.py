@@ -82,6 +82,10 @@ class Stage:
         output = unet(self.diffusion.network_input(x_t, time), self.diffusion.schedule.network_time(time), **condition)
         return self.diffusion.loss(output, self.diffusion.target(images, draws.noise, time), time)  # (B,)
 
+    def noise_levels(self, draws: Draws) -> Tensor:
+        """The noise levels sigma (B,) of x_t = alpha x_0 + sigma noise that `training_loss` makes of `draws`."""
+        return self.diffusion.schedule.alpha_sigma(self.diffusion.training_times(draws.time))[1]
+
     def shrink(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W), or crops of them, at the resolution of the stage below: (B, C, h, w)."""
         assert self.lowres_size is not None, "a stage without a stage below has no low-resolution size"

@@ -103,6 +103,10 @@ def parser() -> argparse.ArgumentParser:
         command("supervise", supervise.supervise, "run a launcher of training; restart it if processes are lost")
     )
 
+    plot = command("plot", _plot, "draw the curves of a run")
+    plot.add_argument("run", type=Path, help="run directory, as training writes it")
+    plot.add_argument("--out", type=Path, metavar="PNG", help="default: curves.png in the run directory")
+
     export = command("export", _export, "convert a run directory into a model directory")
     export.add_argument("--run", type=Path, required=True, help="run directory, as training writes it")
     export.add_argument("--out", type=Path, required=True, help="new model directory")
@@ -280,6 +284,12 @@ def _embed(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides).fastimagen
     prepare_shapes(config, say=print)
     embed_all(config, say=print)
+
+
+def _plot(options: argparse.Namespace) -> None:
+    from .commands.plot import plot
+
+    plot(options)
 
 
 def _export(options: argparse.Namespace) -> None:

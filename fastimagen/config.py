@@ -456,6 +456,8 @@ class TrainConfig(Section):
     """Consecutive steps with a non-finite loss or gradient that end the run."""
     timeouts: TimeoutConfig = TimeoutConfig()
     """When a run that hangs ends."""
+    profile: int = Field(0, ge=0)
+    """Steps of every stage, after 5 others, whose torch profiler trace goes to the folder profile of the run."""
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:

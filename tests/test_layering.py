@@ -83,7 +83,7 @@ DEFERRED = {
     "ops": "fastimagen_kernels xformers",
     "sampling": "huggingface_hub",
     "text": "transformers",
-    "train": "deepspeed psutil tqdm",
+    "train": "deepspeed matplotlib psutil tqdm wandb",
 }
 ONLY_DEFERRED = ("cli", "launch")  # import fastimagen inside functions only, so that --help does not import torch
 

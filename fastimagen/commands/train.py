@@ -19,6 +19,7 @@ OUT_OF_MEMORY = (
     "Reduce train_micro_batch_size_per_gpu and raise gradient_accumulation_steps, or recompute activations with "
     "checkpoint_levels in the stage's unet"
 )
+PROFILED_STEPS = 3
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -37,6 +38,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="override a key of the file, e.g. fastimagen.train.stages.base.steps=100",
     )
     parser.add_argument("--run-dir", "--run", help="run directory; by default fastimagen.train.run")
+    parser.add_argument(
+        "--profile",
+        type=int,
+        nargs="?",
+        const=PROFILED_STEPS,
+        metavar="STEPS",
+        help=f"trace so many steps with torch's profiler (default: {PROFILED_STEPS}) into the run directory",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
 
@@ -53,7 +62,9 @@ def train(options: argparse.Namespace) -> int:
     from ..train.trainer import Trainer
 
     try:
-        trainer = Trainer(load_config(options.config, options.overrides), options.run_dir, stage=options.stage)
+        profile = [] if options.profile is None else [f"fastimagen.train.profile={options.profile}"]
+        config = load_config(options.config, [*options.overrides, *profile])
+        trainer = Trainer(config, options.run_dir, stage=options.stage)
         if options.dry_run:
             print(trainer.describe())
             return 0

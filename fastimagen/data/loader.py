@@ -29,6 +29,9 @@ from .shards import Shard
 
 logger = logging.getLogger(__name__)
 
+Origin = tuple[int, int]
+"""Where a sample is: (shard, index)."""
+
 MIN_READ = 100
 """Images read before the share of bad ones is checked. As many unreadable images in a row also stop the run."""
 
@@ -46,13 +49,14 @@ class Batch:
     """B samples.
 
     images (B, C, H, W): uint8; text: None if the loader has no embeddings; positions (B,): int64, in the
-    data order; keys: of the samples, or of the replacement if an image was unreadable.
+    data order; keys: of the samples, or of the replacement if an image was unreadable; origins: where these are.
     """
 
     images: Tensor
     text: TextEmbeddings | None
     positions: Tensor
     keys: list[str]
+    origins: Sequence[Origin] = ()
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -77,6 +81,7 @@ class Batch:
 @dataclass(frozen=True, eq=False)
 class _Sample:
     key: str
+    origin: Origin
     tokens: Tensor | None
     upscaled: bool
     bad: list[tuple[int, int, str]]  # (shard, index, reason) of the unreadable images that this sample replaces
@@ -221,7 +226,7 @@ class Loader:
             square = resize_and_crop(image, self.size, crop=self._crop(position))
             pixels[:] = to_pixels(square, self.channels)  # (C, H, W)
             tokens = None if self.caches is None else self.caches[shard][index]
-            return _Sample(self.shards[shard].key(index), tokens, min(image.size) < self.size, bad)
+            return _Sample(self.shards[shard].key(index), (shard, index), tokens, min(image.size) < self.size, bad)
         raise ValueError(f"{len(bad)} images in a row are unreadable, first {self._describe(*bad[0])}")
 
     def _crop(self, position: int) -> Literal["center"] | tuple[int, int, int]:
@@ -242,7 +247,8 @@ class Loader:
             if self.pin:
                 text = text.pin_memory()
         order_positions = torch.tensor(list(positions), dtype=torch.int64)  # (B,)
-        return Batch(images, text, order_positions, [sample.key for sample in samples]), samples
+        keys, origins = [sample.key for sample in samples], [sample.origin for sample in samples]
+        return Batch(images, text, order_positions, keys, origins), samples
 
     def _count(self, batch: Batch, samples: list[_Sample]) -> Batch:
         """Count the samples of a batch; runs in the consumer's thread. Raises ValueError if too many were bad."""
@@ -264,5 +270,15 @@ class Loader:
             )
         return batch
 
+    def has_finite_text(self, origin: Origin) -> bool:
+        """Whether the embeddings of a sample are finite; True without embeddings."""
+        shard, index = origin
+        return self.caches is None or bool(self.caches[shard][index].isfinite().all())
+
+    def describe(self, origin: Origin) -> str:
+        """The name of a sample for a message: "KEY" of SHARD."""
+        shard, index = origin
+        return f'"{self.shards[shard].key(index)}" of {self.shards[shard].path}'
+
     def _describe(self, shard: int, index: int, reason: str) -> str:
-        return f'"{self.shards[shard].key(index)}" of {self.shards[shard].path}: {reason}'
+        return f"{self.describe((shard, index))}: {reason}"

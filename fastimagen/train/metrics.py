@@ -2,50 +2,63 @@
 
 from __future__ import annotations
 
-import json
+import math
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
+from .monitors import Monitors
+from .record_file import RecordFile
 
-from ..files import atomic_file
-from .run_lock import shared_lock
+MIN_LAG = 0.05
+"""A rank that costs a smaller share of the time than this is not worth a word on the console."""
 
 
 class Metrics:
     """Writes records on rank 0 and does nothing on other ranks.
 
-    A resumed run first removes the records of its stage that are later than the checkpoint, so that no step is recorded
-    twice.
+    monitor: the engine's. A resumed run first removes the records of its stage that are later than the checkpoint, so
+    that no step is recorded twice.
     """
 
     def __init__(self, run_dir: Path, *, stage: str, steps: int, start: int, rank: int, monitor: Any) -> None:
-        self.path = run_dir / "metrics.jsonl"
-        self.stage, self.steps, self.rank, self.monitor = stage, steps, rank, monitor
+        self.stage, self.steps, self.rank = stage, steps, rank
         self.bar = None
+        self._paced: tuple[int, float] | None = None  # step and time of the first record: later ones give the pace
         if rank == 0:
-            with shared_lock(run_dir, "metrics"):
-                _drop_after(self.path, stage, start)
+            self.file = RecordFile(run_dir / "metrics.jsonl", self.say)
+            self.file.drop_after(stage, start)
+            self.monitors = Monitors(monitor, f"{run_dir.name}/{stage}", self.say)
             if sys.stderr.isatty():
                 from tqdm import tqdm
 
                 self.bar = tqdm(total=steps, initial=start, desc=stage, unit="step", dynamic_ncols=True)
 
     def write(self, step: int, **values: Any) -> None:
-        """Write one record: {"stage", "step", "time", **values}."""
+        """Write one record: {"stage", "step", "time", **values}. Numbers that are not finite become null."""
         if self.rank:
             return
-        record = {"stage": self.stage, "step": step, "time": round(time.time(), 3), **values}
-        with shared_lock(self.path.parent, "metrics"), open(self.path, "a") as file:  # another stage may replace it
-            file.write(json.dumps(record) + "\n")
-        numbers = {key: value for key, value in values.items() if isinstance(value, (int, float))}
-        if self.monitor.enabled:
-            self.monitor.write_events([(f"{self.stage}/{key}", value, step) for key, value in numbers.items()])
-        self.say(f"{self.stage} {step}/{self.steps}  " + "  ".join(_show(key, value) for key, value in numbers.items()))
+        values = {key: None if _not_finite(value) else value for key, value in values.items()}
+        self.file.append({"stage": self.stage, "step": step, "time": round(time.time(), 3), **values})
+        numbers = {key: value for key, value in values.items() if type(value) in (int, float)}
+        self.monitors.write({f"{self.stage}/{key}": value for key, value in numbers.items()}, step)
+        self.say(console_line(f"{self.stage} {step}/{self.steps}", values))
+
+    def show_grid(self, step: int, path: Path) -> None:
+        """Give a preview grid to the monitors that take images."""
+        if self.rank == 0:
+            self.monitors.write_image(f"{self.stage}/samples", path, step)
+
+    def seconds_left(self, step: int) -> dict[str, float]:
+        """{"eta_s": seconds that the rest of the stage will take}; {} for the first record, which has the time of
+        compiling in it. Everything is counted: validation, preview grids and checkpoints too."""
+        now = time.monotonic()
+        if self._paced is None:
+            self._paced = (step, now)
+            return {}
+        first, since = self._paced
+        return {"eta_s": round((now - since) / (step - first) * (self.steps - step), 1)}
 
     def say(self, line: str) -> None:
         """Print a line on the console, above the progress bar if there is one."""
@@ -58,58 +71,56 @@ class Metrics:
             self.bar.update()
 
     def close(self) -> None:
-        """Close the progress bar."""
-        if self.bar:
-            self.bar.close()
+        """Close the monitors and the progress bar."""
+        if self.rank == 0:
+            self.file.close()
+            self.monitors.close()
+            if self.bar:
+                self.bar.close()
 
 
-def _show(key: str, value: float) -> str:
-    return f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+def _not_finite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
-def _drop_after(path: Path, stage: str, start: int) -> None:
-    """Keep the records of other stages and those up to step `start`; remove an incomplete last line."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # a kill interrupted its write, so its step is later than the checkpoint
-        if record["stage"] != stage or record["step"] <= start:
-            kept.append(line + "\n")
-    with atomic_file(path) as temporary:
-        temporary.write_text("".join(kept))
+# ---- the console
 
 
-class MetricAverager:
-    """Averages since the last record: the loss, summed on the device without host synchronisation, and the data wait.
+def console_line(head: str, values: dict[str, Any]) -> str:
+    """One line of a record for a reader: what changes from record to record, and what is not as it should be."""
+    if "skipped" in values:
+        named = f": {', '.join(values['samples'])}" if values.get("samples") else ""
+        scale = f", loss scale {values['loss_scale']:g}" if "loss_scale" in values else ""
+        return f"{head}  step skipped: {values['skipped']}{scale}{named}"
+    parts = [head]
+    for key, text in (
+        ("loss", "loss {:.4f}"),
+        ("val_loss", "val_loss {:.5f}"),
+        ("lr", "lr {:.2e}"),
+        ("grad_norm", "grad {:.3g}"),
+        ("images_per_s", "{:.4g} images/s"),
+        ("mfu", "{:.0%} of peak"),
+        ("time/data", "data {:.0%}"),
+        ("memory_gib", "{:.1f} GiB"),
+    ):
+        if values.get(key) is not None:
+            parts.append(text.format(values[key]))
+    if "eta_s" in values:
+        parts.append(f"{duration(values['eta_s'])} left")
+    if values.get("slowest_rank_lag", 0) >= MIN_LAG:
+        parts.append(f"waits {values['slowest_rank_lag']:.0%} for rank {values['slowest_rank']}")
+    for key in ("bad", "skipped_steps", "checkpoint_failures"):
+        if values.get(key):
+            parts.append(f"{key} {values[key]}")
+    return "  ".join(parts)
 
-    A checkpoint contains the sums of all ranks, so that the next record of a resumed run is that of an uninterrupted
-    one."""
 
-    def __init__(self, device: torch.device, loss_sum: float = 0.0, steps: int = 0) -> None:
-        self.loss = torch.tensor(loss_sum, dtype=torch.float64, device=device)
-        self.steps = steps
-        self.images, self.data_wait, self.since = 0, 0.0, time.perf_counter()
-
-    @classmethod
-    def resume(cls, device: torch.device, state: dict[str, Any], rank: int) -> MetricAverager:
-        """The averager of this rank from `state()`. Ranks of another number each get the mean of the sums."""
-        sums = state["loss_sums"]
-        own = sums[rank] if len(sums) == dist.get_world_size() else sum(sums) / len(sums)
-        return cls(device, own, state["steps"])
-
-    def add(self, loss: Tensor, images: int, data_wait: float) -> None:
-        """Add an optimizer step: mean loss of this rank, images of all ranks, seconds spent waiting for data."""
-        self.loss += loss.detach().double()
-        self.steps += 1
-        self.images += images
-        self.data_wait += data_wait
-
-    def state(self) -> dict[str, Any]:
-        """The sums of all ranks. All ranks call it."""
-        sums: list[float] = [0.0] * dist.get_world_size()
-        dist.all_gather_object(sums, self.loss.item())
-        return {"loss_sums": sums, "steps": self.steps}
+def duration(seconds: float) -> str:
+    """59 s, 12 min, 3 h 25 min, 4 d 7 h."""
+    minutes = round(seconds / 60)
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours < 24 else f"{hours // 24} d {hours % 24} h"

@@ -73,6 +73,7 @@ RULES = {
     "train.keep_every": ACTS,
     "train.validate_every": ACTS,
     "train.validation_samples": ACTS,
+    "train.profile": ACTS,
     "train.sample_every": ACTS,
     "train.sample_count": ACTS,
     "train.compile": ACTS,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-import time
+import shlex
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
@@ -28,6 +28,7 @@ from ..networks.unet import UNet
 from ..seeds import mix_seed
 from . import checkpoint
 from .agreement import agree_on_checkpoint, agree_on_run_directory, on_first_rank
+from .averages import Averages
 from .checkpoint_writer import CheckpointWriter
 from .deepspeed_config import json_like, resolve_deepspeed, total_batch_size
 from .deepspeed_keys import check_deepspeed_keys
@@ -37,12 +38,15 @@ from .engine_state import load
 from .flat_weights import FlatWeights
 from .learning_rate import set_learning_rate
 from .length import planned_epochs, planned_steps, steps_of_epochs
-from .metrics import MetricAverager, Metrics
+from .metrics import Metrics
 from .phases import Phases
 from .preemption import StopRequest, TrainingInterrupted
+from .profiler import StepProfiler
 from .rendezvous import meet
 from .resume import check_resuming, check_trained, settings_of, without_deepspeed
 from .run_lock import shared_lock, stage_lock, write_config
+from .skipped import Skipped, explain_skipped
+from .speed import Speed, engine_precision, peak_memory_gib
 from .stage_setup import initial_unet, plan, resolve_cascade
 from .validation import ema_unet, preview_sampling, sample_grid, validation_loss
 from .watchdog import Watchdog
@@ -92,6 +96,8 @@ class Trainer:
         peers = meet(timeouts.rendezvous, backend=backend())
         with StopRequest(peers, self.phases) as stop, Watchdog(peers, self.phases, timeouts, stop):
             self.device = init_distributed(timeouts, peers)
+            if self.device.type == "cuda":
+                self.phases.use_device_clock()
             self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
             with ExitStack() as held:
                 on_first_rank(lambda: held.enter_context(self._lock()))
@@ -107,6 +113,7 @@ class Trainer:
             self._print(*notices[config.name])
             if not self._is_trained(config):
                 self._fit_stage(config, newest[config.name], stop)
+        self._say_what_next()
 
     def _fit_stage(self, config: StageConfig, resume_from: Path | None, stop: StopRequest) -> None:
         """Train one stage from a checkpoint, or from the start, to its last step."""
@@ -115,15 +122,14 @@ class Trainer:
         stage = Stage(config, self.cascade.below(config.name))
         train_data, validation_data = self._data
         engine, deepspeed = self._make_engine(config)
-        global_batch_size = deepspeed["train_batch_size"]
         accumulation_steps = deepspeed["gradient_accumulation_steps"]
         weights = FlatWeights(engine)
         ema = EMA(weights.shards, self._stage_settings(config).ema or settings.ema)
-        start_step, samples, averager = 0, 0, MetricAverager(self.device)
+        start_step, samples, averages = 0, 0, Averages(self.device)
         if resume_from:
             state = load(resume_from, engine, weights, ema)
             start_step, samples = state["step"], state["samples"]
-            averager = MetricAverager.resume(self.device, state["averages"], self.rank)
+            averages = Averages(self.device, state["averages"])
         loader = self._loader(train_data, config, deepspeed)
         metrics = Metrics(
             self.run_dir, stage=config.name, steps=steps, start=start_step, rank=self.rank, monitor=engine.monitor
@@ -131,47 +137,51 @@ class Trainer:
         saver = CheckpointWriter(
             self._checkpoints(config), self.token, keep=settings.keep_checkpoints, keep_every=settings.keep_every
         )
+        speed = self._speed(config, engine, metrics)
+        profiler = StepProfiler(self.run_dir, config.name, settings.profile if self.rank == 0 else 0, metrics.say)
         nonfinite_in_a_row = 0
+        phases.take_seconds()  # the records count the time from here on
         batches = loader.batches(samples)
         try:
             for step in range(start_step + 1, steps + 1):
                 phases.enter("data", step)
-                skipped_before, data_wait, val_loss = engine.skipped_steps, 0.0, None
+                skipped_before, micro_batches, val_loss = engine.skipped_steps, [], None
                 lr = set_learning_rate(engine, step - engine.skipped_steps)
-                step_loss = torch.zeros((), device=self.device)
                 for _ in range(accumulation_steps):
                     phases.enter("data")
-                    began = time.perf_counter()
                     batch = next(batches)
                     images = batch.images_for(self.device)  # (B, C, H, W)
                     text = batch.text_for(config.unet, self.device)
-                    data_wait += time.perf_counter() - began
                     phases.enter("forward")
                     draws = stage.draw(settings.seed, batch.positions.tolist(), images)
-                    loss = stage.training_loss(engine, images, text, draws).mean()
+                    losses = stage.training_loss(engine, images, text, draws)  # (B,)
                     phases.enter("backward")
-                    engine.backward(loss)
+                    engine.backward(losses.mean())
                     phases.enter("step")
                     engine.step()  # an optimizer step after the last micro-batch
-                    step_loss += loss.detach() / accumulation_steps
-                samples += global_batch_size
+                    averages.add(losses, stage.noise_levels(draws))
+                    micro_batches.append((batch.origins, losses.detach()))
+                samples += engine.train_batch_size()
 
-                if engine.skipped_steps > skipped_before:
-                    nonfinite_in_a_row += 1
-                    self._report_nonfinite(config, step, nonfinite_in_a_row)
+                skipped = engine.skipped_steps > skipped_before
+                averages.end_step(skipped=skipped)
+                if skipped:
+                    cause = explain_skipped(micro_batches, loader, engine)
+                    nonfinite_in_a_row += cause.diverges
+                    self._report_skipped(metrics, step, cause, engine, nonfinite_in_a_row)
                 else:
                     nonfinite_in_a_row = 0
                     ema.update(step - engine.skipped_steps)
-                    averager.add(step_loss, global_batch_size, data_wait)
+                phases.enter("log")
                 metrics.advance()
+                profiler.step(step)
 
                 every = (settings.log_every, settings.validate_every, settings.sample_every, settings.checkpoint_every)
                 log, validate, preview, save = (step == steps or step % interval == 0 for interval in every)
                 if log:
-                    phases.enter("log")
                     counters = {**loader.counters, "checkpoint_failures": saver.failures}
-                    self._log(metrics, averager, step, engine, counters, lr)
-                    averager = MetricAverager(self.device)
+                    self._log(metrics, averages, speed, step, engine, counters, lr)
+                    averages = Averages(self.device)
                 if preview or (validate and validation_data):
                     phases.enter("validation")
                     unet = ema_unet(stage, weights, ema, next(engine.module.parameters()).dtype)
@@ -182,11 +192,12 @@ class Trainer:
                         phases.enter("samples")
                         path = self.run_dir / "samples" / config.name / f"step-{step:08d}.png"
                         sample_grid(stage, unet, validation_data or train_data, self.config, path)
+                        metrics.show_grid(step, path)
                     del unet  # frees its weights
                 reason = stop.should_stop()
                 if reason or save:
                     phases.enter("checkpoint")
-                    state = self._state(config, deepspeed, step, samples, averager, val_loss)
+                    state = self._state(config, deepspeed, step, samples, averages, val_loss)
                     saver.save(engine, weights, ema, state)
                 if failure := saver.failure():
                     metrics.say(f"{config.name} {step}: {failure}")
@@ -200,6 +211,7 @@ class Trainer:
         finally:
             saver.close()
             batches.close()
+            profiler.close()
             metrics.close()
             engine.destroy()
 
@@ -304,7 +316,7 @@ class Trainer:
         deepspeed: dict[str, Any],
         step: int,
         samples: int,
-        averager: MetricAverager,
+        averages: Averages,
         val_loss: float | None,
     ) -> dict[str, Any]:
         """The content of a checkpoint's state.json. samples: read since the start, the next position of the data.
@@ -315,7 +327,7 @@ class Trainer:
             "stage": config.model_dump(mode="json"),
             "settings": self._resume_settings(config, deepspeed, self._data[0].shards),
             "world_size": self.world_size,
-            "averages": averager.state(),
+            "averages": averages.state(),
             "val_loss": val_loss,
         }
 
@@ -391,43 +403,59 @@ class Trainer:
 
     # ---- reports
 
+    def _speed(self, config: StageConfig, engine: Any, metrics: Metrics) -> Speed:
+        return Speed(
+            config,
+            batch_size=engine.train_batch_size(),
+            world_size=self.world_size,
+            device=self.device,
+            precision=engine_precision(engine),
+            say=metrics.say,
+        )
+
     def _log(
-        self, metrics: Metrics, averager: MetricAverager, step: int, engine: Any, counters: dict[str, int], lr: float
+        self,
+        metrics: Metrics,
+        averages: Averages,
+        speed: Speed,
+        step: int,
+        engine: Any,
+        counters: dict[str, int],
+        lr: float,
     ) -> None:
         """Write the record of the steps since the last one. All ranks call it."""
-        if not averager.steps:  # all of them were skipped
-            return
-        dist.all_reduce(averager.loss)
-        seconds = time.perf_counter() - averager.since
-        memory = torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else _peak_rss_gib()
+        found = averages.gather(self.phases.take_seconds(), peak_memory_gib(self.device))
         metrics.write(
             step,
-            loss=averager.loss.item() / self.world_size / averager.steps,
+            **found.losses(),
             lr=lr,
             grad_norm=float(engine.get_global_grad_norm()),
-            images_per_s=averager.images / seconds,
-            data_wait=averager.data_wait / seconds,
-            memory_gib=memory,
-            nonfinite_steps=engine.skipped_steps,
+            **speed.values(averages.new_steps, found.training_seconds()),
+            **found.time_shares(),
+            **found.slowest_rank(),
+            memory_gib=found.memory,
+            skipped_steps=engine.skipped_steps,
+            **metrics.seconds_left(step),
             **counters,
         )
 
-    def _report_nonfinite(self, config: StageConfig, step: int, in_a_row: int) -> None:
-        """Print that a step was skipped. Raises TrainingDiverged after too many in a row."""
-        self._print(f"{config.name} {step}: non-finite gradient, step skipped ({in_a_row} in a row)")
+    def _report_skipped(self, metrics: Metrics, step: int, skipped: Skipped, engine: Any, in_a_row: int) -> None:
+        """Record that a step was skipped, and why. Raises TrainingDiverged after too many in a row."""
+        metrics.write(step, **skipped.values(), skipped_steps=engine.skipped_steps)
         if in_a_row >= self.settings.max_nonfinite:
             raise TrainingDiverged(
-                f"{config.name}: the gradient was not finite in {in_a_row} consecutive steps up to step {step}; "
-                f"lower the learning rate, or check the data. Earlier checkpoints are intact"
+                f"{metrics.stage}: the gradient was not finite in {in_a_row} consecutive steps up to step {step}, the "
+                f"last because of {skipped}; {skipped.advice()}. Earlier checkpoints are intact"
             )
+
+    def _say_what_next(self) -> None:
+        """Print what there is to do with a trained run."""
+        run, model = shlex.quote(str(self.run_dir)), shlex.quote(f"models/{self.run_dir.resolve().name}")
+        self._print(f"sample grids: {self.run_dir / 'samples'}")
+        self._print(f"draw its curves: fastimagen plot {run}")
+        self._print(f"export the model: fastimagen export --run {run} --out {model}")
 
     def _print(self, *lines: str) -> None:
         if self.rank == 0:
             for line in lines:
                 print(line, flush=True)
-
-
-def _peak_rss_gib() -> float:
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fastimagen.cascade import Stage
@@ -24,7 +27,7 @@ from fastimagen.data.source import open_data
 from fastimagen.seeds import mix_seed
 from fastimagen.train.checkpoint import read_average
 from fastimagen.train.ema import EMA
-from fastimagen.train.metrics import MetricAverager, Metrics
+from fastimagen.train.metrics import Metrics
 from fastimagen.train.run_lock import holder, stage_lock
 from fastimagen.train.stage_setup import initial_unet
 from fastimagen.train.trainer import Trainer
@@ -47,17 +50,21 @@ import json, sys
 from pathlib import Path
 from fastimagen.config_file import config_from_dict
 from fastimagen.data.source import open_data
-from fastimagen.train.trainer import Trainer
+from fastimagen.train.trainer import Trainer, TrainingDiverged
 
 for name, tree in json.loads(Path(sys.argv[1]).read_text()):
-    Trainer(config_from_dict(tree), Path(sys.argv[1]).parent / name, stage="base").fit()
+    try:
+        Trainer(config_from_dict(tree), Path(sys.argv[1]).parent / name, stage="base").fit()
+    except TrainingDiverged as error:
+        print(f"{name}: {error}")
 """
 
 
 @pytest.fixture(scope="module")
 def runs(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of runs of the base stage: clipped, live, averaged (interrupted and resumed), still and still8,
-    held (validation out of the training shards) and alone (no validation)."""
+    held (validation out of the training shards), alone (no validation) and nan (all embeddings are damaged). The file
+    `output` has what they printed."""
 
     def tree(*, steps: int, decay: float = 0.0, **deepspeed: Any) -> dict[str, Any]:
         content = toy_tree(toy_data)
@@ -99,8 +106,18 @@ def runs(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     del alone["fastimagen"]["train"]["steps"]
     alone["fastimagen"]["train"]["epochs"] = 0.04  # 2.56 of 64 samples, in batches of 2
     alone["train_batch_size"] = 2
-    trees += [("held", held), ("alone", alone)]
     folder = tmp_path_factory.mktemp("parts")
+    nan = tree(steps=10)
+    for split in ("train", "val"):
+        shutil.copytree(toy_data / split, folder / "damaged" / split)
+    shutil.copytree(toy_data / "text_encoder", folder / "damaged/text_encoder")
+    shutil.copy(toy_data / "shapes.json", folder / "damaged")
+    nan["fastimagen"]["data"] |= {"shards": str(folder / "damaged/train"), "validation": None}
+    nan["fastimagen"]["text"]["encoder"] = str(folder / "damaged/text_encoder")
+    nan["fastimagen"]["train"] |= {"max_nonfinite": 3, "log_every": 2}
+    (cache,) = (folder / "damaged/train").glob("*.safetensors")
+    damage_embeddings(cache)
+    trees += [("held", held), ("alone", alone), ("nan", nan)]
     (folder / "trees.json").write_text(json.dumps(trees))
     child = subprocess.run(
         [sys.executable, "-c", RUNS, str(folder / "trees.json")],
@@ -109,7 +126,15 @@ def runs(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert child.returncode == 0, child.stdout + child.stderr
+    (folder / "output").write_text(child.stdout)
     return folder
+
+
+def damage_embeddings(cache: Path) -> None:
+    """Replace all embeddings of a cache by NaN."""
+    with safe_open(cache, framework="pt") as file:
+        tensors, header = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    save_file({**tensors, "tokens": tensors["tokens"] * torch.nan}, cache, header)
 
 
 def weights(run: Path, step: int) -> dict[str, Tensor]:
@@ -179,6 +204,43 @@ def test_held_out_samples_are_validated_and_counted(runs: Path) -> None:
 def test_without_validation_data_grids_show_training_captions_and_epochs_become_steps(runs: Path) -> None:
     assert [(record["step"], "val_loss" in record) for record in records(runs / "alone")] == [(1, False), (2, False)]
     assert (runs / "alone/samples/base/step-00000002.png").exists()
+
+
+def test_skipped_steps_are_recorded_with_reason_and_samples(runs: Path) -> None:
+    """Even if nothing else is: all steps of this run are skipped."""
+    shard = next((runs / "damaged/train").glob("*.tar"))
+    skipped = [record for record in records(runs / "nan") if "skipped" in record]
+    assert [record["step"] for record in skipped] == [1, 2, 3]
+    assert {record["skipped"] for record in skipped} == {"non-finite text embeddings"}
+    assert [record["skipped_steps"] for record in skipped] == [1, 2, 3]
+    assert all(len(record["samples"]) == 4 for record in skipped)
+    assert all(sample.endswith(f" of {shard}") for record in skipped for sample in record["samples"])
+    (regular,) = (record for record in records(runs / "nan") if "skipped" not in record)  # log_every is 2
+    assert regular["step"] == 2 and "loss" not in regular and regular["images_per_s"] > 0
+    output = (runs / "output").read_text()
+    assert f"base 3/10  step skipped: non-finite text embeddings: {skipped[2]['samples'][0]}" in output
+    (line,) = (line for line in output.splitlines() if line.startswith("nan: base: the gradient was not finite in 3"))
+    assert "run fastimagen embed again" in line
+
+
+def test_records_say_where_the_time_went_and_what_is_left(runs: Path) -> None:
+    *_, last = (record for record in records(runs / "live") if "loss" in record)
+    shares = [last[f"time/{name}"] for name in ("data", "forward", "backward", "step", "other")]
+    assert sum(shares) == pytest.approx(1.0) and last["time/backward"] > 0.02
+    assert last["eta_s"] == 0.0 and last["memory_gib"] > 0.1
+    by_noise = [value for key, value in last.items() if key.startswith("loss/noise_")]
+    assert by_noise and min(by_noise) <= last["loss"] <= max(by_noise)
+    assert "mfu" not in last and "slowest_rank" not in last
+    output = (runs / "output").read_text()
+    assert output.count("that of this CPU is unknown") == output.count("parameters,")
+
+
+def test_a_run_ends_with_the_commands_that_come_next(runs: Path) -> None:
+    run = runs / "live"
+    assert (
+        f"sample grids: {run}/samples\ndraw its curves: fastimagen plot {run}\n"
+        f"export the model: fastimagen export --run {run} --out models/live\n"
+    ) in (runs / "output").read_text()
 
 
 def test_the_dry_run_says_what_epochs_mean(toy_config: dict, tmp_path: Path) -> None:
@@ -294,18 +356,6 @@ def test_only_rank_0_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""
 
 
-def test_monitor_and_console_show_the_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    events: list[tuple] = []
-    monitor = SimpleNamespace(enabled=True, write_events=events.extend)
-    metrics = Metrics(tmp_path, stage="sr", steps=10, start=0, rank=0, monitor=monitor)
-    metrics.write(4, loss=0.25, bad=2)
-    metrics.close()
-    assert events == [("sr/loss", 0.25, 4), ("sr/bad", 2, 4)]
-    assert capsys.readouterr().out == "sr 4/10  loss 0.25  bad 2\n"
-    (record,) = records(tmp_path)
-    assert record == {"stage": "sr", "step": 4, "time": record["time"], "loss": 0.25, "bad": 2}
-
-
 # ---- stopping
 
 
@@ -318,12 +368,3 @@ def test_a_stage_of_a_run_directory_has_one_writer(tmp_path: Path) -> None:
             assert all(f"process {os.getpid()} on" in str(holder(tmp_path, stage)) for stage in ("base", "sr"))
         assert holder(tmp_path, "sr") is None
     assert holder(tmp_path, "base") is None and holder(tmp_path, "never locked") is None
-
-
-def test_averages_resume_from_a_checkpoint(one_process: None) -> None:
-    averager = MetricAverager(torch.device("cpu"))
-    for value in (1.0, 2.5):
-        averager.add(torch.tensor(value), 4, 0.1)
-    resumed = MetricAverager.resume(torch.device("cpu"), json.loads(json.dumps(averager.state())), rank=0)
-    resumed.add(torch.tensor(0.5), 4, 0.1)
-    assert resumed.loss.item() / resumed.steps == pytest.approx(4.0 / 3, abs=1e-12)
