@@ -45,6 +45,7 @@ class Watchdog:
         self._failure: Failure | None = None
         self._main_waits = False  # for the reason of a failed collective: its stack says nothing
         self._current, self._seconds = phases.current, 0.0
+        self._told = False  # that the run stops
         self._silence = 0.0  # seconds since the last exchange with the store
         self._threads: list[threading.Thread] = []
 
@@ -152,6 +153,9 @@ class Watchdog:
             self._end(Failure(text, (0,), EXIT_LOST))
         if self.stop.reason:
             early = self._current.phase in BEFORE_TRAINING
+            if not (early or self._told) and (self.peers is None or self.peers.rank == 0):
+                print(f"{self.stop.reason}: stopping at the end of this step; now in {self._current}", flush=True)
+            self._told = True
             patience = min(LEAVE_SECONDS, self.timeouts.stop) if early else self.timeouts.stop
             if now - self.stop.since > patience and self._current.phase != "checkpoint":
                 self._leave(patience)

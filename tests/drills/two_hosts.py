@@ -159,7 +159,7 @@ def main() -> None:
         embed_all(FastimagenConfig.model_validate(tree["fastimagen"]), say=print)
         rarely = {"validate_every": 1000, "sample_every": 1000}
         timeouts = {"heartbeat": HEARTBEAT, "rendezvous": 90}
-        tree["fastimagen"]["train"] |= {"steps": 40, "checkpoint_every": 4, "timeouts": timeouts, **rarely}
+        tree["fastimagen"]["train"] |= {"steps": 16, "checkpoint_every": 4, "timeouts": timeouts, **rarely}
         config, short = folder / "ds.json", folder / "short.json"
         config.write_text(json.dumps(tree))
         timeouts["rendezvous"] = 12
