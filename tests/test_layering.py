@@ -41,7 +41,8 @@ TRAINING = {
     "info": "fastimagen ops",
     "demo": "cascade files images sampling text",
     "starting_files": "",
-    "commands": "cascade config config_file data demo diffusion evaluation extras files sampling starting_files text train",
+    "commands": "cascade config config_file data demo diffusion evaluation extras files sampling starting_files text "
+    "train",
     "cli": "commands config config_file data fastimagen info interop logs sampling starting_files train",
     "__main__": "cli",
 }
