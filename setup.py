@@ -31,7 +31,7 @@ HUB = ["huggingface_hub>=1.0"]
 TRAIN = [*TEXT, *KERNELS, *DATA, "deepspeed>=0.19.8", "tensorboard", "tqdm", "psutil"]
 PLOT = ["matplotlib>=3.9"]
 DEMO = [*TEXT, "gradio>=6.0"]
-DOCS = ["mkdocs-material>=9.7", "matplotlib>=3.10"]  # matplotlib draws the figures of the tutorial
+DOCS = [*PLOT, "mkdocs-material>=9.7"]  # matplotlib draws the figures of the tutorial
 
 
 class BuildWithStartingFiles(build_py):
