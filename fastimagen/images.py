@@ -13,10 +13,11 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from .files import first_line
+from .lettering import Lettering
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 """Formats that `open_rgb` reads, recognized by content. Pillow reads more, some of them through external programs."""
@@ -245,11 +246,10 @@ def grid(
     if columns < 1 or scale < 1:
         raise ValueError(f"columns and scale of a grid must be at least 1, got {columns} and {scale}")
     width, height = width * scale, height * scale
-    font = ImageFont.load_default(max(MIN_FONT_SIZE, round(math.sqrt(width))))
-    assert isinstance(font, ImageFont.FreeTypeFont)  # Pillow's default since 10.1, where FreeType is built in
-    line = round(1.3 * font.size)
+    letters = Lettering.of(captions, max(MIN_FONT_SIZE, round(math.sqrt(width))))
+    line = round(1.3 * letters.size)
     margin = max(12, width // 12)
-    texts = [_wrap(caption, font, width) for caption in captions]
+    texts = [_wrap(caption, letters, width) for caption in captions]
 
     rows = [range(start, min(start + columns, count)) for start in range(0, count, columns)]
     lines = [max(len(texts[i]) for i in row) for row in rows]
@@ -264,29 +264,28 @@ def grid(
             image = from_pixels(pixels[i]).resize((width, height), Image.Resampling.NEAREST)
             canvas.paste(image, (left, top))
             for number, text in enumerate(texts[i]):
-                position = left, top + height + line // 3 + number * line
-                draw.text(position, text, fill=(48, 48, 48), font=font)
+                letters.draw(draw, left, top + height + line // 3 + number * line, text, fill=(48, 48, 48))
         top += height + space + margin
     return canvas
 
 
-def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+def _wrap(text: str, letters: Lettering, width: int) -> list[str]:
     """Break text into at most MAX_LINES lines of at most `width` pixels; long words are broken too."""
     lines: list[str] = []
     for word in text.split():
         if len(lines) > MAX_LINES:
             break
-        if lines and font.getlength(f"{lines[-1]} {word[:width]}") <= width:
+        if lines and letters.width(f"{lines[-1]} {word[:width]}") <= width:
             lines[-1] += f" {word}"
             continue
         lines.append("")
         for letter in word[: width * MAX_LINES]:
-            if lines[-1] and font.getlength(lines[-1] + letter) > width:
+            if lines[-1] and letters.width(lines[-1] + letter) > width:
                 lines.append("")
             lines[-1] += letter
     if len(lines) > MAX_LINES:
         last = lines[MAX_LINES - 1]
-        while last and font.getlength(f"{last}…") > width:
+        while last and letters.width(f"{last}…") > width:
             last = last[:-1]
         lines[MAX_LINES - 1 :] = [f"{last.rstrip()}…"]
     return lines

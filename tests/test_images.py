@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from fastimagen import lettering
 from fastimagen.images import (
     from_uint8,
     grid,
@@ -354,3 +356,23 @@ def test_grey_tensors_become_grey_files_and_grids(tmp_path):
     assert (overview[12:20, 12:20] == 0).all() and (overview[12:20, 32:40] == 255).all()
     with pytest.raises(ValueError, match=r"\(B, 3, H, W\) or \(B, 1, H, W\), got torch.float32 \(1, 4, 8, 8\)"):
         to_uint8(torch.zeros(1, 4, 8, 8))
+
+
+def test_a_grid_shows_any_script_that_a_font_of_the_machine_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    fonts = [path for path in lettering.font_files() if Path(path).name == "DejaVuSans.ttf"]
+    if not fonts:
+        pytest.skip("DejaVu Sans is not installed")
+    monkeypatch.setattr(lettering, "font_files", lambda: tuple(fonts))
+    letters = lettering.Lettering.of(["a café", "красный круг"], 20)
+    assert [(part, font.getname()[0]) for part, font in letters.runs("a café")] == [("a café", "DejaVu Sans")]
+    assert next(letters.runs("a cafe"))[1].getname()[0] != "DejaVu Sans"
+    image = torch.zeros(1, 3, 64, 64)
+    shown = [np.asarray(grid(image, [caption])) for caption in ("красный", "краснай", "\uffff" * 7)]
+    assert not np.array_equal(shown[0], shown[1]) and not np.array_equal(shown[0], shown[2])
+
+
+def test_letters_that_no_font_has_are_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(lettering, "font_files", lambda: (__file__,))  # not a font
+    drawn = grid(torch.zeros(2, 3, 64, 64), ["a 象", "круг"])
+    assert "no font here has гкру象: grids show boxes instead" in caplog.text
+    assert drawn.size == grid(torch.zeros(2, 3, 64, 64), ["a b", "abcd"]).size
