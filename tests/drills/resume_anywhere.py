@@ -36,9 +36,12 @@ WRITERS: dict[str, dict[str, Any]] = {
     "ZeRO 1": {"stage": 1},
     "ZeRO 2": {"stage": 2},
     "ZeRO 3": {"stage": 3},
+}
+READERS = {
+    **WRITERS,
+    "ZeRO 1, optimizer offloaded": {"stage": 1, "offload_optimizer": CPU},
     "ZeRO 3, all offloaded": {"stage": 3, "offload_optimizer": CPU, "offload_param": CPU},
 }
-READERS = {**WRITERS, "ZeRO 1, optimizer offloaded": {"stage": 1, "offload_optimizer": CPU}}
 
 
 class Run:
