@@ -3,7 +3,7 @@
 ``checkpoints/<stage>/step-00000500/`` contains
 
 - ``rank-00000.safetensors``, ...: what each rank owned, as fragments of the parameters (fragments.py)
-- ``engine.json``: shapes of the parameters, counters, position of the learning rate schedule, loss scale
+- ``engine.json``: shapes of the parameters, counters, loss scale
 - ``state.json``: what the trainer needs to go on
 - ``index.json``: size and SHA-256 of every other file
 

@@ -1,9 +1,10 @@
 """The state of a DeepSpeed engine, apart from ranks and ZeRO stages: taken out for a checkpoint and put back.
 
-Values per weight (fp32 weights, EMA, the optimizer's moments) are fragments of the parameters. Counters, the position
-of the learning rate schedule and the fp16 loss scale are a small JSON object, the same on all ranks.
+Values per weight (fp32 weights, EMA, the optimizer's moments) are fragments of the parameters. Counters and the fp16
+loss scale are a small JSON object, the same on all ranks.
 
-Hyperparameters (learning rate, betas, weight decay) are not part of the state: those of the configuration act.
+Hyperparameters (learning rate, betas, weight decay) are not part of the state: those of the configuration act, and the
+learning rate is a function of the step (learning_rate.py).
 """
 
 from __future__ import annotations
@@ -110,19 +111,18 @@ def _put(files: list[Path], engine: Any, weights: FlatWeights, ema: EMA) -> None
 
 
 def counters(engine: Any) -> dict[str, Any]:
-    """Steps, learning rate schedule and loss scale, as JSON."""
+    """Steps and loss scale, as JSON."""
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     return {
         "global_steps": engine.global_steps,
         "global_samples": engine.global_samples,
         "skipped_steps": engine.skipped_steps,
-        "scheduler": engine.lr_scheduler.state_dict() if engine.lr_scheduler else None,
         "loss_scale": {name: getattr(scaler, name) for name in SCALE_FIELDS} if _is_dynamic(scaler) else None,
     }
 
 
 def _set_counters(engine: Any, saved: dict[str, Any]) -> None:
-    """Put `counters` back. A schedule or dynamic loss scale that only one of the two runs has starts at this step."""
+    """Put `counters` back. A dynamic loss scale that only one of the two runs has starts anew."""
     for name in ("global_steps", "global_samples", "skipped_steps"):
         setattr(engine, name, saved[name])
     engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
@@ -130,22 +130,6 @@ def _set_counters(engine: Any, saved: dict[str, Any]) -> None:
     if saved["loss_scale"] and _is_dynamic(scaler):
         for name, value in saved["loss_scale"].items():
             setattr(scaler, name, value)
-    if engine.lr_scheduler:
-        _set_schedule(engine, saved["scheduler"])
-
-
-def _set_schedule(engine: Any, saved: dict[str, Any] | None) -> None:
-    """Continue the schedule, and set the learning rate of the next step by the schedule of this run."""
-    scheduler = engine.lr_scheduler
-    if saved is not None and hasattr(scheduler, "last_epoch"):  # one of torch's
-        scheduler.load_state_dict(saved)
-        for group, rate in zip(engine.optimizer.param_groups, scheduler.get_last_lr()):
-            group["lr"] = rate
-        return
-    taken = engine.global_steps - engine.skipped_steps
-    position = (saved or {}).get("last_batch_iteration", taken - 1)
-    if position >= 0:
-        scheduler.step(position)
 
 
 def _is_dynamic(scaler: Any) -> bool:

@@ -72,9 +72,11 @@ class Run:
     def train(self, steps: range) -> list[float]:
         """Take steps; returns their losses. A sample is a function of its position, whichever rank trains on it."""
         from fastimagen.text.embeddings import TextEmbeddings
+        from fastimagen.train.learning_rate import set_learning_rate
 
         losses, share = [], BATCH // dist.get_world_size()
         for step in steps:
+            set_learning_rate(self.engine, step)
             first = (step - 1) * BATCH + dist.get_rank() * share
             positions = range(first, first + share)
             generators = [torch.Generator().manual_seed(position) for position in positions]

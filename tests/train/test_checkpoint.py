@@ -159,9 +159,7 @@ class Saver(CheckpointWriter):
         from fastimagen.train.fragments import Fragment
 
         values = Quantity("ema", torch.arange(float(size)), [Fragment("a", 0, size, 0)])
-        engine = SimpleNamespace(
-            global_steps=step, global_samples=step, skipped_steps=0, lr_scheduler=None, optimizer=None
-        )
+        engine = SimpleNamespace(global_steps=step, global_samples=step, skipped_steps=0, optimizer=None)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(checkpoint_writer, "take", lambda *_: [values])
             self.save(engine, SimpleNamespace(shapes={"a": (size,)}), None, {"step": step})  # type: ignore[arg-type]
