@@ -46,7 +46,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="STEPS",
         help=f"trace so many steps with torch's profiler (default: {PROFILED_STEPS}) into the run directory",
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved configuration and what the stages need, and stop"
+    )
+    parser.add_argument(
+        "--gpu", metavar="NAME", help="dry run for another GPU, which need not be here: h100, a100, ..."
+    )
+    parser.add_argument("--gpus", type=int, metavar="N", help="dry run for so many of them; 1 by default")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
 
 
@@ -59,14 +65,19 @@ def train(options: argparse.Namespace) -> int:
     # Where a process is lost, the others say so in a line; torch's warnings about the connection are C++ tracebacks.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from ..config_file import load_config
+    from ..train.plan import target
     from ..train.trainer import Trainer
 
     try:
+        asks_for_target = options.gpu is not None or options.gpus is not None
+        if asks_for_target and not options.dry_run:
+            raise ValueError("--gpu and --gpus are for --dry-run: training takes the GPUs that its launcher gives it")
+        where = target(options.gpus, options.gpu) if asks_for_target else None
         profile = [] if options.profile is None else [f"fastimagen.train.profile={options.profile}"]
         config = load_config(options.config, [*options.overrides, *profile])
         trainer = Trainer(config, options.run_dir, stage=options.stage)
         if options.dry_run:
-            print(trainer.describe())
+            print(trainer.describe(where))
             return 0
         status = _fit(trainer)
     except BaseException:

@@ -313,8 +313,9 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _differentiate(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple:
-    _, k, _, null_k, _, context_k, *_ = ctx.saved_tensors
-    dq, *grads = _backward(dout, *ctx.saved_tensors, ctx.scale)
+    saved = ctx.saved_tensors  # read once: with activation checkpointing a second time is an error
+    _, k, _, null_k, _, context_k, *_ = saved
+    dq, *grads = _backward(dout, *saved, ctx.scale)
     return _by_input(dq, *(None if x is None else grad for x, grad in zip((k, null_k, context_k), grads)))
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 
@@ -19,6 +20,7 @@ logger = logging.getLogger(__name__)
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = ("auto", "triton", "torch", "xformers")
 _requested = "auto"
+_meta_is_gpu = False
 
 
 def set_backend(name: str) -> None:
@@ -45,6 +47,18 @@ def backend() -> str:
     return _requested
 
 
+@contextmanager
+def meta_is_gpu() -> Iterator[None]:
+    """Inside, the ops treat meta tensors as those of a GPU that runs the kernels: to see what it would allocate."""
+    global _meta_is_gpu, _requested
+    before = _meta_is_gpu, _requested
+    _meta_is_gpu, _requested = True, "auto"
+    try:
+        yield
+    finally:
+        _meta_is_gpu, _requested = before
+
+
 def use_triton(op: str, tensor: Tensor, unsupported: str | None = None, slower: str | None = None) -> bool:
     """Whether the Triton kernels compute this call of `op` on `tensor`'s device.
 
@@ -58,6 +72,8 @@ def use_triton(op: str, tensor: Tensor, unsupported: str | None = None, slower: 
         if reason:
             raise ValueError(f'{op} with backend "triton": {reason}')
         return True
+    if _meta_is_gpu and tensor.is_meta:
+        return not (unsupported or slower)
     if not tensor.is_cuda:
         return False
     reason = no_triton() or unsupported or slower
@@ -68,7 +84,7 @@ def use_triton(op: str, tensor: Tensor, unsupported: str | None = None, slower: 
 
 def in_kernels(tensor: Tensor) -> bool:
     """Whether a registered operator runs the kernels for `tensor`: on a GPU, or in Triton's interpreter."""
-    return tensor.is_cuda or (_requested == "triton" and interpreting())
+    return tensor.is_cuda or (tensor.is_meta and _meta_is_gpu) or (_requested == "triton" and interpreting())
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:

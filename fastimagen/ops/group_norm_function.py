@@ -31,6 +31,17 @@ def by_kernels(
     return GroupNorm.apply(x, *vectors, skip, skip_scale, num_groups, eps, silu, False), x, skip
 
 
+def _launchers(x: Tensor) -> Any:
+    """The module that launches the kernels for x, or does as if for a meta tensor."""
+    if x.is_meta:
+        from . import group_norm_meta
+
+        return group_norm_meta
+    from fastimagen_kernels import group_norm
+
+    return group_norm
+
+
 class GroupNorm(torch.autograd.Function):
     """y; with `residual` x and skip once more: gradients that arrive at these are added inside the backward kernel."""
 
@@ -51,13 +62,11 @@ class GroupNorm(torch.autograd.Function):
         silu: bool,
         residual: bool,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor | None]:
-        from fastimagen_kernels.group_norm import group_norm_forward
-
         dense_x = dense(x)
         dense_skip = None if skip is None else laid_as(dense_x, skip)
         weight, bias, scale, shift = weight.contiguous(), bias.contiguous(), rows(scale), rows(shift)
         film_bias, x_bias = (None if vector is None else vector.contiguous() for vector in (film_bias, x_bias))
-        y, mean, rstd = group_norm_forward(
+        y, mean, rstd = _launchers(x).group_norm_forward(
             dense_x, weight, bias, scale, shift, num_groups, eps, silu, film_bias, x_bias, dense_skip, skip_scale
         )
         ctx.set_materialize_grads(False)
@@ -76,11 +85,9 @@ class GroupNorm(torch.autograd.Function):
             )
         if dy is None:
             return x_residual, *[None] * 6, skip_residual, *[None] * 5
-        from fastimagen_kernels.group_norm import group_norm_backward
-
         x, weight, bias, scale, shift, mean, rstd, film_bias, x_bias, skip = ctx.saved_tensors
         skip_scale, num_groups, silu = ctx.constants
-        dx, dweight, dbias, dfilm, dfilm_bias, dx_bias, dskip = group_norm_backward(
+        dx, dweight, dbias, dfilm, dfilm_bias, dx_bias, dskip = _launchers(x).group_norm_backward(
             laid_as(x, dy),
             x,
             weight,

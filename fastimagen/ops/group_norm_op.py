@@ -189,8 +189,9 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _differentiate(ctx: Any, dy: Tensor, _dmean: Tensor, _drstd: Tensor) -> tuple:
-    dx, dweight, dbias, dfilm = _backward(dy, *ctx.saved_tensors, ctx.num_groups, ctx.activation)
-    shift, dscale, dshift = ctx.saved_tensors[4], None, None
+    saved = ctx.saved_tensors  # read once: with activation checkpointing a second time is an error
+    dx, dweight, dbias, dfilm = _backward(dy, *saved, ctx.num_groups, ctx.activation)
+    shift, dscale, dshift = saved[4], None, None
     if shift is not None:
         dscale, dshift = dfilm.unbind(1)  # (B, C) each
         dshift = dshift.to(shift.dtype)

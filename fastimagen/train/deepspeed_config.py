@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
+
+from .deepspeed_auto import resolve_autos
+from .deepspeed_keys import check_as_a_whole, check_keys, check_values
+from .deepspeed_optimizer import check_optimizer, check_packages, offload_device
+from .deepspeed_refused import refuse
 
 REDUCE_BUCKET_SIZE = 50_000_000
 """Gradients that processes reduce at once: 100 MB in bf16. Sending them takes milliseconds, far longer than a
@@ -16,10 +19,8 @@ collective's latency, and a backward pass of the large U-Nets has dozens of buck
 million allocate 1 GB in bf16, twice with overlap_comm, and leave these U-Nets 1 to 5 buckets. A larger weight is
 reduced alone."""
 
-ZERO_0_REFUSED = (
-    "zero_optimization.stage 0 is refused: without ZeRO DeepSpeed does not skip a non-finite step in fp32, reports no "
-    "gradient norm and accumulates bf16 gradients in bf16; use stage 1, which costs nothing on one process"
-)
+AUTO_MICRO_BATCH_SIZE = 8
+"""Of a file that leaves all sizes to "auto": Hugging Face's default."""
 
 
 def resolve_deepspeed(
@@ -36,63 +37,54 @@ def resolve_deepspeed(
 
     `override` (the stage's keys) is merged over `base`; every "auto" is resolved or refused; no ZeRO stage means 1.
     Without CUDA the run is fp32. What only speed and precision depend on is set where neither `base` nor `override`
-    sets it. Raises ValueError naming the key.
+    sets it. Raises ValueError, in one line that names the key, for what DeepSpeed would refuse or ignore.
     """
     resolved = _merge(copy.deepcopy(base), override)
-    notices: list[str] = []
-    _check_sections(resolved)
-    _resolve_zero_stage(resolved, notices)
-    if not cuda:
-        _disable_half_precision(resolved, notices)
-    _resolve_clipping(resolved, notices)
-    _resolve_autos(resolved, steps, cuda, notices)
+    notices = refuse(resolved)
+    check_keys(resolved)
+    if not isinstance(resolved.get("optimizer", {}).get("type"), str):
+        raise ValueError('the DeepSpeed key "optimizer" needs a type, e.g. {"type": "AdamW", "params": {"lr": 1e-4}}')
+    resolve_autos(resolved, steps=steps, cuda=cuda, notices=notices)
     _resolve_batch(resolved, world_size, notices)
+    check_values(resolved)
+    _resolve_zero_stage(resolved, notices)
+    _resolve_precision(resolved, cuda, notices)
+    _resolve_clipping(resolved, notices)
     _resolve_adam(resolved, cuda, notices)
     _resolve_accumulation_dtype(resolved, notices)
     _resolve_reduce_scatter(resolved, notices)
     if cuda:
         _resolve_communication(resolved, world_size, notices)
+    else:
+        _refuse_without_cuda(resolved)
     board = resolved.get("tensorboard", {})
     if board.get("enabled"):
         board.setdefault("output_path", tensorboard)
         board.setdefault("job_name", job_name)
     resolved.setdefault("steps_per_print", 10**9)  # the trainer prints its own line
+    check_as_a_whole(resolved)
+    check_optimizer(resolved)
+    check_packages(resolved)
     return resolved, notices
-
-
-def _check_sections(resolved: dict[str, Any]) -> None:
-    for name in ("optimizer", "scheduler", "zero_optimization", "bf16", "fp16", "data_types", "tensorboard"):
-        if not isinstance(resolved.get(name, {}), dict):
-            raise ValueError(f"DeepSpeed key {name} must be an object, got {json.dumps(resolved[name])}")
-    if not isinstance(resolved.get("optimizer", {}).get("type"), str):
-        raise ValueError('the DeepSpeed key "optimizer" needs a type, e.g. {"type": "AdamW", "params": {"lr": 1e-4}}')
 
 
 def _resolve_zero_stage(resolved: dict[str, Any], notices: list[str]) -> None:
     zero = resolved.setdefault("zero_optimization", {})
-    if zero.get("stage") == 0:
-        raise ValueError(ZERO_0_REFUSED)
-    if _offload_device(resolved) == "nvme":
-        raise ValueError(
-            'zero_optimization.offload_optimizer.device "nvme" is refused: the EMA reads the fp32 weights in memory '
-            'after every step; use "cpu"'
-        )
     if "stage" not in zero:
         zero["stage"] = 1
         notices.append("zero_optimization.stage: 1 (not given)")
 
 
-def _offload_device(resolved: dict[str, Any]) -> str:
-    """Where the optimizer's state is: "none" is beside the weights."""
-    offload = resolved["zero_optimization"].get("offload_optimizer")
-    return offload.get("device", "none") if isinstance(offload, dict) else "none"
-
-
-def _disable_half_precision(resolved: dict[str, Any], notices: list[str]) -> None:
-    for precision in ("bf16", "fp16"):
-        if resolved.get(precision, {}).get("enabled"):
-            resolved[precision]["enabled"] = False
-            notices.append(f"{precision}.enabled: false (no CUDA: the run is fp32)")
+def _resolve_precision(resolved: dict[str, Any], cuda: bool, notices: list[str]) -> None:
+    on = [name for name in ("bf16", "fp16", "torch_autocast") if resolved.get(name, {}).get("enabled")]
+    if len(on) > 1:
+        raise ValueError(
+            f"DeepSpeed keys {' and '.join(f'{name}.enabled' for name in on)} are both true: switch one off"
+        )
+    for name in on:
+        if not cuda:
+            resolved[name]["enabled"] = False
+            notices.append(f"{name}.enabled: false (no CUDA: the run is fp32)")
 
 
 def can_compile_fused_adam() -> bool:
@@ -126,7 +118,7 @@ def _resolve_adam(resolved: dict[str, Any], cuda: bool, notices: list[str]) -> N
     params = resolved["optimizer"].setdefault("params", {})
     if params.get("torch_adam"):
         return
-    if cuda and ("torch_adam" in params or _offload_device(resolved) != "none" or can_compile_fused_adam()):
+    if cuda and ("torch_adam" in params or offload_device(resolved) != "none" or can_compile_fused_adam()):
         return
     reason = "no nvcc of torch's CUDA version to compile DeepSpeed's FusedAdam" if cuda else "no CUDA"
     params["torch_adam"] = True
@@ -160,7 +152,11 @@ def _accumulates_bf16_in_fp32(resolved: dict[str, Any]) -> bool:
 def _resolve_reduce_scatter(resolved: dict[str, Any], notices: list[str]) -> None:
     """DeepSpeed refuses Muon with ZeRO 3 as long as reduce_scatter has its default."""
     zero = resolved["zero_optimization"]
-    if zero["stage"] == 3 and resolved["optimizer"]["type"].lower() == "muon" and "reduce_scatter" not in zero:
+    if zero["stage"] != 3 or resolved["optimizer"]["type"].lower() != "muon":
+        return
+    if zero.get("reduce_scatter"):
+        raise ValueError("zero_optimization.reduce_scatter true does not work with Muon and ZeRO 3: remove it")
+    if "reduce_scatter" not in zero:
         zero["reduce_scatter"] = False
         notices.append("zero_optimization.reduce_scatter: false (Muon with ZeRO 3 requires it)")
 
@@ -168,7 +164,7 @@ def _resolve_reduce_scatter(resolved: dict[str, Any], notices: list[str]) -> Non
 def _resolve_communication(resolved: dict[str, Any], world_size: int, notices: list[str]) -> None:
     """How processes reduce gradients. DeepSpeed's own defaults already gather and reduce in contiguous buffers."""
     zero = resolved["zero_optimization"]
-    if zero["stage"] == 1 and _accumulates_bf16_in_fp32(resolved) and _offload_device(resolved) == "none":
+    if zero["stage"] == 1 and _accumulates_bf16_in_fp32(resolved) and offload_device(resolved) == "none":
         return  # DeepSpeed's BF16_Optimizer reduces the sum once per step, and reads none of these keys
     if "reduce_bucket_size" not in zero:
         zero["reduce_bucket_size"] = REDUCE_BUCKET_SIZE
@@ -176,6 +172,16 @@ def _resolve_communication(resolved: dict[str, Any], world_size: int, notices: l
     if zero["stage"] in (1, 2) and world_size > 1 and zero.get("overlap_comm") is None:
         zero["overlap_comm"] = True
         notices.append("zero_optimization.overlap_comm: true (reduces gradients during the backward pass)")
+
+
+def _refuse_without_cuda(resolved: dict[str, Any]) -> None:
+    """What DeepSpeed has for GPUs only."""
+    zero, name = resolved["zero_optimization"], resolved["optimizer"]["type"]
+    for key in ("zero_quantized_weights", "zero_quantized_gradients"):
+        if zero.get(key):
+            raise ValueError(f"zero_optimization.{key} needs CUDA: remove it")
+    if name.lower() == "lamb" or (name.lower() == "lion" and offload_device(resolved) == "none"):
+        raise ValueError(f'optimizer.type "{name}" needs CUDA: use "AdamW" or "Muon"')
 
 
 def _resolve_clipping(resolved: dict[str, Any], notices: list[str]) -> None:
@@ -188,25 +194,6 @@ def _resolve_clipping(resolved: dict[str, Any], notices: list[str]) -> None:
     if "gradient_clipping" not in resolved:
         resolved["gradient_clipping"] = 0.0 if muon else 1.0
         notices.append(f"gradient_clipping: {resolved['gradient_clipping']} ({'Muon' if muon else 'not given'})")
-
-
-def _resolve_autos(resolved: dict[str, Any], steps: int, cuda: bool, notices: list[str]) -> None:
-    """Replace the "auto" values that have one right answer; refuse the others, which DeepSpeed would take as text."""
-    answers = {"bf16.enabled": cuda, "scheduler.params.total_num_steps": steps}
-    for path, owner, key in list(_autos(resolved, "")):
-        if path in answers:
-            owner[key] = answers[path]
-            notices.append(f"{path}: {json_like(answers[path])} (was auto)")
-        elif path not in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
-            raise ValueError(f'DeepSpeed key {path} is "auto", which only other trainers resolve: give a value')
-
-
-def _autos(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, dict[str, Any], str]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _autos(value, f"{prefix}{key}.")
-        elif value == "auto" or (isinstance(value, list) and "auto" in value):
-            yield f"{prefix}{key}", tree, key
 
 
 def total_batch_size(base: dict[str, Any], override: dict[str, Any], world_size: int) -> int:
@@ -225,7 +212,9 @@ def _resolve_batch(resolved: dict[str, Any], world_size: int, notices: list[str]
         if type(value) is not int or value < 1:
             raise ValueError(f"{key} must be a positive whole number, got {value!r}")
     if total not in known and micro not in known:
-        raise ValueError(f"give {total} or {micro}")
+        if "auto" not in (given[total], given[micro]):
+            raise ValueError(f"give {total} or {micro}")
+        known[micro] = AUTO_MICRO_BATCH_SIZE
     if micro not in known or total not in known:
         known.setdefault(accumulation, 1)
     factors = [f"{key} {known[key]}" for key in (micro, accumulation) if key in known] + [f"{world_size} processes"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,9 +15,12 @@ import torch.distributed as dist
 from torch import nn
 
 from ..config import TimeoutConfig
-from .deepspeed_keys import section_error
+from ..files import first_line
 from .peers import Peers
 from .rendezvous import failed_to_connect, set_launcher_defaults
+from .watchdog import is_of_collectives
+
+logger = logging.getLogger(__name__)
 
 
 def choose_accelerator() -> None:
@@ -82,22 +86,22 @@ def make_engine(model: nn.Module, deepspeed_config: dict[str, Any], muon: set[st
     """A DeepSpeedEngine around `model`.
 
     muon: names of the parameters that the optimizer Muon updates; other optimizers ignore it. Raises ValueError with
-    one line for keys that DeepSpeed refuses.
+    one line for what DeepSpeed refuses.
     """
     import deepspeed
-    from pydantic import ValidationError
 
     try:
         with _tagged_for_muon(model, muon):
             engine, *_ = deepspeed.initialize(
                 model=model, model_parameters=list(model.parameters()), config=copy.deepcopy(deepspeed_config)
             )
-    except ValidationError as error:
-        raise ValueError(section_error(error, deepspeed_config)) from error
-    except TypeError as error:
-        if "unexpected keyword argument" not in str(error):
+    except Exception as error:  # DeepSpeed raises all kinds, down to AssertionError, for what it does not support
+        if isinstance(error, torch.OutOfMemoryError) or is_of_collectives(error):
             raise
-        raise ValueError(f"DeepSpeed key optimizer.params: {error}") from error
+        logger.debug("deepspeed.initialize failed", exc_info=True)
+        raise ValueError(
+            f"DeepSpeed refuses this configuration: {type(error).__name__}: {first_line(error)}"
+        ) from error
     return engine
 
 

@@ -6,8 +6,6 @@ itself of (seed, position): a run computes the same on any number of ranks, and 
 
 from __future__ import annotations
 
-import json
-import os
 import shlex
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -24,14 +22,12 @@ from ..data.loader import Loader
 from ..data.shards import Shard
 from ..data.source import Split, count_training_samples, embed_all, is_embedded, open_data, prepare_shapes, uses_text
 from ..networks.parameters import muon_parameters
-from ..networks.unet import UNet
 from ..seeds import mix_seed
 from . import checkpoint
 from .agreement import agree_on_checkpoint, agree_on_run_directory, on_first_rank
 from .averages import Averages
 from .checkpoint_writer import CheckpointWriter
 from .deepspeed_config import json_like, resolve_deepspeed, total_batch_size
-from .deepspeed_keys import check_deepspeed_keys
 from .ema import EMA
 from .engine import backend, choose_accelerator, init_distributed, make_engine
 from .engine_state import load
@@ -40,6 +36,7 @@ from .learning_rate import set_learning_rate
 from .length import planned_epochs, planned_steps, steps_of_epochs
 from .metrics import Metrics
 from .phases import Phases
+from .plan import Target, describe, headline, this_machine
 from .preemption import StopRequest, TrainingInterrupted
 from .profiler import StepProfiler
 from .rendezvous import meet
@@ -71,18 +68,12 @@ class Trainer:
         self.samples: int | None = None  # training samples, counted when a stage is given in epochs
         self.progress: dict[str, tuple[int, int]] = {}  # by stage: steps taken and samples read when it resumes
 
-    def describe(self) -> str:
-        """What `fit` would do: the stages, the DeepSpeed configuration of each, the whole file. Writes nothing."""
-        lines = []
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        for config in self.stages:
-            deepspeed, notices = self._resolve(config, world_size, device)
-            with torch.device("meta"):
-                unet = UNet(config.unet)
-            lines.append(self._headline(config, unet, deepspeed, world_size, device))
-            lines += [f"{config.name}: {notice}" for notice in notices]
-            lines.append(f"{config.name}: DeepSpeed {json.dumps(deepspeed)}")
+    def describe(self, where: Target | None = None) -> str:
+        """What `fit` would do and need: the stages, the DeepSpeed configuration of each, a table, the whole file.
+
+        where: the processes and their GPU, which need not be here; by default this machine. Writes nothing.
+        """
+        lines = describe(self.stages, where or this_machine(), self._resolve, self._steps)
         return "\n".join([*lines, self.config.to_json()])
 
     def fit(self) -> None:
@@ -349,6 +340,7 @@ class Trainer:
 
     def _resolve(self, config: StageConfig, world_size: int, device: str) -> tuple[dict[str, Any], list[str]]:
         """The stage's DeepSpeed configuration, and a line for everything that was resolved."""
+        choose_accelerator()
         deepspeed, notices = resolve_deepspeed(
             self.config.deepspeed,
             self._stage_settings(config).deepspeed,
@@ -358,8 +350,6 @@ class Trainer:
             tensorboard=str(self.run_dir / "tensorboard"),
             job_name=config.name,
         )
-        choose_accelerator()
-        check_deepspeed_keys(deepspeed)
         if device == "cuda":
             notices.append(f"train.cudnn_benchmark: {json_like(self.settings.cudnn_benchmark)}")
         elif self.settings.compile:
@@ -376,22 +366,14 @@ class Trainer:
             notices.append(f"preview grids take {preview_steps} sampling steps, not the stage's {steps}")
         return deepspeed, notices
 
-    def _headline(
-        self, config: StageConfig, unet: UNet, deepspeed: dict[str, Any], world_size: int, device: str
-    ) -> str:
-        millions = sum(parameter.numel() for parameter in unet.parameters()) / 1e6
-        steps = self._steps(config, world_size)
-        return (
-            f"{config.name}: {config.size}x{config.size}, {millions:.2f} M parameters, {steps} steps of "
-            f"{deepspeed['train_batch_size']} images on {world_size} x {device}"
-        )
-
     def _make_engine(self, config: StageConfig) -> tuple[Any, dict[str, Any]]:
         """The stage's DeepSpeed engine and its resolved DeepSpeed configuration."""
         deepspeed, notices = self._resolve(config, self.world_size, self.device.type)
         seed = mix_seed(self.settings.seed, config.name, "weights")
         unet = initial_unet(config, seed=seed, init_from=self._stage_settings(config).init_from)
-        self._print(self._headline(config, unet, deepspeed, self.world_size, self.device.type))
+        parameters = sum(parameter.numel() for parameter in unet.parameters())
+        steps = self._steps(config, self.world_size)
+        self._print(headline(config, parameters, steps, deepspeed, self.world_size, self.device.type))
         for notice in notices:
             self._print(f"{config.name}: {notice}")
         muon = muon_parameters(unet)

@@ -75,7 +75,7 @@ class Watchdog:
 
     def _account_for(self, error: BaseException) -> None:
         assert self.peers is not None
-        if not _is_of_collectives(error):
+        if not is_of_collectives(error):
             status = EXIT_LOST if isinstance(error, (ConnectionError, RuntimeError, MemoryError)) else 1
             name = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
             text = f"{self.peers.me}: {name}{first_line(error)}"
@@ -288,7 +288,7 @@ SILENT = "no sign of life from"
 ENDED = "has ended without a word (killed: if for lack of memory, dmesg on its host says so)"
 
 
-def _is_of_collectives(error: BaseException) -> bool:
+def is_of_collectives(error: BaseException) -> bool:
     """Whether an error comes from communication: torch's DistError, or gloo's errors, which are RuntimeErrors."""
     from torch.distributed import DistError
 

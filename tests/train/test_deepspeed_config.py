@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from fastimagen.train import deepspeed_config
+from fastimagen.train import deepspeed_auto, deepspeed_config
 from fastimagen.train.deepspeed_config import REDUCE_BUCKET_SIZE, can_compile_fused_adam, resolve_deepspeed
 from tests.conftest import ROOT
 
 ADAM = {"type": "AdamW", "params": {"lr": 1e-4}}
+SGD = {"optimizer": {"type": "SGD", "params": {"lr": 1.0}}, "zero_allow_untested_optimizer": True}
 GIVEN_ZERO = {"stage": 1, "reduce_bucket_size": 1000, "overlap_comm": False}
 
 
@@ -66,7 +67,7 @@ def test_complete_configuration_is_passed_on_without_notices() -> None:
         "gradient_clipping": 0.5,
         "bf16": {"enabled": True},
         "zero_optimization": {"stage": 3, "overlap_comm": True, "reduce_bucket_size": 1000},
-        "wandb": {"enabled": True, "project": "p"},
+        "csv_monitor": {"enabled": True, "output_path": "p"},
         "train_micro_batch_size_per_gpu": 8,
         "steps_per_print": 7,
     }
@@ -98,7 +99,7 @@ def test_muon_is_not_clipped() -> None:
 
 @pytest.mark.parametrize("zero", [None, {}, {"overlap_comm": False}])
 def test_no_zero_stage_means_1(zero: dict | None) -> None:
-    resolved, notices = resolve(zero_optimization=zero, cuda=False, optimizer={"type": "SGD"})
+    resolved, notices = resolve(zero_optimization=zero, cuda=False, **SGD)
     assert resolved["zero_optimization"] == {**(zero or {}), "stage": 1}
     assert notices == ["zero_optimization.stage: 1 (not given)"]
 
@@ -140,7 +141,7 @@ def test_without_cuda_fitting_settings_have_no_notice() -> None:
         cuda=False, optimizer={"type": "AdamW", "params": {"lr": 1.0, "torch_adam": True}}, bf16={"enabled": False}
     )
     assert notices == [] and resolved["bf16"] == {"enabled": False}
-    assert resolve(cuda=False, optimizer={"type": "SGD", "params": {"lr": 1.0}})[1] == []
+    assert resolve(cuda=False, **SGD)[1] == []
 
 
 def test_with_cuda_and_nvcc_precision_and_adam_are_left_alone() -> None:
@@ -182,7 +183,6 @@ def test_without_nvcc_muons_adam_is_that_of_torch(no_nvcc: None) -> None:
     [
         ({"type": "AdamW", "params": {"lr": 1.0, "torch_adam": False}}, {}),
         ({"type": "AdamW", "params": {"lr": 1.0, "torch_adam": True}}, {}),
-        ({"type": "SGD", "params": {"lr": 1.0}}, {}),
         ({"type": "AdamW", "params": {"lr": 1.0}}, {"offload_optimizer": {"device": "cpu"}}),  # DeepSpeedCPUAdam
     ],
 )
@@ -304,8 +304,8 @@ def test_auto_with_one_right_answer_is_resolved(cuda: bool) -> None:
         cuda=cuda,
         steps=1234,
         bf16={"enabled": "auto"},
-        optimizer={"type": "SGD"},
         scheduler={"type": "WarmupCosineLR", "params": {"total_num_steps": "auto"}},
+        **SGD,
     )
     assert resolved["bf16"]["enabled"] is cuda
     assert resolved["scheduler"]["params"]["total_num_steps"] == 1234
@@ -313,31 +313,83 @@ def test_auto_with_one_right_answer_is_resolved(cuda: bool) -> None:
     assert any(notice.startswith(f"bf16.enabled: {'true' if cuda else 'false'}") for notice in notices)
 
 
+AUTOS = [
+    ("gradient_clipping", "auto", 1.0),
+    ("optimizer.params.lr", "auto", 1e-4),
+    ("optimizer.params.betas", "auto", [0.9, 0.999]),
+    ("optimizer.params.betas", ["auto", "auto"], [0.9, 0.999]),
+    ("optimizer.params.eps", "auto", 1e-8),
+    ("optimizer.params.weight_decay", "auto", 0.0),
+    ("zero_optimization.stage", "auto", 1),
+    ("zero_optimization.reduce_bucket_size", "auto", REDUCE_BUCKET_SIZE),
+    ("zero_optimization.stage3_prefetch_bucket_size", "auto", 50_000_000),
+    ("zero_optimization.stage3_param_persistence_threshold", "auto", 100_000),
+    ("zero_optimization.allgather_bucket_size", "auto", 500_000_000),
+    ("zero_optimization.offload_optimizer.device", "auto", "none"),
+    ("scheduler.params.warmup_min_lr", "auto", 0.0),
+    ("scheduler.params.warmup_max_lr", "auto", 1e-4),
+    ("scheduler.params.warmup_num_steps", "auto", 1000),
+    ("scheduler.params.total_num_steps", "auto", 10_000),
+    ("fp16.loss_scale_window", "auto", 1000),
+    ("prescale_gradients", "auto", False),
+    ("wall_clock_breakdown", "auto", False),
+]
+
+
+@pytest.mark.parametrize(("path", "given", "expected"), AUTOS)
+def test_auto_has_a_documented_answer(path: str, given: Any, expected: Any) -> None:
+    tree: dict[str, Any] = {"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}
+    tree["scheduler"] = {"type": "WarmupDecayLR", "params": {"total_num_steps": "auto"}}
+    tree |= {"gradient_clipping": None, "zero_optimization": {}}
+    *sections, key = path.split(".")
+    owner = tree
+    for section in sections:
+        owner = owner.setdefault(section, {})
+    owner[key] = given
+    resolved, notices = resolve(steps=10_000, **tree)
+    assert flat(resolved)[path] == expected
+    assert any(notice.startswith(f"{path}: ") for notice in notices)
+
+
 @pytest.mark.parametrize(
-    ("path", "tree"),
+    ("bf16", "fp16", "has_bf16", "expected"),
     [
-        ("optimizer.params.lr", {"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}),
-        (
-            "optimizer.params.weight_decay",
-            {"optimizer": {"type": "AdamW", "params": {"lr": 1.0, "weight_decay": "auto"}}},
-        ),
-        ("scheduler.params.warmup_num_steps", {"scheduler": {"params": {"warmup_num_steps": "auto"}}}),
-        ("gradient_clipping", {"gradient_clipping": "auto"}),
-        ("zero_optimization.stage", {"zero_optimization": {"stage": "auto"}}),
-        ("zero_optimization.reduce_bucket_size", {"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}),
-        ("fp16.enabled", {"fp16": {"enabled": "auto"}}),
+        ("auto", "auto", True, "bf16"),
+        ("auto", "auto", False, "fp16"),
+        ("auto", None, True, "bf16"),
+        (None, "auto", True, "bf16"),
+        (None, "auto", False, "fp16"),
+        (False, "auto", True, "fp16"),
+        (True, "auto", False, "bf16"),
+        ("auto", True, True, "fp16"),
+        ("auto", False, False, "bf16"),
     ],
 )
-def test_other_autos_are_refused(path: str, tree: dict) -> None:
+def test_auto_precision_is_bf16_where_the_gpu_has_it(
+    bf16: bool | str | None, fp16: bool | str | None, has_bf16: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deepspeed_auto, "_gpu_has_bf16", lambda: has_bf16)
+    given = {name: {"enabled": value} for name, value in (("bf16", bf16), ("fp16", fp16)) if value is not None}
+    resolved = resolve(**given)[0]
+    assert [name for name in ("bf16", "fp16") if resolved.get(name, {}).get("enabled")] == [expected]
+    without_cuda = resolve(cuda=False, **given)[0]
+    assert not any(without_cuda.get(name, {}).get("enabled") for name in ("bf16", "fp16"))
+
+
+def test_all_autos_without_an_answer_are_named_at_once() -> None:
+    optimizer = {"type": "Muon", "params": {"muon_lr": "auto", "adam_lr": "auto", "weight_decay": "auto"}}
+    scheduler = {"type": "OneCycle", "params": {"cycle_min_lr": "auto", "cycle_max_lr": 1.0}}
+    tree = {"optimizer": optimizer, "scheduler": scheduler, "gradient_clipping": None}
     message = refusal(**tree)
-    assert message.startswith(f'DeepSpeed key {path} is "auto"') and "give a value" in message
+    for path in ("optimizer.params.muon_lr", "optimizer.params.adam_lr", "scheduler.params.cycle_min_lr"):
+        assert path in message
+    assert "weight_decay" not in message and message.endswith("give values")
     assert refusal(tree) == message  # in a stage's override as well
 
 
 @pytest.mark.parametrize(
     "tree",
     [
-        {"optimizer": {"type": "AdamW", "params": {"lr": 1.0, "betas": ["auto", "auto"]}}},
         {"zero_optimization": "auto"},
         {"bf16": "auto"},
         {"bf16": True},
@@ -391,6 +443,8 @@ ACCUMULATION = "gradient_accumulation_steps"
         (("auto", 4, "auto"), 2, (8, 4, 1)),
         ((64, "auto", 4), 2, (64, 8, 4)),
         ((64, "auto", "auto"), 2, (64, 32, 1)),
+        (("auto", "auto", "auto"), 2, (16, 8, 1)),
+        (("auto", None, 2), 1, (16, 8, 2)),
     ],
 )
 def test_batch_size_is_the_product_of_its_factors(given: tuple, world_size: int, expected: tuple) -> None:
@@ -432,7 +486,6 @@ def test_batch_size_is_the_product_of_its_factors(given: tuple, world_size: int,
         ((2, None, None), 4, "train_batch_size 2 is not"),
         ((2, 4, None), 1, "train_batch_size 2 is not"),
         ((None, None, None), 1, "give train_batch_size or train_micro_batch_size_per_gpu"),
-        (("auto", "auto", 2), 1, "give train_batch_size or train_micro_batch_size_per_gpu"),
         ((True, None, None), 1, "train_batch_size must be a positive whole number, got True"),
         ((0, None, None), 1, "train_batch_size must be a positive whole number, got 0"),
         ((64, 2.5, None), 1, "train_micro_batch_size_per_gpu must be a positive whole number, got 2.5"),
