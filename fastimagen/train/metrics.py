@@ -18,22 +18,25 @@ MIN_LAG = 0.05
 class Metrics:
     """Writes records on rank 0 and does nothing on other ranks.
 
-    monitor: the engine's. A resumed run first removes the records of its stage that are later than the checkpoint, so
-    that no step is recorded twice.
+    monitor: the engine's. A resumed run first calls `drop_later_records`.
     """
 
     def __init__(self, run_dir: Path, *, stage: str, steps: int, start: int, rank: int, monitor: Any) -> None:
-        self.stage, self.steps, self.rank = stage, steps, rank
+        self.stage, self.steps, self.start, self.rank = stage, steps, start, rank
         self.bar = None
         self._paced: tuple[int, float] | None = None  # step and time of the first record: later ones give the pace
         if rank == 0:
             self.file = RecordFile(run_dir / "metrics.jsonl", self.say)
-            self.file.drop_after(stage, start)
             self.monitors = Monitors(monitor, f"{run_dir.name}/{stage}", self.say)
             if sys.stderr.isatty():
                 from tqdm import tqdm
 
                 self.bar = tqdm(total=steps, initial=start, desc=stage, unit="step", dynamic_ncols=True)
+
+    def drop_later_records(self) -> None:
+        """Remove the records of the stage that are later than the step it starts from, so that no step is recorded
+        twice. Rank 0 calls it. Raises OSError."""
+        self.file.drop_after(self.stage, self.start)
 
     def write(self, step: int, **values: Any) -> None:
         """Write one record: {"stage", "step", "time", **values}. Numbers that are not finite become null."""

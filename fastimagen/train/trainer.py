@@ -128,6 +128,7 @@ class Trainer:
         saver = CheckpointWriter(
             self._checkpoints(config), self.token, keep=settings.keep_checkpoints, keep_every=settings.keep_every
         )
+        on_first_rank(metrics.drop_later_records)
         speed = self._speed(config, engine, metrics)
         profiler = StepProfiler(self.run_dir, config.name, settings.profile if self.rank == 0 else 0, metrics.say)
         nonfinite_in_a_row = 0
@@ -182,8 +183,8 @@ class Trainer:
                     if preview:
                         phases.enter("samples")
                         path = self.run_dir / "samples" / config.name / f"step-{step:08d}.png"
-                        sample_grid(stage, unet, validation_data or train_data, self.config, path)
-                        metrics.show_grid(step, path)
+                        problem = sample_grid(stage, unet, validation_data or train_data, self.config, path)
+                        metrics.say(problem) if problem else metrics.show_grid(step, path)
                     del unet  # frees its weights
                 reason = stop.should_stop()
                 if reason or save:

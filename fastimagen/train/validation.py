@@ -12,6 +12,7 @@ from torch import Tensor
 from ..cascade import Stage
 from ..config import Config, SamplingConfig, StageConfig
 from ..data.source import Split
+from ..files import atomic_file, first_line
 from ..images import grid
 from ..networks.unet import UNet
 from ..seeds import mix_seed
@@ -57,8 +58,10 @@ def preview_sampling(stage: StageConfig) -> SamplingConfig:
     return stage.sampling.model_copy(update={"steps": min(stage.sampling.steps, MAX_PREVIEW_STEPS)})
 
 
-def sample_grid(stage: Stage, unet: UNet, split: Split, config: Config, path: Path) -> None:
+def sample_grid(stage: Stage, unet: UNet, split: Split, config: Config, path: Path) -> str | None:
     """Save a captioned grid of images of this stage for fixed captions and seeds. All ranks call it.
+
+    Returns a line on rank 0 if the grid could not be saved: a full disk does not end training.
 
     A super-resolution stage enlarges validation images that were reduced to the size of the stage below, so that the
     grid shows this stage only."""
@@ -83,6 +86,11 @@ def sample_grid(stage: Stage, unet: UNet, split: Split, config: Config, path: Pa
         for indices, rows in parts:
             if indices:
                 by_index |= zip(indices, rows)
-        path.parent.mkdir(parents=True, exist_ok=True)
         ordered = torch.stack([by_index[index] for index in range(len(captions))])  # (B, C, H, W)
-        grid(ordered, captions).save(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_file(path) as temporary:
+                grid(ordered, captions).save(temporary, format="PNG")
+        except OSError as error:
+            return f"cannot save the preview grid {path}: {first_line(error)}"
+    return None

@@ -288,6 +288,9 @@ def test_preview_grids_take_32_steps_of_the_same_sampler(toy_config: dict, tmp_p
     assert validation_data is not None
     sample_grid(Stage(config, None), unet, validation_data, trainer.config, tmp_path / "grid.png")
     assert len(calls) == 32 and (tmp_path / "grid.png").exists()
+    (tmp_path / "folder").touch()  # where a folder should be: nothing can be saved there
+    problem = sample_grid(Stage(config, None), unet, validation_data, trainer.config, tmp_path / "folder/grid.png")
+    assert problem is not None and problem.startswith(f"cannot save the preview grid {tmp_path}/folder/grid.png: ")
 
 
 def test_short_samplers_keep_their_steps_in_preview_grids() -> None:
@@ -337,6 +340,7 @@ def test_later_and_incomplete_records_are_removed_and_no_others(tmp_path: Path) 
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"stage": "sr", "step": 6, "lo')  # a kill in the middle of a line
     metrics = open_metrics(tmp_path, 3, "sr")
+    metrics.drop_later_records()
     for step in range(4, 8):
         metrics.write(step, loss=9.0)
     metrics.close()
