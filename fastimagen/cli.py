@@ -151,8 +151,10 @@ def parser() -> argparse.ArgumentParser:
     minimagen = command(
         "import-minimagen", _import_minimagen, "convert a MinImagen training directory into a model directory"
     )
-    minimagen.add_argument("source", type=Path, help="training directory of MinImagen")
-    minimagen.add_argument("--out", type=Path, required=True, help="new model directory")
+    minimagen.add_argument("source", type=Path, help="training directory of MinImagen, or its folder parameters")
+    minimagen.add_argument(
+        "--out", type=Path, required=True, help="new model directory; or a new .json, a configuration without weights"
+    )
 
     command("info", _info, "print versions, devices and active kernels for a bug report")
     return top
@@ -332,6 +334,11 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _import_minimagen(options: argparse.Namespace) -> None:
+    if options.out.suffix == ".json":
+        from .interop.minimagen_settings import import_parameters
+
+        print(import_parameters(options.source, options.out))
+        return
     from .interop.minimagen import import_minimagen
 
     print(import_minimagen(options.source, options.out))

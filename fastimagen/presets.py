@@ -163,6 +163,7 @@ def minimagen_stage(
     Raises ValueError with one line for values out of range.
     """
     linear = {"name": "linear", "timesteps": timesteps}
+    guidance = 3.0 if caption_dropout else 1.0  # without dropout there is nothing to guide away from
     return validate(
         StageConfig,
         {
@@ -172,7 +173,7 @@ def minimagen_stage(
             "schedule": linear,
             "objective": {"prediction": "epsilon", "loss": loss, "caption_dropout": caption_dropout},
             "augmentation": {"schedule": linear, "sample_level": sample_level} if unet.lowres else None,
-            "sampling": {"sampler": "ddpm", "steps": timesteps, "guidance": 3.0, "percentile": percentile},
+            "sampling": {"sampler": "ddpm", "steps": timesteps, "guidance": guidance, "percentile": percentile},
         },
         f"stage {name}",
     )

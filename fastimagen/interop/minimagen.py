@@ -63,7 +63,7 @@ def import_minimagen(source: str | Path, out: str | Path) -> Path:
     source, out = Path(source), Path(out)
     require_empty(out)
     files = _unet_files(source)
-    imagen, imagen_path = _read_imagen(source / "parameters")
+    imagen, imagen_path = read_imagen(source / "parameters")
     sizes = imagen["image_sizes"]
     if not isinstance(sizes, list) or len(sizes) != len(files):
         message = f"image_sizes must be a list of {len(files)} sizes, one per U-Net, got {sizes!r}"
@@ -77,7 +77,7 @@ def import_minimagen(source: str | Path, out: str | Path) -> Path:
             unet = unet_from_minimagen(_read_state_dict(checkpoint), arguments, label=f"unet_{index}")
         except ValueError as error:
             raise ValueError(f"unet_{index} ({parameters.name}, {checkpoint.name}): {error}") from None
-        stage = _stage(unet.config, size, imagen)
+        stage = stage_of(unet.config, size, imagen)
         stages.append(stage)
         weights[stage.name] = unet.state_dict()
         millions = sum(weight.numel() for weight in weights[stage.name].values()) / 1e6
@@ -97,7 +97,7 @@ def import_minimagen(source: str | Path, out: str | Path) -> Path:
     return write_model(out, cascade, weights, text_encoder=encoder, encoder_folder=None, card=card)
 
 
-def _stage(unet: UNetConfig, size: Any, imagen: dict[str, Any]) -> StageConfig:
+def stage_of(unet: UNetConfig, size: Any, imagen: dict[str, Any]) -> StageConfig:
     """The stage for a U-Net and the arguments of MinImagen's Imagen. Raises ValueError for invalid arguments."""
     stage = minimagen_stage(
         f"sr{size}" if unet.lowres else f"base{size}",
@@ -117,8 +117,8 @@ def _unet_files(source: Path) -> list[tuple[Path, Path]]:
     """(parameters, weights) of every U-Net, in order."""
     if not (source / "parameters").is_dir():
         raise ValueError(f"{source} is not a MinImagen training directory: it has no folder parameters")
-    with_parameters = _unet_numbers(source / "parameters", ".json")
-    with_weights = _unet_numbers(source / "state_dicts", ".pth") | _unet_numbers(source / "tmp", ".pth")
+    with_parameters = unet_numbers(source / "parameters", ".json")
+    with_weights = unet_numbers(source / "state_dicts", ".pth") | unet_numbers(source / "tmp", ".pth")
     count = len(with_parameters)
     if not count or with_parameters != set(range(count)):
         found = ", ".join(f"unet_{number}" for number in sorted(with_parameters)) or "none"
@@ -132,34 +132,37 @@ def _unet_files(source: Path) -> list[tuple[Path, Path]]:
         raise ValueError(f"{source} holds weights of unet_{number}, but no parameters/unet_{number}_params_*.json")
     files = []
     for index in range(count):
-        parameters = _only_file(source / "parameters", f"unet_{index}_*.json")
+        parameters = only_file(source / "parameters", f"unet_{index}_*.json")
         assert parameters is not None  # found above
-        checkpoint = _only_file(source / "state_dicts", f"unet_{index}_*.pth")
+        checkpoint = only_file(source / "state_dicts", f"unet_{index}_*.pth")
         if checkpoint is None:
-            checkpoint = _only_file(source / "tmp", f"unet_{index}_*.pth")
+            checkpoint = only_file(source / "tmp", f"unet_{index}_*.pth")
             if checkpoint is None:
-                raise ValueError(f"{source} holds no weights of unet_{index}, neither in state_dicts nor in tmp")
+                raise ValueError(
+                    f"{source} holds no weights of unet_{index}, neither in state_dicts nor in tmp; to train such a "
+                    f"cascade, write its configuration: fastimagen import-minimagen {source} --out mine.json"
+                )
             logger.warning("unet_%d has no best weights in state_dicts: using the latest, %s", index, checkpoint)
         files.append((parameters, checkpoint))
     return files
 
 
-def _unet_numbers(folder: Path, suffix: str) -> set[int]:
+def unet_numbers(folder: Path, suffix: str) -> set[int]:
     """The numbers N of the files unet_N_* in a folder; empty if there is no such folder."""
     matches = (re.match(r"unet_(\d+)_", path.name) for path in folder.glob(f"unet_*{suffix}"))
     return {int(match[1]) for match in matches if match}
 
 
-def _read_imagen(parameters: Path) -> tuple[dict[str, Any], Path]:
+def read_imagen(parameters: Path) -> tuple[dict[str, Any], Path]:
     """The arguments of MinImagen's Imagen with its defaults, and the path of their file."""
-    path = _only_file(parameters, "imagen_*.json")
+    path = only_file(parameters, "imagen_*.json")
     if path is None:
         raise ValueError(
             f"{parameters} holds no imagen_params_*.json; MinImagen does not save it for a restarted run: "
             f"copy it from the first run"
         )
     arguments = read_json_object(path)
-    command = _read_command(parameters)
+    command = read_command(parameters)
     if "T5_NAME" in command:
         arguments.setdefault("text_encoder_name", command["T5_NAME"])
     required = {"image_sizes", "text_encoder_name"}
@@ -195,9 +198,9 @@ def _compare_with_command(imagen: dict[str, Any], path: Path, command: dict[str,
             logger.warning(message, key, value, path.name, argument, command[argument])
 
 
-def _read_command(parameters: Path) -> dict[str, str]:
+def read_command(parameters: Path) -> dict[str, str]:
     """The --KEY=VALUE lines of training_parameters*.txt; empty if there is no such file."""
-    path = _only_file(parameters, "training_*.txt")
+    path = only_file(parameters, "training_*.txt")
     if path is None:
         return {}
     values = {}
@@ -226,7 +229,7 @@ def _text_encoder(name: str | None, text_dim: int, path: Path) -> dict[str, Any]
     return {"name": name, "revision": None, "max_length": MINIMAGEN["max_text_length"], "included": False}
 
 
-def _only_file(folder: Path, pattern: str) -> Path | None:
+def only_file(folder: Path, pattern: str) -> Path | None:
     """The file in `folder` that matches; None if there is none. Raises ValueError if there are several."""
     found = sorted(folder.glob(pattern))
     if len(found) > 1:

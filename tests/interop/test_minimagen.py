@@ -237,6 +237,7 @@ def test_converted_stages_train_and_sample_like_minimagen(tmp_path: Path) -> Non
             "guidance": 3.0,
             "threshold": "dynamic",
             "percentile": 0.8,
+            "ceiling": None,
             "tile": None,
             "augmentation_level": None,
         }
