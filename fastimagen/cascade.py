@@ -26,8 +26,16 @@ from .networks.unet import UNet
 from .seeds import image_noise
 from .text.embeddings import TextEmbeddings
 
-Callback = Callable[[str, int, Tensor, Tensor], None]
-"""callback(stage, step, x, x0) after every step of the sampler."""
+Callback = Callable[[str, int, Tensor, Tensor], object]
+"""callback(stage, step, x, x0) after every step of the sampler; sampling stops if it returns False."""
+
+
+class StopSampling(Exception):
+    """A callback returned False. x0 (B, C, H, W) is the estimate of the stage's images at that step."""
+
+    def __init__(self, stage: str, step: int, x0: Tensor) -> None:
+        super().__init__(f"stopped by the callback in stage {stage} after step {step + 1}")
+        self.x0 = x0
 
 
 class Stage:
@@ -148,8 +156,8 @@ class Stage:
             return image_noise(seeds, shape, stage=self.name, step=step, device=device)  # (B, C, H, W)
 
         def stage_callback(step: int, x: Tensor, x0: Tensor) -> None:
-            if callback is not None:
-                callback(self.name, step, x, x0)
+            if callback is not None and callback(self.name, step, x, x0) is False:
+                raise StopSampling(self.name, step, x0)
 
         schedule, sample_fn = self.diffusion.schedule, SAMPLERS[sampling.sampler]
         times = schedule.sampling_times(sampling.steps)  # (steps + 1,)

@@ -73,16 +73,19 @@ class InitImage:
         return replace(self, image=self.image[rows], mask=None if self.mask is None else self.mask[rows])
 
     def at(self, size: int, device: torch.device) -> InitImage:
-        """The same for a stage of `size` pixels, fp32. A pixel is known if all pixels that it covers are known."""
-        image = resize(self.image.to(device).float(), size)  # (B, C, size, size)
+        """The same for a stage of `size` pixels, fp32. A pixel is known if all pixels that it covers are known.
+
+        Resized on the CPU: Apple GPUs lack some of the operations.
+        """
+        image = resize(self.image.cpu().float(), size).to(device)  # (B, C, size, size)
         if self.mask is None:
             return replace(self, image=image)
-        sampled = self.mask.to(device).float()  # (B, 1, H, H)
+        sampled = self.mask.cpu().float()  # (B, 1, H, H)
         if sampled.shape[-1] > size:
             sampled = F.adaptive_max_pool2d(sampled, size)  # (B, 1, size, size)
         elif sampled.shape[-1] < size:
             sampled = F.interpolate(sampled, (size, size), mode="area")  # (B, 1, size, size)
-        return replace(self, image=image, mask=sampled > 0)
+        return replace(self, image=image, mask=(sampled > 0).to(device))
 
     def with_known_region(self, denoise: Denoise) -> Denoise:
         """`denoise` with the known region copied into every x0."""

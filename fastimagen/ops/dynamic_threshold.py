@@ -12,6 +12,9 @@ from .layout import dense, laid_as
 
 MAX_ELEMENTS = 2**31 - 1  # of an image: the kernel counts in int32
 
+WITHOUT_FLOAT64 = ("mps",)
+"""Types of devices that have no float64: Apple GPUs."""
+
 
 def dynamic_threshold(x0: Tensor, percentile: float, *, floor: float = 1.0, ceiling: float | None = None) -> Tensor:
     """s = clamp(quantile(|x0|, p), floor, ceiling) per sample; clamp(x0, -s, s) / s.
@@ -60,8 +63,10 @@ def dynamic_threshold_reference(
     high = torch.where(tied | (rank + 1 >= count), low, high)
     fraction = position - rank
     # Equal ends are exact, infinite ones too. Between different ends float64 keeps both, even if they are far apart.
-    between = torch.where(low == high, low.double(), low.double() + fraction * (high.double() - low.double()))
-    s = (between if fraction else low.double()).clamp(floor, ceiling)
+    wide = torch.float32 if x0.device.type in WITHOUT_FLOAT64 else torch.float64
+    low, high = low.to(wide), high.to(wide)  # (B, 1) each
+    between = torch.where(low == high, low, low + fraction * (high - low))
+    s = (between if fraction else low).clamp(floor, ceiling)
     has_nan = magnitude.sum(dim=1, keepdim=True).isnan()  # (B, 1); a sum of magnitudes has no inf - inf
     s = torch.where(has_nan, torch.nan, s).to(dtype)
     s = s.reshape(-1, *(1,) * (x0.dim() - 1))  # (B, 1, ..., 1)

@@ -16,11 +16,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..cascade import Callback, Cascade
+from ..cascade import Callback, Cascade, StopSampling
 from ..config import CompileMode, SamplingConfig
 from ..diffusion.inpainting import InitImage
 from ..files import first_line
-from ..images import with_channels
+from ..images import resize, with_channels
 from ..text.embeddings import TextEmbeddings
 from ..text.t5 import T5Encoder
 from .hub import locate_model, push_model
@@ -221,8 +221,10 @@ class ImagenPipeline:
     def sample(self, request: SamplingRequest, *, batch_size: int = 32, callback: Callback | None = None) -> Output:
         """Sample what is requested, `batch_size` images at a time.
 
-        callback(stage, step, x, x0) is called after every step; x0 (B, C, H, W) is the current estimate of the final
-        images. Raises ValueError if the request does not fit the model.
+        callback(stage, step, x, x0) is called after every step; x0 (B, C, H, W) is the current estimate of the stage's
+        images. If it returns False, sampling stops: the output has the images of finished batches, the current
+        estimates of the batch at work, in the final size, and a warning. Raises ValueError if the request does not fit
+        the model.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -230,21 +232,28 @@ class ImagenPipeline:
         encoded, warnings = self._encode_request(request)  # last: loading the text encoder may take minutes
         encoded, converted = self._with_channels(encoded)
         warnings += converted
-        images = []
+        images: list[Tensor] = []
         for batch in encoded.batches(batch_size):
             lowres = _for_each_image(batch.lowres, len(batch))  # (b, C, h, w)
-            sampled = self.cascade.sample(
-                None if batch.text is None else batch.text.to(device=self.device),
-                list(batch.seeds),
-                settings=settings,
-                negative=_for_each_image(batch.negative, len(batch)),
-                init_image=_for_each_image(batch.init_image, len(batch)),
-                lowres=None if lowres is None else lowres.to(self.device),
-                start_at=batch.start_at,
-                stop_at=batch.stop_at,
-                callback=callback,
-                device=self.device if self.offload else None,
-            )
+            try:
+                sampled = self.cascade.sample(
+                    None if batch.text is None else batch.text.to(device=self.device),
+                    list(batch.seeds),
+                    settings=settings,
+                    negative=_for_each_image(batch.negative, len(batch)),
+                    init_image=_for_each_image(batch.init_image, len(batch)),
+                    lowres=None if lowres is None else lowres.to(self.device),
+                    start_at=batch.start_at,
+                    stop_at=batch.stop_at,
+                    callback=callback,
+                    device=self.device if self.offload else None,
+                )
+            except StopSampling as stop:
+                last = self.cascade.running(request.start_at, request.stop_at, request.lowres)[-1]
+                images.append(resize(stop.x0.float().clamp(-1, 1), last.config.size).cpu())  # (b, C, H, W)
+                total, request = len(request), request[: sum(map(len, images))]
+                warnings.append(f"{stop}: {len(request)} of {total} images, the last {len(batch)} are unfinished")
+                break
             images.append(sampled.cpu())  # (b, C, H, W)
         return Output(torch.cat(images), request.labels, list(request.seeds), self.record(request), warnings)
 
