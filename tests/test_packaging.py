@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import email
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -19,6 +20,8 @@ import fastimagen
 from fastimagen import extras
 from fastimagen.extras import install_command
 from tests.conftest import ROOT
+from tests.import_graph import imports, modules
+from tests.test_layering import CORE
 
 GENERATED = ("PKG-INFO", "setup.cfg", "fastimagen.egg-info/")
 
@@ -147,6 +150,24 @@ def test_a_wheel_starts_without_a_clone(built: Built, tmp_path: Path) -> None:
     text, demo, xformers = run([built.python, "-c", hints], cwd=tmp_path).splitlines()
     assert text == "pip install 'transformers>=5.0' 'sentencepiece>=0.2' protobuf"
     assert demo == f"{text} 'gradio>=6.0'" and xformers == "pip install xformers"
+
+
+HINTED_BY = {"braceexpand": "webdataset", "psutil": "deepspeed", "tqdm": "deepspeed"}
+"""Packages that are installed with another one, whose absence is said first."""
+
+
+def test_every_optional_package_has_a_hint_how_to_install_it() -> None:
+    """Each third-party package that is imported inside functions is asked for by import_extra or require_extra."""
+    source = "".join(path.read_text() for path in (ROOT / "fastimagen").rglob("*.py"))
+    hinted = set(re.findall(r"(?:import_extra|require_extra|import_for_text|find_spec)\(\s*\"(\w+)", source))
+    optional = {
+        item.package
+        for name, path in modules(ROOT, "fastimagen").items()
+        for item in imports(path, name)
+        if item.deferred and item.package not in {*sys.stdlib_module_names, *CORE.split(), "fastimagen"}
+    } - {"fastimagen_kernels", "starlette", "wandb"}  # ours; a part of gradio; in MONITORS of train/
+    assert {"deepspeed", "gradio", "huggingface_hub", "transformers", "webdataset"} <= optional
+    assert {HINTED_BY.get(name, name) for name in optional} <= hinted
 
 
 def test_in_a_clone_the_hint_names_the_extra() -> None:
