@@ -63,6 +63,15 @@ def init_distributed(timeouts: TimeoutConfig | None = None, peers: Peers | None 
     _set_default_timeout(timedelta(seconds=timeouts.longest))
     try:
         connect = timedelta(seconds=timeouts.rendezvous)
+        if peers:  # torchrun's agent keeps keys of processes that it restarts: the store of this attempt has none
+            dist.init_process_group(
+                backend(),
+                store=peers.store.clone(),  # a connection of its own, so that its waits do not hold up the heartbeats
+                rank=peers.rank,
+                world_size=len(peers.members),
+                timeout=connect,
+                device_id=torch.device("cuda", torch.cuda.current_device()) if cuda else None,
+            )
         deepspeed.init_distributed(dist_backend=backend(), verbose=False, timeout=connect)
         dist.barrier()  # connects the processes: what is wrong with the network shows here
     except RuntimeError as error:

@@ -78,7 +78,7 @@ class Watchdog:
         if not is_of_collectives(error):
             status = EXIT_LOST if isinstance(error, (ConnectionError, RuntimeError, MemoryError)) else 1
             name = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
-            text = f"{self.peers.me}: {name}{first_line(error)}"
+            text = f"{self.peers.me}: {name}{first_line(error).removeprefix(f'{self.peers.me}: ')}"
             self._try(lambda peers: peers.fail(Failure(text, (peers.rank,), status)))
             return
         # A process elsewhere has ended, or closed its connections. Who, the heartbeats tell soon; the thread then ends
