@@ -6,6 +6,8 @@ variance-preserving scale), where F is the network.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -19,7 +21,7 @@ def huber(error: Tensor) -> Tensor:
     return torch.where(size < 1, size.square() / 2, size - 0.5)
 
 
-PENALTIES = {"l2": torch.square, "l1": torch.abs, "huber": huber}
+PENALTIES: dict[str, Callable[[Tensor], Tensor]] = {"l2": torch.square, "l1": torch.abs, "huber": huber}
 
 
 def expand(coefficient: Tensor, like: Tensor) -> Tensor:
