@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,6 +20,7 @@ from fastimagen.train.devices import DEVICES
 from fastimagen.train.flops import Flops
 from fastimagen.train.memory import process_memory
 from fastimagen.train.plan import Target, plan_stage, target
+from tests.conftest import ROOT
 
 UNET = UNetConfig(text_dim=12, dim=16, dim_mults=(1, 2), heads=1, head_dim=16, stem_kernels=(3,))
 STAGE = StageConfig(name="base", size=16, unet=UNET)
@@ -134,3 +136,10 @@ def test_a_stage_that_does_not_fit_is_named(counted: None) -> None:
     where = Target(1, "cuda", DEVICES["h100"]._replace(memory=0.001))
     lines = plan.table([plan_stage(STAGE, deepspeed(1, train_batch_size=4), 100, where)], where)
     assert lines[-1].startswith("base does not fit into 0.001 GiB: lower train_micro_batch_size_per_gpu")
+
+
+def test_measured_peaks_are_within_a_tenth() -> None:
+    """Of the committed result of benchmarks/studies/dry_run_memory.py."""
+    rows = json.loads((ROOT / "benchmarks/results/dry_run_memory.json").read_text())["rows"]
+    assert rows
+    assert all(abs(row["difference"]) <= 0.1 for row in rows)
