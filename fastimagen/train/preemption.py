@@ -39,6 +39,7 @@ class StopRequest:
         """time.monotonic() of the request."""
         self.peers, self.phases = peers, phases
         self.launchers = _launchers()
+        self._interrupted = False  # by a SIGINT
         self._steps, self._next_agreement, self._agreements = 0, 1, 0
         self._last = (0, time.monotonic())  # of the last agreement
         if peers and peers.rank == 0:
@@ -56,9 +57,13 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        """Python runs it in the main thread, and not before a call into C, such as a collective, returns."""
-        if number == signal.SIGINT and self.reason == "SIGINT":
+        """Python runs it in the main thread, and not before a call into C, such as a collective, returns.
+
+        The watchdog's thread may have recorded the same signal before.
+        """
+        if number == signal.SIGINT and self._interrupted:
             raise KeyboardInterrupt
+        self._interrupted = self._interrupted or number == signal.SIGINT
         self.request(signal.Signals(number).name)
         if self.phases.current.phase in BEFORE_TRAINING:
             raise TrainingInterrupted(f"{self.reason}: stopped before a step; rerun the command")

@@ -52,6 +52,13 @@ def test_a_signal_stops_the_run_and_the_old_handlers_are_restored(number: signal
             signal.signal(known, handler)
 
 
+def test_an_interrupt_that_the_watchdog_saw_first_is_not_a_second_one() -> None:
+    with StopRequest(None, training()) as stop:
+        stop.request("SIGINT")  # as `watch` does in the watchdog's thread
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.should_stop() == "SIGINT"
+
+
 def test_a_second_interrupt_exits_immediately() -> None:
     with pytest.raises(KeyboardInterrupt), StopRequest(None, training()) as stop:
         os.kill(os.getpid(), signal.SIGINT)
