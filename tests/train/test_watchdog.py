@@ -21,7 +21,7 @@ from fastimagen.train.exit_status import EXIT_LOST
 from fastimagen.train.peers import Failure, Member, Peers, Status
 from fastimagen.train.phases import Phases
 from fastimagen.train.preemption import StopRequest
-from fastimagen.train.watchdog import Watchdog, _is_of_collectives
+from fastimagen.train.watchdog import Watchdog, is_of_collectives
 from tests.conftest import ROOT
 
 FIVE = [Member(rank, f"node-{rank // 2}", 100 + rank, 0.0, f"machine {rank // 2}") for rank in range(5)]
@@ -87,8 +87,8 @@ def test_the_first_failure_counts() -> None:
 
 def test_errors_of_communication_are_told_from_others() -> None:
     gloo = "[../third_party/gloo/gloo/transport/tcp/pair.cc:537] Connection closed by peer [127.0.0.1]:1234"
-    assert _is_of_collectives(RuntimeError(gloo)) and _is_of_collectives(dist.DistBackendError("NCCL error"))
-    assert not _is_of_collectives(RuntimeError("CUDA out of memory")) and not _is_of_collectives(OSError("gloo"))
+    assert is_of_collectives(RuntimeError(gloo)) and is_of_collectives(dist.DistBackendError("NCCL error"))
+    assert not is_of_collectives(RuntimeError("CUDA out of memory")) and not is_of_collectives(OSError("gloo"))
 
 
 # ---- rendezvous
