@@ -8,7 +8,7 @@ import struct
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -164,11 +164,27 @@ def from_pixels(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
 
 
-def save_png(image: Tensor | Image.Image, path: str | Path) -> None:
-    """Write an image, (C, H, W) in [-1, 1] or PIL, as PNG; creates the folder. Raises ValueError as `to_uint8` does."""
+FileType = Literal["png", "jpg", "webp"]
+SAVE_OPTIONS: dict[str, dict[str, Any]] = {
+    "png": {"format": "PNG"},
+    "jpg": {"format": "JPEG", "quality": 95, "subsampling": 0},
+    "webp": {"format": "WEBP", "lossless": True},
+}
+"""How Pillow writes each file type: png and webp are exact."""
+
+
+def save_image(image: Tensor | Image.Image, path: str | Path) -> None:
+    """Write an image, (C, H, W) in [-1, 1] or PIL, as the file type of its suffix; creates the folder.
+
+    Raises ValueError as `to_uint8` does, and for another suffix.
+    """
+    path = Path(path)
+    options = SAVE_OPTIONS.get(path.suffix.removeprefix("."))
+    if options is None:
+        raise ValueError(f"cannot write {path}: the suffix must be one of {', '.join(SAVE_OPTIONS)}")
     pil = image if isinstance(image, Image.Image) else to_pil(image)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    pil.save(path, format="PNG")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pil.save(path, **options)
 
 
 # ---- sizes

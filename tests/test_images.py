@@ -21,7 +21,7 @@ from fastimagen.images import (
     open_rgb,
     resize,
     resize_and_crop,
-    save_png,
+    save_image,
     to_pil,
     to_pixels,
     to_tensor,
@@ -221,7 +221,7 @@ def test_images_that_are_none_are_refused():
 
 def test_png_keeps_pixels(tmp_path):
     image = to_tensor(smooth(12, 17))
-    save_png(image, tmp_path / "new" / "a.png")
+    save_image(image, tmp_path / "new" / "a.png")
     assert torch.equal(to_tensor(open_rgb((tmp_path / "new" / "a.png").read_bytes())), image)
     assert to_pil(image).size == (17, 12)
 
@@ -348,7 +348,7 @@ def test_grey_pixels_are_pillows_luma_in_files_and_in_tensors():
 def test_grey_tensors_become_grey_files_and_grids(tmp_path):
     shade = torch.full((2, 1, 8, 8), -1.0)
     shade[1] = 1.0
-    save_png(shade[0], tmp_path / "black.png")
+    save_image(shade[0], tmp_path / "black.png")
     black = Image.open(tmp_path / "black.png")
     assert black.mode == "L" and black.size == (8, 8) and black.getextrema() == (0, 0)
     overview = np.asarray(grid(shade, columns=2, scale=1))

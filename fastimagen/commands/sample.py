@@ -38,7 +38,7 @@ def sample(options: argparse.Namespace) -> None:
     callback = progress(pipe, request) if sys.stderr.isatty() else None
     output = sample_distributed(pipe, request, batch_size=options.batch_size, callback=callback)
     if output is not None:
-        print(output.save(options.out or unused_folder(DEFAULT_OUT)))
+        print(output.save(options.out or unused_folder(DEFAULT_OUT), filetype=options.filetype))
     if rank_and_world_size()[1] > 1:
         exit_process()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import read_json_object, write_json
-from ..images import save_png
+from ..images import save_image
 from ..sampling.output import Output
 
 MAX_RESULTS = 100  # kept of all visitors; the oldest are removed
@@ -43,7 +43,7 @@ class Results:
         folder = self.folder / key
         folder.mkdir(parents=True)
         for index, image in enumerate(output.images):
-            save_png(image, folder / f"{index:06d}.png")
+            save_image(image, folder / f"{index:06d}.png")
         write_json(folder / "settings.json", output.record)
         write_json(folder / "page.json", {"status": status, "captions": output.captions})
         older = sorted(self.folder.iterdir(), key=lambda path: path.stat().st_mtime)[:-MAX_RESULTS]

@@ -14,7 +14,7 @@ from fastimagen.config import ScheduleConfig
 from fastimagen.diffusion.inpainting import InitImage, sample_from_image
 from fastimagen.diffusion.samplers import SAMPLERS
 from fastimagen.diffusion.schedule import make_schedule
-from fastimagen.images import save_png
+from fastimagen.images import save_image
 from fastimagen.sampling.output import Output
 from fastimagen.sampling.pipeline import ImagenPipeline
 from fastimagen.text.embeddings import TextEmbeddings
@@ -246,8 +246,8 @@ def test_inpainting_on_the_command_line(
     pipe: ImagenPipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     init_image, mask = image(16, batch=1), left_half(16, 1)
-    save_png(init_image[0], tmp_path / "init_image.png")
-    save_png(mask[0].float().expand(3, -1, -1) * 2 - 1, tmp_path / "mask.png")
+    save_image(init_image[0], tmp_path / "init_image.png")
+    save_image(mask[0].float().expand(3, -1, -1) * 2 - 1, tmp_path / "mask.png")
     out = tmp_path / "out"
     assert (
         main(
@@ -276,7 +276,7 @@ def test_inpainting_on_the_command_line(
     record = json.loads((out / "samples.json").read_text())
     assert record["init_image"] == {"mask": True, "strength": 1.0, "num_resamples": 5, "jump_length": 5}
     assert record["negative"] == ["a cross"]
-    save_png(image(8, batch=1)[0], tmp_path / "small.png")
+    save_image(image(8, batch=1)[0], tmp_path / "small.png")
     for arguments, message in [
         (["--image", "small.png", "--mask", "mask.png"], "must have the same size"),
         (["--mask", "mask.png"], "--mask, --strength and --resamples need --image"),

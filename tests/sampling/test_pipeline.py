@@ -289,6 +289,26 @@ def test_saved_files_contain_the_images_captions_and_seeds(pipe: ImagenPipeline,
     assert Image.open(tmp_path / "out/grid.png").size == out.grid().size
 
 
+@pytest.mark.parametrize("filetype", ["jpg", "webp"])
+def test_images_are_saved_as_other_file_types(
+    filetype: str, pipe: ImagenPipeline, text: TextEmbeddings, tmp_path: Path
+) -> None:
+    from PIL import Image
+
+    out = pipe(text=text[:2])
+    out.save(tmp_path / "out", filetype=filetype)
+    samples = json.loads((tmp_path / "out/samples.json").read_text())["samples"]
+    assert [sample["image"] for sample in samples] == [f"images/00000{i}.{filetype}" for i in range(2)]
+    for sample, pixels in zip(samples, to_uint8(out.images)):
+        with Image.open(tmp_path / "out" / sample["image"]) as image:
+            assert image.format == {"jpg": "JPEG", "webp": "WEBP"}[filetype]
+            difference = torch.tensor(list(image.convert("RGB").tobytes())).float() - pixels.flatten()
+        assert difference.abs().mean() < (12 if filetype == "jpg" else 1e-9)  # of 255; random weights draw noise
+    with pytest.raises(ValueError, match='filetype must be one of png, jpg, webp, got "bmp"'):
+        out.save(tmp_path / "other", filetype="bmp")  # type: ignore[arg-type]  # as a user may give it
+    assert not (tmp_path / "other").exists()
+
+
 def test_images_with_nan_are_refused_before_anything_is_written(
     pipe: ImagenPipeline, text: TextEmbeddings, tmp_path: Path
 ) -> None:
