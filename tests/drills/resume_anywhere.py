@@ -3,10 +3,10 @@
     python -m tests.drills.resume_anywhere
 
 Weights and EMA that are read, also by `fastimagen export`, must equal those of the save. Losses of the 10 steps after
-it must be within 1e-6 of the run that went on undisturbed, or as near to it as a run on that number of ranks that never
-stopped (`without_resuming`): DeepSpeed's Muon iterates in bf16, which turns the rounding of another order of additions
-into differences of 1e-5. In fp32 on a CPU. The result is in tests/drills/results/resume_anywhere.json, written again
-after each number of ranks. A short version is in tests/train/test_two_ranks.py.
+it must be within 1e-6 of the run that went on undisturbed. In fp32 on a CPU; DeepSpeed's Muon iterates in bf16 on a CPU
+that multiplies in bf16, which would turn the rounding of another order of additions into differences of 1e-5, so that
+oneDNN is held to older instructions. The result is in tests/drills/results/resume_anywhere.json, written again after
+each number of ranks. A short version is in tests/train/test_two_ranks.py.
 """
 
 from __future__ import annotations
@@ -141,10 +141,6 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
     rows = []
     for optimizer in OPTIMIZERS:
-        run = Run(optimizer, WRITERS["ZeRO 1"])
-        without_resuming = run.train(range(1, 2 * STEPS + 1))[STEPS:]
-        run.engine.destroy()
-        of_two_ranks = json.loads((folder / optimizer / "ZeRO 1/losses.json").read_text())
         for writer in WRITERS:
             place = folder / optimizer / writer
             saved, at_save, after = (
@@ -174,7 +170,6 @@ def read(folder: Path) -> list[dict[str, Any]]:
                         "loss_difference": largest(losses, undisturbed),
                         "weights_difference": distance["weights"],
                         "ema_difference": distance["ema"],
-                        "without_resuming": largest(without_resuming, of_two_ranks),
                     }
                 )
                 run.engine.destroy()
@@ -198,7 +193,7 @@ def launch(phase: str, folder: Path, world_size: int) -> None:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     common = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "OMP_NUM_THREADS": "1"}
-    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ONEDNN_MAX_CPU_ISA": "AVX2"}
     command = [sys.executable, "-m", "tests.drills.resume_anywhere", phase, str(folder)]
     processes = [
         subprocess.Popen(
@@ -219,7 +214,7 @@ def report(rows: list[dict[str, Any]]) -> bool:
     import deepspeed
 
     exact = all(row["restored_exactly"] and row["exported_exactly"] for row in rows)
-    passed = exact and all(row["loss_difference"] <= max(TOLERANCE, row["without_resuming"]) for row in rows)
+    passed = exact and all(row["loss_difference"] <= TOLERANCE for row in rows)
     worst = {
         f"loss_difference_{name}": max(row["loss_difference"] for row in rows if row["optimizer"] == name)
         for name in OPTIMIZERS
