@@ -72,7 +72,7 @@ def use_triton(op: str, tensor: Tensor, unsupported: str | None = None, slower: 
         if reason:
             raise ValueError(f'{op} with backend "triton": {reason}')
         return True
-    if _meta_is_gpu and tensor.is_meta:
+    if stands_for_gpu(tensor):
         return not (unsupported or slower)
     if not tensor.is_cuda:
         return False
@@ -84,7 +84,12 @@ def use_triton(op: str, tensor: Tensor, unsupported: str | None = None, slower: 
 
 def in_kernels(tensor: Tensor) -> bool:
     """Whether a registered operator runs the kernels for `tensor`: on a GPU, or in Triton's interpreter."""
-    return tensor.is_cuda or (tensor.is_meta and _meta_is_gpu) or (_requested == "triton" and interpreting())
+    return tensor.is_cuda or stands_for_gpu(tensor) or (_requested == "triton" and interpreting())
+
+
+def stands_for_gpu(tensor: Tensor) -> bool:
+    """Whether this is a meta tensor inside of `meta_is_gpu`: nothing can be launched for it."""
+    return tensor.is_meta and _meta_is_gpu
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
