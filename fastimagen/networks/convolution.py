@@ -234,10 +234,13 @@ def _in_autocast_dtype(x: Tensor) -> Tensor:
 
 
 def _has_fast_product(x: Tensor, weight: Tensor, kernel: int) -> bool:
-    """Whether the gradient of a weight (O, k k I) is faster as a matrix product: a sum of several, so not in bf16."""
+    """Whether the gradient of a weight (O, k k I) is faster as a matrix product: a sum of several, so not in bf16.
+
+    Not where operators are only looked at: the dry run of a large network would look at thousands of small products.
+    """
     full_precision = x.dtype in (torch.float32, torch.float64)
     channels = min(weight.shape[0], weight.shape[1] // kernel**2)
-    return x.device.type == "cpu" and full_precision and kernel > 1 and channels >= MANY_CHANNELS
+    return x.device.type == "cpu" and full_precision and kernel > 1 and channels >= MANY_CHANNELS and not traced()
 
 
 def _weight_gradient(x: Tensor, grad_out: Tensor, kernel: int, stride: int, padding: int) -> Tensor:

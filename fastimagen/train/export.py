@@ -10,6 +10,7 @@ import torch
 
 from ..config import CascadeConfig, Config, StageConfig
 from ..config_file import load_config, validate
+from ..files import require_empty
 from ..presets import resolve
 from ..sampling.model_directory import write_model
 from .checkpoint import best, checkpoints, damage, read_average, read_state
@@ -33,6 +34,7 @@ def export(
     run = Path(run)
     if not (run / "config.json").exists():
         raise ValueError(f"{run} is not a run directory: it has no config.json")
+    require_empty(Path(out))
     config = load_config(run / "config.json")
     planned = resolve(config.fastimagen.cascade).stages
     wanted = _by_stage(str(step), [stage.name for stage in planned])
@@ -41,7 +43,7 @@ def export(
         for stage in planned
         if (path := _choose(run / "checkpoints" / stage.name, wanted[stage.name], say)) is not None
     }
-    stages, weights, facts = [], {}, []
+    stages, weights, facts, lines = [], {}, [], []
     for name in _contiguous(run, [stage.name for stage in planned], chosen, say):
         state = read_state(chosen[name])
         stages.append(validate(StageConfig, state["stage"], f"stage {name}"))
@@ -49,14 +51,14 @@ def export(
         parameters = sum(weight.numel() for weight in weights[name].values())
         facts.append(StageFacts(name, stages[-1].size, parameters, state["step"]))
         loss = "" if state.get("val_loss") is None else f", val_loss {state['val_loss']:.4g}"
-        say(f"{name}: step {state['step']}{loss}")
+        lines.append(f"{name}: step {state['step']}{loss}")
     first = [stage.name for stage in planned].index(stages[0].name)
     if first:  # the stage below is not trained: this one still enlarges its size
         stages[0] = stages[0].model_copy(update={"lowres_size": planned[first - 1].size})
     cascade = CascadeConfig(stages=tuple(stages))
     encoder, folder = _text_encoder(config) if any(stage.unet.text_dim for stage in stages) else (None, None)
     grid = _newest_grid(run / "samples" / stages[-1].name)
-    return write_model(
+    model = write_model(
         Path(out),
         cascade,
         weights,
@@ -73,6 +75,9 @@ def export(
         grid=grid,
         dtype=getattr(torch, dtype),
     )
+    for line in lines:
+        say(line)
+    return model
 
 
 def _by_stage(step: str, names: list[str]) -> dict[str, str]:

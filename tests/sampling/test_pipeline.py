@@ -384,7 +384,8 @@ def test_export_takes_a_step_or_the_best_and_the_stages_trained_so_far(toy_confi
     assert all(chosen[name].equal(newest[name]) and not older[name].equal(newest[name]) for name in newest)
 
     path = tmp_path / "run/checkpoints/base/step-00000010/rank-00000.safetensors"
-    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    stored = path.read_bytes()
+    path.write_bytes(stored[:-1] + bytes([stored[-1] ^ 1]))
     lines.clear()
     model = export(tmp_path / "run", tmp_path / "intact", say=lines.append)
     assert "step-00000010 is damaged" in lines[0] and lines[-1] == "base: step 2, val_loss 0.2"
