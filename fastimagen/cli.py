@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import io
 import os
 import select
 import sys
 from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE, what a shell reports for a program that SIGPIPE ended
 CAPTIONS_HELP = "captions, or text files with one caption per line"
@@ -18,6 +20,9 @@ OUT_OF_MEMORY = "CUDA out of memory: reduce --batch-size, or use --dtype bfloat1
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point. A user's mistake is one line on stderr and exit status 1; one found by argparse, usage and 2."""
+    # Idle OpenMP threads sleep instead of spinning: on shared cores, spinning threads made a step six times slower.
+    # OpenMP reads this once, when torch is imported: some commands need torch for their flags.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     _replace_unprintable()
     options = parser().parse_args(arguments)
     from .logs import configure_logging
@@ -60,13 +65,28 @@ def _replace_unprintable() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+class Parser(argparse.ArgumentParser):
+    """Names the nearest flag for one that does not exist, before it misses required ones."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        given = list(sys.argv[1:] if args is None else args)
+        known = list(self._option_string_actions)
+        passes_on = any(action.nargs in (argparse.PARSER, argparse.REMAINDER) for action in self._actions)
+        for argument in takewhile(lambda argument: argument != "--", [] if passes_on else given):
+            flag = argument.partition("=")[0]
+            if argument.startswith("--") and " " not in flag and not any(name.startswith(flag) for name in known):
+                near = difflib.get_close_matches(flag, known, n=1)
+                self.error(f"unknown flag {flag}; " + (f"did you mean {near[0]}?" if near else "-h lists all flags"))
+        return super().parse_known_args(args, namespace)
+
+
 def parser() -> argparse.ArgumentParser:
     """All commands and their flags."""
     from . import __version__
     from .commands import supervise
     from .commands.train import add_flags, train
 
-    top = argparse.ArgumentParser(prog="fastimagen", description="Train Imagen cascades and sample from them.")
+    top = Parser(prog="fastimagen", description="Train Imagen cascades and sample from them.")
     top.add_argument("--version", action="version", version=f"fastimagen {__version__}")
     top.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
     commands = top.add_subparsers(required=True, metavar="COMMAND")

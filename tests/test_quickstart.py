@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -66,3 +70,41 @@ def test_without_deepspeed_it_says_what_to_install(
     assert main(["quickstart", "--dir", str(tmp_path / "new")]) == 1
     assert capsys.readouterr().err == "error: the quickstart needs deepspeed: pip install --editable '.[train]'\n"
     assert not (tmp_path / "new").exists()
+
+
+def test_ctrl_c_ends_the_quickstart_after_the_training_processes(tmp_path: Path) -> None:
+    """DeepSpeed's real launcher with a script that takes a second to save, as training does."""
+    script = """
+import os, signal, sys, time
+from pathlib import Path
+
+def save(number, frame):
+    time.sleep(1)
+    Path("saved").touch()
+    sys.exit(75)
+
+signal.signal(signal.SIGINT, save)
+signal.signal(signal.SIGTERM, lambda number, frame: None)
+Path("training").touch()
+time.sleep(60)
+"""
+    (tmp_path / "train.py").write_text(script)
+    phase = ["-m", "deepspeed.launcher.runner", "--num_accelerators", "1", "train.py"]
+    code = "import sys; from fastimagen.commands.quickstart import _run; sys.exit(_run(sys.argv[1:]))"
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, sys.executable, *phase],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    until = time.monotonic() + 60
+    while not (tmp_path / "training").exists():
+        assert time.monotonic() < until and child.poll() is None
+        time.sleep(0.05)
+    os.killpg(child.pid, signal.SIGINT)  # as a terminal does
+    printed = child.communicate(timeout=60)[0]
+    assert (tmp_path / "saved").exists() and child.returncode != 0
+    assert "Traceback" not in printed, printed

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fastimagen import __version__
-from fastimagen.cli import EXIT_BROKEN_PIPE, main
+from fastimagen.cli import EXIT_BROKEN_PIPE, main, parser
 from tests.conftest import ROOT
 
 
@@ -69,3 +69,39 @@ def test_train_is_a_command_of_the_package() -> None:
 def run_launcher(*arguments: str) -> str:
     command = [sys.executable, "launch/train.py", *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("sample --modle m --captions dog", "sample: error: unknown flag --modle; did you mean --model?"),
+        ("train --config=ds.json --dryrun", "train: error: unknown flag --dryrun; did you mean --dry-run?"),
+        ("shards folder photos --ot=new", "shards folder: error: unknown flag --ot; did you mean --out?"),
+        ("info --frobnicate", "info: error: unknown flag --frobnicate; -h lists all flags"),
+    ],
+)
+def test_an_unknown_flag_is_named_with_the_nearest_one(
+    arguments: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(arguments.split())
+    assert end.value.code == 2 and capsys.readouterr().err.endswith(f"fastimagen {message}\n")
+
+
+def test_flags_may_be_shortened_and_those_of_a_launcher_are_its_own() -> None:
+    assert parser().parse_args(["sample", "--model", "m", "--captions", "dog", "--coun", "3"]).count == 3
+    launcher = ["torchrun", "--standalone", "train.py", "--config", "ds.json"]
+    assert parser().parse_args(["supervise", *launcher]).command == launcher
+
+
+def test_nothing_is_coloured_in_a_terminal(toy_model: Path, tmp_path: Path) -> None:
+    """So that NO_COLOR has nothing to turn off. The help is left out: from Python 3.14, argparse obeys NO_COLOR."""
+    command = [sys.executable, "-m", "fastimagen", "sample", "--model", str(toy_model), "--captions", "dog"]
+    master, terminal = os.openpty()
+    environment = {**os.environ, "TERM": "xterm-256color", "NO_COLOR": "1"}
+    arguments = [*command, "--steps", "1", "--out", str(tmp_path / "out")]
+    subprocess.run(arguments, stdout=terminal, stderr=terminal, env=environment, cwd=ROOT, check=True)
+    os.close(terminal)
+    printed = os.read(master, 65536)
+    os.close(master)
+    assert b"step 1 of 1" in printed and b"\x1b" not in printed

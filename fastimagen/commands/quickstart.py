@@ -12,6 +12,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -32,7 +33,6 @@ def quickstart(options: argparse.Namespace) -> int:
     Raises ImportError without the `train` extra, and ValueError if the folder's ds.json trains something else.
     """
     require_extra("deepspeed", user="the quickstart", extra="train")
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see train.py
     options.dir.mkdir(parents=True, exist_ok=True)
     os.chdir(options.dir)
     shapes = shapes_of("ds.json") if Path("ds.json").exists() else None
@@ -46,7 +46,7 @@ def quickstart(options: argparse.Namespace) -> int:
     for name, command in commands:
         print(f"\n== {name}\n$ {shlex.join(['python', *command])}", flush=True)
         began = time.perf_counter()
-        status = subprocess.run([sys.executable, "-u", *command]).returncode
+        status = _run([sys.executable, "-u", *command])
         if status:
             print(f"quickstart: {name} ended with status {status}; rerun the command to resume", file=sys.stderr)
             return status
@@ -58,6 +58,20 @@ def quickstart(options: argparse.Namespace) -> int:
     minutes = report["total_seconds"] / 60
     print(f"\nDone in {minutes:.1f} minutes. Look at {RUN / 'grid.png'}; figures are in {RUN / 'report.json'}.")
     return 0
+
+
+def _run(command: list[str]) -> int:
+    """The status of a phase. Ctrl-C in a terminal reaches its processes: this one waits until they have ended.
+
+    DeepSpeed's launcher would leave the training processes behind with a traceback; ignoring Ctrl-C is inherited, so
+    that it waits for them too, and they handle it themselves.
+    """
+    launches = "deepspeed.launcher.runner" in command
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN if launches else lambda number, frame: None)
+    try:
+        return subprocess.run(command).returncode
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def shapes_of(config: str) -> dict[str, Any]:

@@ -60,8 +60,6 @@ def train(options: argparse.Namespace) -> int:
     """Train as the flags say. Returns the exit status. Raises what `Trainer` raises for what the user can correct."""
     record_start()
     before = {number: signal.signal(number, _leave) for number in SIGNALS}
-    # Idle OpenMP threads sleep instead of spinning: on shared cores, spinning threads made a step six times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Where a process is lost, the others say so in a line; torch's warnings about the connection are C++ tracebacks.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from ..config_file import load_config
