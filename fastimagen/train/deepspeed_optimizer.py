@@ -154,7 +154,7 @@ def _check_scheduler(scheduler: dict[str, Any], optimizer: optim.Optimizer) -> N
     if missing:
         raise ValueError(f"DeepSpeed scheduler.type {name} needs scheduler.params.{missing[0]}")
     try:
-        chosen(optimizer, **params)
+        chosen(optimizer, **{"last_batch_iteration": 0, **params})  # from -1 it warns that it has not started
     except (TypeError, ValueError, KeyError) as error:
         raise ValueError(f"DeepSpeed key scheduler.params: {error}") from None
 
