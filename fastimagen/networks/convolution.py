@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ..ops.dispatch import autocast_dtype, in_kernels
+from ..ops.dispatch import autocast_dtype, in_kernels, traced
 
 WIDE_KERNEL = 9  # from this width on, kernels compute blocks of outputs at once
 BLOCK_SIZE = 4  # outputs per side of such a block; measured in docs/notes.md
