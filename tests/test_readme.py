@@ -164,7 +164,7 @@ def test_python_faults_are_found(toy_model: Path, tmp_path: Path) -> None:
 def test_faults_of_commands_are_found() -> None:
     found = command_problems(BROKEN)
     expected = [
-        "unrecognized arguments: --stepz 3",
+        "unknown flag --stepz; did you mean --steps?",
         "there is no launch/nowhere.txt",
         "make nonsense: no such target",
         "make PYTHN=python3: no such variable",
@@ -173,7 +173,7 @@ def test_faults_of_commands_are_found() -> None:
         'no stage "bsae"; the cascade has base, sr',
         "there is no launch/trian.py",
         "cannot read lost.json: No such file or directory",
-        "unrecognized arguments: --now",
+        "unknown flag --now; -h lists all flags",
         "there is no tests/test_lost.py",
     ]
     assert endings_match(found, expected), found
