@@ -15,10 +15,19 @@ def configure_logging() -> None:
     """
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when huggingface_hub is imported
+    logging.getLogger("DeepSpeed").addFilter(_not_about_a_new_scheduler)
     logger = logging.getLogger("fastimagen")
     if not any(isinstance(handler, _StderrHandler) for handler in logger.handlers):
         logger.addHandler(_StderrHandler())
     logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+
+
+def _not_about_a_new_scheduler(record: logging.LogRecord) -> bool:
+    """Leave out a warning that DeepSpeed's WarmupCosineLR gives itself whenever it is created.
+
+    It does not concern training, which sets the rate of each step before the step (train/learning_rate.py).
+    """
+    return "learning rate from scheduler before it has started" not in record.getMessage()
 
 
 class _StderrHandler(logging.Handler):

@@ -78,11 +78,13 @@ def test_every_proposal_is_a_configuration_that_trains(machine: Machine, size: i
     proposal = propose(seen(), machine, shards="data/mine", run="runs/mine", size=size)
     cascade, _ = plan(config_from_dict(proposal.content))
     assert [stage.size for stage in cascade.stages] == stage_sizes(size)
-    for name, settings in proposal.content["fastimagen"]["train"]["stages"].items():
-        assert settings["steps"] > 0
-        if machine.gpus:
-            micro = settings["deepspeed"]["train_micro_batch_size_per_gpu"]
-            assert proposal.content["train_batch_size"] % (micro * machine.gpus) == 0, name
+    train = proposal.content["fastimagen"]["train"]
+    assert train["steps"] > 0
+    assert set(train.get("stages", {})) == ({stage.name for stage in cascade.stages} if machine.gpus else set())
+    for name, settings in train.get("stages", {}).items():
+        assert set(settings) == {"deepspeed"}, "steps of a stage would hide --set fastimagen.train.steps"
+        micro = settings["deepspeed"]["train_micro_batch_size_per_gpu"]
+        assert proposal.content["train_batch_size"] % (micro * machine.gpus) == 0, name
 
 
 def test_sizes_fit_the_images_and_the_machine(monkeypatch: Any) -> None:

@@ -93,7 +93,7 @@ def shorten_training(path: Path) -> dict[str, Any]:
     settings = tree["fastimagen"]
     for stage in settings["cascade"]["stages"]:
         stage["sampling"]["steps"] = 2
-        settings["train"]["stages"][stage["name"]]["steps"] = 2
+    settings["train"]["steps"] = 2
     path.write_text(json.dumps(tree))
     return settings
 

@@ -39,6 +39,7 @@ class Encoder(Protocol):
 
     dim: int
     truncated: int
+    unknown: int
 
     def encode(self, captions: Sequence[str], batch_size: int) -> TextEmbeddings: ...
 
@@ -87,7 +88,7 @@ def write_cache(
     rows = {caption: row for row, caption in enumerate(dict.fromkeys(captions))}
     distinct = list(rows)
     tokens: list[Tensor] = [torch.empty(0, encoder.dim)] * len(distinct)
-    already_truncated = encoder.truncated
+    already_truncated, already_unknown = encoder.truncated, encoder.unknown
     order = sorted(range(len(distinct)), key=lambda row: len(distinct[row]))  # similar lengths: little padding
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
@@ -108,6 +109,7 @@ def write_cache(
         "samples": captions_hash(keys, captions),
         "dim": str(encoder.dim),
         "truncated": str(encoder.truncated - already_truncated),
+        "unknown": str(encoder.unknown - already_unknown),
     }
     write_safetensors(path, tensors, header)
 
@@ -124,6 +126,8 @@ class EmbedReport:
     """Samples."""
     truncated: int = 0
     """Distinct captions truncated to the encoder's max_length."""
+    unknown: int = 0
+    """Distinct captions with unknown tokens."""
     empty: int = 0
     """Samples with an empty caption."""
     tokens: int = 0
@@ -166,6 +170,7 @@ def embed_shards(
             logger.warning("%s: %d of %d captions are empty", shards[index].path, empty, len(captions))
         report.captions += len(keys)
         report.truncated += cache.truncated
+        report.unknown += cache.unknown
         report.empty += empty
         report.tokens += int(cache.offsets[-1])
         if progress:
@@ -234,6 +239,11 @@ class EmbeddingCache:
     def truncated(self) -> int:
         """Distinct captions that were truncated to the encoder's max_length."""
         return int(self.metadata["truncated"])
+
+    @property
+    def unknown(self) -> int:
+        """Distinct captions with tokens that the encoder does not know; 0 in caches that did not count them."""
+        return int(self.metadata.get("unknown", 0))
 
     def keys(self) -> list[str]:
         """The names of the samples."""

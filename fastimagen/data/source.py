@@ -286,7 +286,7 @@ def embed_all(config: FastimagenConfig, *, say: Say, rank: int = 0, world_size: 
     )
     say(
         f"embedding cache: {report.written} shards written, {report.kept} kept, {report.captions} captions, "
-        f"{report.truncated} truncated to {text.max_length} tokens"
+        f"{report.truncated} truncated to {text.max_length} tokens, {report.unknown} with unknown tokens"
     )
     return report
 

@@ -116,7 +116,10 @@ def stage_of(unet: UNetConfig, size: Any, imagen: dict[str, Any]) -> StageConfig
 def _unet_files(source: Path) -> list[tuple[Path, Path]]:
     """(parameters, weights) of every U-Net, in order."""
     if not (source / "parameters").is_dir():
-        raise ValueError(f"{source} is not a MinImagen training directory: it has no folder parameters")
+        raise ValueError(
+            f"{source} is not a MinImagen training directory: it has no folder parameters. "
+            "A folder parameters alone becomes a configuration: give --out NAME.json"
+        )
     with_parameters = unet_numbers(source / "parameters", ".json")
     with_weights = unet_numbers(source / "state_dicts", ".pth") | unet_numbers(source / "tmp", ".pth")
     count = len(with_parameters)

@@ -266,11 +266,25 @@ def _locate(name_or_path: str | Path, revision: str | None) -> tuple[str, Path, 
         at = f' at revision "{revision}"' if revision else ""
         near = difflib.get_close_matches(str(name_or_path), T5_NAMES, n=1, cutoff=0.5)
         hint = f' (did you mean "{near[0]}"?)' if near and name == name_or_path else ""
+        offline = _OFFLINE.format(name=name) if _is_connection_error(error) else ""
         raise ValueError(
             f"{missing}, and {name}{at} cannot be read from the Hugging Face hub or its cache{hint}: "
-            f"{first_line(error)}"
+            f"{first_line(error)}{offline}"
         ) from error
     return name, config, config.parent.name  # .../snapshots/COMMIT/config.json
+
+
+_OFFLINE = (
+    " Without a network, run `hf download {name}` on a machine that has one, copy its cache of the hub here "
+    "(~/.cache/huggingface, or where HF_HOME points) and set HF_HUB_OFFLINE=1; or give the folder of a T5."
+)
+
+
+def _is_connection_error(error: OSError) -> bool:
+    """Whether a file is not in the hub's cache and the hub was not reached, in the error of transformers."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    return isinstance(error.__cause__, LocalEntryNotFoundError)
 
 
 def _hub_file(name: str, file: str, revision: str | None) -> Path:

@@ -86,19 +86,17 @@ def propose(found: Survey, machine: Machine, *, shards: str, run: str, size: int
     validation = max(1, min(500, found.count // 10))
     stage_settings: dict[str, Any] = {}
     for stage in stages:
-        settings: dict[str, Any] = {"steps": steps}
         if machine.gpus:
             micro = micro_batch(stage, machine.gib, per_process)
-            settings["deepspeed"] = {"train_micro_batch_size_per_gpu": micro}
+            stage_settings[stage.name] = {"deepspeed": {"train_micro_batch_size_per_gpu": micro}}
             reasons.append(
                 (
                     f"train.stages.{stage.name}.deepspeed",
                     f"{micro} images at a time should fit into {machine.gib:.0f} GiB",
                 )
             )
-        stage_settings[stage.name] = settings
     reasons += [
-        ("fastimagen.train.stages.*.steps", reason),
+        ("fastimagen.train.steps", reason),
         ("train_batch_size", f"{batch} images per step; processes and accumulation share them"),
         ("fastimagen.data.validation", f"{validation} images are held out, chosen by their names, never trained on"),
         ("fastimagen.text.encoder", f"{encoder}, a T5 of width {text_width(encoder)} from the Hugging Face hub"),
@@ -268,13 +266,13 @@ def _content(
 ) -> dict[str, Any]:
     """The file: DeepSpeed's keys, then ours."""
     every = max(1, steps // 10)
-    warmup = {"warmup_num_steps": min(1000, every), "total_num_steps": "auto", "cos_min_ratio": 0.1}
+    scheduler = {"warmup_num_steps": "auto", "total_num_steps": "auto", "cos_min_ratio": 0.1}
     return {
         "train_batch_size": batch,
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "betas": [0.9, 0.99], "weight_decay": 0.01}},
-        "scheduler": {"type": "WarmupCosineLR", "params": warmup},
+        "scheduler": {"type": "WarmupCosineLR", "params": scheduler},
         "gradient_clipping": 1.0,
         "bf16": {"enabled": "auto"},
         "zero_optimization": {"stage": 1},
@@ -285,7 +283,8 @@ def _content(
             "text": {"encoder": encoder, "max_length": 256 if found.most_words > 60 else 128},
             "train": {
                 "run": run,
-                "stages": stage_settings,
+                "steps": steps,
+                **({"stages": stage_settings} if stage_settings else {}),
                 "checkpoint_every": min(1000, every),
                 "validate_every": every,
                 "sample_every": every,

@@ -36,6 +36,7 @@ class StubEncoder:
 
     dim: int = 4
     truncated: int = 0
+    unknown: int = 0
     fails_at: str | None = None
     names: dict[str, str] = field(default_factory=lambda: dict(IDENTITY))
     encoded: list[str] = field(default_factory=list)
@@ -49,6 +50,7 @@ class StubEncoder:
             raise RuntimeError("the GPU failed")
         self.encoded += captions
         self.truncated += sum(len(caption.split()) > 7 for caption in captions)
+        self.unknown += sum("?" in caption for caption in captions)
         return TextEmbeddings.from_list(
             [
                 torch.tensor([[len(word) / 8] * self.dim for word in caption.split()[:7]] + [[0.0] * self.dim])
@@ -212,6 +214,14 @@ def test_missing_damaged_and_other_files_are_errors_that_say_how_to_rebuild(cach
 
 
 # ---- many shards
+
+
+def test_captions_with_unknown_tokens_are_counted_once_each_also_in_kept_shards(tmp_path):
+    shards, encoder = shards_in(tmp_path), StubEncoder()
+    shards[0].texts[:2] = ["? house", "? house"]
+    shards[2].texts[0] = "?"
+    reports = [embed_shards(shards, encoder, cache_dir=None, batch_size=3) for _ in range(2)]
+    assert [(report.kept, report.unknown) for report in reports] == [(0, 2), (5, 2)]
 
 
 def test_embedding_resumes_and_replaces_only_what_changed(tmp_path, caplog):

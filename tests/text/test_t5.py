@@ -216,6 +216,7 @@ def test_an_encoder_that_is_not_found_names_folder_and_hub(report):
     unknown, revision = report["errors"]
     assert "there is no such folder" in unknown
     assert "google/t5-v1_1-small cannot be read from the Hugging Face hub" in unknown
+    assert "run `hf download google/t5-v1_1-small`" in unknown and "HF_HUB_OFFLINE=1" in unknown
     assert "\n" not in unknown + revision
     assert 'at revision "v9"' in revision
 
