@@ -84,7 +84,7 @@ DEFERRED = {
     "info": "torch",
     "ops": "fastimagen_kernels xformers",
     "sampling": "huggingface_hub",
-    "text": "transformers",
+    "text": "huggingface_hub transformers",
     "train": "deepspeed matplotlib psutil tqdm wandb",
 }
 ONLY_DEFERRED = ("cli", "launch")  # import fastimagen inside functions only, so that --help does not import torch
