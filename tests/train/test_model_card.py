@@ -39,6 +39,8 @@ def card_of(
 def stage(number: int, **unet: Any) -> dict[str, Any]:
     chosen = copy.deepcopy(TOY_STAGES[number])
     chosen["unet"] |= unet
+    if chosen["unet"]["text_dim"] is None:
+        chosen["sampling"] = chosen.get("sampling", {}) | {"guidance": 1.0}
     return chosen
 
 
