@@ -89,7 +89,7 @@ def in_kernels(tensor: Tensor) -> bool:
 
 def stands_for_gpu(tensor: Tensor) -> bool:
     """Whether this is a meta tensor inside of `meta_is_gpu`: nothing can be launched for it."""
-    return tensor.is_meta and _meta_is_gpu
+    return _meta_is_gpu and tensor.is_meta
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
