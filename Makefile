@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 
 help:
 	@echo "make quickstart   train a small cascade on captioned shapes and sample images from it"
-	@echo "make test         run all tests except the drills, within 12 minutes on two cores"
+	@echo "make test         run all tests except the drills"
 	@echo "make test-fast    run the tests that take less than a few seconds each, within 2 minutes"
 	@echo "make drills       run the tests that take minutes each"
 	@echo "make lint         check style, format and types (ruff, mypy)"
