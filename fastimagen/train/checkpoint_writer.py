@@ -1,10 +1,10 @@
-"""Saves checkpoints while training goes on: a save takes as long as the copy to host memory.
+"""Saves checkpoints while training continues: a save takes as long as the copy to host memory.
 
 A thread of each rank writes that copy and reports by file. The thread of rank 0 waits for the reports of all ranks;
 only then does the checkpoint get its final name. No collective operation takes part in a save. One save is written at a
 time: the next one waits for it.
 
-A save that fails on any rank is given up and training goes on: rank 0 has one line about it, and counts it. Only the
+A save that fails on any rank is given up and training continues: rank 0 has one line about it, and counts it. Only the
 last save of a stage must succeed (`finish`).
 """
 
@@ -136,7 +136,7 @@ class CheckpointWriter:
             self.failures += 1
             line = f"cannot write the checkpoint of step {state['step']} in {self.folder}"
             self._problem = f"{line}: {first_line(error)}"
-            self._unsaid = f"{self._problem}; training goes on, and earlier checkpoints are intact"
+            self._unsaid = f"{self._problem}; training continues, and earlier checkpoints are intact"
             return
         try:
             checkpoint.rotate(self.folder, self.keep, self.keep_every)

@@ -178,7 +178,7 @@ def test_a_save_that_fails_does_not_end_training_and_the_next_one_succeeds(
         saver._join()
     line = saver.failure()
     assert line is not None and saver.failure() is None and saver.failures == 1
-    assert "step 2" in line and "No space left on device" in line and "training goes on" in line
+    assert "step 2" in line and "No space left on device" in line and "training continues" in line
     saver.save_numbers(3)
     saver.finish()
     assert names(tmp_path) == ["step-00000001", "step-00000003"]
