@@ -12,7 +12,7 @@ _MODULES = {
     "ImagenPipeline": "sampling.pipeline",
     "SamplingRequest": "sampling.request",
     "UNet": "networks.unet",
-    "UNetConfig": "config",
+    "UNetConfig": "network_config",
     "Cascade": "cascade",
     "CascadeConfig": "config",
     "TextEmbeddings": "text.embeddings",

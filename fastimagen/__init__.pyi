@@ -2,7 +2,7 @@
 
 from .cascade import Cascade as Cascade
 from .config import CascadeConfig as CascadeConfig
-from .config import UNetConfig as UNetConfig
+from .network_config import UNetConfig as UNetConfig
 from .networks.unet import UNet as UNet
 from .sampling.pipeline import ImagenPipeline as ImagenPipeline
 from .sampling.request import SamplingRequest as SamplingRequest

@@ -21,8 +21,9 @@ from .diffusion.samplers import SAMPLERS
 from .diffusion.schedule import make_schedule
 from .diffusion.tiling import in_tiles
 from .images import resize
+from .networks.build import build_network
 from .networks.conditioning import TextState
-from .networks.unet import UNet
+from .networks.network import Network
 from .seeds import image_noise
 from .text.embeddings import TextEmbeddings
 
@@ -124,7 +125,7 @@ class Stage:
     @torch.inference_mode()
     def sample(
         self,
-        unet: UNet,
+        unet: Network,
         text: TextEmbeddings | None,
         seeds: list[int],
         *,
@@ -177,7 +178,7 @@ class Stage:
 
     def _denoiser(
         self,
-        unet: UNet,
+        unet: Network,
         text: TextEmbeddings | None,
         negative: TextEmbeddings | None,
         condition: dict[str, Tensor],
@@ -204,7 +205,7 @@ class Stage:
 
 
 def _encode(
-    unet: UNet, text: TextEmbeddings | None, negative: TextEmbeddings | None, *, guided: bool
+    unet: Network, text: TextEmbeddings | None, negative: TextEmbeddings | None, *, guided: bool
 ) -> TextState | None:
     """Text for all steps: (B,) captions, or with guidance (2B,): captions, then null text or negative captions."""
     if text is None:
@@ -224,7 +225,7 @@ class Cascade(nn.Module):
         super().__init__()
         self.config = config
         self.stages = [Stage(stage, config.below(stage.name)) for stage in config.stages]
-        self.unets = nn.ModuleDict({stage.name: UNet(stage.unet) for stage in config.stages})
+        self.unets = nn.ModuleDict({stage.name: build_network(stage.unet) for stage in config.stages})
 
     @property
     def text_dim(self) -> int | None:
@@ -259,7 +260,7 @@ class Cascade(nn.Module):
             reads_text = stage.config.unet.text_dim is not None
             starts_from_image = init_image is not None and (index == 0 or init_image.mask is not None)
             unet = self.unets[stage.name]
-            assert isinstance(unet, UNet)
+            assert isinstance(unet, Network)
             with _on_device(unet, device) if device else nullcontext():
                 images = stage.sample(
                     unet,
@@ -328,7 +329,7 @@ def _has_use_for(stage: StageConfig, field: str) -> bool:
 
 
 @contextmanager
-def _on_device(unet: UNet, device: torch.device) -> Iterator[None]:
+def _on_device(unet: Network, device: torch.device) -> Iterator[None]:
     """Move the U-Net to `device`, and back at the end."""
     original_device = next(unet.parameters()).device
     unet.to(device)

@@ -8,98 +8,13 @@ config_file.py reads the file and writes the error messages; config_rules.py hol
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from . import config_rules
-
-T = TypeVar("T", int, bool)
-
-
-class Section(BaseModel):
-    """Base class of all sections: an unknown key is an error, values are frozen, docstrings describe the fields."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
-
-
-class UNetConfig(Section):
-    """One U-Net. Presets (presets.py) give MinImagen's and the paper's networks."""
-
-    channels: int = Field(3, ge=1)
-    """Image channels, in and out. Stages have 3 for colour or 1 for grey: files of the other kind are converted, and
-    transparent pixels are blended with white."""
-    lowres: bool = False
-    """Whether the network takes a low-resolution image as a second input (super-resolution)."""
-    text_dim: int | None = Field(None, ge=1)
-    """Width of the text embeddings (T5-XXL: 4096); None builds a network without text conditioning."""
-    dim: int = Field(128, ge=2)
-    """Channels after the stem; level i has dim * dim_mults[i]."""
-    dim_mults: tuple[int, ...] = (1, 2, 4)
-    """Channels of each resolution level, as multiples of dim."""
-    num_blocks: int | tuple[int, ...] = 1
-    """Residual blocks of each level in addition to its first; one number for all levels, or one per level."""
-    self_attention: bool | tuple[bool, ...] = True
-    """Whether a level ends with a transformer block (self-attention and feed-forward); one value, or one per level."""
-    cross_attention: bool | tuple[bool, ...] = True
-    """Whether the first residual block of a level has cross-attention to the text; one value, or one per level."""
-    middle_attention: bool = False
-    """Self-attention between the two middle blocks."""
-    heads: int = Field(8, ge=1)
-    """Query heads of self-attention and attention pooling."""
-    cross_heads: int | None = Field(None, ge=1)
-    """Heads of cross-attention; None takes heads."""
-    head_dim: int = Field(64, ge=16, le=128, multiple_of=8)
-    """Channels per head."""
-    cond_dim: int | None = Field(None, ge=1)
-    """Width of the conditioning tokens (time and text); None takes dim."""
-    time_tokens: int = Field(2, ge=1)
-    """Number of conditioning tokens from the time embedding, and as many from the time of the low-res image."""
-    stem_kernels: tuple[int, ...] = (3, 7, 15)
-    """Odd kernel sizes of the parallel convolutions of the stem; the paper has a single 3x3 convolution."""
-    downsample_first: bool = False
-    """Efficient U-Net: downsample before the blocks of a level, upsample after them (Imagen, appendix B.1)."""
-    full_resolution: Literal["plain", "extra_block"] = "plain"
-    """Layers of an Efficient U-Net at full resolution besides stem and last block. "extra_block" adds a residual
-    block after the stem, its skip connection, and the low-res image before the last convolution, which prevents
-    colour shift."""
-    stem_stride: int = Field(1, ge=1)
-    """Patch side folded into channels before the stem (pixel-unshuffle) and unfolded after the last convolution."""
-    positional_encoding: bool = False
-    """Add sines and cosines of every pixel's position, through a 1x1 convolution, to the stem's output. Small networks
-    learn words like "left" sooner. Not allowed for stages that train on crops."""
-    groups: int = Field(8, ge=1)
-    """Groups of GroupNorm."""
-    text_padding: Literal["none", "null"] = "none"
-    """"none": a sample attends to its real tokens only; "null": to max_text_length tokens, with padding replaced by
-    learned null tokens (MinImagen)."""
-    max_text_length: int = Field(256, ge=1)
-    """Largest number of text tokens; longer text is an error."""
-    text_pooling: Literal["mean", "attention"] = "attention"
-    """How text tokens become the vector that is added to the time embedding (Imagen, section 2.5: attention)."""
-    text_in_self_attention: bool = False
-    """Text keys and values inside self-attention, as in the paper's 64 and 256 models (appendix B)."""
-    qk_norm: bool = False
-    """l2-normalize queries and keys, with learned scales per channel."""
-    zero_init: bool = True
-    """Initialize the last layer of every residual branch, and of the network, to zero: the first output is zero."""
-    checkpoint_levels: tuple[int, ...] = ()
-    """Levels with activation checkpointing: the backward pass recomputes their activations to save memory."""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> UNetConfig:
-        config_rules.check_unet(self)
-        return self
-
-    def per_level(self, value: T | tuple[T, ...]) -> tuple[T, ...]:
-        """One value for each level, from a field that may hold a single value for all."""
-        return value if isinstance(value, tuple) else (value,) * len(self.dim_mults)
-
-    @property
-    def stride(self) -> int:
-        """Image height and width must be multiples of this."""
-        halvings = len(self.dim_mults) - (0 if self.downsample_first else 1)
-        return self.stem_stride * 2**halvings
+from .network_config import UNetConfig
+from .section import Section
 
 
 class ScheduleConfig(Section):

@@ -11,8 +11,9 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import ValidationError
 
-from .config import Config, FastimagenConfig, Section
+from .config import Config, FastimagenConfig
 from .files import read_json_object
+from .section import Section
 
 S = TypeVar("S", bound=Section)
 

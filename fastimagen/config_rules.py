@@ -18,10 +18,10 @@ if TYPE_CHECKING:
         ObjectiveConfig,
         SamplingConfig,
         ScheduleConfig,
-        Section,
         StageConfig,
-        UNetConfig,
     )
+    from .network_config import UNetConfig
+    from .section import Section
 
 RESERVED_NAMES = {
     "all": "--stage all trains all stages",

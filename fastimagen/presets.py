@@ -13,9 +13,9 @@ from .config import (
     SamplingConfig,
     ScheduleConfig,
     StageConfig,
-    UNetConfig,
 )
 from .config_file import hint, validate
+from .network_config import UNetConfig
 
 MINIMAGEN = dict(
     cross_heads=8,

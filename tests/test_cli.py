@@ -361,7 +361,7 @@ def test_arguments_that_argparse_refuses_give_usage_and_status_2(
 def test_embeddings_of_the_wrong_width_are_refused(model: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     TextEmbeddings(torch.zeros(1, 3, 32), torch.ones(1, 3, dtype=torch.bool)).save(tmp_path / "narrow.safetensors")
     message = refused("sample", "--model", model, "--embeddings", "narrow.safetensors")
-    assert message == "text embeddings are 32 wide, but the U-Net was built for text_dim 64"
+    assert message == "text embeddings are 32 wide, but the network was built for text_dim 64"
     assert "cannot read text embeddings" in refused("sample", "--model", model, "--embeddings", "nothing.safetensors")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import inspect
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,17 +13,18 @@ from typing import Any
 import pytest
 
 from fastimagen import config as config_module
+from fastimagen import network_config
 from fastimagen.config import (
     AugmentationConfig,
     CascadeChanges,
     CascadeConfig,
     FastimagenConfig,
     ScheduleConfig,
-    Section,
     StageConfig,
-    UNetConfig,
 )
 from fastimagen.config_file import config_from_dict, load_config
+from fastimagen.network_config import UNetConfig
+from fastimagen.section import Section
 from tests.conftest import ROOT, TOY_STAGES, TOY_UNET
 
 
@@ -300,22 +302,27 @@ def test_configuration_is_immutable() -> None:
 
 def fields() -> Iterator[tuple[str, bool]]:
     """Every field of every section, and whether a docstring follows it."""
-    for node in ast.parse(Path(config_module.__file__).read_text()).body:
-        if isinstance(node, ast.ClassDef) and issubclass(getattr(config_module, node.name), Section):
-            for statement, after in zip(node.body, [*node.body[1:], None]):
-                if isinstance(statement, ast.AnnAssign):
-                    described = (
-                        isinstance(after, ast.Expr)
-                        and isinstance(after.value, ast.Constant)
-                        and isinstance(after.value.value, str)
-                    )
-                    yield f"{node.name}.{statement.target.id}", described
+    for module in (config_module, network_config):
+        for node in ast.parse(Path(module.__file__).read_text()).body:
+            if isinstance(node, ast.ClassDef) and issubclass(getattr(module, node.name), Section):
+                for statement, after in zip(node.body, [*node.body[1:], None]):
+                    if isinstance(statement, ast.AnnAssign):
+                        described = (
+                            isinstance(after, ast.Expr)
+                            and isinstance(after.value, ast.Constant)
+                            and isinstance(after.value.value, str)
+                        )
+                        yield f"{node.name}.{statement.target.id}", described
 
 
 def test_every_field_has_a_docstring() -> None:
     found = dict(fields())
     sections = [
-        value for value in vars(config_module).values() if isinstance(value, type) and issubclass(value, Section)
+        value
+        for module in (config_module, network_config)
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Section)
     ]
-    assert found.keys() == {f"{section.__name__}.{name}" for section in sections for name in section.model_fields}
+    own = {f"{section.__name__}.{name}" for section in sections for name in inspect.get_annotations(section)}
+    assert found.keys() == own
     assert [name for name, described in found.items() if not described] == []

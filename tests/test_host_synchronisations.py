@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from fastimagen import cascade as cascade_module
 from fastimagen.cascade import Stage
-from fastimagen.config import CascadeConfig, SamplingConfig, ScheduleConfig, UNetConfig
+from fastimagen.config import CascadeConfig, SamplingConfig, ScheduleConfig
 from fastimagen.data.loader import Batch
 from fastimagen.diffusion.draws import Draws, draw
 from fastimagen.diffusion.inpainting import InitImage
 from fastimagen.diffusion.samplers import SAMPLERS
+from fastimagen.network_config import UNetConfig
 from fastimagen.networks.unet import UNet
 from fastimagen.presets import PRESETS
 from fastimagen.text.embeddings import TextEmbeddings

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from fastimagen import presets
-from fastimagen.config import CascadeChanges, CascadeConfig, UNetConfig
+from fastimagen.config import CascadeChanges, CascadeConfig
 from fastimagen.interop.minimagen_unet import minimagen_config
+from fastimagen.network_config import UNetConfig
 from fastimagen.networks.attention import CrossAttention, SelfAttention
 from fastimagen.networks.unet import UNet
 from fastimagen.presets import PRESETS, resolve

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from fastimagen.cascade import Stage
-from fastimagen.config import CascadeConfig, UNetConfig
+from fastimagen.config import CascadeConfig
 from fastimagen.interop.minimagen_unet import minimagen_config
+from fastimagen.network_config import UNetConfig
 from fastimagen.networks.unet import UNet
 from fastimagen.presets import (
     minimagen,

@@ -22,7 +22,7 @@ OUT = ROOT / "benchmarks/results/cpu/attention_memory.json"
 
 OURS = """
 from fastimagen.networks.attention import Context, SelfAttention
-from fastimagen.config import UNetConfig
+from fastimagen.network_config import UNetConfig
 block = SelfAttention(UNetConfig(dim=128, heads=8, head_dim=64), 128, None)
 context = Context(time_tokens=torch.zeros(1, 2, 128), text_lengths=None, text_kv=())
 call = lambda x: block(x, context)

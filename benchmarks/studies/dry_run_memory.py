@@ -24,7 +24,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fastimagen.config import EMAConfig, StageConfig, UNetConfig
+from fastimagen.config import EMAConfig, StageConfig
+from fastimagen.network_config import UNetConfig
 from fastimagen.networks.parameters import muon_parameters
 from fastimagen.text.embeddings import TextEmbeddings
 from fastimagen.train.deepspeed_config import resolve_deepspeed

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastimagen import ops
-from fastimagen.config import UNetConfig
+from fastimagen.network_config import UNetConfig
 from fastimagen.networks.unet import UNet
 from fastimagen.presets import minimagen_base_test, minimagen_super_test, shapes
 

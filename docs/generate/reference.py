@@ -17,7 +17,8 @@ from pydantic.fields import FieldInfo
 
 import fastimagen
 from fastimagen import cli, ops
-from fastimagen.config import FastimagenConfig, Section
+from fastimagen.config import FastimagenConfig
+from fastimagen.section import Section
 
 TYPES = {int: "integer", float: "number", str: "text", bool: "`true` or `false`", NoneType: "`null`", Any: "any value"}
 MAX_SIGNATURE = 90

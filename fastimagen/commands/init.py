@@ -14,16 +14,16 @@ from ..config import (
     ObjectiveConfig,
     SamplingConfig,
     ScheduleConfig,
-    Section,
     StageConfig,
     StageTrainConfig,
     TextConfig,
     TrainConfig,
-    UNetConfig,
 )
 from ..config_file import config_from_dict
 from ..data.survey import Survey, survey
 from ..files import atomic_file
+from ..network_config import UNetConfig
+from ..section import Section
 from ..train.proposal import Machine, Proposal, propose
 from ..train.stage_setup import plan
 

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import UNetConfig
 from ..images import from_uint8, open_rgb, resize_and_crop, to_pixels
+from ..network_config import NetworkConfig
 from ..seeds import random_bits
 from ..text.embeddings import TextEmbeddings
 from .order import CROPS, Order
@@ -66,7 +66,7 @@ class Batch:
         from pinned memory do not block."""
         return from_uint8(self.images.to(device, non_blocking=True))
 
-    def text_for(self, unet: UNetConfig, device: torch.device) -> TextEmbeddings | None:
+    def text_for(self, unet: NetworkConfig, device: torch.device) -> TextEmbeddings | None:
         """The embeddings on `device`, or None for a U-Net without text path.
 
         They are padded (TextEmbeddings.padded), except on a CPU: nothing is compiled there, and padding costs time.

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from .. import __version__
 from ..cascade import Stage
-from ..config import CascadeConfig, StageConfig, UNetConfig
+from ..config import CascadeConfig, StageConfig
 from ..config_file import validate
 from ..files import first_line, read_json_object, require_empty
+from ..network_config import UNetConfig
 from ..presets import MINIMAGEN, minimagen_stage
 from ..sampling.model_directory import write_model
 from ..text.t5 import T5_NAMES

@@ -11,8 +11,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ..config import UNetConfig
 from ..config_file import validate
+from ..network_config import UNetConfig
 from ..networks.unet import UNet
 from ..presets import MINIMAGEN
 

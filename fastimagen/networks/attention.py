@@ -9,7 +9,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from .. import ops
-from ..config import UNetConfig
+from ..network_config import UNetConfig
 
 QK_SCALE = 8.0
 """Scale of the logits of l2-normalized queries and keys, as in imagen-pytorch. Cosines alone are too small for a sharp

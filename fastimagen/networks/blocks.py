@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..config import UNetConfig
+from ..network_config import UNetConfig
 from .attention import Context, CrossAttention, TransformerBlock, to_map, to_tokens
 from .convolution import Conv2d, PointwiseConv, convolutions_add_bias
 from .layers import SKIP_SCALE, Film, GroupNormSiLU, ResidualGroupNormSiLU

@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..config import UNetConfig
+from ..network_config import UNetConfig
 from ..text.embeddings import TextEmbeddings
 from .attention import AttentionPooling
 from .layers import Sinusoidal

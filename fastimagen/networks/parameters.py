@@ -1,4 +1,4 @@
-"""Which parameters of a U-Net the Muon optimizer updates."""
+"""Which parameters of a network the Muon optimizer updates."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import nn
 from .blocks import ResBlock
 from .conditioning import TextConditioning, TimeEmbedding
 from .convolution import MatrixWeights
-from .unet import UNet
+from .network import Network
 
 
-def muon_parameters(unet: UNet) -> set[str]:
+def muon_parameters(network: Network) -> set[str]:
     """Names of the parameters that Muon updates: weight matrices of linear layers and convolutions.
 
     Muon orthogonalizes updates, which is meant for matrices that map one feature space to another (Jordan et al.
@@ -18,7 +18,7 @@ def muon_parameters(unet: UNet) -> set[str]:
     keys and values, pooled queries and scales per channel. Like the embedding layers of that source, the layers that
     act on the time embedding and on the pooled text also stay with Adam: their input is one vector per sample."""
     vector_layers: set[nn.Module] = set()
-    for module in unet.modules():
+    for module in network.modules():
         if isinstance(module, TimeEmbedding):
             vector_layers.update(module.modules())
         elif isinstance(module, TextConditioning):
@@ -27,6 +27,6 @@ def muon_parameters(unet: UNet) -> set[str]:
             vector_layers.add(module.embedding_to_film)
     return {
         f"{name}.weight"
-        for name, module in unet.named_modules()
+        for name, module in network.named_modules()
         if isinstance(module, (nn.Linear, MatrixWeights)) and module not in vector_layers
     }

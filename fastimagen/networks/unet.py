@@ -7,18 +7,18 @@ from collections import deque
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ..config import UNetConfig
+from ..network_config import UNetConfig
 from ..text.embeddings import TextEmbeddings
 from .attention import Context, CrossAttention, SelfAttention, TextAttention, TransformerBlock, to_map, to_tokens
 from .blocks import DownLevel, ResBlock, UpLevel
 from .conditioning import TextConditioning, TextState, TimeEmbedding
 from .convolution import Conv2d, OutputConv
 from .layers import Downsample, MultiScaleStem, ParallelConv, Upsample
+from .network import Network
 
 NUM_FREQS = 3
 """Frequencies of the positional encoding: half a period over the image, one, and two."""
@@ -39,15 +39,16 @@ def _waves(side: int, like: Tensor) -> Tensor:
     return torch.cat([angle.sin(), angle.cos()], dim=1).T  # (2 NUM_FREQS, side)
 
 
-class UNet(nn.Module):
+class UNet(Network):
     """Denoising U-Net of one stage.
 
     Raises ValueError if the inputs of a call do not fit the configuration.
     """
 
+    config: UNetConfig
+
     def __init__(self, config: UNetConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self._time_dim = config.dim * 4 * (2 if config.lowres else 1)  # as in imagen-pytorch and MinImagen
         self._num_slots = 0
         patch_channels = config.channels * config.stem_stride**2
@@ -129,25 +130,10 @@ class UNet(nn.Module):
 
     # ---- calls
 
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        """nn.Module.compile, without compiling the first graph twice.
-
-        einops registers a type of tensor at the first call with it. If the traced call does that, torch.compile's guard
-        on the registry fails in the next call.
-        """
-        for tensor in (torch.empty(1), nn.Parameter(torch.empty(1))):
-            rearrange(tensor, "a -> a")  # (1,)
-        super().compile(*args, **kwargs)
-
     def encode_text(self, text: TextEmbeddings, keep_text: Tensor | None = None) -> TextState:
         """Everything that depends on text and not on time. keep_text (B,) bool: False drops a caption."""
-        if self.text is None:
-            raise ValueError("this U-Net has no text path (text_dim is not set), but text was given")
-        if text.embeds.shape[-1] != self.config.text_dim:
-            raise ValueError(
-                f"text embeddings are {text.embeds.shape[-1]} wide, but the U-Net was built for "
-                f"text_dim {self.config.text_dim}"
-            )
+        self.check_text(text)
+        assert self.text is not None
         tokens, lengths, vector = self.text(text, keep_text)
         tokens = self.norm_cond(tokens)  # (B, L, K)
         readers: dict[int, TextAttention] = {}
@@ -167,13 +153,8 @@ class UNet(nn.Module):
         lowres_time: Tensor | None = None,
         keep_text: Tensor | None = None,
     ) -> Tensor:
-        """x (B, C, H, W) at `time` (B,) -> output (B, C, H, W).
-
-        time is the number that the sinusoidal embedding gets: the step of a discrete schedule, or 1000 t. lowres
-        (B, C, H, W) is resized to x, in [-1, 1] and noised at lowres_time (B,). keep_text (B,) bool: False drops the
-        caption. text=None does not use the text path at all.
-        """
-        self._check(x, text, keep_text, lowres, lowres_time)
+        """See Network.forward."""
+        self.check_inputs(x, text, keep_text, lowres, lowres_time)
         vector, tokens = self.time_embedding(time)  # (B, T), (B, R, K)
         if lowres is not None:
             assert self.lowres_time_embedding is not None
@@ -222,33 +203,3 @@ class UNet(nn.Module):
         if index in self.config.checkpoint_levels and self.training:
             return checkpoint(level, *inputs, use_reentrant=False)
         return level(*inputs)
-
-    def _check(
-        self,
-        x: Tensor,
-        text: TextEmbeddings | TextState | None,
-        keep_text: Tensor | None,
-        lowres: Tensor | None,
-        lowres_time: Tensor | None,
-    ) -> None:
-        if x.shape[1] != self.config.channels:
-            raise ValueError(f"images have {x.shape[1]} channels, but the U-Net was built for {self.config.channels}")
-        if text is not None and len(text) != len(x):
-            raise ValueError(f"{len(text)} texts for {len(x)} images")
-        if keep_text is not None and not isinstance(text, TextEmbeddings):
-            raise ValueError(
-                "keep_text needs TextEmbeddings: the captions of a TextState are dropped when it is encoded"
-            )
-        if self.config.lowres and lowres is None:
-            raise ValueError("this U-Net needs lowres and lowres_time")
-        if not self.config.lowres and lowres is not None:
-            raise ValueError("this U-Net is not built for a low-resolution image, but lowres was given")
-        if (lowres is None) != (lowres_time is None):
-            raise ValueError("lowres and lowres_time must be given together")
-        if lowres is not None and lowres.shape != x.shape:
-            raise ValueError(f"lowres must be resized to x: {tuple(lowres.shape)} against {tuple(x.shape)}")
-        if x.shape[-1] % self.config.stride or x.shape[-2] % self.config.stride:
-            raise ValueError(
-                f"image sides {tuple(x.shape[-2:])} must be multiples of {self.config.stride}, the total "
-                f"stride of this U-Net"
-            )

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..config import StageConfig
-from ..networks.unet import UNet
+from ..networks.build import build_network
 from ..ops.dispatch import meta_is_gpu
 from .flops import example_inputs
 
@@ -77,7 +77,7 @@ def _peak(stage: StageConfig, micro_batch: int, dtype: torch.dtype, tokens: int,
             stack.enter_context(meta_is_gpu())
         else:
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        unet = UNet(stage.unet)
+        unet = build_network(stage.unet)
         if gpu:
             unet.to(dtype)  # on a CPU training is in fp32
         counter = _LiveBytes()

@@ -13,7 +13,7 @@ from torch import nn
 from ..cascade import Stage
 from ..config import CascadeConfig, FastimagenConfig, StageConfig
 from ..data.source import encoder_width, uses_text
-from ..networks.unet import UNet
+from ..networks.build import build_network
 from ..sampling.model_directory import check_shapes, read_shapes
 
 
@@ -80,5 +80,5 @@ def _check_initial_weights(stage: StageConfig, model: str) -> None:
     if not path.exists():
         raise ValueError(f"init_from {model}: there is no {path}")
     with torch.device("meta"):
-        unet = UNet(stage.unet)
+        unet = build_network(stage.unet)
     check_shapes(unet, read_shapes(path), str(path))

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import ops
-from ..config import StageConfig, UNetConfig
-from ..networks.unet import UNet
+from ..config import StageConfig
+from ..network_config import NetworkConfig, UNetConfig
+from ..networks.build import build_network
 from ..text.embeddings import LENGTH_MULTIPLE, TextEmbeddings
 
 
@@ -36,7 +37,7 @@ def unet_flops(config: UNetConfig, side: int, tokens: int = LENGTH_MULTIPLE) -> 
     return Flops(forward, training, recomputed)
 
 
-def _count(config: UNetConfig, side: int, tokens: int) -> tuple[int, int]:
+def _count(config: NetworkConfig, side: int, tokens: int) -> tuple[int, int]:
     """FLOPs of the forward pass, and of forward and backward together as they would run."""
     from torch.nn.attention import SDPBackend, sdpa_kernel  # these two read files when they are imported
     from torch.utils.flop_counter import FlopCounterMode
@@ -45,7 +46,7 @@ def _count(config: UNetConfig, side: int, tokens: int) -> tuple[int, int]:
     ops.set_backend("torch")  # the counter knows the products of PyTorch's attention, and not the kernels'
     try:
         with torch.device("meta"), sdpa_kernel(SDPBackend.MATH):
-            unet = UNet(config)
+            unet = build_network(config)
             x, arguments = example_inputs(config, 1, side, tokens)
             with FlopCounterMode(display=False) as counter:
                 output = unet(x, **arguments)
@@ -56,8 +57,8 @@ def _count(config: UNetConfig, side: int, tokens: int) -> tuple[int, int]:
         ops.set_backend(backend)
 
 
-def example_inputs(config: UNetConfig, batch: int, side: int, tokens: int) -> tuple[torch.Tensor, dict[str, Any]]:
-    """x (B, C, H, W) and the other arguments of `UNet.forward` in training, without values, on PyTorch's device."""
+def example_inputs(config: NetworkConfig, batch: int, side: int, tokens: int) -> tuple[torch.Tensor, dict[str, Any]]:
+    """x (B, C, H, W) and the other arguments of `Network.forward` in training, without values, on PyTorch's device."""
     x, time = torch.empty(batch, config.channels, side, side), torch.empty(batch)
     arguments: dict[str, Any] = {"time": time}
     if config.lowres:

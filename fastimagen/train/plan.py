@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 
 from ..config import StageConfig
+from ..networks.build import build_network
 from ..networks.parameters import muon_parameters
-from ..networks.unet import UNet
 from ..text.embeddings import LENGTH_MULTIPLE
 from .activations import measure
 from .devices import DEVICES, Device, Precision
@@ -80,7 +80,7 @@ class StagePlan(NamedTuple):
 def plan_stage(stage: StageConfig, deepspeed: dict[str, Any], steps: int, where: Target) -> StagePlan:
     """Count and measure a stage. Seconds for the largest U-Nets; nothing is computed."""
     with torch.device("meta"):
-        unet = UNet(stage.unet)
+        unet = build_network(stage.unet)
     sizes = {name: parameter.numel() for name, parameter in unet.named_parameters()}
     parameters, muon = sum(sizes.values()), sum(sizes[name] for name in muon_parameters(unet))
     tokens = min(LENGTH_MULTIPLE, stage.unet.max_text_length)

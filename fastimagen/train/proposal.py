@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from .. import ops
-from ..config import AugmentationConfig, ObjectiveConfig, SamplingConfig, StageConfig, UNetConfig
+from ..config import AugmentationConfig, ObjectiveConfig, SamplingConfig, StageConfig
 from ..data.survey import Survey
-from ..networks.unet import UNet
+from ..network_config import UNetConfig
+from ..networks.build import build_network
 from ..presets import shapes
 from ..text.t5 import text_width
 from .flops import example_inputs
@@ -117,7 +118,7 @@ def stage_sizes(final: int) -> list[int]:
 def micro_batch(stage: StageConfig, gib: float, most: int) -> int:
     """The largest divisor of `most` images that fits a GPU of `gib` GiB by estimate; at least 1."""
     with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in UNet(stage.unet).parameters())
+        parameters = sum(parameter.numel() for parameter in build_network(stage.unet).parameters())
     free = USABLE_SHARE * gib * 2**30 - BYTES_PER_PARAMETER * parameters
     each = activation_bytes(stage)
     return max(micro for micro in range(1, most + 1) if most % micro == 0 and (micro == 1 or micro * each <= free))
@@ -141,7 +142,7 @@ def activation_bytes(stage: StageConfig, tokens: int = 64) -> int:
     ops.set_backend("torch")
     try:
         with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            unet = UNet(stage.unet)
+            unet = build_network(stage.unet)
             x, arguments = example_inputs(stage.unet, 1, stage.crop or stage.size, tokens)
             unet(x, **arguments)
     finally:

@@ -9,7 +9,8 @@ import torch
 from ..config import CascadeChanges, CascadeConfig, Config, StageConfig, StageTrainConfig
 from ..data.source import check_data, encoder_width
 from ..files import read_safetensors
-from ..networks.unet import UNet
+from ..networks.build import build_network
+from ..networks.network import Network
 from ..presets import change, resolve
 from ..sampling.model_directory import load_weights, read_cascade
 from .field_checks import check_fields
@@ -58,14 +59,14 @@ def plan(config: Config, stage: str = "all") -> tuple[CascadeConfig, list[StageC
     return cascade, list(cascade.stages) if stage == "all" else [cascade.stage(stage)]
 
 
-def initial_unet(config: StageConfig, *, seed: int, init_from: str | None = None) -> UNet:
+def initial_unet(config: StageConfig, *, seed: int, init_from: str | None = None) -> Network:
     """A U-Net with seeded random weights, the same on all ranks, or with the weights of an exported model.
 
     Raises ValueError when the exported weights are of another architecture.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        unet = UNet(config.unet)
+        unet = build_network(config.unet)
     if init_from is not None:
         path = Path(init_from) / config.name / "model.safetensors"
         if not path.exists():

@@ -14,7 +14,8 @@ from ..config import Config, SamplingConfig, StageConfig
 from ..data.source import Split
 from ..files import atomic_file, first_line
 from ..images import grid
-from ..networks.unet import UNet
+from ..networks.build import build_network
+from ..networks.network import Network
 from ..seeds import mix_seed
 from .ema import EMA
 from .flat_weights import FlatWeights
@@ -25,16 +26,16 @@ MAX_PREVIEW_STEPS = 32
 32 images. All samplers respace to fewer steps; `fastimagen sample` takes the stage's own number."""
 
 
-def ema_unet(stage: Stage, weights: FlatWeights, ema: EMA, dtype: torch.dtype) -> UNet:
+def ema_unet(stage: Stage, weights: FlatWeights, ema: EMA, dtype: torch.dtype) -> Network:
     """A separate U-Net with the EMA weights in `dtype`. All ranks call it. Valid until the next training step."""
     with torch.device("meta"):
-        unet = UNet(stage.config.unet)
+        unet = build_network(stage.config.unet)
     unet.load_state_dict(weights.all_gather(ema.average, dtype), assign=True)
     return unet.eval()
 
 
 @torch.no_grad()
-def validation_loss(stage: Stage, unet: UNet, split: Split, config: Config) -> float:
+def validation_loss(stage: Stage, unet: Network, split: Split, config: Config) -> float:
     """Mean loss of the first validation samples, without caption dropout, with the same times and noise every time.
 
     All ranks call it."""
@@ -58,7 +59,7 @@ def preview_sampling(stage: StageConfig) -> SamplingConfig:
     return stage.sampling.model_copy(update={"steps": min(stage.sampling.steps, MAX_PREVIEW_STEPS)})
 
 
-def sample_grid(stage: Stage, unet: UNet, split: Split, config: Config, path: Path) -> str | None:
+def sample_grid(stage: Stage, unet: Network, split: Split, config: Config, path: Path) -> str | None:
     """Save a captioned grid of images of this stage for fixed captions and seeds. All ranks call it.
 
     Returns a line on rank 0 if the grid could not be saved: a full disk does not end training.

@@ -246,7 +246,7 @@ def test_autocast_gives_bf16_output_and_fp32_gradients() -> None:
 
 @pytest.mark.usefixtures("unguarded")
 def test_unet_gives_the_output_and_gradients_of_the_torch_backend() -> None:
-    from fastimagen.config import UNetConfig
+    from fastimagen.network_config import UNetConfig
     from fastimagen.networks.unet import UNet
     from fastimagen.text.embeddings import TextEmbeddings
     from tests.conftest import TOY_UNET

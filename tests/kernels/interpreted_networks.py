@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastimagen import ops
-from fastimagen.config import UNetConfig
+from fastimagen.network_config import UNetConfig
 from fastimagen.networks.unet import UNet
 from fastimagen.text.embeddings import TextEmbeddings
 from tests.conftest import TOY_UNET

@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastimagen.config import UNetConfig
+from fastimagen.network_config import UNetConfig
 from fastimagen.networks.attention import AttentionPooling, Context, SelfAttention
 from fastimagen.networks.unet import UNet
 from fastimagen.text.embeddings import TextEmbeddings
@@ -371,16 +371,16 @@ def test_images_of_wrong_shape_are_an_error() -> None:
     unet = network()
     assert (
         error_of(unet, x=torch.zeros(B, 3, 16, 15))
-        == "image sides (16, 15) must be multiples of 2, the total stride of this U-Net"
+        == "image sides (16, 15) must be multiples of 2, the total stride of this network"
     )
-    assert error_of(unet, x=torch.zeros(B, 1, 16, 16)) == "images have 1 channels, but the U-Net was built for 3"
+    assert error_of(unet, x=torch.zeros(B, 1, 16, 16)) == "images have 1 channels, but the network was built for 3"
     assert "not built for a low-resolution image" in error_of(unet, lowres=torch.zeros(B, 3, 16, 16), lowres_time=TIME)
     assert "lowres and lowres_time must be given together" in error_of(unet, lowres_time=TIME)
 
 
 def test_missing_or_unresized_lowres_is_an_error() -> None:
     unet = network(**VARIANTS["efficient"])
-    assert error_of(unet, lowres=None, lowres_time=None) == "this U-Net needs lowres and lowres_time"
+    assert error_of(unet, lowres=None, lowres_time=None) == "this network needs lowres and lowres_time"
     assert "lowres and lowres_time must be given together" in error_of(unet, lowres_time=None)
     assert "lowres must be resized to x" in error_of(unet, lowres=torch.zeros(B, 3, 8, 8))
 
@@ -391,7 +391,7 @@ def test_text_that_does_not_fit_is_an_error() -> None:
     assert error_of(unet, text=long) == "text of 6 tokens, but max_text_length is 5"  # defect 10
     wide = TextEmbeddings(torch.zeros(B, 2, 32), torch.ones(B, 2, dtype=torch.bool))
     assert (
-        error_of(unet, text=wide) == "text embeddings are 32 wide, but the U-Net was built for text_dim 64"
+        error_of(unet, text=wide) == "text embeddings are 32 wide, but the network was built for text_dim 64"
     )  # defect 11: MinImagen silently rebuilds the U-Net instead
     assert error_of(unet, text=captions()[:1]) == "1 texts for 3 images"
     state = unet.encode_text(captions())

@@ -149,7 +149,7 @@ def test_precomputed_embeddings_give_the_images_of_their_captions(pipe: ImagenPi
         (dict(text=1, seeds=1), "seeds must be a list of integers, one for each image, got 1"),
         (dict(text=1, seeds=[1.5]), "seeds must be a list of integers, one for each image, got [1.5]"),
         (dict(text=1, batch_size=0), "batch_size must be at least 1, got 0"),
-        (dict(text=1, width=32), "text embeddings are 32 wide, but the U-Net was built for text_dim 64"),
+        (dict(text=1, width=32), "text embeddings are 32 wide, but the network was built for text_dim 64"),
         (dict(text=1, length=257), "text of 257 tokens, but max_text_length is 256"),
         (
             dict(text=1, steps={"base": 2, "super": 2}),

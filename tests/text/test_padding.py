@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from fastimagen.cascade import Stage
-from fastimagen.config import CompileMode, UNetConfig
+from fastimagen.config import CompileMode
 from fastimagen.data.loader import Batch
+from fastimagen.network_config import UNetConfig
 from fastimagen.networks.unet import UNet
 from fastimagen.sampling.pipeline import ImagenPipeline
 from fastimagen.text.embeddings import LENGTH_MULTIPLE, TextEmbeddings

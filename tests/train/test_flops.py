@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastimagen import ops
-from fastimagen.config import UNetConfig
+from fastimagen.network_config import UNetConfig
 from fastimagen.networks import attention as attention_modules
 from fastimagen.networks.convolution import MatrixWeights
 from fastimagen.networks.unet import UNet

@@ -13,7 +13,8 @@ import torch
 from torch._subclasses import fake_tensor
 
 from fastimagen.cli import main
-from fastimagen.config import StageConfig, UNetConfig
+from fastimagen.config import StageConfig
+from fastimagen.network_config import UNetConfig
 from fastimagen.train import plan
 from fastimagen.train.activations import Peaks, measure
 from fastimagen.train.devices import DEVICES

@@ -15,13 +15,13 @@ import torch
 from fastimagen.config import (
     DataConfig,
     FastimagenConfig,
-    Section,
     StageConfig,
     StageTrainConfig,
     TextConfig,
     TrainConfig,
 )
 from fastimagen.data.shards import Shard
+from fastimagen.section import Section
 from fastimagen.train.learning_rate import set_learning_rate
 from fastimagen.train.length import steps_of_epochs
 from fastimagen.train.resume import ACTS, RULES, check_resuming, check_trained, rule_of, settings_of

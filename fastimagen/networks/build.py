@@ -1,0 +1,14 @@
+"""From a section of the configuration to its network."""
+
+from __future__ import annotations
+
+from ..network_config import NetworkConfig, UNetConfig
+from .network import Network
+from .unet import UNet
+
+
+def build_network(config: NetworkConfig) -> Network:
+    """The network of a stage with new weights. Raises TypeError for a section that describes none."""
+    if isinstance(config, UNetConfig):
+        return UNet(config)
+    raise TypeError(f"{type(config).__name__} describes no network")
