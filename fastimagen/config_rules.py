@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         ScheduleConfig,
         StageConfig,
     )
-    from .network_config import UNetConfig
+    from .network_config import PixelTransformerConfig, UNetConfig
     from .section import Section
 
 RESERVED_NAMES = {
@@ -58,6 +58,27 @@ def check_unet(unet: UNetConfig) -> None:
         raise ValueError(f"checkpoint_levels must be levels from 0 to {levels - 1}, got {unet.checkpoint_levels}")
     if unet.full_resolution == "extra_block" and not unet.downsample_first:
         raise ValueError('full_resolution "extra_block" needs "downsample_first": true')
+
+
+def check_pixel_transformer(config: PixelTransformerConfig) -> None:
+    """Rules between the fields of a pixel transformer."""
+    if config.dim % config.heads or config.dim // config.heads % 8 or not 16 <= config.dim // config.heads <= 128:
+        raise ValueError(
+            f"dim / heads, the channels per head, must be a multiple of 8 from 16 to 128, got {config.dim} / "
+            f"{config.heads}"
+        )
+    if any(not 0 <= block < config.depth for block in config.checkpoint_levels):
+        raise ValueError(
+            f"checkpoint_levels must be blocks from 0 to {config.depth - 1}, got {config.checkpoint_levels}"
+        )
+    if config.text_from >= config.depth:
+        raise ValueError(f"text_from {config.text_from} leaves no block of {config.depth} that reads text")
+    if config.text_reading == "tokens":
+        _require_defaults(config, ("cond_dim",), 'for "text_reading": "cross_attention"')
+    if config.text_dim is None:
+        for name in ("text_reading", "text_from", "cond_dim"):
+            if getattr(config, name) != type(config).model_fields[name].default:
+                raise ValueError(f'"{name}" needs text_dim')
 
 
 def check_schedule(schedule: ScheduleConfig) -> None:

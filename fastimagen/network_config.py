@@ -25,6 +25,10 @@ class NetworkConfig(Section):
     max_text_length: int = Field(256, ge=1)
     """Largest number of text tokens; longer text is an error."""
 
+    checkpoint_levels: tuple[int, ...] = ()
+    """Levels of a U-Net, or blocks of a transformer, with activation checkpointing: the backward pass recomputes their
+    activations to save memory."""
+
     @property
     def stride(self) -> int:
         """Image height and width must be multiples of this."""
@@ -84,8 +88,6 @@ class UNetConfig(NetworkConfig):
     """l2-normalize queries and keys, with learned scales per channel."""
     zero_init: bool = True
     """Initialize the last layer of every residual branch, and of the network, to zero: the first output is zero."""
-    checkpoint_levels: tuple[int, ...] = ()
-    """Levels with activation checkpointing: the backward pass recomputes their activations to save memory."""
 
     @model_validator(mode="after")
     def _consistent(self) -> UNetConfig:
@@ -101,3 +103,59 @@ class UNetConfig(NetworkConfig):
         """Image height and width must be multiples of this."""
         halvings = len(self.dim_mults) - (0 if self.downsample_first else 1)
         return self.stem_stride * 2**halvings
+
+
+class PixelTransformerConfig(NetworkConfig):
+    """One transformer over patches of pixels, after JiT (Li and He 2025, "Back to Basics")."""
+
+    kind: Literal["pixel_transformer"]
+    """The network that this section describes."""
+    patch: int = Field(16, ge=1)
+    """Side of a patch in pixels; a patch is one token."""
+    bottleneck: int | None = Field(None, ge=1)
+    """Width that a patch is reduced to before it is embedded (JiT: 128 or 256); None embeds it directly."""
+    dim: int = Field(768, ge=8)
+    """Width of the tokens."""
+    depth: int = Field(12, ge=1)
+    """Transformer blocks."""
+    heads: int = Field(12, ge=1)
+    """Attention heads, of dim / heads channels each."""
+    hidden: int | None = Field(None, ge=1)
+    """Hidden width of the feed-forward networks (SwiGLU); None takes 8/3 dim, rounded down to a multiple of 32."""
+    time_dim: int | None = Field(None, ge=1)
+    """Width of the time embedding; None takes dim."""
+    text_reading: Literal["cross_attention", "tokens"] = "cross_attention"
+    """"cross_attention": blocks attend to the text after the image; "tokens": text tokens join the image's in the
+    sequence."""
+    text_from: int = Field(0, ge=0)
+    """First block that reads text."""
+    cond_dim: int | None = Field(None, ge=1)
+    """Width of the text tokens that cross-attention reads; None takes dim."""
+    positional_encoding: bool = False
+    """Add sines and cosines of every patch's position in the image to its token. Small networks learn words like "left"
+    sooner. Not allowed for stages that train on crops: there, rotary positions alone say where patches lie."""
+    rotary_range: int = Field(16, ge=1)
+    """Distance in patches at which the slowest rotary frequency has turned by half a circle: the image side in
+    patches."""
+    zero_init: bool = True
+    """Initialize the last layer of every residual branch, and of the network, to zero: the first output is zero."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PixelTransformerConfig:
+        config_rules.check_pixel_transformer(self)
+        return self
+
+    @property
+    def head_dim(self) -> int:
+        """Channels per head."""
+        return self.dim // self.heads
+
+    @property
+    def hidden_dim(self) -> int:
+        """Hidden width of the feed-forward networks."""
+        return self.hidden or max(32, 8 * self.dim // 3 // 32 * 32)
+
+    @property
+    def stride(self) -> int:
+        """Image height and width must be multiples of this."""
+        return self.patch

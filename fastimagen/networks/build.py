@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from ..network_config import NetworkConfig, UNetConfig
+from ..network_config import NetworkConfig, PixelTransformerConfig, UNetConfig
 from .network import Network
+from .pixel_transformer import PixelTransformer
 from .unet import UNet
 
 
@@ -11,4 +12,6 @@ def build_network(config: NetworkConfig) -> Network:
     """The network of a stage with new weights. Raises TypeError for a section that describes none."""
     if isinstance(config, UNetConfig):
         return UNet(config)
+    if isinstance(config, PixelTransformerConfig):
+        return PixelTransformer(config)
     raise TypeError(f"{type(config).__name__} describes no network")

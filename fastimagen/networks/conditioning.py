@@ -1,4 +1,4 @@
-"""Time and text, as the U-Net uses them: vectors that modulate its blocks and tokens that its attention reads."""
+"""Time and text, as networks use them: vectors that modulate blocks and tokens that attention reads."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..network_config import UNetConfig
+from ..network_config import NetworkConfig, UNetConfig
 from ..text.embeddings import TextEmbeddings
 from .attention import AttentionPooling
 from .layers import Sinusoidal
@@ -17,15 +17,16 @@ from .layers import Sinusoidal
 
 @dataclass(frozen=True)
 class TextState:
-    """Encoded text, which does not change from step to step; UNet.encode_text computes it.
+    """Encoded text, which does not change from step to step; Network.encode_text computes it.
 
     vector (B, T) is added to the time embedding; lengths (B,) or None; kv: (keys, values) for every attention that
-    reads text.
+    reads text; tokens (B, L, C), where they join the image's in the sequence of a transformer.
     """
 
     vector: Tensor
     lengths: Tensor | None
     kv: tuple[tuple[Tensor, Tensor], ...]
+    tokens: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.vector)
@@ -52,21 +53,27 @@ class TimeEmbedding(nn.Module):
 class TextConditioning(nn.Module):
     """Text embeddings (B, L, E) -> conditioning tokens (B, L, K), their lengths, and a vector (B, T).
 
-    A dropped caption becomes learned null tokens and a learned null vector. With text_padding "null" there are always
-    max_text_length tokens, and null tokens also replace padding (MinImagen). With "none" a dropped caption is one null
-    token.
+    A dropped caption becomes learned null tokens and a learned null vector: one null token, or with pad_with_null
+    always max_text_length tokens, where null tokens also replace padding (MinImagen). pooling: heads and channels per
+    head of the attention that makes the vector; None takes the mean of the tokens.
     """
 
-    def __init__(self, config: UNetConfig, time_dim: int) -> None:
+    def __init__(
+        self,
+        config: NetworkConfig,
+        cond_dim: int,
+        time_dim: int,
+        *,
+        pooling: tuple[int, int] | None,
+        pad_with_null: bool = False,
+    ) -> None:
         super().__init__()
         assert config.text_dim is not None
-        cond_dim = config.cond_dim or config.dim
-        self.padding, self.max_length = config.text_padding, config.max_text_length
+        self.pad_with_null, self.max_length = pad_with_null, config.max_text_length
         self.project = nn.Linear(config.text_dim, cond_dim)
-        self.null_tokens = nn.Parameter(torch.randn(1, self.max_length if self.padding == "null" else 1, cond_dim))
+        self.null_tokens = nn.Parameter(torch.randn(1, self.max_length if pad_with_null else 1, cond_dim))
         self.null_vector = nn.Parameter(torch.randn(1, time_dim))
-        attention_pooling = config.text_pooling == "attention"
-        self.pool = AttentionPooling(cond_dim, config.heads, config.head_dim) if attention_pooling else None
+        self.pool = AttentionPooling(cond_dim, *pooling) if pooling else None
         self.pooled_embedding = nn.Sequential(
             nn.LayerNorm(cond_dim), nn.Linear(cond_dim, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim)
         )
@@ -83,7 +90,7 @@ class TextConditioning(nn.Module):
         if keep is None:
             keep = torch.ones(len(embeds), dtype=torch.bool, device=embeds.device)  # (B,)
         tokens = self.project(embeds)  # (B, L, K)
-        if self.padding == "null":
+        if self.pad_with_null:
             tokens, lengths, mean = self._all_slots(tokens, text.mask & keep[:, None])
         else:
             tokens, lengths, mean = self._real_tokens(tokens, text.lengths, keep)

@@ -128,3 +128,20 @@ class Sinusoidal(nn.Module):
         frequency = torch.exp(index * (-math.log(10000) / (half - 1)))  # (dim / 2,)
         angle = time.float()[:, None] * frequency  # (B, dim / 2)
         return torch.cat([angle.sin(), angle.cos()], dim=-1)  # (B, dim)
+
+
+def positional_encoding(height: int, width: int, num_freqs: int, like: Tensor) -> Tensor:
+    """Sines and cosines of every position's row and column, (1, 4 num_freqs, H, W), with the dtype of `like`.
+
+    The frequencies are half a period over the image, one, two, ...
+    """
+    rows = _waves(height, num_freqs, like.device)[:, :, None].expand(-1, -1, width)  # (2 num_freqs, H, W)
+    columns = _waves(width, num_freqs, like.device)[:, None, :].expand(-1, height, -1)  # (2 num_freqs, H, W)
+    return torch.cat([rows, columns])[None].to(like.dtype)  # (1, 4 num_freqs, H, W)
+
+
+def _waves(side: int, num_freqs: int, device: torch.device) -> Tensor:
+    """Sines and cosines along one side: (2 num_freqs, side)."""
+    frequency = 2.0 ** torch.arange(num_freqs, device=device)  # (num_freqs,)
+    angle = torch.linspace(0, math.pi, side, device=device)[:, None] * frequency  # (side, num_freqs)
+    return torch.cat([angle.sin(), angle.cos()], dim=1).T  # (2 num_freqs, side)

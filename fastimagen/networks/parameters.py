@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from torch import nn
 
-from .blocks import ResBlock
 from .conditioning import TextConditioning, TimeEmbedding
 from .convolution import MatrixWeights
+from .layers import Film
 from .network import Network
+from .pixel_transformer import TimeVector
 
 
 def muon_parameters(network: Network) -> set[str]:
@@ -19,12 +20,10 @@ def muon_parameters(network: Network) -> set[str]:
     act on the time embedding and on the pooled text also stay with Adam: their input is one vector per sample."""
     vector_layers: set[nn.Module] = set()
     for module in network.modules():
-        if isinstance(module, TimeEmbedding):
+        if isinstance(module, (TimeEmbedding, TimeVector, Film)):
             vector_layers.update(module.modules())
         elif isinstance(module, TextConditioning):
             vector_layers.update(module.pooled_embedding.modules())
-        elif isinstance(module, ResBlock):
-            vector_layers.add(module.embedding_to_film)
     return {
         f"{name}.weight"
         for name, module in network.named_modules()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from typing import Any
 
@@ -17,26 +16,11 @@ from .attention import Context, CrossAttention, SelfAttention, TextAttention, Tr
 from .blocks import DownLevel, ResBlock, UpLevel
 from .conditioning import TextConditioning, TextState, TimeEmbedding
 from .convolution import Conv2d, OutputConv
-from .layers import Downsample, MultiScaleStem, ParallelConv, Upsample
+from .layers import Downsample, MultiScaleStem, ParallelConv, Upsample, positional_encoding
 from .network import Network
 
 NUM_FREQS = 3
 """Frequencies of the positional encoding: half a period over the image, one, and two."""
-
-
-def positional_encoding(x: Tensor) -> Tensor:
-    """Sines and cosines of every pixel's row and column: (1, 4 NUM_FREQS, H, W) for x (B, C, H, W)."""
-    height, width = x.shape[-2:]
-    rows = _waves(height, x)[:, :, None].expand(-1, -1, width)  # (2 NUM_FREQS, H, W)
-    columns = _waves(width, x)[:, None, :].expand(-1, height, -1)  # (2 NUM_FREQS, H, W)
-    return torch.cat([rows, columns])[None].to(x.dtype)  # (1, 4 NUM_FREQS, H, W)
-
-
-def _waves(side: int, like: Tensor) -> Tensor:
-    """Sines and cosines along one side: (2 NUM_FREQS, side)."""
-    frequency = 2.0 ** torch.arange(NUM_FREQS, device=like.device)  # (NUM_FREQS,)
-    angle = torch.linspace(0, math.pi, side, device=like.device)[:, None] * frequency  # (side, NUM_FREQS)
-    return torch.cat([angle.sin(), angle.cos()], dim=1).T  # (2 NUM_FREQS, side)
 
 
 class UNet(Network):
@@ -56,7 +40,7 @@ class UNet(Network):
 
         self.time_embedding = TimeEmbedding(config, self._time_dim)
         self.lowres_time_embedding = TimeEmbedding(config, self._time_dim) if config.lowres else None
-        self.text = TextConditioning(config, self._time_dim) if config.text_dim else None
+        self.text = self._text_conditioning() if config.text_dim else None
         self.norm_cond = nn.LayerNorm(config.cond_dim or config.dim)
 
         stem_channels = patch_channels * (2 if config.lowres else 1)
@@ -80,6 +64,16 @@ class UNet(Network):
         self._num_blocks = sum(isinstance(module, ResBlock) for module in self.modules())
 
     # ---- construction
+
+    def _text_conditioning(self) -> TextConditioning:
+        config = self.config
+        return TextConditioning(
+            config,
+            config.cond_dim or config.dim,
+            self._time_dim,
+            pooling=(config.heads, config.head_dim) if config.text_pooling == "attention" else None,
+            pad_with_null=config.text_padding == "null",
+        )
 
     def _level_dims(self, level: int) -> tuple[int, int]:
         """Channels before and after a level, in the order of going down."""
@@ -175,7 +169,7 @@ class UNet(Network):
         patches = patches.contiguous(memory_format=torch.channels_last)
         x = self.stem(patches)  # (B, dim, H / P, W / P)
         if self.positional_projection is not None:
-            x = x + self.positional_projection(positional_encoding(x))
+            x = x + self.positional_projection(positional_encoding(x.shape[2], x.shape[3], NUM_FREQS, x))
         full_resolution = None
         if self.full_resolution_block is not None:
             x = full_resolution = self.full_resolution_block(x, vectors.popleft(), context)

@@ -1,4 +1,4 @@
-"""The fused ops of the U-Net and the sampler, each with one signature for all backends.
+"""The fused ops of the networks and the sampler, each with one signature for all backends.
 
 Each op has a reference in plain PyTorch and Triton kernels; `set_backend` chooses between them.
 """
@@ -8,6 +8,7 @@ from .dispatch import backend, set_backend
 from .dynamic_threshold import dynamic_threshold
 from .group_norm import group_norm_silu, group_norm_silu_residual
 from .halves import halves
+from .modulated_norm import modulated_norm
 from .residual import add_residual
 from .sampler_step import sampler_step
 
@@ -19,6 +20,7 @@ __all__ = [
     "group_norm_silu",
     "group_norm_silu_residual",
     "halves",
+    "modulated_norm",
     "sampler_step",
     "set_backend",
 ]

@@ -1,4 +1,4 @@
-"""Floating-point operations of a U-Net, counted from the model itself. Nothing is computed, and no GPU is needed."""
+"""Floating-point operations of a network, counted from the model itself. Nothing is computed, and no GPU is needed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from .. import ops
 from ..config import StageConfig
-from ..network_config import NetworkConfig, UNetConfig
+from ..network_config import NetworkConfig
 from ..networks.build import build_network
 from ..text.embeddings import LENGTH_MULTIPLE, TextEmbeddings
 
@@ -30,8 +30,8 @@ def stage_flops(stage: StageConfig, tokens: int = LENGTH_MULTIPLE) -> Flops:
     return unet_flops(stage.unet, stage.crop or stage.size, tokens)
 
 
-def unet_flops(config: UNetConfig, side: int, tokens: int = LENGTH_MULTIPLE) -> Flops:
-    """The FLOPs of a U-Net for one image of side x side pixels."""
+def unet_flops(config: NetworkConfig, side: int, tokens: int = LENGTH_MULTIPLE) -> Flops:
+    """The FLOPs of a network for one image of side x side pixels."""
     forward, training = _count(config.model_copy(update={"checkpoint_levels": ()}), side, tokens)
     recomputed = _count(config, side, tokens)[1] - training if config.checkpoint_levels else 0
     return Flops(forward, training, recomputed)
