@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from . import config_rules
-from .network_config import UNetConfig
+from .network_config import AnyNetworkConfig
 from .section import Section
 
 
@@ -122,8 +122,8 @@ class StageConfig(Section):
     """Size of the random crops to train on (256 for the paper's 1024 stage); sampling is always at full size."""
     lowres_size: int | None = Field(None, ge=1)
     """Size of the images that a super-resolution stage enlarges, where no stage below it says so."""
-    unet: UNetConfig
-    """The U-Net."""
+    unet: AnyNetworkConfig
+    """The network, by its `kind`."""
     schedule: ScheduleConfig = ScheduleConfig()
     """Noise schedule."""
     objective: ObjectiveConfig = ObjectiveConfig()

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-from pydantic import ValidationError
+from pydantic import Tag, ValidationError
 
 from .config import Config, FastimagenConfig
 from .files import read_json_object
@@ -55,7 +55,7 @@ def _error_line(section: type[Section], error: ValidationError, where: str) -> s
     problems = error.errors()
     for problem in problems:
         if problem["type"] == "extra_forbidden":
-            return _unknown_key_line(section, _key_path(problem["loc"]), where)
+            return _unknown_key_line(section, problem["loc"], where)
     problem = problems[0]
     key = ".".join([where, *_key_path(problem["loc"])])
     message = problem["msg"].removeprefix("Value error, ")
@@ -68,8 +68,9 @@ def _error_line(section: type[Section], error: ValidationError, where: str) -> s
     return f"{key}: {message}"
 
 
-def _unknown_key_line(section: type[Section], path: list[str], where: str) -> str:
-    valid = sorted({key for owner in _sections_at([section], path[:-1]) for key in owner.model_fields})
+def _unknown_key_line(section: type[Section], location: tuple[int | str, ...], where: str) -> str:
+    valid = sorted({key for owner in _sections_at([section], location[:-1]) for key in owner.model_fields})
+    path = _key_path(location)
     return f"unknown key {'.'.join([where, *path])}; {hint(path[-1], valid, 'valid keys')}"
 
 
@@ -86,20 +87,26 @@ def _key_path(location: tuple[int | str, ...]) -> list[str]:
     return [str(step) for step in location if not type_name.fullmatch(str(step))]
 
 
-def _sections_at(sections: list[type[Section]], path: list[str]) -> list[type[Section]]:
-    """The section classes that may stand at `path` below one of `sections`, through unions, tuples and dicts."""
-    for step in path:
-        annotations = [section.model_fields[step].annotation for section in sections if step in section.model_fields]
-        if annotations:  # else an index of a tuple or a key of a dict
-            sections = [found for annotation in annotations for found in _sections_in(annotation)]
+def _sections_at(sections: list[type[Section]], location: tuple[int | str, ...]) -> list[type[Section]]:
+    """The section classes that may stand at a pydantic location below one of `sections`, through unions, tuples and
+    dicts. The tags in the location choose the members of unions."""
+    for index, step in enumerate(location):
+        fields = [section.model_fields[str(step)] for section in sections if step in section.model_fields]
+        if fields:  # else an index of a tuple, a key of a dict or a tag
+            tag = next((Tag(str(after)) for after in location[index + 1 : index + 2]), None)
+            sections = [found for field in fields for found in _sections_in(field.annotation, tag)]
     return sections
 
 
-def _sections_in(annotation: Any) -> list[type[Section]]:
-    """The section classes in the annotation of a field, such as `tuple[StageConfig, ...]`."""
+def _sections_in(annotation: Any, tag: Tag | None) -> list[type[Section]]:
+    """The section classes in the annotation of a field, such as `tuple[StageConfig, ...]`; of a tagged union those of
+    one tag."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return [annotation]
-    return [found for argument in get_args(annotation) for found in _sections_in(argument)]
+    members = get_args(annotation)
+    if any(tag in get_args(member) for member in members):
+        members = tuple(member for member in members if tag in get_args(member))
+    return [found for member in members for found in _sections_in(member, None)]
 
 
 def _apply_override(content: dict[str, Any], override: str) -> None:

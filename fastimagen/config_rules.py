@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         ScheduleConfig,
         StageConfig,
     )
-    from .network_config import PixelTransformerConfig, UNetConfig
+    from .network_config import IFUNetConfig, PixelTransformerConfig, UNetConfig
     from .section import Section
 
 RESERVED_NAMES = {
@@ -81,6 +81,30 @@ def check_pixel_transformer(config: PixelTransformerConfig) -> None:
                 raise ValueError(f'"{name}" needs text_dim')
 
 
+def check_if_unet(unet: IFUNetConfig) -> None:
+    """Rules between the fields of a U-Net of DeepFloyd IF."""
+    levels = len(unet.dims)
+    if levels < 1 or len(unet.blocks) != levels or len(unet.attention) != levels:
+        raise ValueError(
+            f"dims, num_blocks and attention must have one entry for each level, got {levels}, {len(unet.blocks)} and "
+            f"{len(unet.attention)} entries"
+        )
+    if min(unet.blocks) < 1:
+        raise ValueError(f"num_blocks must be positive, got {unet.num_blocks}")
+    for width in (*unet.dims, *([unet.context_dim] if unet.context_dim else [])):
+        if width < 1 or width % unet.groups:
+            raise ValueError(f"{width} channels cannot be split into groups = {unet.groups}")
+    if unet.dims[0] % 2:
+        raise ValueError(f"dims must begin with an even number, for the sinusoidal time embedding, got {unet.dims[0]}")
+    for width, has_attention in zip((*unet.dims, unet.dims[-1]), (*unet.attention, True)):
+        if has_attention and width % unet.head_dim:
+            raise ValueError(f"a level of {width} channels cannot be split into heads of head_dim = {unet.head_dim}")
+    if unet.text_dim % unet.pool_heads:
+        raise ValueError(f"text_dim {unet.text_dim} cannot be split into pool_heads = {unet.pool_heads}")
+    if any(not 0 <= level < levels for level in unet.checkpoint_levels):
+        raise ValueError(f"checkpoint_levels must be levels from 0 to {levels - 1}, got {unet.checkpoint_levels}")
+
+
 def check_schedule(schedule: ScheduleConfig) -> None:
     """Rules between the fields of a noise schedule."""
     if schedule.name == "linear":
@@ -131,7 +155,7 @@ def check_stage(stage: StageConfig) -> None:
             )
     if stage.crop is not None and stage.crop > stage.size:
         raise ValueError(f"{label}: crop {stage.crop} is larger than size {stage.size}")
-    if stage.crop is not None and unet.positional_encoding:
+    if stage.crop is not None and unet.sees_positions:
         raise ValueError(
             f"{label} trains on crops, which a positional encoding of the whole image does not fit: remove one of the "
             f"two"
@@ -170,7 +194,7 @@ def check_sampling(stage: StageConfig, sampling: SamplingConfig) -> None:
             raise ValueError(
                 f"{label}: tile {sampling.tile} must be a multiple of {unet.stride}, the stride of its U-Net"
             )
-        if unet.positional_encoding:
+        if unet.sees_positions:
             raise ValueError(f"{label} has a positional encoding of the whole image: it cannot use tiles")
     if sampling.augmentation_level is not None:
         if stage.augmentation is None:

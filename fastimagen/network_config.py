@@ -1,10 +1,14 @@
-"""The networks of a stage, as sections of the configuration. networks/build.py builds the network of each."""
+"""The networks of a stage, as sections of the configuration.
+
+Every kind of network is one subclass of NetworkConfig, whose field `kind` names it. `AnyNetworkConfig`, at the end, is
+the type of a stage's `unet`; networks/build.py builds the network of each.
+"""
 
 from __future__ import annotations
 
-from typing import Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from . import config_rules
 from .section import Section
@@ -33,6 +37,21 @@ class NetworkConfig(Section):
     def stride(self) -> int:
         """Image height and width must be multiples of this."""
         raise NotImplementedError
+
+    @property
+    def sees_positions(self) -> bool:
+        """Whether the network knows where in the whole image a pixel is, so that it fits no crops and no tiles."""
+        return False
+
+    @property
+    def has_null_text(self) -> bool:
+        """Whether the network has learned what stands for a dropped caption. If not, it is the empty caption."""
+        return True
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the network's output: the prediction, and what else a subclass appends."""
+        return self.channels
 
 
 class UNetConfig(NetworkConfig):
@@ -104,6 +123,11 @@ class UNetConfig(NetworkConfig):
         halvings = len(self.dim_mults) - (0 if self.downsample_first else 1)
         return self.stem_stride * 2**halvings
 
+    @property
+    def sees_positions(self) -> bool:
+        """Whether the network knows where in the whole image a pixel is."""
+        return self.positional_encoding
+
 
 class PixelTransformerConfig(NetworkConfig):
     """One transformer over patches of pixels, after JiT (Li and He 2025, "Back to Basics")."""
@@ -159,3 +183,89 @@ class PixelTransformerConfig(NetworkConfig):
     def stride(self) -> int:
         """Image height and width must be multiples of this."""
         return self.patch
+
+    @property
+    def sees_positions(self) -> bool:
+        """Whether the network knows where in the whole image a pixel is."""
+        return self.positional_encoding
+
+
+class IFUNetConfig(NetworkConfig):
+    """A U-Net of DeepFloyd IF, which diffusers can load (docs/deepfloyd.md)."""
+
+    kind: Literal["if"]
+    """The network that this section describes."""
+    text_dim: int = Field(4096, ge=1)
+    """Width of the text embeddings (T5-XXL: 4096)."""
+    max_text_length: int = Field(77, ge=1)
+    """Number of text tokens. The network reads padding like words: text has this length exactly, with the encoder's
+    outputs for padding (text.padding "encoded")."""
+    dims: tuple[int, ...] = (192, 384, 576, 768)
+    """Channels of each resolution level."""
+    num_blocks: int | tuple[int, ...] = 3
+    """Residual blocks of each level on the way down, and one more on the way up; one number, or one per level."""
+    attention: tuple[bool, ...] = (False, True, True, True)
+    """Whether attention to text and image follows the residual blocks of a level."""
+    only_cross_attention: bool = False
+    """Attention to the text alone."""
+    head_dim: int = Field(64, ge=8, le=128, multiple_of=8)
+    """Channels per head of attention to text and image."""
+    pool_heads: int = Field(64, ge=1)
+    """Heads of the attention that pools the text."""
+    context_dim: int | None = Field(None, ge=1)
+    """Channels of the text tokens that attention reads; None takes those of the last level."""
+    time_dim: int | None = Field(None, ge=1)
+    """Width of the time embedding; None takes 4 times the channels of the first level."""
+    groups: int = Field(32, ge=1)
+    """Groups of GroupNorm."""
+    residual_divisor: float = Field(1.0, gt=0)
+    """The sum at the end of a residual block is divided by this; the second stages of IF have 1 / 0.7071."""
+    learned_variance: bool = True
+    """Whether the output has as many channels again, for the variance of the sampler's steps."""
+    zero_init: bool = True
+    """Initialize the last layer of every residual branch, and of the network, to zero: the first output is zero."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> IFUNetConfig:
+        config_rules.check_if_unet(self)
+        return self
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Residual blocks of each level on the way down."""
+        return self.num_blocks if isinstance(self.num_blocks, tuple) else (self.num_blocks,) * len(self.dims)
+
+    @property
+    def stride(self) -> int:
+        """Image height and width must be multiples of this."""
+        return 2 ** (len(self.dims) - 1)
+
+    @property
+    def has_null_text(self) -> bool:
+        """Whether the network has learned what stands for a dropped caption: IF has not."""
+        return False
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the network's output: the prediction, and behind it the variance."""
+        return 2 * self.channels if self.learned_variance else self.channels
+
+
+def _kind_of_network(value: Any) -> str:
+    """The tag of a network's section: its kind. Sections without one are U-Nets, as in files from before there were
+    kinds."""
+    kind = value.get("kind", "unet") if isinstance(value, dict) else getattr(value, "kind", "unet")
+    return f"<{kind}>"
+
+
+AnyNetworkConfig = Annotated[
+    Annotated[UNetConfig, Tag("<unet>")]
+    | Annotated[PixelTransformerConfig, Tag("<pixel_transformer>")]
+    | Annotated[IFUNetConfig, Tag("<if>")],
+    Discriminator(
+        _kind_of_network,
+        custom_error_type="network_kind",
+        custom_error_message='kind must be "unet", "pixel_transformer" or "if"',
+    ),
+]
+"""The network of a stage. A further kind needs its section above, its tag here, and its class in networks/build.py."""

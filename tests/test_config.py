@@ -23,7 +23,7 @@ from fastimagen.config import (
     StageConfig,
 )
 from fastimagen.config_file import config_from_dict, load_config
-from fastimagen.network_config import UNetConfig
+from fastimagen.network_config import IFUNetConfig, UNetConfig
 from fastimagen.section import Section
 from tests.conftest import ROOT, TOY_STAGES, TOY_UNET
 
@@ -79,6 +79,20 @@ def test_error_for_an_unknown_key_lists_valid_keys_if_none_is_near() -> None:
     assert (
         error_of(put(tree(), "fastimagen.train.ema.qqq", 1))
         == "unknown key fastimagen.train.ema.qqq; valid keys: decay, warmup"
+    )
+
+
+def test_kinds_of_networks_are_told_apart_by_kind() -> None:
+    small = {"kind": "if", "dims": [32], "attention": [True], "text_dim": 64, "head_dim": 32}
+    content = put(tree(), "fastimagen.cascade.stages.0.unet", {**small})
+    first, second = config_from_dict(content).fastimagen.cascade.stages
+    assert isinstance(first.unet, IFUNetConfig) and isinstance(second.unet, UNetConfig)  # without kind: a U-Net
+    unet = "fastimagen.cascade.stages.0.unet"
+    assert error_of(put(content, f"{unet}.dim", 3)) == f'unknown key {unet}.dim; did you mean "dims"?'
+    assert error_of(put(tree(), f"{unet}.dims", [3])) == f'unknown key {unet}.dims; did you mean "dim"?'
+    assert error_of(put(tree(), f"{unet}.kind", "ifs")) == f'{unet}: kind must be "unet", "pixel_transformer" or "if"'
+    assert (
+        error_of(put(tree(), unet, {**small, "dims": [40]})) == f"{unet}: 40 channels cannot be split into groups = 32"
     )
 
 

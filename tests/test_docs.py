@@ -16,8 +16,9 @@ import yaml
 
 import fastimagen
 from docs.generate import reference
-from fastimagen import cli, config
+from fastimagen import cli, config, network_config
 from fastimagen.presets import shapes
+from fastimagen.section import Section
 from tests.conftest import ROOT, write_toy_model
 from tests.page_checks import LINK
 
@@ -44,16 +45,21 @@ def test_every_key_of_the_configuration_is_in_the_reference_with_its_meaning() -
     found = {
         re.search(r"#(\w+) }$", title)[1]: rows(text) for title, text in parts("reference/configuration.md").items()
     }
-    expected = {name.lower(): list(item.model_fields) for name, item in vars(config).items() if is_section(item)}
+    sections = vars(config) | vars(network_config)
+    expected = {name.lower(): list(item.model_fields) for name, item in sections.items() if is_section(item)}
     assert {name: list(fields) for name, fields in found.items()} == expected
     assert [f"{name}.{key}" for name, fields in found.items() for key, cells in fields.items() if "" in cells] == []
     assert found["unetconfig"]["head_dim"][:2] == ["integer, at least 16, at most 128, multiple of 8", "`64`"]
     assert found["emaconfig"]["decay"][:2] == ["number, at least 0, below 1", "`0.9999`"]
 
 
+NOT_OF_THE_FILE = (Section, config.Config, network_config.NetworkConfig)
+"""Base classes, and the whole file with DeepSpeed's keys."""
+
+
 def is_section(item: object) -> bool:
-    """Whether this is a section of the file; Config is the file itself."""
-    return isinstance(item, type) and issubclass(item, config.Section) and item not in (config.Section, config.Config)
+    """Whether this is a section of the file."""
+    return isinstance(item, type) and issubclass(item, Section) and item not in NOT_OF_THE_FILE
 
 
 def test_every_command_is_in_the_reference_with_all_its_flags() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ..network_config import NetworkConfig, PixelTransformerConfig, UNetConfig
+from ..network_config import IFUNetConfig, NetworkConfig, PixelTransformerConfig, UNetConfig
+from .if_unet import IFUNet
 from .network import Network
 from .pixel_transformer import PixelTransformer
 from .unet import UNet
@@ -14,4 +15,6 @@ def build_network(config: NetworkConfig) -> Network:
         return UNet(config)
     if isinstance(config, PixelTransformerConfig):
         return PixelTransformer(config)
+    if isinstance(config, IFUNetConfig):
+        return IFUNet(config)
     raise TypeError(f"{type(config).__name__} describes no network")

@@ -66,6 +66,7 @@ def example_inputs(config: NetworkConfig, batch: int, side: int, tokens: int) ->
     if config.text_dim:
         mask = torch.empty(batch, tokens, dtype=torch.bool)
         # Without checking the mask: on the device "meta" it has no values.
-        text = TextEmbeddings._derive(torch.empty(batch, tokens, config.text_dim), mask)
-        arguments |= {"text": text, "keep_text": torch.empty(batch, dtype=torch.bool)}
+        arguments["text"] = TextEmbeddings._derive(torch.empty(batch, tokens, config.text_dim), mask)
+        if config.has_null_text:
+            arguments["keep_text"] = torch.empty(batch, dtype=torch.bool)
     return x, arguments
