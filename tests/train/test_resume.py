@@ -36,10 +36,16 @@ def leaves(section: type[Section], prefix: str = "") -> list[str]:
     """The dotted keys of a section, down to what is not a section itself."""
     found = []
     for name, field in section.model_fields.items():
-        annotations = [field.annotation, *get_args(field.annotation)]
-        inner = [kind for kind in annotations if isinstance(kind, type) and issubclass(kind, Section)]
-        found += leaves(inner[0], f"{prefix}{name}.") if inner else [f"{prefix}{name}"]
-    return found
+        inner = sections_in(field.annotation)
+        found += [leaf for kind in inner for leaf in leaves(kind, f"{prefix}{name}.")] or [f"{prefix}{name}"]
+    return list(dict.fromkeys(found))
+
+
+def sections_in(annotation: object) -> list[type[Section]]:
+    """The sections that may be the value of a field: more than one for networks of several kinds."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [section for argument in get_args(annotation) for section in sections_in(argument)]
 
 
 KEYS = [
