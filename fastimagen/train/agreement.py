@@ -42,6 +42,13 @@ def on_first_rank(work: Callable[[], T]) -> T | None:
     return result
 
 
+def decide_on_first_rank(work: Callable[[], T]) -> T:
+    """What `work` returns on rank 0, on all ranks. Raises as `on_first_rank`."""
+    result = [on_first_rank(work)]
+    dist.broadcast_object_list(result, src=0)
+    return result[0]  # type: ignore[return-value]  # rank 0's
+
+
 def agree_on_run_directory(run_dir: Path) -> str:
     """Check that all ranks see, and can write to, the folder that rank 0 calls `run_dir`. Returns a token: random, the
     same on all ranks. The folder must exist on rank 0.
@@ -102,7 +109,7 @@ def agree_on_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
 
 def raise_together(problem: str | None) -> None:
     """Raise ValueError on all ranks if any has a problem: the first one by rank."""
-    first = _first(problem)
+    first = first_of_ranks(problem)
     if first is not None:
         raise ValueError(first)
 
@@ -115,11 +122,11 @@ def _damage(candidate: Path) -> str | None:
     except ValueError as error:
         refusal = first_line(error)
     raise_together(refusal)
-    return _first(problem)
+    return first_of_ranks(problem)
 
 
-def _first(line: str | None) -> str | None:
-    """The first line that any rank has, by rank."""
+def first_of_ranks(line: str | None) -> str | None:
+    """The first line that any rank has, by rank. All ranks call it."""
     found: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(found, line)
     return next((text for text in found if text is not None), None)

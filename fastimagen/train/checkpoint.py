@@ -6,6 +6,7 @@
 - ``engine.json``: shapes of the parameters, counters, loss scale
 - ``state.json``: what the trainer needs to go on
 - ``index.json``: size and SHA-256 of every other file
+- ``validated.json``: only if validation or the preview grid of its step ended in a later start
 
 While the ranks write, the folder is an incomplete checkpoint, ``.step-00000500.*.partial``. A damaged checkpoint is
 renamed to ``damaged-step-00000500``. Nothing here needs DeepSpeed, a process group or a GPU.
@@ -14,9 +15,11 @@ renamed to ``damaged-step-00000500``. Nothing here needs DeepSpeed, a process gr
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,7 @@ from .fragments import read_parameters
 
 FORMAT = "fastimagen.checkpoint.1"
 STEP_NAME = re.compile(r"step-(\d{8})")
-INDEX, ENGINE, STATE = "index.json", "engine.json", "state.json"
+INDEX, ENGINE, STATE, VALIDATED = "index.json", "engine.json", "state.json", "validated.json"
 
 
 # ---- which checkpoints there are
@@ -62,8 +65,34 @@ def _validation_loss(checkpoint: Path) -> float | None:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """state.json of a checkpoint: step, stage configuration, averages since the last record, validation loss."""
-    return read_json_object(checkpoint / STATE)
+    """state.json of a checkpoint: step, stage configuration, averages since the last record, validation loss.
+
+    "unfinished" lists what a request to stop has left to do of the validation and the preview grid of this step.
+    """
+    return {"unfinished": [], **read_json_object(checkpoint / STATE), **_read_validated(checkpoint)}
+
+
+def write_validated(checkpoint: Path, val_loss: float | None, unfinished: Sequence[str]) -> None:
+    """Record what has become of the "unfinished" parts. The files in the index stay as they are.
+
+    val_loss: None if the validation was not among them.
+    """
+    known = read_state(checkpoint)["val_loss"] if val_loss is None else val_loss
+    content = {"val_loss": known, "unfinished": list(unfinished)}
+    write_json(checkpoint / VALIDATED, {**content, "sha256": _digest(content)})
+
+
+def _read_validated(checkpoint: Path) -> dict[str, Any]:
+    """What `write_validated` wrote; {} if it is missing or damaged: what is unfinished is then done again."""
+    try:
+        content = read_json_object(checkpoint / VALIDATED)
+    except ValueError:
+        return {}
+    return content if content.pop("sha256", None) == _digest(content) else {}
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_engine(checkpoint: Path) -> dict[str, Any]:

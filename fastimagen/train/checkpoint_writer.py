@@ -47,6 +47,8 @@ class CheckpointWriter:
     def __init__(self, folder: Path, token: str, *, keep: int, keep_every: int | None) -> None:
         self.folder, self.token, self.keep, self.keep_every = folder, token, keep, keep_every
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.hosts: list[str] = [""] * self.world_size
+        dist.all_gather_object(self.hosts, socket.gethostname())
         self.failures = 0
         self._thread: threading.Thread | None = None
         self._buffers: dict[int, Tensor] = {}
@@ -119,8 +121,9 @@ class CheckpointWriter:
             try:
                 checkpoint.write_rank(incomplete, self.rank, tensors)
             except OSError as error:
-                problem = f"{first_line(error)} (rank {self.rank}, {socket.gethostname()})"
+                problem = first_line(error).replace(f"{incomplete}/", "")
                 _report_failure(incomplete, self.rank, problem)
+                problem = self._of_rank(problem, self.rank)
             if self.rank == 0:
                 self._complete(incomplete, problem, about, state)
         except BaseException as error:  # a mistake of ours: the next call of the loop raises it
@@ -163,9 +166,12 @@ class CheckpointWriter:
             time.sleep(pause)
             pause = min(2 * pause, 0.5)
         if problem is None and failed:
-            problem = failed[0].read_text(errors="replace").strip() or f"{failed[0].stem} cannot write"
+            problem = self._of_rank(_read_report(failed[0]), int(failed[0].stem[5:]))
         if problem is not None:
             raise OSError(problem)
+
+    def _of_rank(self, problem: str, rank: int) -> str:
+        return f"{problem} (rank {rank}, {self.hosts[rank]})"
 
 
 def _size(entry: os.DirEntry[str]) -> int:
@@ -176,9 +182,20 @@ def _size(entry: os.DirEntry[str]) -> int:
 
 
 def _report_failure(incomplete: Path, rank: int, reason: str) -> None:
-    """Tell rank 0 by file. If not even an empty file can be made, rank 0 notices that nothing happens any more."""
+    """Tell rank 0 by file. If not even an empty file can be made, rank 0 notices that nothing happens any more.
+
+    A full disk may take an empty file, or the beginning of the reason, which ends in a line break where it is whole.
+    """
     path = incomplete / f"rank-{rank:05d}.failed"
     with contextlib.suppress(OSError):
         incomplete.mkdir(parents=True, exist_ok=True)
         path.touch()
-        path.write_text(reason)
+        path.write_text(f"{reason}\n")
+
+
+def _read_report(path: Path) -> str:
+    """The reason that a rank has written, as far as its disk took it."""
+    text = path.read_text(errors="replace")
+    if not text:
+        return "cannot write, not even the reason"
+    return text.strip() if text.endswith("\n") else f"{text}..."

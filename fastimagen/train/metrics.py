@@ -33,10 +33,10 @@ class Metrics:
 
                 self.bar = tqdm(total=steps, initial=start, desc=stage, unit="step", dynamic_ncols=True)
 
-    def drop_later_records(self) -> None:
+    def drop_later_records(self, *, keep_validation: bool = True) -> None:
         """Remove the records of the stage that are later than the step it starts from, so that no step is recorded
-        twice. Rank 0 calls it. Raises OSError."""
-        self.file.drop_after(self.stage, self.start)
+        twice; without keep_validation also the validation of that step. Rank 0 calls it. Raises OSError."""
+        self.file.drop_after(self.stage, self.start, keep_validation=keep_validation)
 
     def write(self, step: int, **values: Any) -> None:
         """Write one record: {"stage", "step", "time", **values}. Numbers that are not finite become null."""

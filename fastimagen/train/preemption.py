@@ -9,6 +9,7 @@ import signal
 import time
 from types import FrameType
 
+from .agreement import first_of_ranks
 from .exit_status import stop_file_exists
 from .peers import Peers
 from .phases import Phases
@@ -66,7 +67,8 @@ class StopRequest:
         self._interrupted = self._interrupted or number == signal.SIGINT
         self.request(signal.Signals(number).name)
         if self.phases.current.phase in BEFORE_TRAINING:
-            raise TrainingInterrupted(f"{self.reason}: stopped before a step; rerun the command")
+            where = f"{self.phases.current}, before a step"
+            raise TrainingInterrupted(f"{self.reason}: stopped in {where}; rerun the command")
 
     def request(self, reason: str) -> None:
         """Record a reason to stop; the first one counts."""
@@ -113,6 +115,13 @@ class StopRequest:
         self._agreements += 1
         self._next_agreement = self._steps + int(message)
         return None
+
+    def should_stop_now(self) -> str | None:
+        """The reason to stop in the middle of a step, or None: for validation and preview grids, which last long.
+
+        All ranks must call it at the same point and wait for each other.
+        """
+        return self.reason if self.peers is None else first_of_ranks(self.reason)
 
     def _interval(self) -> int:
         """Steps until the agreement after the next one, from the speed of the steps since the last one."""

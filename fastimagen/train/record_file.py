@@ -42,16 +42,16 @@ class RecordFile:
         if self._waiting:
             self.warn(f"{self.path}: {len(self._waiting)} records could not be written and are lost")
 
-    def drop_after(self, stage: str, step: int) -> None:
+    def drop_after(self, stage: str, step: int, *, keep_validation: bool = True) -> None:
         """Remove the records of `stage` that are later than `step`, and an incomplete last line.
 
-        Raises OSError if that is impossible.
+        keep_validation: of `step` itself. Raises OSError if that is impossible.
         """
         if not self.path.exists():
             return
         with shared_lock(self.path.parent, "metrics"), open(self.path, "r+b") as file:
             lines = file.read().splitlines(keepends=True)
-            kept = [line for line in lines if _is_kept(line, stage, step)]
+            kept = [line for line in lines if _is_kept(line, stage, step, keep_validation)]
             if kept == lines[: len(kept)]:  # only the end is removed, for which a full disk has room
                 file.truncate(sum(map(len, kept)))
                 return
@@ -59,12 +59,16 @@ class RecordFile:
                 temporary.write_bytes(b"".join(kept))
 
 
-def _is_kept(line: bytes, stage: str, step: int) -> bool:
+def _is_kept(line: bytes, stage: str, step: int, keep_validation: bool) -> bool:
     try:
         record = json.loads(line)
     except json.JSONDecodeError:
         return False  # a kill interrupted its write, so its step is later than the checkpoint
-    return line.endswith(b"\n") and (record["stage"] != stage or record["step"] <= step)
+    if not line.endswith(b"\n"):
+        return False
+    if record["stage"] != stage or record["step"] < step:
+        return True
+    return record["step"] == step and (keep_validation or "val_loss" not in record)
 
 
 def _append(path: Path, data: bytes) -> None:

@@ -24,7 +24,7 @@ from ..data.source import Split, count_training_samples, embed_all, is_embedded,
 from ..networks.parameters import muon_parameters
 from ..seeds import mix_seed
 from . import checkpoint
-from .agreement import agree_on_checkpoint, agree_on_run_directory, on_first_rank
+from .agreement import agree_on_checkpoint, agree_on_run_directory, decide_on_first_rank, on_first_rank
 from .averages import Averages
 from .checkpoint_writer import CheckpointWriter
 from .deepspeed_config import json_like, resolve_deepspeed, total_batch_size
@@ -45,7 +45,7 @@ from .run_lock import shared_lock, stage_lock, write_config
 from .skipped import Skipped, explain_skipped
 from .speed import Speed, engine_precision, peak_memory_gib
 from .stage_setup import initial_unet, plan, resolve_cascade
-from .validation import ema_unet, preview_sampling, sample_grid, validation_loss
+from .validation import Part, Validated, Validator, preview_sampling
 from .watchdog import Watchdog
 
 
@@ -67,6 +67,7 @@ class Trainer:
         self.phases = Phases()
         self.samples: int | None = None  # training samples, counted when a stage is given in epochs
         self.progress: dict[str, tuple[int, int]] = {}  # by stage: steps taken and samples read when it resumes
+        self.unfinished: dict[str, list[Part]] = {}  # by stage: what its checkpoint's step still has to do
 
     def describe(self, where: Target | None = None) -> str:
         """What `fit` would do and need: the stages, the DeepSpeed configuration of each, a table, the whole file.
@@ -111,7 +112,7 @@ class Trainer:
         settings, steps, phases = self.settings, self._steps(config, self.world_size), self.phases
         phases.begin_stage(config.name)
         stage = Stage(config, self.cascade.below(config.name))
-        train_data, validation_data = self._data
+        train_data, _ = self._data
         engine, deepspeed = self._make_engine(config)
         accumulation_steps = deepspeed["gradient_accumulation_steps"]
         weights = FlatWeights(engine)
@@ -128,16 +129,22 @@ class Trainer:
         saver = CheckpointWriter(
             self._checkpoints(config), self.token, keep=settings.keep_checkpoints, keep_every=settings.keep_every
         )
-        on_first_rank(metrics.drop_later_records)
+        unfinished = self.unfinished.get(config.name, [])
+        on_first_rank(lambda: metrics.drop_later_records(keep_validation="validation" not in unfinished))
+        validator = self._validator(stage, metrics, stop)
+        dtype = next(engine.module.parameters()).dtype
         speed = self._speed(config, engine, metrics)
         profiler = StepProfiler(self.run_dir, config.name, settings.profile if self.rank == 0 else 0, metrics.say)
         nonfinite_in_a_row = 0
         phases.take_seconds()  # the records count the time from here on
         batches = loader.batches(samples)
         try:
+            if resume_from and unfinished:
+                phases.enter("validation", start_step)
+                self._finish_step(resume_from, validator.run(start_step, unfinished, weights, ema, dtype))
             for step in range(start_step + 1, steps + 1):
                 phases.enter("data", step)
-                skipped_before, micro_batches, val_loss = engine.skipped_steps, [], None
+                skipped_before, micro_batches = engine.skipped_steps, []
                 lr = set_learning_rate(engine, step - engine.skipped_steps)
                 for _ in range(accumulation_steps):
                     phases.enter("data")
@@ -174,22 +181,12 @@ class Trainer:
                     counters = {**loader.counters, "checkpoint_failures": saver.failures}
                     self._log(metrics, averages, speed, step, engine, counters, lr)
                     averages = Averages(self.device)
-                if preview or (validate and validation_data):
-                    phases.enter("validation")
-                    unet = ema_unet(stage, weights, ema, next(engine.module.parameters()).dtype)
-                    if validate and validation_data:
-                        val_loss = validation_loss(stage, unet, validation_data, self.config)
-                        metrics.write(step, val_loss=val_loss)
-                    if preview:
-                        phases.enter("samples")
-                        path = self.run_dir / "samples" / config.name / f"step-{step:08d}.png"
-                        problem = sample_grid(stage, unet, validation_data or train_data, self.config, path)
-                        metrics.say(problem) if problem else metrics.show_grid(step, path)
-                    del unet  # frees its weights
-                reason = stop.should_stop()
+                due: dict[Part, bool] = {"validation": validate, "samples": preview}
+                validated = validator.run(step, [part for part in due if due[part]], weights, ema, dtype)
+                reason = validated.reason or stop.should_stop()
                 if reason or save:
                     phases.enter("checkpoint")
-                    state = self._state(config, deepspeed, step, samples, averages, val_loss)
+                    state = self._state(config, deepspeed, step, samples, averages, validated)
                     saver.save(engine, weights, ema, state)
                 if failure := saver.failure():
                     metrics.say(f"{config.name} {step}: {failure}")
@@ -214,6 +211,16 @@ class Trainer:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         with stage_lock(self.run_dir, [config.name for config in self.stages]):
             yield
+
+    def _validator(self, stage: Stage, metrics: Metrics, stop: StopRequest) -> Validator:
+        folder = self.run_dir / "samples" / stage.name
+        return Validator(self.config, stage, self._data, folder, metrics=metrics, phases=self.phases, stop=stop)
+
+    def _finish_step(self, resumed_from: Path, validated: Validated) -> None:
+        """Record what has become of what a request to stop had left to do. Raises TrainingInterrupted after another."""
+        on_first_rank(lambda: checkpoint.write_validated(resumed_from, validated.val_loss, validated.unfinished))
+        if validated.reason:
+            raise TrainingInterrupted(f"{validated.reason}: {resumed_from} is as it was; rerun the command to resume")
 
     def _write_config(self) -> None:
         """Write config.json, if a stage will train with it, and say what it changes for stages that do not."""
@@ -264,11 +271,14 @@ class Trainer:
         for line in damaged:
             self._print(f"{config.name}: {line}")
         if newest:
-            state = checkpoint.read_state(newest)
+            state = decide_on_first_rank(lambda: checkpoint.read_state(newest))
             self.progress[config.name] = state["step"], state["samples"]
+            self.unfinished[config.name] = state["unfinished"]
         return newest
 
     def _is_trained(self, config: StageConfig) -> bool:
+        if self.unfinished.get(config.name):
+            return False
         return self.progress.get(config.name, (0, 0))[0] >= self._steps(config, self.world_size)
 
     def _check_resuming(self, config: StageConfig, newest: Path | None, *, selected: bool = True) -> list[str]:
@@ -286,7 +296,9 @@ class Trainer:
             return [f"{name}: trained ({step} steps)", *check_trained(newest, name, saved, now, step=step)]
         now = self._resume_settings(config, deepspeed, self._data[0].shards)
         lines = check_resuming(newest, name, saved, now, step=step, samples=state["samples"])
-        return [f"{name}: resuming from step {step}", *lines]
+        names = {"validation": "validation", "samples": "preview grid"}
+        still = " and ".join(names[part] for part in self.unfinished[name])
+        return [f"{name}: resuming from step {step}{still and f', with its {still}'}", *lines]
 
     def _resume_settings(
         self, config: StageConfig, deepspeed: dict[str, Any], shards: list[Shard] | None
@@ -309,10 +321,9 @@ class Trainer:
         step: int,
         samples: int,
         averages: Averages,
-        val_loss: float | None,
+        validated: Validated,
     ) -> dict[str, Any]:
-        """The content of a checkpoint's state.json. samples: read since the start, the next position of the data.
-        val_loss: of this step, if it was validated."""
+        """The content of a checkpoint's state.json. samples: read since the start, the next position of the data."""
         return {
             "step": step,
             "samples": samples,
@@ -320,7 +331,8 @@ class Trainer:
             "settings": self._resume_settings(config, deepspeed, self._data[0].shards),
             "world_size": self.world_size,
             "averages": averages.state(),
-            "val_loss": val_loss,
+            "val_loss": validated.val_loss,
+            "unfinished": list(validated.unfinished),
         }
 
     # ---- the engine

@@ -154,7 +154,7 @@ class Watchdog:
         if self.stop.reason:
             early = self._current.phase in BEFORE_TRAINING
             if not (early or self._told) and (self.peers is None or self.peers.rank == 0):
-                print(f"{self.stop.reason}: stopping at the end of this step; now in {self._current}", flush=True)
+                print(f"{self.stop.reason}: stopping; now in {self._current}", flush=True)
             self._told = True
             patience = min(LEAVE_SECONDS, self.timeouts.stop) if early else self.timeouts.stop
             if now - self.stop.since > patience and self._current.phase != "checkpoint":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,8 +25,9 @@ from fastimagen.cascade import Stage
 from fastimagen.config import EMAConfig, StageConfig
 from fastimagen.config_file import config_from_dict
 from fastimagen.data.source import open_data
+from fastimagen.files import write_json
 from fastimagen.seeds import mix_seed
-from fastimagen.train.checkpoint import read_average
+from fastimagen.train.checkpoint import read_average, read_state, write_validated
 from fastimagen.train.ema import EMA
 from fastimagen.train.metrics import Metrics
 from fastimagen.train.run_lock import holder, stage_lock
@@ -46,16 +48,29 @@ def one_process() -> Iterator[None]:
 # ---- real runs, one after the other in one process: DeepSpeed takes seconds to start
 
 RUNS = """
-import json, sys
+import json, os, signal, sys
 from pathlib import Path
 from fastimagen.config_file import config_from_dict
-from fastimagen.data.source import open_data
+from fastimagen.train.preemption import TrainingInterrupted
 from fastimagen.train.trainer import Trainer, TrainingDiverged
+from fastimagen.train.validation import Validator
 
-for name, tree in json.loads(Path(sys.argv[1]).read_text()):
+check, signals = Validator._check, []
+
+def check_after_signal(self):
+    if signals:
+        current = self.phases.current
+        signals[0][2] -= [current.phase, current.step] == signals[0][:2]
+        if not signals[0][2]:
+            signals.pop()
+            os.kill(os.getpid(), signal.SIGTERM)
+    check(self)
+
+Validator._check = check_after_signal
+for name, tree, *signals in json.loads(Path(sys.argv[1]).read_text()):
     try:
         Trainer(config_from_dict(tree), Path(sys.argv[1]).parent / name, stage="base").fit()
-    except TrainingDiverged as error:
+    except (TrainingDiverged, TrainingInterrupted) as error:
         print(f"{name}: {error}")
 """
 
@@ -63,8 +78,8 @@ for name, tree in json.loads(Path(sys.argv[1]).read_text()):
 @pytest.fixture(scope="module")
 def runs(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of runs of the base stage: clipped, live, averaged (interrupted and resumed), still and still8,
-    held (validation out of the training shards), alone (no validation) and nan (all embeddings are damaged). The file
-    `output` has what they printed."""
+    held (validation out of the training shards), alone (no validation), nan (all embeddings are damaged) and stopped,
+    which is live with signals: [phase, step, number of the check]. The file `output` has what they printed."""
 
     def tree(*, steps: int, decay: float = 0.0, **deepspeed: Any) -> dict[str, Any]:
         content = toy_tree(toy_data)
@@ -118,6 +133,8 @@ def runs(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (cache,) = (folder / "damaged/train").glob("*.safetensors")
     damage_embeddings(cache)
     trees += [("held", held), ("alone", alone), ("nan", nan)]
+    signals = [["validation", 2, 2], ["validation", 4, 1], ["samples", 4, 2]]
+    trees += [("stopped", tree(steps=4), signal) for signal in signals] + [("stopped", tree(steps=4))]
     (folder / "trees.json").write_text(json.dumps(trees))
     child = subprocess.run(
         [sys.executable, "-c", RUNS, str(folder / "trees.json")],
@@ -177,6 +194,39 @@ def test_ema_of_a_run_is_the_average_of_its_weights(runs: Path) -> None:
 def test_a_resumed_run_records_no_step_twice(runs: Path) -> None:
     lines = [(record["step"], "val_loss" in record) for record in records(runs / "averaged")]
     assert lines == [(step, kind) for step in (1, 2, 3, 4) for kind in (False, True)]
+
+
+def test_a_signal_ends_a_validation_and_a_preview_grid_which_the_next_start_does_again(runs: Path) -> None:
+    def curve(run: Path) -> list[dict[str, Any]]:
+        return [{key: record.get(key) for key in ("step", "loss", "val_loss", "grad_norm")} for record in records(run)]
+
+    assert curve(runs / "stopped") == curve(runs / "live")
+    output = (runs / "output").read_text()
+    assert re.findall(r"^stopped: (.*)", output, re.MULTILINE) == [
+        "SIGTERM: saved a checkpoint of base at step 2; rerun the command to resume",
+        "SIGTERM: saved a checkpoint of base at step 4; rerun the command to resume",
+        f"SIGTERM: {runs}/stopped/checkpoints/base/step-00000004 is as it was; rerun the command to resume",
+    ]
+    assert re.findall(r"^base: resuming from step (., with.*)", output, re.MULTILINE) == [
+        "2, with its validation",
+        "4, with its validation and preview grid",
+        "4, with its preview grid",
+    ]
+    for step in range(1, 5):
+        ours, theirs = (read_state(runs / name / f"checkpoints/base/step-{step:08d}") for name in ("stopped", "live"))
+        assert ours["val_loss"] == theirs["val_loss"] and ours["unfinished"] == []
+    grid = "samples/base/step-00000004.png"
+    assert (runs / "stopped" / grid).read_bytes() == (runs / "live" / grid).read_bytes()
+
+
+def test_a_damaged_note_about_a_later_validation_does_not_count(tmp_path: Path) -> None:
+    write_json(tmp_path / "state.json", {"step": 3, "val_loss": None, "unfinished": ["validation", "samples"]})
+    write_validated(tmp_path, 0.5, ["samples"])
+    write_validated(tmp_path, None, [])
+    assert read_state(tmp_path) == {"step": 3, "val_loss": 0.5, "unfinished": []}
+    text = (tmp_path / "validated.json").read_text()
+    (tmp_path / "validated.json").write_text(text.replace("0.5", "0.4"))
+    assert read_state(tmp_path)["unfinished"] == ["validation", "samples"]
 
 
 def test_defect_7_validation_loss_depends_on_the_ema_weights_only(runs: Path) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -217,12 +218,15 @@ def check_full_disk(full: int, folder: Path) -> None:
     ema = EMA(weights.shards, EMAConfig())
     saver = CheckpointWriter(folder, "token", keep=5, keep_every=None)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    rank, began = torch.distributed.get_rank(), time.monotonic()
-    for step in (1, 2, 3, 4):
+    rank, began, lines = torch.distributed.get_rank(), time.monotonic(), []
+    for step, room in ((1, limits[0]), (2, 20), (3, limits[0]), (4, 200)):  # bytes; 20 are too few for the reason
         saver._join()
+        lines += [line for line in [saver.failure()] if line]
         if rank == full:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (200 if step % 2 == 0 else limits[0], limits[1]))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
         saver.save(engine, weights, ema, {"step": step})
+    if rank == 0:
+        assert len(lines) == 1 and f" (rank {full}, {socket.gethostname()}); training continues" in lines[0], lines
     with pytest.raises(OSError, match=rf"checkpoint of step 4 .*File too large.* \(rank {full}, .*resume from the"):
         saver.finish()
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -233,6 +237,32 @@ def check_full_disk(full: int, folder: Path) -> None:
     assert not any(checkpoint.damage(path) for path in folder.iterdir())
     assert saver.failures == (2 if rank == 0 else 0)
     engine.destroy()
+
+
+def check_stop_in_validation() -> None:
+    """Three batches for two ranks, one of which is to stop during its first: none begins another."""
+    from fastimagen.train.agreement import first_of_ranks
+    from fastimagen.train.validation import Stopped, validation_loss
+
+    rank, loaded, reasons = torch.distributed.get_rank(), [], []
+
+    class Data(list):
+        def fixed_batch(self, config: Any, indices: range, **_: Any) -> Any:
+            loaded.append(indices)
+            reasons.extend(["SIGTERM"] * rank)
+            return SimpleNamespace(images_for=lambda device: None, text_for=lambda unet, device: None)
+
+    def check() -> None:
+        if reason := first_of_ranks(reasons[0] if reasons else None):
+            raise Stopped(reason)
+
+    config = SimpleNamespace(size=8, crop=None, unet=None)
+    stage = SimpleNamespace(config=config, draw=lambda *_: None, training_loss=lambda *_, **__: torch.ones(32))
+    train = SimpleNamespace(fastimagen=SimpleNamespace(train=SimpleNamespace(validation_samples="all", seed=0)))
+    split: Any = Data(range(96))
+    with pytest.raises(Stopped, match="SIGTERM"):
+        validation_loss(stage, nn.Linear(1, 1), split, train, check)  # type: ignore[arg-type]
+    assert loaded == [range(32 * rank, 32 * rank + 32)]
 
 
 def check_unshared(folder: Path) -> None:
@@ -292,7 +322,8 @@ def in_each_process() -> None:
     for name, case in RESUMES.items():
         check_resuming(*case, Path(sys.argv[1]) / name)
     for rank in range(2):
-        check_full_disk(rank, Path(sys.argv[1]) / f"full-{rank}")
+        check_full_disk(rank, Path(sys.argv[1]) / f"full-{rank}-{'x' * 150}")  # no room for a report with the path
+    check_stop_in_validation()
     check_unshared(Path(sys.argv[1]))
     results = {
         "layouts": {name: check_layout(*layout) for name, layout in LAYOUTS.items()},
