@@ -42,6 +42,7 @@ KERNELS = {
         "group_norm_device.py",
         "group_norm_forward_kernels.py",
     ),
+    "modulated_norm": ("modulated_norm.py",),
     "residual": ("residual.py",),
     "threshold": ("dynamic_threshold.py",),
     "sampler step": ("sampler_step.py", "dynamic_threshold.py"),

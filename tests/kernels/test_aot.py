@@ -31,10 +31,11 @@ EVERYWHERE = ["sm_80", "sm_90", "sm_100", "gfx942"]
             "group_norm_silu_backward_kernel group_norm_silu_vector_gradients_kernel",
         ),
         (
-            "dynamic_threshold,residual,sampler_step",
+            "dynamic_threshold,modulated_norm,residual,sampler_step",
             EVERYWHERE,
             "bfloat16|dynamic|static",
-            "add_residual_kernel dynamic_threshold_count_kernel dynamic_threshold_apply_kernel "
+            "add_residual_kernel modulated_norm_forward_kernel modulated_norm_backward_kernel "
+            "dynamic_threshold_count_kernel dynamic_threshold_apply_kernel "
             "sampler_step_kernel sampler_step_x0_kernel sampler_step_finish_kernel",
         ),
     ],
