@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from .config import (
@@ -15,7 +16,8 @@ from .config import (
     StageConfig,
 )
 from .config_file import hint, validate
-from .network_config import UNetConfig
+from .network_config import PixelTransformerConfig, UNetConfig
+from .transformer_presets import jit_1024, jit_b, jit_base256, jit_h, jit_l
 
 MINIMAGEN = dict(
     cross_heads=8,
@@ -86,6 +88,24 @@ def shapes(text_dim: int = 64) -> CascadeConfig:
         sampling=SamplingConfig(steps=8, guidance=1.0, threshold="static"),
     )
     return CascadeConfig(stages=(base, super_resolution))
+
+
+def shapes_transformer(text_dim: int = 64) -> CascadeConfig:
+    """The quickstart's cascade with a pixel transformer of the same size as its base network."""
+    base, super_resolution = shapes(text_dim).stages
+    network = PixelTransformerConfig(
+        kind="pixel_transformer",
+        text_dim=text_dim,
+        patch=4,
+        dim=96,
+        depth=4,
+        heads=3,
+        time_dim=256,
+        cond_dim=64,
+        positional_encoding=True,
+        rotary_range=8,
+    )
+    return CascadeConfig(stages=(base.model_copy(update={"unet": network}), super_resolution))
 
 
 def minimagen_base(text_dim: int = 768) -> UNetConfig:
@@ -306,12 +326,30 @@ def paper_light(text_dim: int = 4096) -> CascadeConfig:
     )
 
 
+def jit_256(network: Callable[[int], PixelTransformerConfig], text_dim: int = 4096) -> CascadeConfig:
+    """One 256x256 stage with a transformer of JiT's."""
+    return CascadeConfig(stages=(jit_base256(network(text_dim)),))
+
+
+def jit_unet_1024(text_dim: int = 4096) -> CascadeConfig:
+    """A mixed cascade: JiT-L at 256, and the paper's U-Net from 256 to 1024."""
+    linear = ScheduleConfig(name="linear", timesteps=1000)
+    sr1024 = paper_stage("sr1024", 1024, paper_sr1024(text_dim), guidance=8.0, schedule=linear, crop=256)
+    return CascadeConfig(stages=(jit_base256(jit_l(text_dim)), sr1024))
+
+
 PRESETS: dict[str, Callable[..., CascadeConfig]] = {
     "shapes": shapes,
     "minimagen": minimagen,
     "minimagen-test": minimagen_test,
     "paper": paper,
     "paper-light": paper_light,
+    "shapes-transformer": shapes_transformer,
+    "jit-b": partial(jit_256, jit_b),
+    "jit-l": partial(jit_256, jit_l),
+    "jit-h": partial(jit_256, jit_h),
+    "jit-1024": jit_1024,
+    "jit-unet-1024": jit_unet_1024,
 }
 
 

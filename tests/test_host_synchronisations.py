@@ -23,12 +23,15 @@ from fastimagen.diffusion.draws import Draws, draw
 from fastimagen.diffusion.inpainting import InitImage
 from fastimagen.diffusion.samplers import SAMPLERS
 from fastimagen.network_config import UNetConfig
-from fastimagen.networks.unet import UNet
+from fastimagen.networks.build import build_network
+from fastimagen.networks.network import Network
 from fastimagen.presets import PRESETS
 from fastimagen.text.embeddings import TextEmbeddings
 from tests.host_synchronisations import GPU, Generator, recorded
 
-STAGES = [(preset, stage.name) for preset, make in PRESETS.items() for stage in make().stages]
+REPEATED = ("jit-l", "jit-h", "jit-unet-1024")
+"""Presets whose networks run the same lines as those of others."""
+STAGES = [(preset, stage.name) for preset, make in PRESETS.items() if preset not in REPEATED for stage in make().stages]
 SCHEDULES = {
     "cosine": ScheduleConfig(),
     "shifted cosine": ScheduleConfig(shift=4.0, logsnr_range=(-20.0, 10.0)),
@@ -53,12 +56,14 @@ def text_on_gpu(width: int | None, lengths: tuple[int, ...] = (3, 9)) -> TextEmb
     return text.to(device=GPU).padded(256)
 
 
-def preset_on_gpu(preset: str, name: str) -> tuple[Stage, UNet]:
-    """A stage and its U-Net with one residual block per level: further ones would take time and run the same lines."""
+def preset_on_gpu(preset: str, name: str) -> tuple[Stage, Network]:
+    """A stage and its network with one residual block per level, or two blocks of a transformer, the second with text:
+    further ones would take time and run the same lines."""
     config = PRESETS[preset]()
     stage = Stage(config.stage(name), config.below(name))
     with GPU:
-        return stage, UNet(stage.config.unet.model_copy(update={"num_blocks": 0}))
+        few = {"num_blocks": 0} if stage.config.unet.kind == "unet" else {"depth": 2, "text_from": 1}
+        return stage, build_network(stage.config.unet.model_copy(update=few))
 
 
 def small_cascade(schedule: ScheduleConfig = SCHEDULES["cosine"], **objective: Any) -> CascadeConfig:

@@ -7,11 +7,12 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from fastimagen import presets
+from fastimagen import presets, transformer_presets
 from fastimagen.config import CascadeChanges, CascadeConfig
 from fastimagen.interop.minimagen_unet import minimagen_config
-from fastimagen.network_config import UNetConfig
+from fastimagen.network_config import NetworkConfig, PixelTransformerConfig, UNetConfig
 from fastimagen.networks.attention import CrossAttention, SelfAttention
+from fastimagen.networks.build import build_network
 from fastimagen.networks.unet import UNet
 from fastimagen.presets import PRESETS, resolve
 from fastimagen.text.embeddings import TextEmbeddings
@@ -22,8 +23,9 @@ def on_meta(config: UNetConfig) -> UNet:
         return UNet(config)
 
 
-def parameters(config: UNetConfig) -> int:
-    return sum(p.numel() for p in on_meta(config).parameters())
+def parameters(config: NetworkConfig) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in build_network(config).parameters())
 
 
 # ---- MinImagen; the expected numbers were counted in MinImagen
@@ -154,6 +156,33 @@ def test_narrow_paper_networks_run(name: str) -> None:
                 unet(x, time, text=text, keep_text=torch.full((2,), keep), **lowres) for keep in (True, False)
             )
         assert kept.shape == x.shape and not torch.equal(kept, dropped)
+
+
+# ---- JiT
+
+
+@pytest.mark.parametrize(
+    "preset, published, class_embedding",
+    [
+        (transformer_presets.jit_b, 131e6, 1001 * 768),
+        (transformer_presets.jit_l, 459e6, 1001 * 1024),
+        (transformer_presets.jit_h, 953e6, 1001 * 1280),
+    ],
+)
+def test_transformers_have_the_published_sizes(
+    preset: Callable[[int | None], PixelTransformerConfig], published: float, class_embedding: int
+) -> None:
+    assert parameters(preset(None)) + class_embedding == pytest.approx(published, rel=0.005)
+
+
+def test_transformer_cascades_have_tokens_of_one_size_of_patch_and_whole_images() -> None:
+    base, super_resolution = resolve("jit-1024").stages
+    assert [(s.size // s.unet.patch) ** 2 for s in (base, super_resolution)] == [256, 1024]
+    assert [s.unet.rotary_range * s.unet.patch for s in (base, super_resolution)] == [256, 1024]
+    base, super_resolution = resolve("jit-unet-1024").stages
+    assert (base.unet.kind, super_resolution.unet) == ("pixel_transformer", presets.paper_sr1024())
+    unet, transformer = (parameters(resolve(name).stages[0].unet) for name in ("shapes", "shapes-transformer"))
+    assert transformer == pytest.approx(unet, rel=0.05)
 
 
 # ---- names

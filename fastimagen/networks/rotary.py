@@ -27,7 +27,8 @@ def rotation(height: int, width: int, head_dim: int, reach: int, device: torch.d
 
 def without_position(count: int, like: Tensor) -> Tensor:
     """The rotation of `count` tokens that have no position in the image: (count, 1, D / 2, 2)."""
-    return like.new_tensor([1.0, 0.0]).expand(count, 1, like.shape[2], 2)
+    unit = torch.ones_like(like[:1, :, :, 0])  # (1, 1, D / 2)
+    return torch.stack([unit, torch.zeros_like(unit)], dim=-1).expand(count, -1, -1, -1)  # (count, 1, D / 2, 2)
 
 
 def rotate(x: Tensor, turn: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fastimagen.config import StageConfig
+from fastimagen.networks.build import build_network
 from fastimagen.networks.parameters import muon_parameters
 from fastimagen.networks.unet import UNet
 from fastimagen.presets import PRESETS
@@ -25,8 +26,9 @@ ON_VECTORS = ("time_embedding.", "pooled_embedding.", "embedding_to_film.")
 )
 def test_muon_updates_the_weight_matrices_of_the_trunk_only(stage: StageConfig) -> None:
     with torch.device("meta"):
-        shapes = {name: tuple(parameter.shape) for name, parameter in UNet(stage.unet).named_parameters()}
-        muon = muon_parameters(UNet(stage.unet))
+        network = build_network(stage.unet)
+    shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
+    muon = muon_parameters(network)
     assert muon <= shapes.keys()
     assert all(len(shapes[name]) == 2 and min(shapes[name]) > 1 for name in muon)
     assert not [name for name in muon if any(part in name for part in (*NOT_MATRICES, *ON_VECTORS))]
