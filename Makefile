@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Two processes, each with whole files of tests: module fixtures are made once.
+PARALLEL := -n 2 --dist loadfile
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
 .PHONY: help venv quickstart test test-fast drills lint bench gpu-check report docs clean
@@ -34,10 +36,10 @@ quickstart: venv
 	$(BIN)/python -m fastimagen quickstart
 
 test: venv
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-fast: venv
-	$(BIN)/python -m pytest -m 'not slow and not drill and not gpu'
+	$(BIN)/python -m pytest $(PARALLEL) -m 'not slow and not drill and not gpu'
 
 drills: venv
 	$(BIN)/python -m pytest -m drill

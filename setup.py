@@ -97,6 +97,7 @@ setup(
             *PLOT,
             "pytest",
             "pytest-benchmark",
+            "pytest-xdist",
             "hypothesis",
             "packaging",
             "pyyaml",

@@ -131,6 +131,15 @@ def toy_cascade(**base: Any) -> CascadeConfig:
     return CascadeConfig.model_validate({"stages": stages})
 
 
+def one_level_cascade() -> CascadeConfig:
+    """The toy cascade with one level, one block and both attentions a network: torch.compile traces it in seconds."""
+    from fastimagen.config import CascadeConfig
+
+    level = {"dim_mults": [1], "num_blocks": 0, "self_attention": True, "cross_attention": True}
+    stages = [{**stage, "unet": {**stage["unet"], **level, "zero_init": False}} for stage in TOY_STAGES]
+    return CascadeConfig.model_validate({"stages": stages})
+
+
 def write_toy_model(path: Path, encoder: Path | None = None, config: CascadeConfig | None = None) -> Path:
     """Write a model directory with random weights, the same every time, and a copy of the text encoder if given."""
     import torch

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from ..network_config import NetworkConfig
@@ -44,13 +44,13 @@ class Network(nn.Module):
         raise NotImplementedError
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """nn.Module.compile, without compiling the first graph twice.
+        """nn.Module.compile, with each call of einops as one node of the graph.
 
-        einops registers a type of tensor at the first call with it. If the traced call does that, torch.compile's guard
-        on the registry fails in the next call.
+        torch.compile would trace how einops reads every pattern, for half of its time, and compile the first graph
+        twice, because einops registers a type of tensor at the first call with it.
         """
-        for tensor in (torch.empty(1), nn.Parameter(torch.empty(1))):
-            rearrange(tensor, "a -> a")  # (1,)
+        for operation in (rearrange, repeat):
+            torch.compiler.allow_in_graph(operation)
         super().compile(*args, **kwargs)
 
     def check_text(self, text: TextEmbeddings) -> None:

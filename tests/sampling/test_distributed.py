@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from tests.conftest import ROOT, write_toy_encoder, write_toy_model
+from tests.forked import ForkedProcess
 
 pytestmark = pytest.mark.slow
 
@@ -26,35 +27,34 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_toy_model(folder / "model", write_toy_encoder(folder / "encoder"))
 
 
-def sample(out: Path, model: Path, launcher: list[str], captions: list[str] = CAPTIONS) -> subprocess.CompletedProcess:
+def sample(out: Path, model: Path, captions: list[str] = CAPTIONS) -> list[str]:
+    """The arguments of `fastimagen`."""
     settings = ["--steps", "3", "--sampler", "ddpm", "--seed", "5"]
-    arguments = ["sample", "--model", str(model), "--captions", *captions, "--out", str(out), *settings]
-    return subprocess.run(
-        [sys.executable, "-m", *launcher, *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        timeout=240,
-    )
+    return ["sample", "--model", str(model), "--captions", *captions, "--out", str(out), *settings]
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
 
 
 def launchers() -> dict[str, list[str]]:
     """Commands that start two processes on a free port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
-    deepspeed = ["deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", port, "--module"]
+    deepspeed = ["deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", free_port(), "--module"]
     return {"torchrun": [*torchrun, "fastimagen.cli"], "deepspeed": [*deepspeed, "fastimagen.cli"]}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_two_processes_give_the_images_of_one(launcher: str, model: Path, tmp_path: Path) -> None:
-    for name, command in (("one", ["fastimagen.cli"]), ("two", launchers()[launcher])):
-        run = sample(tmp_path / name, model, command)
-        assert run.returncode == 0, run.stdout + run.stderr
+    one_process = ForkedProcess(sample(tmp_path / "one", model))
+    command = [sys.executable, "-m", *launchers()[launcher], *sample(tmp_path / "two", model)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=240)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert one_process.wait() == 0
     one, two = (json.loads((tmp_path / name / "samples.json").read_text()) for name in ("one", "two"))
     assert one == two and [record["seed"] for record in two["samples"]] == [5, 6, 7, 8, 9]
     for index in range(len(CAPTIONS)):
@@ -65,8 +65,14 @@ def test_two_processes_give_the_images_of_one(launcher: str, model: Path, tmp_pa
 
 @pytest.mark.slow
 def test_there_may_be_fewer_captions_than_processes(model: Path, tmp_path: Path) -> None:
-    run = sample(tmp_path / "out", model, launchers()["torchrun"], CAPTIONS[:1])
-    assert run.returncode == 0, run.stdout + run.stderr
+    ranks = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    processes = [
+        ForkedProcess(
+            sample(tmp_path / "out", model, CAPTIONS[:1]), environment={**ranks, "RANK": rank, "LOCAL_RANK": rank}
+        )
+        for rank in ("0", "1")
+    ]
+    assert [process.wait() for process in processes] == [0, 0]
     assert (tmp_path / "out/images/000000.png").exists() and not (tmp_path / "out/images/000001.png").exists()
 
 

@@ -12,7 +12,7 @@ from fastimagen.cascade import Cascade
 from fastimagen.cli import main
 from fastimagen.sampling.pipeline import ImagenPipeline
 from fastimagen.text.embeddings import TextEmbeddings
-from tests.conftest import toy_cascade, write_toy_encoder, write_toy_model
+from tests.conftest import one_level_cascade, toy_cascade, write_toy_encoder, write_toy_model
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_an_offloaded_stage_is_moved_back_when_sampling_fails(
 def test_the_unet_compiles_to_one_graph_without_breaks(text: TextEmbeddings) -> None:
     """A graph break would add Python overhead and kernel launches to every step."""
     torch.manual_seed(0)
-    cascade = Cascade(toy_cascade()).eval()
+    cascade = Cascade(one_level_cascade()).eval()
     settings = cascade.settings(steps=2)
     expected = cascade.sample(text, [0, 1, 2], settings=settings)
     torch._dynamo.reset()

@@ -11,26 +11,32 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fastimagen.train.checkpoint import damage, read_average
+from tests.conftest import ROOT
+from tests.forked import ForkedProcess
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[2]
-TRAIN = [sys.executable, str(ROOT / "launch/train.py")]
 EXIT_INTERRUPTED = 75
 
 
-def start(config: Path, run: Path, *extra: str, launcher: list[str] | None = None, **kwargs: Any) -> subprocess.Popen:
-    command = [*(launcher or TRAIN), "--config", str(config), "--run", str(run), *extra]
+def start(config: Path, run: Path, *extra: str, **kwargs: Any) -> ForkedProcess:
+    return ForkedProcess(["train", "--config", str(config), "--run-dir", str(run), *extra], **kwargs)
+
+
+def launch(launcher: list[str], config: Path, run: Path, *extra: str, **kwargs: Any) -> subprocess.Popen:
+    """Start the script as a user does."""
+    command = [*launcher, str(ROOT / "launch/train.py"), "--config", str(config), "--run-dir", str(run), *extra]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs)
 
 
-def finish(process: subprocess.Popen, status: int = 0) -> str:
+def finish(process: ForkedProcess | subprocess.Popen, status: int = 0) -> str:
     output, _ = process.communicate(timeout=240)
     assert process.returncode == status, output
     return output
@@ -47,7 +53,7 @@ def records(run: Path, key: str = "loss") -> dict[tuple[str, int], float]:
     return found
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen, pause: float = 0.001) -> None:
+def wait_for(condition: Callable[[], bool], process: ForkedProcess | subprocess.Popen, pause: float = 0.001) -> None:
     deadline = time.monotonic() + 120
     while not condition():
         assert process.poll() is None, process.communicate()[0]
@@ -73,7 +79,7 @@ def uninterrupted(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
     folder = tmp_path_factory.mktemp("uninterrupted")
     (folder / "ds.json").write_text(json.dumps(toy_tree(toy_data)))
-    finish(start(folder / "ds.json", folder / "run"))
+    finish(launch([sys.executable], folder / "ds.json", folder / "run"))
     return folder / "run"
 
 
@@ -151,7 +157,7 @@ def test_two_ranks_of_the_deepspeed_launcher_stop_when_it_dies(
         str(free_port()),
     ]
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    process = start(config, run, "--stage", "base", launcher=[*deepspeed, TRAIN[1]], env=environment)
+    process = launch(deepspeed, config, run, "--stage", "base", env=environment)
     wait_for(lambda: lines(run) >= 3, process, pause=0.05)
     process.terminate()  # only the launcher's first process; launch.py and the ranks get no signal
     process.wait()
@@ -188,10 +194,11 @@ def test_stages_train_side_by_side_on_any_number_of_ranks(
     """Super-resolution on two ranks, both stages in micro-batches of one sample, at once, in one run directory."""
     toy_config["train_micro_batch_size_per_gpu"] = 1
     config, run = write_config(toy_config), tmp_path / "run"
-    common = os.environ | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     common["MASTER_PORT"] = str(free_port())
     processes = [
-        start(config, run, "--stage", "sr", env=common | {"RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")
+        start(config, run, "--stage", "sr", environment=common | {"RANK": rank, "LOCAL_RANK": rank})
+        for rank in ("0", "1")
     ]
     for process in [*processes, start(config, run, "--stage", "base")]:
         finish(process)
@@ -225,11 +232,8 @@ def test_a_full_disk_keeps_the_older_checkpoint(toy_config: dict, write_config: 
     finish(start(write_config(toy_config), run, "--stage", "base"))
     toy_config["fastimagen"]["train"]["steps"] = 4
     size = max(path.stat().st_size for path in run.rglob("*") if path.is_file()) // 2
-
-    def no_space() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
-    output = finish(start(write_config(toy_config), run, "--stage", "base", preexec_fn=no_space), 1)
+    no_space = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size))
+    output = finish(start(write_config(toy_config), run, "--stage", "base", before=no_space), 1)
     assert output.splitlines()[-1].startswith("error: cannot write the checkpoint of step 4")
     assert [path.name for path in (run / "checkpoints/base").iterdir()] == ["step-00000002"]
     finish(start(write_config(toy_config), run, "--stage", "base"))

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +19,7 @@ from fastimagen.train.peers import Failure, Member, Peers, Status
 from fastimagen.train.phases import Phases
 from fastimagen.train.preemption import StopRequest
 from fastimagen.train.watchdog import Watchdog, is_of_collectives
-from tests.conftest import ROOT
+from tests.forked import ForkedProcess
 
 FIVE = [Member(rank, f"node-{rank // 2}", 100 + rank, 0.0, f"machine {rank // 2}") for rank in range(5)]
 
@@ -158,16 +155,9 @@ def test_a_stopped_rank_ends_the_run_on_every_rank(
     }
     config, run = write_config(toy_config), tmp_path / "run"
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    command = [sys.executable, str(ROOT / "launch/train.py"), "--config", str(config), "--run-dir", str(run)]
+    arguments = ["train", "--config", str(config), "--run-dir", str(run), "--stage", "base"]
     processes = [
-        subprocess.Popen(
-            [*command, "--stage", "base"],
-            cwd=ROOT,
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        ForkedProcess(arguments, environment={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(2)
     ]
     try:
