@@ -83,7 +83,7 @@ class Parser(argparse.ArgumentParser):
 def parser() -> argparse.ArgumentParser:
     """All commands and their flags."""
     from . import __version__
-    from .commands import supervise
+    from .commands import shards, supervise
     from .commands.train import add_flags, train
 
     top = Parser(prog="fastimagen", description="Train Imagen cascades and sample from them.")
@@ -105,11 +105,11 @@ def parser() -> argparse.ArgumentParser:
     starting.add_argument("--out", type=Path, default=Path(), help="folder (default: the current one)")
 
     init = command("init", _init, "write a starting configuration that fits your images and this machine")
-    init.add_argument("source", help="folder of images with captions, a .jsonl that lists both, or shards")
+    init.add_argument("source", help="folder of images with captions, a table of both (.jsonl, .csv, ...), or shards")
     init.add_argument("--out", type=Path, default=Path("mine.json"), help="new file (default: %(default)s)")
     init.add_argument("--size", type=int, help="height and width of the final images: 32, 64, ... 1024 (default: fits)")
 
-    _shards_flags(commands.add_parser("shards", help="pack images and captions into WebDataset shards"))
+    shards.add_flags(commands.add_parser("shards", help="pack images and captions into WebDataset shards"))
 
     embed = command("embed", _embed, "fill the cache of text embeddings; rerun to resume")
     embed.add_argument("--config", required=True, help="ds.json")
@@ -178,32 +178,6 @@ def parser() -> argparse.ArgumentParser:
 
     command("info", _info, "print versions, devices and active kernels for a bug report")
     return top
-
-
-def _shards_flags(shards: argparse.ArgumentParser) -> None:
-    kinds = shards.add_subparsers(required=True, metavar="KIND")
-
-    def kind(name: str, help: str) -> argparse.ArgumentParser:
-        return kinds.add_parser(name, help=help, description=f"Pack {help} into WebDataset shards.")
-
-    folder = kind("folder", "images with .txt captions beside them, or a JSONL manifest")
-    folder.add_argument("source", type=Path, help='folder, or a .jsonl of {"image": path, "caption": text}')
-    folder.add_argument("--out", type=Path, required=True, help="new folder")
-    folder.add_argument("--shard-size", type=int, default=1000, help="samples per tar (default: %(default)s)")
-    folder.add_argument(
-        "--validation",
-        type=float,
-        default=0.0,
-        metavar="SHARE",
-        help="hold out this share of the images: writes OUT/train and OUT/val",
-    )
-    folder.set_defaults(run_command=_shards_folder)
-    shapes = kind("shapes", "the built-in captioned shapes")
-    shapes.add_argument("--out", type=Path, required=True, help="new folder")
-    shapes.add_argument("--count", type=int, default=20000, help="training images (default: %(default)s)")
-    shapes.add_argument("--size", type=int, default=64, help="height and width in pixels (default: %(default)s)")
-    shapes.add_argument("--seed", type=int, default=0, help="seed of the images (default: %(default)s)")
-    shapes.set_defaults(run_command=_shards_shapes)
 
 
 def _sample_flags(sample: argparse.ArgumentParser) -> None:
@@ -286,20 +260,6 @@ def _starting_files(options: argparse.Namespace) -> None:
 
     for path in copy_all(options.out):
         print(options.out / path)
-
-
-def _shards_folder(options: argparse.Namespace) -> None:
-    from .data.folder import pack_folder, pack_manifest
-
-    pack = pack_manifest if options.source.suffix == ".jsonl" else pack_folder
-    print(pack(options.source, options.out, shard_size=options.shard_size, validation=options.validation))
-
-
-def _shards_shapes(options: argparse.Namespace) -> None:
-    from .data.shapes import write_shards
-
-    write_shards(options.out, options.count, options.size, options.seed)
-    print(f"{options.out}: {options.count} training images of {options.size}x{options.size}, and the test splits")
 
 
 def _embed(options: argparse.Namespace) -> None:

@@ -19,8 +19,33 @@ from torch import Tensor
 from .files import first_line
 from .lettering import Lettering
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-"""Formats that `open_rgb` reads, recognized by content. Pillow reads more, some of them through external programs."""
+EXTENSIONS = {
+    "JPEG": ("jpg", "jpeg", "jpe", "jfif", "mpo"),
+    "PNG": ("png", "apng"),
+    "WEBP": ("webp",),
+    "GIF": ("gif",),
+    "BMP": ("bmp", "dib"),
+    "AVIF": ("avif", "avifs"),
+    "TIFF": ("tif", "tiff"),
+    "JPEG2000": ("jp2", "j2k", "jpx", "jpf", "jpc", "j2c"),
+    "PPM": ("ppm", "pgm", "pbm", "pnm"),
+    "TGA": ("tga", "icb", "vda", "vst"),
+    "ICO": ("ico",),
+    "ICNS": ("icns",),
+    "QOI": ("qoi",),
+    "PCX": ("pcx",),
+    "SGI": ("sgi", "rgb", "rgba", "bw"),
+    "DDS": ("dds",),
+    "PSD": ("psd",),
+}
+"""File extensions of each format that `open_rgb` reads; the first one is written. These are the formats that Pillow
+decodes itself and that images come in: EPS and WMF run external programs."""
+
+FORMATS = tuple(EXTENSIONS)
+"""Formats that `open_rgb` reads, recognized by content."""
+
+IMAGE_EXTENSIONS = frozenset(extension for extensions in EXTENSIONS.values() for extension in extensions)
+"""File extensions of images, in lower case."""
 
 MAX_PIXELS = 1 << 26
 """8192 x 8192; larger images are refused, because a small file can decode to gigabytes."""
@@ -78,12 +103,38 @@ def open_rgb(data: bytes, *, at_least: int | None = None) -> Image.Image:
         rgb = _to_rgb(image)
         return rgb if turn is None else rgb.transpose(turn)
     except Image.UnidentifiedImageError as error:
-        raise ValueError(f"unreadable image: none of {', '.join(FORMATS)}") from error
+        raise ValueError(f"unreadable image: {_not_an_image(data)}") from error
     except DECODE_ERRORS as error:
         raise ValueError(f"unreadable image: {first_line(error)}") from error
 
 
+def file_extension(data: bytes) -> str:
+    """The extension of an image file, by its content. Raises ValueError if `open_rgb` does not know the format."""
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            # A JPEG with several images (a phone's depth map, for instance) is an MPO to Pillow.
+            return EXTENSIONS.get(image.format or "", ("jpg",))[0]
+    except DECODE_ERRORS as error:
+        raise ValueError(f"unreadable image: {_not_an_image(data)}") from error
+
+
+def _not_an_image(data: bytes) -> str:
+    """What data that Pillow does not recognize look like."""
+    if not data:
+        return "0 bytes"
+    start = data[:256].lstrip().lower()
+    if start.startswith((b"<!doctype html", b"<html")):
+        return "an HTML page"
+    if start.startswith((b"<svg", b"<?xml")):
+        return "an SVG or XML file"
+    if data[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1"):
+        return "HEIC, which Pillow does not read"
+    return f"none of {', '.join(FORMATS)}"
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":  # Pillow would clip them to 0 to 255, and most such files have values in [0, 1]
+        raise ValueError("floating point pixels, whose range is unknown")
     if image.mode in ("I", "I;16", "I;16L", "I;16B", "I;16N"):
         grey = np.asarray(image).astype(np.int64)
         if grey.size and not 0 <= grey.min() <= grey.max() <= 0xFFFF:

@@ -422,7 +422,9 @@ def test_exporting_a_run_without_checkpoints_is_refused(
 
 def test_packing_no_images_is_refused(tmp_path: Path, refused: Callable[..., str]) -> None:
     assert refused("shards", "folder", "images", "--out", "out") == "images is not a folder of images"
-    assert refused("shards", "folder", "list.jsonl", "--out", "out") == "there is no manifest list.jsonl"
+    assert refused("shards", "table", "list.jsonl", "--out", "out") == "there is no table list.jsonl"
+    (tmp_path / "list.jsonl").write_text("{}")
+    assert "pack it with fastimagen shards table" in refused("shards", "folder", "list.jsonl", "--out", "out")
     (tmp_path / "images").mkdir()
     assert "nothing to pack for out" in refused("shards", "folder", "images", "--out", "out")
     (tmp_path / "images/a.txt").write_text("a caption of nothing")

@@ -163,10 +163,18 @@ def test_decompression_bombs_are_refused(side):
 
 
 def test_other_files_are_no_images():
-    with pytest.raises(ValueError, match="unreadable image: none of JPEG, PNG"):
-        open_rgb(b"<html>404 Not Found</html>")
-    with pytest.raises(ValueError, match="unreadable image: none of"):
-        open_rgb(encode(smooth(8, 8), "TIFF"))
+    cases = {
+        b"<html>404 Not Found</html>": "an HTML page",
+        b"": "0 bytes",
+        b'<svg xmlns="http://www.w3.org/2000/svg"/>': "an SVG",
+        b"\0\0\0\x18ftypheic" + bytes(99): "HEIC, which Pillow does not read",
+        b"%!PS-Adobe-3.0 EPSF-3.0": "none of JPEG, PNG",
+    }
+    for data, message in cases.items():
+        with pytest.raises(ValueError, match=f"unreadable image: {message}"):
+            open_rgb(data)
+    with pytest.raises(ValueError, match="floating point"):
+        open_rgb(encode(Image.fromarray(np.ones((8, 8), dtype=np.float32)), "TIFF"))
 
 
 def test_reduced_decoding_stays_large_enough_and_alike():

@@ -12,7 +12,7 @@ from PIL import Image
 
 from fastimagen.cli import main
 from fastimagen.config_file import config_from_dict, load_config
-from fastimagen.data.folder import pack_folder
+from fastimagen.data.packing.folder import pack_folder
 from fastimagen.data.survey import Survey, survey
 from fastimagen.train.proposal import SIZES, Machine, propose, stage_sizes
 from fastimagen.train.stage_setup import plan

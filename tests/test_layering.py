@@ -38,7 +38,7 @@ SAMPLER = {  # what sampling needs: runs with the core dependencies and reaches 
     "sampling": "cascade config config_file diffusion extras fastimagen files images text",
 }
 TRAINING = {
-    "data": "config network_config extras files images seeds text",
+    "data": "config network_config extras fastimagen files images seeds text",
     "train": "cascade config config_file data extras fastimagen files images network_config networks ops presets "
     "sampling seeds text",
     "evaluation": "data fastimagen files images sampling",
@@ -83,7 +83,7 @@ THIRD_PARTY = {
 # The third-party packages that may also be imported inside functions.
 DEFERRED = {
     "commands": "psutil torch",
-    "data": "braceexpand webdataset",
+    "data": "braceexpand pyarrow urllib3 webdataset",
     "demo": "gradio starlette",
     "files": "safetensors torch",
     "info": "torch",

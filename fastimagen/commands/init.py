@@ -6,6 +6,7 @@ import argparse
 import json
 import re
 import shlex
+from pathlib import Path
 from typing import Any
 
 from ..config import (
@@ -20,6 +21,7 @@ from ..config import (
     TrainConfig,
 )
 from ..config_file import config_from_dict
+from ..data.packing.rows import is_table
 from ..data.survey import Survey, survey
 from ..files import atomic_file
 from ..network_config import UNetConfig
@@ -92,7 +94,8 @@ def init(options: argparse.Namespace) -> None:
 def next_commands(options: argparse.Namespace, found: Survey, machine: Machine, shards: str) -> list[str]:
     """From images to a sampled image."""
     config, name = str(options.out), options.out.stem
-    pack = ["fastimagen", "shards", "folder", str(options.source), "--out", shards]
+    kind = "table" if is_table(Path(options.source)) else "folder"
+    pack = ["fastimagen", "shards", kind, str(options.source), "--out", shards]
     launch = ["deepspeed", "--module", "fastimagen", "train"] if machine.gpus else ["fastimagen", "train"]
     commands = [
         *([] if found.packed else [pack]),

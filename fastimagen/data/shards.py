@@ -1,9 +1,9 @@
 """WebDataset tars as random-access collections of (image, caption): an index of offsets, read with pread.
 
 A sample is all files of a tar that share a key, the path up to the first dot of the file's name (webdataset's rule).
-KEY.jpg, .jpeg, .png or .webp and KEY.txt make a sample, KEY.json is optional, other files are ignored. Keys that do not
-make a sample are counted by reason. The index of TAR is stored as TAR.index next to it, because indexing 10,000 samples
-takes half a second.
+KEY.jpg (or another extension of an image) and KEY.txt make a sample, KEY.json is optional, other files are ignored.
+Keys that do not make a sample are counted by reason. The index of TAR is stored as TAR.index next to it, because
+indexing 10,000 samples takes half a second.
 """
 
 from __future__ import annotations
@@ -28,12 +28,10 @@ import torch
 
 from ..extras import import_extra
 from ..files import atomic_file, first_line, write_safetensors
+from ..images import IMAGE_EXTENSIONS
 from .tar_headers import OpenFile, decode_name, tar_members
 
 logger = logging.getLogger(__name__)
-
-IMAGES = ("jpg", "jpeg", "png", "webp")
-"""File extensions of images, in upper or lower case."""
 
 INDEX_FORMAT = "fastimagen.shard.1"
 MAX_OPEN_FILES = 128
@@ -129,12 +127,12 @@ def index_shard(path: str | Path) -> Shard:
         if match is None or PRIVATE.match(name):
             continue
         key, extension = match[1], match[2].lower()
-        kind = "image" if extension in IMAGES else extension
+        kind = "image" if extension in IMAGE_EXTENSIONS else extension
         files = samples.setdefault(key, {})
         if kind in ("image", "txt", "json"):
             excluded["duplicate"] += kind in files
             files.setdefault(kind, (offset, size))
-        elif extension.rpartition(".")[2] in IMAGES:
+        elif extension.rpartition(".")[2] in IMAGE_EXTENSIONS:
             dotted[key] += 1
     extents, names = [], []
     for key, files in samples.items():

@@ -14,7 +14,12 @@ import numpy as np
 from PIL import Image
 
 from ..images import DECODE_ERRORS, FORMATS, open_rgb
-from .folder import captioned_images, manifest_images
+from .packing.folder import CaptionOptions, folder_items
+from .packing.report import PackReport
+from .packing.rows import is_table, read_table
+from .packing.samples import Item, Unusable, read_local
+from .packing.table import table_items
+from .packing.writer import PackOptions
 from .shards import URL, list_shards, open_shards
 
 T = TypeVar("T")
@@ -61,25 +66,17 @@ class Survey:
 
 
 def survey(source: str | Path) -> Survey:
-    """Look at a folder of images with captions, a .jsonl manifest, or shards.
+    """Look at a folder of images with captions, a table of them, or shards.
 
     Raises ValueError, with one line that says what to do, if there is nothing to train on.
     """
     path = Path(source)
-    if path.suffix == ".jsonl":
-        pairs = manifest_images(path)
-        return _survey([file.read_bytes for file, _ in pairs], [caption for _, caption in pairs], packed=False)
+    if is_table(path):
+        return _survey_items(source, *_listed_items(path))
     if path.is_dir() and not any(path.glob("*.tar")):
-        pairs, uncaptioned = captioned_images(path)
-        if not pairs:
-            found = f"{uncaptioned} images, but none has a caption" if uncaptioned else "no images"
-            raise ValueError(
-                f"{source}: found {found}: put a caption beside each image, cat.jpg and cat.txt; a cascade that reads "
-                f"no captions needs them too, and any text will do"
-            )
-        return _survey(
-            [file.read_bytes for file, _ in pairs], [caption for _, caption in pairs], uncaptioned, packed=False
-        )
+        report = PackReport()
+        items = folder_items(path, report, CaptionOptions())
+        return _survey_items(source, items, report.skipped.get("empty caption", 0))
     if any(URL.match(shard) for shard in list_shards(str(source))):
         raise ValueError(
             f"{source} is remote: look at one downloaded shard, and put the URL into data.shards afterwards"
@@ -91,6 +88,37 @@ def survey(source: str | Path) -> Survey:
     captions = [shard.caption(index) for shard, index in chosen]
     excluded = sum(sum(shard.excluded.values()) for shard in shards)
     return _survey(readers, captions, excluded, packed=True, count=len(where))
+
+
+def _listed_items(path: Path) -> tuple[list[Item], int]:
+    """The samples of a table whose images are here, and the number of rows without a caption."""
+    report = PackReport()
+    items = list(table_items(read_table(path, report), report, PackOptions(), image_column=None, caption_column=None))
+    if any(isinstance(item.image, str) for item in items):
+        raise ValueError(f"{path} lists URLs: pack them first (fastimagen shards table {path}), and give the shards")
+    uncaptioned = report.skipped.get("empty caption", 0) + report.skipped.get("row without caption", 0)
+    return [item for item in items if isinstance(item.image, bytes) or Path(item.image).is_file()], uncaptioned
+
+
+def _survey_items(source: str | Path, items: list[Item], uncaptioned: int) -> Survey:
+    captioned = [item for item in items if item.captions]
+    uncaptioned += len(items) - len(captioned)
+    if not captioned:
+        found = f"{uncaptioned} images, but none has a caption" if uncaptioned else "no images"
+        raise ValueError(
+            f"{source}: found {found}: put a caption beside each image, cat.jpg and cat.txt; for a cascade that reads "
+            f"no captions, pack them with --no-captions and give the shards"
+        )
+    readers = [partial(_read, item) for item in captioned]
+    return _survey(readers, [item.captions[0] for item in captioned], uncaptioned, packed=False)
+
+
+def _read(item: Item) -> bytes:
+    """The image file; nothing if it cannot be read."""
+    try:
+        return read_local(item)
+    except Unusable:
+        return b""
 
 
 def _survey(

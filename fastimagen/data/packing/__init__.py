@@ -1,0 +1,1 @@
+"""Images and captions as people have them, in folders and tables, -> WebDataset shards."""
