@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from .config import AugmentationConfig, CascadeConfig, SamplingConfig, StageConf
 from .config_file import validate
 from .config_rules import check_sampling
 from .diffusion.draws import Draws, draw
-from .diffusion.guidance import Denoiser
+from .diffusion.guidance import Denoiser, NetworkCall
 from .diffusion.inpainting import InitImage, sample_from_image
 from .diffusion.process import Diffusion
 from .diffusion.samplers import SAMPLERS
@@ -78,18 +78,22 @@ class Stage:
         `draws` decides times, noise, augmentation and caption dropout.
         """
         time = self.diffusion.training_times(draws.time)  # (B,)
-        condition: dict[str, Any] = {}
-        if self.config.unet.lowres:
-            assert draws.lowres_noise is not None, "draws of another stage"
-            low, high = self._augmentation_config.train_range
-            level = low + (high - low) * draws.level  # (B,)
-            condition = self.lowres_condition(self.shrink(images), level, draws.lowres_noise)
+        condition: dict[str, Any] = self.training_lowres(images, draws)
         if text is not None:
             dropout = self.config.objective.caption_dropout if drop_captions else 0.0
             condition |= {"text": text, "keep_text": draws.caption >= dropout}
         x_t = self.diffusion.add_noise(images, draws.noise, time)  # (B, C, H, W)
         output = unet(self.diffusion.network_input(x_t, time), self.diffusion.schedule.network_time(time), **condition)
         return self.diffusion.loss(output, self.diffusion.target(images, draws.noise, time), time)  # (B,)
+
+    def training_lowres(self, images: Tensor, draws: Draws) -> dict[str, Tensor]:
+        """The U-Net's low-resolution arguments for images (B, C, H, W); none for a base stage."""
+        if not self.config.unet.lowres:
+            return {}
+        assert draws.lowres_noise is not None, "draws of another stage"
+        low, high = self._augmentation_config.train_range
+        level = low + (high - low) * draws.level  # (B,)
+        return self.lowres_condition(self.shrink(images), level, draws.lowres_noise)
 
     def noise_levels(self, draws: Draws) -> Tensor:
         """The noise levels sigma (B,) of x_t = alpha x_0 + sigma noise that `training_loss` makes of `draws`."""
@@ -133,12 +137,14 @@ class Stage:
         negative: TextEmbeddings | None = None,
         init_image: InitImage | None = None,
         sampling: SamplingConfig | None = None,
+        guide: Network | None = None,
         callback: Callback | None = None,
     ) -> Tensor:
         """Images (B, C, H, W) in [-1, 1], fp32. Image i is a function of caption i, seeds[i] and lowres[i].
 
         lowres (B, C, h, w) in [-1, 1] is the input of super-resolution. negative: captions in place of the null text in
-        guidance. init_image: starts from an image. sampling: overrides the stage's own settings.
+        guidance. init_image: starts from an image. sampling: overrides the stage's own settings. guide: a worse
+        network of this stage, with the same captions in place of the null text (autoguidance).
         """
         sampling = sampling or self.config.sampling
         device = next(unet.parameters()).device
@@ -151,7 +157,7 @@ class Stage:
             level = torch.full((), sample_level, dtype=torch.float64, device="cpu")
             noise = image_noise(seeds, shape, stage=f"{self.name}/augmentation", step=0, device=device)  # (B, C, H, W)
             condition = self.lowres_condition(lowres.to(noise), level, noise)
-        denoise = self._denoiser(unet, text, negative, condition, sampling)
+        denoise = self._denoiser(unet, text, negative, condition, sampling, guide)
 
         def step_noise(step: int) -> Tensor:
             return image_noise(seeds, shape, stage=self.name, step=step, device=device)  # (B, C, H, W)
@@ -183,15 +189,31 @@ class Stage:
         negative: TextEmbeddings | None,
         condition: dict[str, Tensor],
         sampling: SamplingConfig,
+        guide: Network | None,
     ) -> Denoiser:
         """The U-Net as a denoiser with guidance; captions are encoded once for all steps."""
         weight = None if text is None or sampling.guidance == 1.0 else sampling.guidance
-        state = _encode(unet, text, negative, guided=weight is not None)
-        if weight is not None:
-            condition = {name: torch.cat([value, value]) for name, value in condition.items()}  # (2B, ...)
+        if text is None or weight is None:
+            state = None if text is None else unet.encode_text(text)
+            return Denoiser(self._network(unet, state, condition, sampling), self.diffusion, sampling)
+        conditional = None
+        if guide is not None or sampling.guidance_range is not None:
+            conditional = self._network(unet, unet.encode_text(text), condition, sampling)
+        if guide is not None:
+            assert conditional is not None
+            network = _halves(conditional, self._network(guide, guide.encode_text(text), condition, sampling))
+        else:
+            doubled = {name: torch.cat([value, value]) for name, value in condition.items()}  # (2B, ...)
+            network = self._network(unet, encode_halves(unet, text, negative), doubled, sampling)
+        return Denoiser(network, self.diffusion, sampling, guidance=weight, conditional=conditional)
+
+    def _network(
+        self, unet: Network, state: TextState | None, condition: dict[str, Tensor], sampling: SamplingConfig
+    ) -> NetworkCall:
+        """network(x, time) with text and low-resolution image, on tiles if the settings say so."""
         tile = sampling.tile
         if tile is None or tile >= self.config.size:
-            return Denoiser(partial(unet, text=state, **condition), self.diffusion, sampling, guidance=weight)
+            return partial(unet, text=state, **condition)
         maps = {name: value for name, value in condition.items() if name == "lowres"}  # cut into tiles like x
         others = {name: value for name, value in condition.items() if name != "lowres"}
 
@@ -201,21 +223,26 @@ class Stage:
 
             return in_tiles(on_tile, tile, x, **maps)
 
-        return Denoiser(network, self.diffusion, sampling, guidance=weight)
+        return network
 
 
-def _encode(
-    unet: Network, text: TextEmbeddings | None, negative: TextEmbeddings | None, *, guided: bool
-) -> TextState | None:
-    """Text for all steps: (B,) captions, or with guidance (2B,): captions, then null text or negative captions."""
-    if text is None:
-        return None
-    if not guided:
-        return unet.encode_text(text)
+def encode_halves(unet: Network, text: TextEmbeddings, negative: TextEmbeddings | None = None) -> TextState:
+    """Text for guidance, (2B,): the captions (B,), then null text or the negative captions (B,)."""
     if negative is not None:
         return unet.encode_text(TextEmbeddings.cat([text, negative.to(device=text.embeds.device)]))
     rows = torch.arange(len(text), device=text.embeds.device).repeat(2)  # (2B,)
     return unet.encode_text(text[rows], torch.arange(len(rows), device=rows.device) < len(text))
+
+
+def _halves(network: NetworkCall, guide: NetworkCall) -> NetworkCall:
+    """Autoguidance (Karras et al. 2024): the output of a worse network with the same captions takes the place of that
+    without captions."""
+
+    def both(x: Tensor, time: Tensor) -> Tensor:
+        (x1, x2), (time1, time2) = x.chunk(2), time.chunk(2)  # (B, C, H, W) and (B,) each
+        return torch.cat([network(x1, time1), guide(x2, time2)])  # (2B, C, H, W)
+
+    return both
 
 
 class Cascade(nn.Module):
@@ -246,14 +273,16 @@ class Cascade(nn.Module):
         lowres: Tensor | None = None,
         start_at: str | None = None,
         stop_at: str | None = None,
+        guide: Cascade | None = None,
         callback: Callback | None = None,
         device: torch.device | None = None,
     ) -> Tensor:
         """Run the stages from start_at to stop_at: images (B, C, H, W) of the last one, in [-1, 1].
 
         lowres (B, C, h, w) in [-1, 1] is the input of a super-resolution stage that runs first. An init image without
-        mask is the start of the first stage; with a mask, every stage keeps the known region. With `device`, offloading
-        is on: a U-Net is on that device only while its stage runs. Raises ValueError for arguments that do not fit.
+        mask is the start of the first stage; with a mask, every stage keeps the known region. guide: its stages of the
+        same names guide ours (autoguidance). With `device`, offloading is on: a U-Net is on that device only while its
+        stage runs. Raises ValueError for arguments that do not fit.
         """
         images = lowres
         for index, stage in enumerate(self.running(start_at, stop_at, lowres)):
@@ -261,7 +290,12 @@ class Cascade(nn.Module):
             starts_from_image = init_image is not None and (index == 0 or init_image.mask is not None)
             unet = self.unets[stage.name]
             assert isinstance(unet, Network)
-            with _on_device(unet, device) if device else nullcontext():
+            other = guide.unets[stage.name] if guide is not None and stage.name in guide.unets else None
+            assert other is None or isinstance(other, Network)
+            with ExitStack() as on_device:
+                for network in (unet, other):
+                    if device and network is not None:
+                        on_device.enter_context(_on_device(network, device))
                 images = stage.sample(
                     unet,
                     text if reads_text else None,
@@ -270,6 +304,7 @@ class Cascade(nn.Module):
                     negative=negative if reads_text else None,
                     sampling=settings[stage.name],
                     init_image=init_image if starts_from_image else None,
+                    guide=other,
                     callback=callback,
                 )
         assert images is not None  # at least one stage ran
@@ -321,7 +356,7 @@ class Cascade(nn.Module):
 
 def _has_use_for(stage: StageConfig, field: str) -> bool:
     """Whether a sampling setting that is given once for all stages is meant for this one too."""
-    if field == "guidance":
+    if field in ("guidance", "guidance_range"):
         return stage.unet.text_dim is not None
     if field == "augmentation_level":
         return stage.augmentation is not None

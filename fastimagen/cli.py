@@ -75,7 +75,10 @@ class Parser(argparse.ArgumentParser):
         for argument in takewhile(lambda argument: argument != "--", [] if passes_on else given):
             flag = argument.partition("=")[0]
             if argument.startswith("--") and " " not in flag and not any(name.startswith(flag) for name in known):
-                near = difflib.get_close_matches(flag, known, n=1)
+                from .config_file import OTHER_NAMES
+
+                other = f"--{OTHER_NAMES.get(flag[2:].replace('-', '_'))}"
+                near = [other] if other in known else difflib.get_close_matches(flag, known, n=1)
                 self.error(f"unknown flag {flag}; " + (f"did you mean {near[0]}?" if near else "-h lists all flags"))
         return super().parse_known_args(args, namespace)
 
@@ -83,7 +86,7 @@ class Parser(argparse.ArgumentParser):
 def parser() -> argparse.ArgumentParser:
     """All commands and their flags."""
     from . import __version__
-    from .commands import shards, supervise
+    from .commands import distill, shards, supervise
     from .commands.train import add_flags, train
 
     top = Parser(prog="fastimagen", description="Train Imagen cascades and sample from them.")
@@ -118,6 +121,14 @@ def parser() -> argparse.ArgumentParser:
     )
 
     add_flags(command("train", train, "train the stages of a cascade; rerun to resume"))
+
+    distill.add_flags(
+        command(
+            "distill",
+            distill.distill,
+            "train a few-step student of a trained model; rerun to resume",
+        )
+    )
 
     supervise.add_flags(
         command("supervise", supervise.supervise, "run a launcher of training; restart it if processes are lost")
@@ -215,7 +226,8 @@ def _sampling_flags(sub: argparse.ArgumentParser) -> None:
         "One value for all stages, or one for each stage as in --steps base=20,sr=8. By default the model's own.",
     )
     for setting in sampling_settings():
-        metavar = "NAME" if setting.choices else {int: "INT", float: "NUMBER"}.get(setting.kind, "VALUE")
+        kinds = {int: "INT", float: "NUMBER", tuple: "LOW:HIGH"}
+        metavar = "NAME" if setting.choices else kinds.get(setting.kind, "VALUE")
         choices = f" Choices: {', '.join(setting.choices)}." if setting.choices else ""
         group.add_argument(setting.flag, metavar=metavar, help=f"{setting.help}{choices}".replace("%", "%%"))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from . import config_rules
 from .network_config import AnyNetworkConfig
@@ -85,6 +85,28 @@ class AugmentationConfig(Section):
 
 
 SamplerName = Literal["ddpm", "ddim", "dpmpp_2m", "heun"]
+
+
+def _low_high(value: Any) -> Any:
+    """A range as the command line and the web page write it, "0.2:5", as its two numbers; anything else unchanged."""
+    if not isinstance(value, str):
+        return value
+    try:
+        low, high = map(float, value.split(":"))
+    except ValueError:
+        raise ValueError("give two numbers, low:high, as in 0.2:5") from None
+    return low, high
+
+
+def _ascending(value: tuple[float, float]) -> tuple[float, float]:
+    low, high = value
+    if not 0 <= low < high:
+        raise ValueError(f"must ascend from 0 or above, got {low:g}:{high:g}")
+    return value
+
+
+LowHigh = Annotated[tuple[float, float], BeforeValidator(_low_high), AfterValidator(_ascending)]
+"""A range of numbers: [0.2, 5] in a file, 0.2:5 on the command line."""
 CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
 """Modes of torch.compile."""
 
@@ -98,6 +120,9 @@ class SamplingConfig(Section):
     """Sampling steps."""
     guidance: float = Field(5.0, ge=0)
     """Classifier-free guidance weight; 1 turns guidance off."""
+    guidance_range: LowHigh | None = None
+    """Noise levels sigma / alpha, low:high, between which guidance acts (Kynkäänniemi et al. 2024); outside, a step
+    runs the network once and not twice. None guides at all of them."""
     threshold: Literal["dynamic", "static", "none"] = "dynamic"
     """Thresholding of x0 in every step (Imagen, section 2.3)."""
     percentile: float = Field(0.995, gt=0, le=1)
@@ -265,6 +290,18 @@ class EMAConfig(Section):
     """At step n the decay is at most (1 + n) / (warmup + n), so that the average forgets early weights."""
 
 
+class DistillConfig(Section):
+    """Distillation: the stages learn to sample in few steps from a trained model (`fastimagen distill`)."""
+
+    model: str
+    """Model directory of the teacher."""
+    method: Literal["progressive", "consistency"] = "progressive"
+    """Who goes from a noisy image to the end of a student's step: "progressive", the teacher in `substeps` steps (after
+    Salimans and Ho 2022); "consistency", the teacher in one and then the student itself (Heek et al. 2024)."""
+    substeps: int = Field(8, ge=1)
+    """DDIM steps of the teacher in each step of the student. Consistency begins with 4 and doubles them."""
+
+
 class StageTrainConfig(Section):
     """Training settings of one stage."""
 
@@ -345,6 +382,8 @@ class TrainConfig(Section):
     """Overrides by stage name."""
     ema: EMAConfig = EMAConfig()
     """EMA of every stage without its own."""
+    distill: DistillConfig | None = None
+    """Learn from a trained model and not from images alone; None is ordinary training."""
     log_every: int = Field(10, ge=1)
     """Steps between records in metrics.jsonl and on the console."""
     checkpoint_every: int = Field(500, ge=1)

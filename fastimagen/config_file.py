@@ -74,10 +74,15 @@ def _unknown_key_line(section: type[Section], location: tuple[int | str, ...], w
     return f"unknown key {'.'.join([where, *path])}; {hint(path[-1], valid, 'valid keys')}"
 
 
+OTHER_NAMES = {"guidance_scale": "guidance", "num_inference_steps": "steps"}
+"""What other libraries call our settings, where the nearest name is another setting."""
+
+
 def hint(name: str, valid: Iterable[str], label: str) -> str:
     """What an error about an unknown name ends with: the nearest valid one, or `label` and all of them."""
     valid = list(valid)
-    near = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    same = [OTHER_NAMES[name]] if OTHER_NAMES.get(name) in valid else []
+    near = same or difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
     return f'did you mean "{near[0]}"?' if near else f"{label}: {', '.join(valid)}"
 
 

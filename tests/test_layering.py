@@ -39,8 +39,8 @@ SAMPLER = {  # what sampling needs: runs with the core dependencies and reaches 
 }
 TRAINING = {
     "data": "config network_config extras fastimagen files images seeds text",
-    "train": "cascade config config_file data extras fastimagen files images network_config networks ops presets "
-    "sampling seeds text",
+    "train": "cascade config config_file data diffusion extras fastimagen files images network_config networks ops "
+    "presets sampling seeds text",
     "evaluation": "data fastimagen files images sampling",
     "interop": "cascade config config_file network_config fastimagen files networks presets sampling text",
     "info": "fastimagen ops",

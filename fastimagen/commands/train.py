@@ -6,6 +6,7 @@ import argparse
 import os
 import signal
 import sys
+from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ OUT_OF_MEMORY = (
     "checkpoint_levels in the stage's unet"
 )
 PROFILED_STEPS = 3
+MakeTrainer = Callable[[argparse.Namespace, list[str]], "Trainer"]
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -56,15 +58,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
 
 
-def train(options: argparse.Namespace) -> int:
-    """Train as the flags say. Returns the exit status. Raises what `Trainer` raises for what the user can correct."""
+def train(options: argparse.Namespace, make_trainer: MakeTrainer | None = None) -> int:
+    """Train as the flags say. Returns the exit status. Raises what `Trainer` raises for what the user can correct.
+
+    make_trainer: of the flags and the overrides of the file; by default it trains the file's own cascade.
+    """
     record_start()
     before = {number: signal.signal(number, _leave) for number in SIGNALS}
     # Where a process is lost, the others say so in a line; torch's warnings about the connection are C++ tracebacks.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    from ..config_file import load_config
     from ..train.plan import target
-    from ..train.trainer import Trainer
 
     try:
         asks_for_target = options.gpu is not None or options.gpus is not None
@@ -72,8 +75,7 @@ def train(options: argparse.Namespace) -> int:
             raise ValueError("--gpu and --gpus are for --dry-run: training takes the GPUs that its launcher gives it")
         where = target(options.gpus, options.gpu) if asks_for_target else None
         profile = [] if options.profile is None else [f"fastimagen.train.profile={options.profile}"]
-        config = load_config(options.config, [*options.overrides, *profile])
-        trainer = Trainer(config, options.run_dir, stage=options.stage)
+        trainer = (make_trainer or file_trainer)(options, [*options.overrides, *profile])
         if options.dry_run:
             print(trainer.describe(where))
             return 0
@@ -87,6 +89,14 @@ def train(options: argparse.Namespace) -> int:
     for number in SIGNALS:  # launchers send signals to all processes when the first one ends: the status stands
         signal.signal(number, signal.SIG_IGN)
     return record(status)
+
+
+def file_trainer(options: argparse.Namespace, overrides: list[str]) -> Trainer:
+    """The trainer of a configuration file."""
+    from ..config_file import load_config
+    from ..train.trainer import Trainer
+
+    return Trainer(load_config(options.config, overrides), options.run_dir, stage=options.stage)
 
 
 def _fit(trainer: Trainer) -> int:

@@ -240,7 +240,7 @@ def control(setting: Setting, value: Any) -> gr.components.Component:
         return gr.Textbox(value=value, label=label, info=setting.help)
     whole = setting.kind is int
     if setting.optional:  # an empty gr.Number would send 0
-        return gr.Textbox(value="" if value is None else str(value), label=label, info=setting.help, placeholder="none")
+        return gr.Textbox(value=setting.text(value), label=label, info=setting.help, placeholder="none")
     minimum = setting.minimum or 0
     maximum = setting.maximum
     if maximum is None:

@@ -123,13 +123,17 @@ class Diffusion:
 
     def loss(self, output: Tensor, target: Tensor, time: Tensor) -> Tensor:
         """Weighted error per sample (B,), averaged over pixels and over pairs of neighbouring pixels, fp32."""
-        error = output.float() - target.float()  # (B, C, H, W)
-        per_sample = self._penalty(error)  # (B,)
-        if self.objective.difference_weight:
-            differences = self._penalty(error.diff(dim=-1)) + self._penalty(error.diff(dim=-2))  # (B,)
-            per_sample = per_sample + self.objective.difference_weight * differences
+        per_sample = self.penalty(output.float() - target.float())  # (B,)
         return per_sample * self.weight(time).to(per_sample)
 
-    def _penalty(self, error: Tensor) -> Tensor:
+    def penalty(self, error: Tensor) -> Tensor:
+        """The unweighted loss (B,) of errors (B, C, H, W)."""
+        per_sample = self._mean(error)  # (B,)
+        if self.objective.difference_weight:
+            differences = self._mean(error.diff(dim=-1)) + self._mean(error.diff(dim=-2))  # (B,)
+            per_sample = per_sample + self.objective.difference_weight * differences
+        return per_sample
+
+    def _mean(self, error: Tensor) -> Tensor:
         """The mean loss of an error (B, C, H, W) per sample, (B,)."""
         return PENALTIES[self.objective.loss](error).flatten(1).mean(dim=1)  # (B,)

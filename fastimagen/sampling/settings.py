@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from ..config import SamplingConfig
 from ..config_file import hint, validate
@@ -24,7 +24,7 @@ class Setting:
 
     name: str
     kind: type
-    """bool, int, float or str; str also for the choices of a Literal."""
+    """bool, int, float, str, or tuple for a range low:high; str also for the choices of a Literal."""
     choices: tuple[str, ...]
     """The values of a Literal; empty for numbers."""
     optional: bool
@@ -48,6 +48,12 @@ class Setting:
             problem = str(error).removeprefix(f"sampling.{self.name}: ")
             raise ValueError(f"{where}: {problem}") from None
 
+    def text(self, value: Any) -> str:
+        """`value` as a user writes it, and `check` reads it; empty for None."""
+        if value is None:
+            return ""
+        return ":".join(f"{bound:g}" for bound in value) if self.kind is tuple else str(value)
+
     def parse(self, text: str, where: str) -> Any:
         """A value from `20`, or values by stage from `base=20,sr=8`. Raises ValueError that starts with `where`."""
         if "=" not in text:
@@ -69,6 +75,8 @@ def sampling_settings() -> Iterator[Setting]:
         optional = NoneType in members
         if optional:
             annotation = next(member for member in members if member is not NoneType)
+        if get_origin(annotation) is Annotated:
+            annotation = get_args(annotation)[0]
         is_choice = get_origin(annotation) is Literal
         bounds: dict[str, Any] = {}
         for constraint in field.metadata:  # annotated_types: Ge(ge=1), Le(le=1), ...
@@ -77,7 +85,7 @@ def sampling_settings() -> Iterator[Setting]:
                     bounds[bound] = getattr(constraint, bound)
         yield Setting(
             name=name,
-            kind=annotation if annotation in (bool, int, float) else str,
+            kind=_kind(annotation),
             choices=get_args(annotation) if is_choice else (),
             optional=optional,
             default=field.default,
@@ -86,6 +94,12 @@ def sampling_settings() -> Iterator[Setting]:
             excludes_minimum="gt" in bounds,
             help=" ".join((field.description or name).split()),
         )
+
+
+def _kind(annotation: Any) -> type:
+    if annotation in (bool, int, float):
+        return annotation
+    return tuple if get_origin(annotation) is tuple else str
 
 
 def require_known(settings: Mapping[str, Any]) -> None:

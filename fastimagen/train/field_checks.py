@@ -15,6 +15,7 @@ from ..config import CascadeConfig, FastimagenConfig, StageConfig
 from ..data.source import encoder_width, uses_text
 from ..networks.build import build_network
 from ..sampling.model_directory import check_shapes, read_shapes
+from .distillation import check_distillation
 
 
 def check_fields(config: FastimagenConfig) -> None:
@@ -33,6 +34,8 @@ def check_fields(config: FastimagenConfig) -> None:
     _check_data(config, cascade)
     if uses_text(config):
         _check_text(config, cascade)
+    if config.train.distill is not None:
+        check_distillation(cascade, config.train.distill)
     for stage in cascade.stages:
         if hasattr(nn.ModuleDict, stage.name):  # Cascade keeps its U-Nets in one
             raise ValueError(f'stage "{stage.name}": choose another name, because torch.nn.ModuleDict has {stage.name}')

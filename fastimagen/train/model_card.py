@@ -29,12 +29,12 @@ license: unknown
 
 # {name}
 
-{purpose} trained with fastimagen {version}.
+{purpose} {made} with fastimagen {version}.
 {grid}
 | stage | size | parameters | steps |
 | --- | --- | --- | --- |
 {stages}
-
+{sampling}
 Training data: {data}.
 
 Text encoder: {encoder}.
@@ -85,6 +85,7 @@ def model_card(
     from .. import __version__
 
     conditional = any(stage.unet.text_dim is not None for stage in cascade.stages)
+    distill = config.train.distill
     enlarges = cascade.stages[0].unet.lowres
     captions = example_captions(config.data) if conditional else []
     task = "image-to-image" if enlarges else "text-to-image" if conditional else "unconditional-image-generation"
@@ -96,7 +97,9 @@ def model_card(
         task=task,
         tags=", ".join(tags),
         widget=_widget(captions) if has_grid else "",
-        purpose=PURPOSES[task],
+        purpose=PURPOSES[task] if distill is None else f"A few-step student of `{Path(distill.model).name}`,",
+        made="trained" if distill is None else "distilled",
+        sampling="" if distill is None else _few_steps(cascade),
         name=name,
         version=__version__,
         grid="\n![sampled during training](samples.png)\n" if has_grid else "",
@@ -110,6 +113,15 @@ def model_card(
         examples="".join(
             ["\nCaptions of its data:\n\n", *(f"* {caption}\n" for caption in captions)] if captions else []
         ),
+    )
+
+
+def _few_steps(cascade: CascadeConfig) -> str:
+    """How a student samples: as it was trained, and not otherwise."""
+    steps = ", ".join(f"{stage.name} in {stage.sampling.steps} steps of `ddim`" for stage in cascade.stages)
+    return (
+        f"\nIt samples {steps}, without guidance: its teacher's guidance and thresholding are part of what it learned. "
+        f"These are its defaults; other samplers and guidance weights do not suit it.\n"
     )
 
 

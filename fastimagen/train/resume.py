@@ -67,6 +67,7 @@ RULES = {
     "train.epochs": ACTS,
     "train.ema": ACTS,
     "train.init_from": START,
+    "train.distill": ACTS,
     "train.log_every": ACTS,
     "train.checkpoint_every": ACTS,
     "train.keep_checkpoints": ACTS,

@@ -7,7 +7,7 @@ itself of (seed, position): a run computes the same on any number of ranks, and 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +28,7 @@ from .agreement import agree_on_checkpoint, agree_on_run_directory, decide_on_fi
 from .averages import Averages
 from .checkpoint_writer import CheckpointWriter
 from .deepspeed_config import json_like, resolve_deepspeed, total_batch_size
+from .distillation import describe_distillation
 from .ema import EMA
 from .engine import backend, choose_accelerator, init_distributed, make_engine
 from .engine_state import load
@@ -35,6 +36,7 @@ from .flat_weights import FlatWeights
 from .learning_rate import set_learning_rate
 from .length import planned_epochs, planned_steps, steps_of_epochs
 from .metrics import Metrics
+from .objective import Objective, objectives
 from .phases import Phases
 from .plan import Target, describe, headline, this_machine
 from .preemption import StopRequest, TrainingInterrupted
@@ -114,6 +116,8 @@ class Trainer:
         stage = Stage(config, self.cascade.below(config.name))
         train_data, _ = self._data
         engine, deepspeed = self._make_engine(config)
+        dtype = next(engine.module.parameters()).dtype
+        objective_at = objectives(stage, settings, steps, self.device, dtype)
         accumulation_steps = deepspeed["gradient_accumulation_steps"]
         weights = FlatWeights(engine)
         ema = EMA(weights.shards, self._stage_settings(config).ema or settings.ema)
@@ -131,8 +135,7 @@ class Trainer:
         )
         unfinished = self.unfinished.get(config.name, [])
         on_first_rank(lambda: metrics.drop_later_records(keep_validation="validation" not in unfinished))
-        validator = self._validator(stage, metrics, stop)
-        dtype = next(engine.module.parameters()).dtype
+        validator = self._validator(stage, objective_at, metrics, stop)
         speed = self._speed(config, engine, metrics)
         profiler = StepProfiler(self.run_dir, config.name, settings.profile if self.rank == 0 else 0, metrics.say)
         nonfinite_in_a_row = 0
@@ -145,6 +148,7 @@ class Trainer:
             for step in range(start_step + 1, steps + 1):
                 phases.enter("data", step)
                 skipped_before, micro_batches = engine.skipped_steps, []
+                objective = objective_at(step)
                 lr = set_learning_rate(engine, step - engine.skipped_steps)
                 for _ in range(accumulation_steps):
                     phases.enter("data")
@@ -153,12 +157,12 @@ class Trainer:
                     text = batch.text_for(config.unet, self.device)
                     phases.enter("forward")
                     draws = stage.draw(settings.seed, batch.positions.tolist(), images)
-                    losses = stage.training_loss(engine, images, text, draws)  # (B,)
+                    losses = objective.training_loss(engine, images, text, draws)  # (B,)
                     phases.enter("backward")
                     engine.backward(losses.mean())
                     phases.enter("step")
                     engine.step()  # an optimizer step after the last micro-batch
-                    averages.add(losses, stage.noise_levels(draws))
+                    averages.add(losses, objective.noise_levels(draws))
                     micro_batches.append((batch.origins, losses.detach()))
                 samples += engine.train_batch_size()
 
@@ -212,9 +216,19 @@ class Trainer:
         with stage_lock(self.run_dir, [config.name for config in self.stages]):
             yield
 
-    def _validator(self, stage: Stage, metrics: Metrics, stop: StopRequest) -> Validator:
-        folder = self.run_dir / "samples" / stage.name
-        return Validator(self.config, stage, self._data, folder, metrics=metrics, phases=self.phases, stop=stop)
+    def _validator(
+        self, stage: Stage, objective_at: Callable[[int], Objective], metrics: Metrics, stop: StopRequest
+    ) -> Validator:
+        return Validator(
+            self.config,
+            stage,
+            objective_at,
+            self._data,
+            self.run_dir / "samples" / stage.name,
+            metrics=metrics,
+            phases=self.phases,
+            stop=stop,
+        )
 
     def _finish_step(self, resumed_from: Path, validated: Validated) -> None:
         """Record what has become of what a request to stop had left to do. Raises TrainingInterrupted after another."""
@@ -374,6 +388,8 @@ class Trainer:
             notices.append(f"{epochs:g} epochs of {self.samples} samples in batches of {batch}: {steps} steps")
         if self.config.fastimagen.data.validation is None:
             notices.append("no validation data: no val_loss, and preview grids show the first training captions")
+        if self.settings.distill is not None:
+            notices.append(describe_distillation(config, self.settings.distill))
         steps, preview_steps = config.sampling.steps, preview_sampling(config).steps
         if preview_steps < steps:
             notices.append(f"preview grids take {preview_steps} sampling steps, not the stage's {steps}")

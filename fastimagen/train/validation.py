@@ -25,6 +25,7 @@ from ..seeds import mix_seed
 from .ema import EMA
 from .flat_weights import FlatWeights
 from .metrics import Metrics
+from .objective import Objective
 from .phases import Phases
 from .preemption import StopRequest
 
@@ -53,13 +54,14 @@ class Validated(NamedTuple):
 class Validator:
     """Validates one stage in training and samples its preview grids.
 
-    data: training and validation samples. folder: for the grids.
+    objective_at: the loss by step. data: training and validation samples. folder: for the grids.
     """
 
     def __init__(
         self,
         config: Config,
         stage: Stage,
+        objective_at: Callable[[int], Objective],
         data: tuple[Split, Split | None],
         folder: Path,
         *,
@@ -68,6 +70,7 @@ class Validator:
         stop: StopRequest,
     ) -> None:
         self.config, self.stage, self.folder = config, stage, folder
+        self.objective_at = objective_at
         self.training_data, self.validation_data = data
         self.metrics, self.phases, self.stop = metrics, phases, stop
 
@@ -94,7 +97,8 @@ class Validator:
 
     def _validate(self, step: int, unet: Network) -> float:
         assert self.validation_data is not None
-        val_loss = validation_loss(self.stage, unet, self.validation_data, self.config, self._check)
+        objective = self.objective_at(step)
+        val_loss = validation_loss(self.stage, objective, unet, self.validation_data, self.config, self._check)
         self.metrics.write(step, val_loss=val_loss)
         return val_loss
 
@@ -120,7 +124,12 @@ def ema_unet(stage: Stage, weights: FlatWeights, ema: EMA, dtype: torch.dtype) -
 
 @torch.no_grad()
 def validation_loss(
-    stage: Stage, unet: Network, split: Split, config: Config, check: Callable[[], None] = lambda: None
+    stage: Stage,
+    objective: Objective,
+    unet: Network,
+    split: Split,
+    config: Config,
+    check: Callable[[], None] = lambda: None,
 ) -> float:
     """Mean loss of the first validation samples, without caption dropout, with the same times and noise every time.
 
@@ -138,7 +147,7 @@ def validation_loss(
         batch = split.fixed_batch(config.fastimagen, chunks[index], size=stage.config.size, crop=stage.config.crop)
         images, text = batch.images_for(device), batch.text_for(stage.config.unet, device)
         draws = stage.draw(mix_seed(settings.seed, "validation"), chunks[index], images)
-        loss = stage.training_loss(unet, images, text, draws, drop_captions=False)
+        loss = objective.training_loss(unet, images, text, draws, drop_captions=False)
         total += loss.double().sum()
     dist.all_reduce(total)
     return total.item() / count

@@ -165,6 +165,8 @@ def another_value(setting: Setting) -> Any:
         return next(choice for choice in setting.choices if choice != setting.default)
     if setting.kind is bool:
         return not setting.default
+    if setting.kind is tuple:
+        return (0.25, 5.0)
     if setting.default is None:
         return setting.kind(setting.minimum or 1)
     return setting.kind(setting.default / 2)
@@ -180,7 +182,7 @@ def test_every_field_of_the_configuration_is_a_setting() -> None:
 
 @pytest.mark.parametrize("command", [["sample", "--captions", "a"], ["evaluate"]], ids=["sample", "evaluate"])
 def test_every_setting_is_a_flag(command: list[str]) -> None:
-    flags = [word for setting in sampling_settings() for word in (setting.flag, str(OTHERS[setting.name]))]
+    flags = [word for setting in sampling_settings() for word in (setting.flag, setting.text(OTHERS[setting.name]))]
     assert settings_from(parser().parse_args([*command, "--model", "m", *flags])) == OTHERS
     assert settings_from(parser().parse_args([*command, "--model", "m"])) == {}
 
@@ -188,7 +190,7 @@ def test_every_setting_is_a_flag(command: list[str]) -> None:
 def test_every_flag_takes_a_value_for_each_stage() -> None:
     flags = []
     for setting in sampling_settings():
-        value = OTHERS[setting.name]
+        value = setting.text(OTHERS[setting.name])
         flags += [setting.flag, f"base={value},sr={value}"]
     found = settings_from(parser().parse_args(["sample", "--captions", "a", "--model", "m", *flags]))
     assert found == {name: {"base": value, "sr": value} for name, value in OTHERS.items()}
@@ -203,7 +205,7 @@ def test_every_setting_is_a_control_of_the_page() -> None:
         found = control(setting, OTHERS[setting.name])
         value = OTHERS[setting.name]
         assert (
-            found.value == (str(value) if setting.optional else value)
+            found.value == (setting.text(value) if setting.optional else value)
             and found.label.lower().replace(" ", "_") == setting.name
         )
     values = (*OTHERS.values(), *(setting.default for setting in sampling_settings()))
@@ -216,7 +218,8 @@ def test_every_setting_is_in_the_record(tmp_path: Path) -> None:
     record = request.record(model="m", stages={"base": SamplingConfig(**OTHERS)})
     (tmp_path / "samples.json").write_text(json.dumps(record))
     found = SamplingRequest.from_record(tmp_path / "samples.json").settings
-    assert found == {name: {"base": value} for name, value in OTHERS.items()}
+    written = json.loads(json.dumps(OTHERS))  # a range is a list
+    assert found == {name: {"base": value} for name, value in written.items()}
 
 
 # ---- wrong values
@@ -230,6 +233,8 @@ def test_every_setting_is_in_the_record(tmp_path: Path) -> None:
         ("steps", "base=20,sr=x", "--steps sr: Input should be a valid integer"),
         ("steps", "base=20,8", "--steps: give one value, or one for each stage as in base=A,sr=B"),
         ("steps", "base=1,base=2", "--steps: give one value, or one for each stage"),
+        ("guidance_range", "5", "--guidance-range: give two numbers, low:high, as in 0.2:5 \\(given: '5'\\)"),
+        ("guidance_range", "base=5:0.2", "--guidance-range base: must ascend from 0 or above, got 5:0.2"),
         ("sampler", "euler", "--sampler: Input should be 'ddpm', 'ddim', 'dpmpp_2m' or 'heun' \\(given: 'euler'\\)"),
     ],
 )

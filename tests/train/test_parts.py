@@ -22,19 +22,23 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastimagen.cascade import Stage
+from fastimagen.cli import parser
+from fastimagen.commands.distill import student_config
 from fastimagen.config import EMAConfig, StageConfig
 from fastimagen.config_file import config_from_dict
 from fastimagen.data.source import open_data
 from fastimagen.files import write_json
+from fastimagen.sampling.pipeline import ImagenPipeline
 from fastimagen.seeds import mix_seed
 from fastimagen.train.checkpoint import read_average, read_state, write_validated
 from fastimagen.train.ema import EMA
+from fastimagen.train.export import export
 from fastimagen.train.metrics import Metrics
 from fastimagen.train.run_lock import holder, stage_lock
 from fastimagen.train.stage_setup import initial_unet
 from fastimagen.train.trainer import Trainer
 from fastimagen.train.validation import preview_sampling, sample_grid
-from tests.conftest import ROOT, TOY_STAGES, toy_tree
+from tests.conftest import ROOT, TOY_STAGES, toy_tree, write_toy_model
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +82,9 @@ for name, tree, *signals in json.loads(Path(sys.argv[1]).read_text()):
 @pytest.fixture(scope="module")
 def runs(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of runs of the base stage: clipped, live, averaged (interrupted and resumed), still and still8,
-    held (validation out of the training shards), alone (no validation), nan (all embeddings are damaged) and stopped,
-    which is live with signals: [phase, step, number of the check]. The file `output` has what they printed."""
+    held (validation out of the training shards), alone (no validation), nan (all embeddings are damaged), stopped (live
+    with signals: [phase, step, number of the check]), student (distilled, interrupted and resumed), whole (the same
+    without interruption) and own (consistency). The file `output` has what they printed."""
 
     def tree(*, steps: int, decay: float = 0.0, **deepspeed: Any) -> dict[str, Any]:
         content = toy_tree(toy_data)
@@ -135,6 +140,22 @@ def runs(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     trees += [("held", held), ("alone", alone), ("nan", nan)]
     signals = [["validation", 2, 2], ["validation", 4, 1], ["samples", 4, 2]]
     trees += [("stopped", tree(steps=4), signal) for signal in signals] + [("stopped", tree(steps=4))]
+    teacher = str(write_toy_model(folder / "teacher", toy_data / "text_encoder"))
+
+    def student(**keys: Any) -> dict[str, Any]:
+        flags = ["distill", "--model", teacher, "--out", "unused", "--config", "unused"]
+        content = json.loads(student_config(config_from_dict(tree(**keys)), parser().parse_args(flags)).to_json())
+        content["fastimagen"]["train"] |= {"sample_every": 4, "distill": {"model": teacher, "substeps": 2}}
+        return content
+
+    itself = student(steps=3)
+    itself["fastimagen"]["train"]["distill"] |= {"method": "consistency", "substeps": 8}
+    trees += [
+        ("student", student(steps=2)),
+        ("student", student(steps=4)),
+        ("whole", student(steps=4)),
+        ("own", itself),
+    ]
     (folder / "trees.json").write_text(json.dumps(trees))
     child = subprocess.run(
         [sys.executable, "-c", RUNS, str(folder / "trees.json")],
@@ -271,6 +292,31 @@ def test_skipped_steps_are_recorded_with_reason_and_samples(runs: Path) -> None:
     assert f"base 3/10  step skipped: non-finite text embeddings: {skipped[2]['samples'][0]}" in output
     (line,) = (line for line in output.splitlines() if line.startswith("nan: base: the gradient was not finite in 3"))
     assert "run fastimagen embed again" in line
+
+
+def test_a_student_trains_and_resumes_as_any_stage_does(runs: Path) -> None:
+    resumed, whole = (weights(runs / name, 4) for name in ("student", "whole"))
+    assert distance(resumed, whole) == 0 < distance(whole, weights(runs / "whole", 2))
+    for run, steps in (("student", 4), ("own", 3)):
+        losses = [record["val_loss"] for record in records(runs / run) if "val_loss" in record]
+        assert len(losses) == steps and all(0 < loss < 10 for loss in losses)
+    assert (runs / "student/samples/base/step-00000004.png").exists()
+    assert "base: learns 4 steps from" in (runs / "output").read_text()
+
+
+def test_a_student_is_a_model_that_samples_in_its_own_steps(runs: Path, tmp_path: Path) -> None:
+    """With the sampler, guidance and threshold that it was trained with, and a card that says what it is."""
+    model = export(runs / "student", tmp_path / "model")
+    pipe = ImagenPipeline.from_pretrained(model)
+    rows: list[int] = []
+    pipe.cascade.unets["base"].register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
+    assert pipe(["a red circle", "a blue star"]).images.shape == (2, 3, 8, 8)
+    assert rows == [2] * 4
+    with pytest.raises(ValueError, match="guidance 2 needs a network that was trained without captions too"):
+        pipe("a red circle", guidance=2.0)
+    card = (model / "README.md").read_text()
+    assert "# student\n\nA few-step student of `teacher`, distilled with fastimagen" in card
+    assert "| base | 8x8 | " in card and "base in 4 steps of `ddim`, without guidance" in card
 
 
 def test_records_say_where_the_time_went_and_what_is_left(runs: Path) -> None:

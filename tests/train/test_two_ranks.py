@@ -261,7 +261,7 @@ def check_stop_in_validation() -> None:
     train = SimpleNamespace(fastimagen=SimpleNamespace(train=SimpleNamespace(validation_samples="all", seed=0)))
     split: Any = Data(range(96))
     with pytest.raises(Stopped, match="SIGTERM"):
-        validation_loss(stage, nn.Linear(1, 1), split, train, check)  # type: ignore[arg-type]
+        validation_loss(stage, stage, nn.Linear(1, 1), split, train, check)  # type: ignore[arg-type]
     assert loaded == [range(32 * rank, 32 * rank + 32)]
 
 
