@@ -113,8 +113,8 @@ def describe_distillation(student: StageConfig, distill: DistillConfig) -> str:
     calls = halves * distill.substeps if distill.method == "progressive" else halves + 1
     return (
         f"learns {student.sampling.steps} steps from {distill.model}, {distill.method}, {distill.substeps} substeps "
-        f"each; its teacher is a frozen copy of {parameters / 1e6:.2f} M parameters, and a training step has {calls} "
-        f"more forward passes, which the estimates leave out"
+        f"each; its frozen teacher adds {parameters / 1e6:.2f} M parameters to the memory and {calls} forward passes to "
+        f"a training step: estimates leave both out"
     )
 
 

@@ -165,7 +165,7 @@ def test_the_command_writes_a_configuration_that_trains_students(toy_data: Path,
 
 def test_the_dry_run_names_teacher_and_cost(toy_data: Path, trained: Path, tmp_path: Path) -> None:
     text = Trainer(configured(toy_data, trained), tmp_path / "run").describe()
-    assert f"base: learns 4 steps from {trained}, progressive, 8 substeps each; its teacher is a frozen copy" in text
+    assert f"base: learns 4 steps from {trained}, progressive, 8 substeps each; its frozen teacher adds 0." in text
 
 
 @pytest.mark.parametrize(
