@@ -113,7 +113,7 @@ def describe_distillation(student: StageConfig, distill: DistillConfig) -> str:
     calls = halves * distill.substeps if distill.method == "progressive" else halves + 1
     return (
         f"learns {student.sampling.steps} steps from {distill.model}, {distill.method}, {distill.substeps} substeps "
-        f"each; its frozen teacher adds {parameters / 1e6:.2f} M parameters to the memory and {calls} forward passes to "
+        f"each; its frozen teacher adds {parameters / 1e6:.2f} M parameters in memory and {calls} forward passes to "
         f"a training step: estimates leave both out"
     )
 
