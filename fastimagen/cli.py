@@ -149,6 +149,12 @@ def parser() -> argparse.ArgumentParser:
         "chooses by stage",
     )
     export.add_argument(
+        "--ema",
+        metavar="LENGTH",
+        help="average of this length, as a share of the training (0.05), in place of that of train.ema.decay; "
+        "base=0.05,sr=0.1 chooses by stage",
+    )
+    export.add_argument(
         "--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights (default: %(default)s)"
     )
 
@@ -295,7 +301,7 @@ def _export(options: argparse.Namespace) -> None:
     def say(line: str) -> None:
         print(line, file=sys.stderr)
 
-    print(export(options.run, options.out, step=options.step, dtype=options.dtype, say=say))
+    print(export(options.run, options.out, step=options.step, ema=options.ema, dtype=options.dtype, say=say))
 
 
 def _push(options: argparse.Namespace) -> None:

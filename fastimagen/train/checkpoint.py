@@ -3,6 +3,8 @@
 ``checkpoints/<stage>/step-00000500/`` contains
 
 - ``rank-00000.safetensors``, ...: what each rank owned, as fragments of the parameters (fragments.py)
+- ``rank-00000.averages.safetensors``, ...: the same of the power-function averages, which remain when the others are
+  removed (snapshots.py)
 - ``engine.json``: shapes of the parameters, counters, loss scale
 - ``state.json``: what the trainer needs to go on
 - ``index.json``: size and SHA-256 of every other file
@@ -27,10 +29,13 @@ from torch import Tensor
 
 from ..files import read_json_object, sync, write_json, write_safetensors
 from .fragments import read_parameters
+from .power_average import QUANTITIES
 
-FORMAT = "fastimagen.checkpoint.1"
+FORMAT = "fastimagen.checkpoint.2"
+EARLIER_FORMATS = ("fastimagen.checkpoint.1",)
 STEP_NAME = re.compile(r"step-(\d{8})")
 INDEX, ENGINE, STATE, VALIDATED = "index.json", "engine.json", "state.json", "validated.json"
+AVERAGES = "averages.safetensors"
 
 
 # ---- which checkpoints there are
@@ -102,13 +107,20 @@ def read_engine(checkpoint: Path) -> dict[str, Any]:
 
 def fragment_files(checkpoint: Path) -> list[Path]:
     """The files with the fragments of all ranks. Raises ValueError if the index is damaged."""
-    return [checkpoint / name for name in sorted(_index(checkpoint)) if name.endswith(".safetensors")]
+    return [checkpoint / name for name in sorted(read_index(checkpoint)) if name.endswith(".safetensors")]
 
 
-def read_average(checkpoint: Path) -> dict[str, Tensor]:
-    """The EMA weights by parameter name, fp32, on the CPU. Raises ValueError if the checkpoint is damaged."""
-    shapes = {name: tuple(shape) for name, shape in read_engine(checkpoint)["parameters"].items()}
-    return read_parameters(fragment_files(checkpoint), "ema", shapes)
+def read_average(checkpoint: Path, quantity: str = "ema") -> dict[str, Tensor]:
+    """An average by parameter name, fp32, on the CPU. Raises ValueError if the checkpoint is damaged.
+
+    quantity: "ema" is that of the configured decay, power_average.QUANTITIES has the others.
+    """
+    return read_parameters(fragment_files(checkpoint), quantity, read_shapes(checkpoint))
+
+
+def read_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the parameters by name."""
+    return {name: tuple(shape) for name, shape in read_engine(checkpoint)["parameters"].items()}
 
 
 def damage(checkpoint: Path, rank: int = 0, world_size: int = 1) -> str | None:
@@ -116,13 +128,13 @@ def damage(checkpoint: Path, rank: int = 0, world_size: int = 1) -> str | None:
 
     Raises ValueError for a checkpoint of an earlier format.
     """
-    if (checkpoint / "deepspeed").is_dir():
+    if (checkpoint / "deepspeed").is_dir() or _format(checkpoint) in EARLIER_FORMATS:
         raise ValueError(
             f"{checkpoint} was written by an earlier fastimagen, in another format: export it with that version and "
             f"start a new run from the exported weights (train.stages.NAME.init_from), or choose another --run-dir"
         )
     try:
-        index = _index(checkpoint)
+        index = read_index(checkpoint)
     except ValueError as error:
         return str(error)
     for name in sorted(index)[rank::world_size]:
@@ -138,7 +150,15 @@ def damage(checkpoint: Path, rank: int = 0, world_size: int = 1) -> str | None:
     return None
 
 
-def _index(checkpoint: Path) -> dict[str, dict[str, Any]]:
+def _format(checkpoint: Path) -> object:
+    """What the index calls the format; None if it cannot be read."""
+    try:
+        return read_json_object(checkpoint / INDEX).get("format")
+    except ValueError:
+        return None
+
+
+def read_index(checkpoint: Path) -> dict[str, dict[str, Any]]:
     """{file name: {"bytes", "sha256"}}. Raises ValueError if index.json is not an index."""
     index = read_json_object(checkpoint / INDEX)
     files = index.get("files")
@@ -168,31 +188,41 @@ def write_rank(folder: Path, rank: int, tensors: dict[str, Tensor]) -> None:
 
     Raises OSError if something cannot be written.
     """
-    path = folder / _rank_name(rank, "safetensors")
+    powers = {name: tensor for name, tensor in tensors.items() if name.split("/")[0] in QUANTITIES.values()}
+    others = {name: tensor for name, tensor in tensors.items() if name not in powers}
     folder.mkdir(parents=True, exist_ok=True)
-    write_safetensors(path, tensors, {"format": "pt"})
-    write_json(folder / _rank_name(rank, "json"), _entry(path))
+    report = {}
+    for suffix, content in (("safetensors", others), (AVERAGES, powers)):
+        path = folder / _rank_name(rank, suffix)
+        write_safetensors(path, content, {"format": "pt"})
+        report[path.name] = _entry(path)
+    write_json(folder / _rank_name(rank, "json"), report)
     sync(folder)
 
 
 def complete(folder: Path, world_size: int, engine: dict[str, Any], state: dict[str, Any]) -> Path:
     """Make the folder a checkpoint, when all ranks have written. Raises OSError if something cannot be written."""
-    files = {}
+    files: dict[str, dict[str, Any]] = {}
     for rank in range(world_size):
         report = folder / _rank_name(rank, "json")
-        files[_rank_name(rank, "safetensors")] = read_json_object(report)
+        files |= read_json_object(report)
         report.unlink()
     for name, content in ((ENGINE, engine), (STATE, state)):
         write_json(folder / name, content)
         files[name] = _entry(folder / name)
-    write_json(folder / INDEX, {"format": FORMAT, "files": files})
-    sync(folder)
+    write_index(folder, files)
     final = folder.with_name(f"step-{state['step']:08d}")
     if final.exists():
         remove(final)
     folder.rename(final)
     sync(final.parent)
     return final
+
+
+def write_index(folder: Path, files: dict[str, dict[str, Any]]) -> None:
+    """Write index.json, last of all. Raises OSError if it cannot be written."""
+    write_json(folder / INDEX, {"format": FORMAT, "files": files})
+    sync(folder)
 
 
 def reported(folder: Path, world_size: int) -> set[int]:
@@ -223,15 +253,6 @@ def remove_incomplete(folder: Path) -> None:
     """Remove the incomplete checkpoints that interrupted saves left."""
     for incomplete in folder.glob(".step-*.partial"):
         shutil.rmtree(incomplete)
-
-
-def rotate(folder: Path, keep: int, keep_every: int | None) -> None:
-    """Keep the last `keep` checkpoints, those of multiples of `keep_every` steps and the best; remove the others."""
-    found = checkpoints(folder)
-    kept = {*found[-keep:], best(folder)}
-    for path in found:
-        if path not in kept and not (keep_every and int(path.name[-8:]) % keep_every == 0):
-            remove(path)
 
 
 def set_aside(checkpoint: Path) -> Path:

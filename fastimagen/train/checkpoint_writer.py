@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..files import first_line
-from . import checkpoint
+from . import checkpoint, snapshots
 from .ema import EMA
 from .engine_state import Quantity, counters, take
 from .flat_weights import FlatWeights
@@ -142,7 +142,8 @@ class CheckpointWriter:
             self._unsaid = f"{self._problem}; training continues, and earlier checkpoints are intact"
             return
         try:
-            checkpoint.rotate(self.folder, self.keep, self.keep_every)
+            if damaged := snapshots.rotate(self.folder, self.keep, self.keep_every):
+                self._unsaid = "; ".join(damaged)
         except OSError as error:
             self._unsaid = f"cannot remove old checkpoints in {self.folder}: {first_line(error)}"
 

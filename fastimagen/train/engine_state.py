@@ -1,7 +1,7 @@
 """The state of a DeepSpeed engine, apart from ranks and ZeRO stages: taken out for a checkpoint and put back.
 
-Values per weight (fp32 weights, EMA, the optimizer's moments) are fragments of the parameters. Counters and the fp16
-loss scale are a small JSON object, the same on all ranks.
+Values per weight (fp32 weights, their averages, the optimizer's moments) are fragments of the parameters. Counters and
+the fp16 loss scale are a small JSON object, the same on all ranks.
 
 Hyperparameters (learning rate, betas, weight decay) are not part of the state: those of the configuration act, and the
 learning rate is a function of the step (learning_rate.py).
@@ -39,9 +39,10 @@ def take(engine: Any, weights: FlatWeights, ema: EMA) -> list[Quantity]:
     Raises ValueError for an optimizer that keeps tensors of an unknown layout.
     """
     taken = []
-    for index, (shard, average) in enumerate(zip(weights.shards, ema.average)):
+    for index, shard in enumerate(weights.shards):
         owned = weights.fragments[index]
-        taken += [Quantity(WEIGHTS, shard.detach(), owned), Quantity(AVERAGE, average, owned)]
+        taken.append(Quantity(WEIGHTS, shard.detach(), owned))
+        taken += [Quantity(name, average[index], owned) for name, average in _averages(ema).items()]
         for name, value in _optimizer_state(engine, index, shard).items():
             if value is None:
                 continue
@@ -84,14 +85,17 @@ def _put(files: list[Path], engine: Any, weights: FlatWeights, ema: EMA) -> None
     stored = quantities(files)
     wanted: list[Request] = []
     numbers: list[tuple[dict[str, Any], str, Tensor]] = []
-    for index, (shard, average) in enumerate(zip(weights.shards, ema.average)):
+    averages = _averages(ema)
+    for index, shard in enumerate(weights.shards):
         owned = weights.fragments[index]
-        wanted += requests(WEIGHTS, shard.detach(), owned) + requests(AVERAGE, average, owned)
+        wanted += requests(WEIGHTS, shard.detach(), owned)
+        for name, average in averages.items():
+            wanted += requests(name, average[index], owned)
         if not owned:  # only padding
             continue
         state = _optimizer_state(engine, index, shard)
         for name, is_number in stored.get(owned[0].parameter, {}).items():
-            if name in (WEIGHTS, AVERAGE):
+            if name == WEIGHTS or name in averages:
                 continue
             if is_number:
                 number = torch.zeros((), dtype=torch.float64)
@@ -108,6 +112,11 @@ def _put(files: list[Path], engine: Any, weights: FlatWeights, ema: EMA) -> None
     for state, name, number in numbers:
         state[name] = make_number(number.item())
     _update_model(engine.optimizer)
+
+
+def _averages(ema: EMA) -> dict[str, list[Tensor]]:
+    """All averages by quantity."""
+    return {AVERAGE: ema.average, **ema.powers}
 
 
 def counters(engine: Any) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""Export: the EMA weights of the stages that a run has trained, as a model directory."""
+"""Export: averaged weights of the stages that a run has trained, as a model directory.
+
+Without `ema` it is the average of the configured decay, on which val_loss, --step best and the preview grids depend.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,8 @@ from ..presets import resolve
 from ..sampling.model_directory import write_model
 from .checkpoint import best, checkpoints, damage, read_average, read_state
 from .model_card import StageFacts, model_card
+from .power_average import MAX_SIGMA_REL
+from .reconstruct import average_of_length
 
 
 def export(
@@ -22,14 +27,16 @@ def export(
     out: str | Path,
     *,
     step: str | int = "newest",
+    ema: str | float | None = None,
     dtype: Literal["float32", "bfloat16"] = "float32",
     say: Callable[[str], object] = lambda line: None,
 ) -> Path:
     """Write the model directory of a run, with weights of `dtype`.
 
     step: "newest", "best" (smallest validation loss) or a number, for all stages or for each, as in "base=500,sr=best".
-    say: gets a line for each stage, exported or not trained yet. Raises ValueError if no stage is trained, if there is
-    no such checkpoint or it is damaged, and if `out` is not empty.
+    ema: length sigma_rel of the average, for all stages or for each, as in "base=0.05" (reconstruct.py). say: gets a
+    line for each stage, exported or not trained yet. Raises ValueError if no stage is trained, if there is no such
+    checkpoint or it is damaged, if the length cannot be made, and if `out` is not empty.
     """
     run = Path(run)
     if not (run / "config.json").exists():
@@ -37,7 +44,8 @@ def export(
     require_empty(Path(out))
     config = load_config(run / "config.json")
     planned = resolve(config.fastimagen.cascade).stages
-    wanted = _by_stage(str(step), [stage.name for stage in planned])
+    wanted = _steps(str(step), [stage.name for stage in planned])
+    lengths = _lengths(ema, [stage.name for stage in planned])
     chosen = {
         stage.name: path
         for stage in planned
@@ -47,11 +55,17 @@ def export(
     for name in _contiguous(run, [stage.name for stage in planned], chosen, say):
         state = read_state(chosen[name])
         stages.append(validate(StageConfig, state["stage"], f"stage {name}"))
-        weights[name] = read_average(chosen[name])
+        if name in lengths:
+            weights[name], average = average_of_length(chosen[name], lengths[name], say)
+        else:
+            weights[name], average = read_average(chosen[name]), ""
         parameters = sum(weight.numel() for weight in weights[name].values())
         facts.append(StageFacts(name, stages[-1].size, parameters, state["step"]))
-        loss = "" if state.get("val_loss") is None else f", val_loss {state['val_loss']:.4g}"
-        lines.append(f"{name}: step {state['step']}{loss}")
+        if average:
+            lines.append(f"{name}: step {state['step']}, average of {average}")
+        else:
+            loss = "" if state.get("val_loss") is None else f", val_loss {state['val_loss']:.4g}"
+            lines.append(f"{name}: step {state['step']}{loss}")
     first = [stage.name for stage in planned].index(stages[0].name)
     if first:  # the stage below is not trained: this one still enlarges its size
         stages[0] = stages[0].model_copy(update={"lowres_size": planned[first - 1].size})
@@ -80,21 +94,41 @@ def export(
     return model
 
 
-def _by_stage(step: str, names: list[str]) -> dict[str, str]:
-    """{stage: "newest", "best" or a number} of "500" or "base=500,sr=best"."""
-    if "=" not in step:
-        wanted = dict.fromkeys(names, step)
-    else:
-        given = dict(part.strip().partition("=")[::2] for part in step.split(","))
-        if unknown := sorted(given.keys() - set(names)):
-            raise ValueError(f"--step names the stage {unknown[0]}; the stages are {', '.join(names)}")
-        wanted = {name: given.get(name, "newest") for name in names}
+def _by_stage(flag: str, value: str, names: list[str]) -> dict[str, str]:
+    """{stage: value} of "500", for all stages, or of "base=500,sr=best", for those that it names."""
+    if "=" not in value:
+        return dict.fromkeys(names, value)
+    given = dict(part.strip().partition("=")[::2] for part in value.split(","))
+    if unknown := sorted(given.keys() - set(names)):
+        raise ValueError(f"{flag} names the stage {unknown[0]}; the stages are {', '.join(names)}")
+    return given
+
+
+def _steps(step: str, names: list[str]) -> dict[str, str]:
+    """ "newest", "best" or a number for each stage."""
+    wanted = dict.fromkeys(names, "newest") | _by_stage("--step", step, names)
     for value in wanted.values():
         if value not in ("newest", "best") and not value.isdecimal():
             raise ValueError(
                 f'--step takes a number, "best" or "newest", or one for each stage (base=500), got {value}'
             )
     return wanted
+
+
+def _lengths(ema: str | float | None, names: list[str]) -> dict[str, float]:
+    """The lengths of power-function averages, for stages that are to have one."""
+    lengths = {}
+    for name, value in ({} if ema is None else _by_stage("--ema", str(ema), names)).items():
+        try:
+            lengths[name] = float(value)
+        except ValueError:
+            lengths[name] = 0.0
+        if not 0 < lengths[name] < MAX_SIGMA_REL:
+            raise ValueError(
+                f"--ema takes a length between 0 and {MAX_SIGMA_REL:.3f}, such as 0.05, or one for each stage "
+                f"(base=0.05), got {value}"
+            )
+    return lengths
 
 
 def _choose(folder: Path, wanted: str, say: Callable[[str], object]) -> Path | None:

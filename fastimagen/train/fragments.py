@@ -1,10 +1,10 @@
 """Fragments: intervals of flattened parameters, and the files that contain their values.
 
-Each rank writes one safetensors file. A tensor in it is named QUANTITY/PARAMETER/START and contains the values of one
-quantity for the weights START, START + 1, ... of a parameter. Quantities are `weights` (fp32), `ema` and the entries of
-the optimizer's state (`exp_avg`, `momentum_buffer`, ...). An entry that is one number for the whole parameter (`step`)
-is a tensor of shape (). The names say nothing of ranks or ZeRO stages, so that any number of ranks at any stage reads
-the intervals that it needs.
+Each rank writes safetensors files. A tensor in them is named QUANTITY/PARAMETER/START and contains the values of one
+quantity for the weights START, START + 1, ... of a parameter. Quantities are `weights` (fp32), their averages (`ema`,
+`ema_0.05` and `ema_0.10`) and the entries of the optimizer's state (`exp_avg`, `momentum_buffer`, ...). An entry that
+is one number for the whole parameter (`step`) is a tensor of shape (). The names say nothing of ranks or ZeRO stages,
+so that any number of ranks at any stage reads the intervals that it needs.
 """
 
 from __future__ import annotations

@@ -9,11 +9,14 @@ from typing import Any, NamedTuple
 
 from .activations import Peaks
 from .deepspeed_optimizer import offload_device
+from .power_average import TRACKED
 
 MOMENTS = {"adam": 2, "adamw": 2, "lamb": 2, "adagrad": 1, "lion": 1, "sgd": 0}
 """Numbers that an optimizer keeps for each weight; 2 for others."""
 MUON_MOMENTS = 1
 """Of the matrices that Muon updates; of the other weights it keeps Adam's. In memory DeepSpeed has a second copy."""
+AVERAGES = 1 + len(TRACKED)
+"""Averages of each weight: that of the configured decay, and the power-function averages."""
 BUCKET_SIZE, MAX_LIVE, PREFETCH = 500_000_000, 1_000_000_000, 50_000_000
 """DeepSpeed's defaults of reduce_bucket_size, stage3_max_live_parameters and stage3_prefetch_bucket_size, numbers of
 gradients or weights."""
@@ -22,9 +25,10 @@ gradients or weights."""
 class Memory(NamedTuple):
     """Bytes of one process.
 
-    buffers: of DeepSpeed, which stay. backward: activations and gradients of a forward and backward pass. step:
-    gradients and temporary tensors of the optimizer's step; either one or the other exists. host: offloaded from the
-    GPU: master weights, moments, EMA and fp32 gradients, which the GPU then does not have.
+    ema: all averages of the weights. buffers: of DeepSpeed, which stay. backward: activations and gradients of a
+    forward and backward pass. step: gradients and temporary tensors of the optimizer's step; either one or the other
+    exists. host: offloaded from the GPU: master weights, moments, averages and fp32 gradients, which the GPU then does
+    not have.
     """
 
     weights: int
@@ -76,7 +80,8 @@ def process_memory(
     stage, share = zero["stage"], -(-parameters // processes)
     is_muon = deepspeed["optimizer"]["type"].lower() == "muon"
     kept_moments = MOMENTS["adam"] if is_muon else moments_per_weight(deepspeed, parameters, muon_parameters)
-    weights, master, moments, ema = width * parameters, 4 * share, round(4 * share * kept_moments), 4 * share
+    weights, master, moments = width * parameters, 4 * share, round(4 * share * kept_moments)
+    ema = 4 * AVERAGES * share
     buffers, gradients = 0, width * parameters
     bucket = width * zero.get("reduce_bucket_size", BUCKET_SIZE)
     if not gpu:  # memory that is allocated and never written is not taken from the system

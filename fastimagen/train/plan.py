@@ -16,7 +16,9 @@ from ..text.embeddings import LENGTH_MULTIPLE
 from .activations import measure
 from .devices import DEVICES, Device, Precision
 from .flops import Flops, stage_flops
-from .memory import Memory, accumulates_apart, moments_per_weight, process_memory, weight_bytes
+from .memory import AVERAGES, Memory, accumulates_apart, moments_per_weight, process_memory, weight_bytes
+from .power_average import TRACKED
+from .snapshots import MAX_SNAPSHOTS
 
 GIB = 2**30
 UTILISATION = 0.4
@@ -25,9 +27,9 @@ GPUS_PER_NODE = 8
 NODE_LINK, PCIE, ETHERNET = 350.0, 25.0, 12.5
 """GB/s for the collectives of a GPU: between nodes with a 400 Gbit/s adapter for each GPU; inside a node without
 NVLink; between such nodes, with one adapter of 100 Gbit/s."""
-UPDATE_BYTES = 40
-"""Memory traffic of an optimizer step with EMA for each weight: read and write master, moments and average, and the
-gradient."""
+UPDATE_BYTES = 28 + 12 * AVERAGES
+"""Memory traffic of an optimizer step for each weight: read and write master and moments, and read the gradient; for
+each average read the weight, and read and write the average."""
 
 Resolve = Callable[[StageConfig, int, str], tuple[dict[str, Any], list[str]]]
 """resolve(stage, processes, "cuda" or "cpu"): the stage's DeepSpeed configuration, and a line for each decision."""
@@ -62,7 +64,8 @@ def target(gpus: int | None, gpu: str | None) -> Target:
 class StagePlan(NamedTuple):
     """What a stage needs. traffic: bytes that a process sends in a step, to reduce gradients and to gather weights.
 
-    checkpoint: bytes on the disk. seconds: of a step, None without rates of the device.
+    checkpoint, snapshots: bytes on the disk, of one checkpoint and of all snapshots. seconds: of a step, None without
+    rates of the device.
     """
 
     name: str
@@ -74,6 +77,7 @@ class StagePlan(NamedTuple):
     reduced: int
     gathered: int
     checkpoint: int
+    snapshots: int
     seconds: float | None
 
 
@@ -94,10 +98,13 @@ def plan_stage(stage: StageConfig, deepspeed: dict[str, Any], steps: int, where:
     gathers = 2 * accumulation if zero_stage == 3 else 1
     reduced = round((4 if accumulates_apart(deepspeed) else width) * parameters * reductions * sent)
     gathered = round(width * parameters * gathers * sent)
-    checkpoint = round(4 * parameters * (2 + moments_per_weight(deepspeed, parameters, muon)))
+    snapshots = 4 * parameters * len(TRACKED) * MAX_SNAPSHOTS
+    checkpoint = round(4 * parameters * (1 + AVERAGES + moments_per_weight(deepspeed, parameters, muon)))
     flops = stage_flops(stage, tokens)
     seconds = _step_seconds(flops, deepspeed, parameters, reduced, gathered, where)
-    return StagePlan(stage.name, parameters, flops, steps, deepspeed, memory, reduced, gathered, checkpoint, seconds)
+    return StagePlan(
+        stage.name, parameters, flops, steps, deepspeed, memory, reduced, gathered, checkpoint, snapshots, seconds
+    )
 
 
 def _step_seconds(
@@ -169,7 +176,7 @@ def table(plans: list[StagePlan], where: Target) -> list[str]:
     row("GiB per process: weights", lambda plan: _gib(plan.memory.weights))
     row("  fp32 master weights", lambda plan: _gib(plan.memory.master))
     row("  optimizer moments", lambda plan: _gib(plan.memory.moments))
-    row("  EMA", lambda plan: _gib(plan.memory.ema))
+    row("  EMA and power averages", lambda plan: _gib(plan.memory.ema))
     row("  buffers", lambda plan: _gib(plan.memory.buffers))
     row("  activations and gradients", lambda plan: _gib(plan.memory.backward))
     row("  or the optimizer's step", lambda plan: _gib(plan.memory.step))
@@ -180,6 +187,7 @@ def table(plans: list[StagePlan], where: Target) -> list[str]:
     row("GB sent per step, gradients", lambda plan: f"{plan.reduced / 1e9:.3g}")
     row("  weights", lambda plan: f"{plan.gathered / 1e9:.3g}")
     row("GB per checkpoint", lambda plan: f"{plan.checkpoint / 1e9:.3g}")
+    row("GB of averages, at most", lambda plan: f"{plan.snapshots / 1e9:.3g}")
     if where.gpu:
         row("ms per step", lambda plan: f"{1e3 * (plan.seconds or 0):.3g}")
         row("images/s", lambda plan: f"{plan.deepspeed['train_batch_size'] / (plan.seconds or 1):.4g}")

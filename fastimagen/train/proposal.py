@@ -19,8 +19,8 @@ from .flops import example_inputs
 SIZES = (32, 64, 128, 256, 512, 1024)
 """Final sizes; `stage_sizes` has the stages of each."""
 
-BYTES_PER_PARAMETER = 22
-"""fp32 weights, gradients, two Adam moments and EMA (20 bytes), and a copy of the weights in bf16."""
+BYTES_PER_PARAMETER = 30
+"""fp32 weights, gradients, two Adam moments and three averages (28 bytes), and a copy of the weights in bf16."""
 
 USABLE_SHARE = 0.7
 """Of a GPU's memory: the rest is for the allocator, cuDNN's workspaces and validation."""

@@ -23,7 +23,7 @@ from ..data.shards import Shard
 from ..data.source import Split, count_training_samples, embed_all, is_embedded, open_data, prepare_shapes, uses_text
 from ..networks.parameters import muon_parameters
 from ..seeds import mix_seed
-from . import checkpoint
+from . import checkpoint, snapshots
 from .agreement import agree_on_checkpoint, agree_on_run_directory, decide_on_first_rank, on_first_rank
 from .averages import Averages
 from .checkpoint_writer import CheckpointWriter
@@ -280,7 +280,7 @@ class Trainer:
     def _newest_checkpoint(self, config: StageConfig) -> Path | None:
         """The intact checkpoint to resume from, the same one on all ranks, after removing incomplete ones."""
         folder = self._checkpoints(config)
-        on_first_rank(lambda: checkpoint.remove_incomplete(folder))
+        on_first_rank(lambda: snapshots.clean(folder))
         newest, damaged = agree_on_checkpoint(folder)
         for line in damaged:
             self._print(f"{config.name}: {line}")
@@ -288,6 +288,8 @@ class Trainer:
             state = decide_on_first_rank(lambda: checkpoint.read_state(newest))
             self.progress[config.name] = state["step"], state["samples"]
             self.unfinished[config.name] = state["unfinished"]
+        step = self.progress.get(config.name, (0, 0))[0]
+        on_first_rank(lambda: snapshots.remove_later(folder, step))
         return newest
 
     def _is_trained(self, config: StageConfig) -> bool:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastimagen.train import checkpoint, checkpoint_writer
+from fastimagen.train import checkpoint, checkpoint_writer, snapshots
 from fastimagen.train.agreement import agree_on_checkpoint, agree_on_run_directory, on_first_rank
 from fastimagen.train.checkpoint_writer import CheckpointWriter
 
@@ -30,13 +30,14 @@ def one_process() -> Iterator[None]:
 
 
 def write_checkpoint(folder: Path, step: int, average: dict[str, Tensor] = AVERAGE, **state: Any) -> Path:
-    """A checkpoint with EMA weights alone, by two ranks with a part of every parameter each."""
+    """A checkpoint with averages alone, by two ranks with a part of every parameter each."""
     incomplete = folder / checkpoint.incomplete_name(step, "token")
     for rank in range(2):
         fragments = {}
         for name, weight in average.items():
             first, last = (weight.numel() * part // 2 for part in (rank, rank + 1))
-            fragments[f"ema/{name}/{first}"] = weight.flatten()[first:last]
+            for quantity in ("ema", "ema_0.05"):
+                fragments[f"{quantity}/{name}/{first}"] = weight.flatten()[first:last]
         checkpoint.write_rank(incomplete, rank, fragments)
     shapes = {name: list(weight.shape) for name, weight in average.items()}
     return checkpoint.complete(incomplete, 2, {"parameters": shapes}, {"step": step, **state})
@@ -65,6 +66,8 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "a rank's file is empty": lambda path: cut(path / "rank-00000.safetensors", 0),
     "a bit of a weight is altered": lambda path: flip(path / "rank-00001.safetensors", -3),
     "a bit of the header is altered": lambda path: flip(path / "rank-00000.safetensors", 200),
+    "a bit of a power-function average is altered": lambda path: flip(path / "rank-00000.averages.safetensors", -9),
+    "a rank's power-function averages are missing": lambda path: (path / "rank-00001.averages.safetensors").unlink(),
     "a rank's file is that of another step": lambda path: shutil.copy(
         path.with_name("step-00000002") / "rank-00000.safetensors", path
     ),
@@ -93,8 +96,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(name: str, 
     assert agree_on_checkpoint(tmp_path) == (older, [])  # the next start
     write_checkpoint(tmp_path, 4)
     write_checkpoint(tmp_path, 6)
-    checkpoint.rotate(tmp_path, 2, None)
-    assert names(tmp_path) == ["damaged-step-00000004", "step-00000004", "step-00000006"]
+    snapshots.rotate(tmp_path, 2, None)
+    assert names(tmp_path) == ["damaged-step-00000004", "snapshot-00000002", "step-00000004", "step-00000006"]
 
 
 @pytest.mark.parametrize("file", ["index.json", "state.json", "engine.json", "rank-00000.safetensors"])
@@ -123,6 +126,11 @@ def test_a_checkpoint_of_an_earlier_format_is_refused_and_kept(tmp_path: Path) -
     with pytest.raises(ValueError, match=r"by an earlier fastimagen.*export it with that version"):
         agree_on_checkpoint(tmp_path)
     assert names(tmp_path) == ["step-00000002"]
+    index = write_checkpoint(tmp_path, 4) / "index.json"
+    index.write_text(index.read_text().replace(checkpoint.FORMAT, "fastimagen.checkpoint.1"))
+    with pytest.raises(ValueError, match=r"step-00000004 was written by an earlier fastimagen"):
+        agree_on_checkpoint(tmp_path)
+    assert names(tmp_path) == ["step-00000002", "step-00000004"]
 
 
 def test_whole_parameters_are_put_together_from_the_fragments(tmp_path: Path) -> None:
@@ -142,8 +150,9 @@ def test_the_last_every_nth_and_the_best_are_kept(tmp_path: Path) -> None:
     losses = {100: 0.5, 200: float("nan"), 300: 0.2, 400: 0.3, 500: None, 600: 0.4, 700: 0.4}
     for step, loss in losses.items():
         write_checkpoint(tmp_path, step, val_loss=loss)
-        checkpoint.rotate(tmp_path, 2, 400)
-    assert names(tmp_path) == [f"step-{step:08d}" for step in (300, 400, 600, 700)]
+        snapshots.rotate(tmp_path, 2, 400)
+    left = [f"snapshot-{step:08d}" for step in (100, 200, 500)]
+    assert names(tmp_path) == [*left, *(f"step-{step:08d}" for step in (300, 400, 600, 700))]
     best = checkpoint.best(tmp_path)
     assert best is not None and best.name == "step-00000300"
 
