@@ -96,8 +96,9 @@ class Stage:
         return self.lowres_condition(self.shrink(images), level, draws.lowres_noise)
 
     def noise_levels(self, draws: Draws) -> Tensor:
-        """The noise levels sigma (B,) of x_t = alpha x_0 + sigma noise that `training_loss` makes of `draws`."""
-        return self.diffusion.schedule.alpha_sigma(self.diffusion.training_times(draws.time))[1]
+        """The noise levels (B,) in [0, 1] that `training_loss` makes of `draws`: sigma where alpha^2 + sigma^2 = 1."""
+        alpha, sigma = self.diffusion.schedule.alpha_sigma(self.diffusion.training_times(draws.time))
+        return sigma / torch.hypot(alpha, sigma)
 
     def shrink(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W), or crops of them, at the resolution of the stage below: (B, C, h, w)."""

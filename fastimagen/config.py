@@ -18,16 +18,18 @@ from .section import Section
 
 
 class ScheduleConfig(Section):
-    """Variance-preserving noise schedule: x_t = alpha(t) x_0 + sigma(t) noise."""
+    """Noise schedule: x_t = alpha(t) x_0 + sigma(t) noise."""
 
-    name: Literal["cosine", "linear"] = "cosine"
-    """"cosine" is continuous in time (Nichol and Dhariwal 2021), "linear" has discrete betas (DDPM, MinImagen)."""
+    name: Literal["cosine", "linear", "flow"] = "cosine"
+    """"cosine" is continuous in time (Nichol and Dhariwal 2021), "linear" has discrete betas (DDPM, MinImagen), "flow"
+    is the straight path of flow matching, alpha = 1 - t and sigma = t (Lipman et al. 2023), continuous in time."""
     timesteps: int | None = Field(None, ge=2)
-    """Timesteps of a discrete schedule; None is continuous time (cosine only)."""
+    """Timesteps of the linear schedule, which is discrete; None is continuous time."""
     shift: float = Field(1.0, gt=0)
-    """Factor on sigma / alpha of the shifted cosine schedule (Hoogeboom et al. 2023); above 1 is noisier."""
+    """Factor on sigma / alpha of the cosine schedule (Hoogeboom et al. 2023) or of flow (Esser et al. 2024, section
+    5.3.2); above 1 is noisier."""
     logsnr_range: tuple[float, float] = (-15.0, 15.0)
-    """Bounds of the log signal-to-noise ratio, so that alpha never reaches zero."""
+    """Bounds of the cosine schedule's log signal-to-noise ratio, so that alpha never reaches zero."""
 
     @model_validator(mode="after")
     def _consistent(self) -> ScheduleConfig:
@@ -38,9 +40,10 @@ class ScheduleConfig(Section):
 class ObjectiveConfig(Section):
     """What the U-Net predicts and how its error is weighted."""
 
-    prediction: Literal["epsilon", "x0", "v", "edm"] = "v"
-    """The network's output: the noise, the image, v = alpha noise - sigma image (Salimans and Ho 2022), or the
-    preconditioned residual of Karras et al. 2022, table 1."""
+    prediction: Literal["epsilon", "x0", "v", "edm", "flow"] = "v"
+    """The network's output: the noise, the image, v = alpha noise - sigma image (Salimans and Ho 2022), the
+    preconditioned residual of Karras et al. 2022, table 1, or with the schedule "flow" the velocity noise - image
+    (Lipman et al. 2023)."""
     loss: Literal["l2", "l1", "huber"] = "l2"
     """Loss function between the network's output and its target."""
     difference_weight: float = Field(0.0, ge=0)
@@ -51,12 +54,17 @@ class ObjectiveConfig(Section):
     prediction "edm", which then has the weight of Karras et al. 2022."""
     min_snr_gamma: float = Field(5.0, gt=0)
     """Largest signal-to-noise ratio in the "min_snr" weight."""
-    times: Literal["uniform", "edm"] = "uniform"
-    """Distribution of training times: "uniform" in t, or log-normal noise levels ("edm": Karras et al. 2022)."""
+    times: Literal["uniform", "edm", "logit_normal"] = "uniform"
+    """Distribution of training times: "uniform" in t, log-normal noise levels ("edm": Karras et al. 2022), or a normal
+    log(t / (1 - t)) ("logit_normal": Esser et al. 2024, section 3.1)."""
     edm_mean: float = -1.2
     """P_mean of the log-normal noise levels."""
     edm_std: float = Field(1.2, gt=0)
     """P_std of the log-normal noise levels."""
+    logit_mean: float = 0.0
+    """Mean of the logit-normal times; above 0 trains more on noisy images."""
+    logit_std: float = Field(1.0, gt=0)
+    """Standard deviation of the logit-normal times."""
     sigma_data: float = Field(0.5, gt=0)
     """Standard deviation of the images, for the scalings of the prediction "edm"."""
     caption_dropout: float = Field(0.1, ge=0, le=1)

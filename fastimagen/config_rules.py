@@ -110,9 +110,11 @@ def check_schedule(schedule: ScheduleConfig) -> None:
     if schedule.name == "linear":
         if schedule.timesteps is None:
             raise ValueError('the linear schedule is discrete: set "timesteps" (1000 in DDPM and MinImagen)')
-        _require_defaults(schedule, ("shift", "logsnr_range"), "for the cosine schedule")
+        _require_defaults(schedule, ("shift",), "for the cosine schedule and flow")
     elif schedule.timesteps is not None:
-        raise ValueError('the cosine schedule is continuous: remove "timesteps"')
+        raise ValueError(f'the {schedule.name} schedule is continuous: remove "timesteps"')
+    if schedule.name != "cosine":
+        _require_defaults(schedule, ("logsnr_range",), "for the cosine schedule")
     if schedule.logsnr_range[0] >= schedule.logsnr_range[1]:
         raise ValueError(f"logsnr_range must ascend, got {schedule.logsnr_range}")
 
@@ -123,6 +125,8 @@ def check_objective(objective: ObjectiveConfig) -> None:
         _require_defaults(objective, ("min_snr_gamma",), 'for "weighting": "min_snr"')
     if objective.times != "edm":
         _require_defaults(objective, ("edm_mean", "edm_std"), 'for "times": "edm"')
+    if objective.times != "logit_normal":
+        _require_defaults(objective, ("logit_mean", "logit_std"), 'for "times": "logit_normal"')
     if objective.prediction != "edm":
         _require_defaults(objective, ("sigma_data",), 'for "prediction": "edm"')
 

@@ -69,6 +69,11 @@ def configuration(folder: Path, changes: dict[str, Any]) -> Config:
             {"0.schedule": LINEAR | {"logsnr_range": [-9, 9]}},
             '"logsnr_range" is only for the cosine schedule: remove it',
         ),
+        ({"0.schedule": {"name": "flow", "logsnr_range": [-9, 9]}}, '"logsnr_range" is only for the cosine schedule'),
+        ({"0.schedule": {"name": "flow", "timesteps": 50}}, "the flow schedule is continuous: remove"),
+        ({"1.schedule": {"name": "flow"}}, 'stage "sr": the schedule "flow" needs the prediction "flow"'),
+        ({"0.objective.prediction": "flow"}, 'stage "base": the prediction "flow" is the velocity of the straight'),
+        ({"0.objective.logit_std": 2.0}, '"logit_std" is only for "times": "logit_normal": remove it'),
         ({"0.schedule": {"name": "linear", "timesteps": 10}}, 'stage "base": the linear schedule needs at least 20'),
         ({"1.augmentation.schedule": {"logsnr_range": [-99, 9]}}, 'stage "sr": logsnr_range [-99.0, 9.0] with shift'),
         (

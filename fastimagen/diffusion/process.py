@@ -1,7 +1,7 @@
 """The diffusion process of one stage: noising, training target and loss, and x0 from a network output.
 
-Every prediction type is one affine map, x0 = c_skip x_t + c_out F(c_in x_t) (Karras et al. 2022, eq. 7, in the
-variance-preserving scale), where F is the network.
+Every prediction type is one affine map, x0 = c_skip x_t + c_out F(c_in x_t) (Karras et al. 2022, eq. 7, in the scale of
+the schedule), where F is the network.
 """
 
 from __future__ import annotations
@@ -33,12 +33,22 @@ def expand(coefficient: Tensor, like: Tensor) -> Tensor:
 class Diffusion:
     """Forward process and objective of a stage. Has no trainable parameters.
 
-    Raises ValueError for a prediction type that cannot recover x0 at alpha = 0 on a schedule that reaches it.
+    Raises ValueError for a prediction type that does not belong to the schedule, or cannot recover x0 at alpha = 0 on a
+    schedule that reaches it.
     """
 
     def __init__(self, schedule: ScheduleConfig, objective: ObjectiveConfig) -> None:
         self.schedule = make_schedule(schedule)
         self.objective = objective
+        if schedule.name == "flow" and objective.prediction not in ("flow", "x0"):
+            raise ValueError(
+                f'the schedule "flow" needs the prediction "flow", the velocity, or "x0", got "{objective.prediction}"'
+            )
+        if objective.prediction == "flow" and schedule.name != "flow":
+            raise ValueError(
+                f'the prediction "flow" is the velocity of the straight path: set schedule.name to "flow", or use "v", '
+                f"the velocity of the {schedule.name} schedule"
+            )
         alpha, _ = self.schedule.alpha_sigma(self.schedule.sampling_times(1)[:1])
         if objective.prediction in ("epsilon", "edm") and alpha.item() == 0:
             raise ValueError(
@@ -48,13 +58,16 @@ class Diffusion:
             )
 
     def training_times(self, uniform: Tensor) -> Tensor:
-        """Times (B,) from uniform numbers (B,) in [0, 1), float64: uniform, or with log-normal noise levels
-        sigma / alpha.
+        """Times (B,) from uniform numbers (B,) in [0, 1), float64: uniform, logit-normal, or with log-normal noise
+        levels sigma / alpha.
 
         Noise levels outside of the schedule's range become its first or last time.
         """
         if self.objective.times == "uniform":
             return self.schedule.training_times(uniform)
+        if self.objective.times == "logit_normal":
+            logit = self.objective.logit_mean + self.objective.logit_std * torch.special.ndtri(uniform)
+            return self.schedule.training_times(torch.sigmoid(logit))
         log_ratio = self.objective.edm_mean + self.objective.edm_std * torch.special.ndtri(uniform)
         return self.schedule.time_of(-2 * log_ratio)
 
@@ -73,6 +86,8 @@ class Diffusion:
             return 0 * one, one, one
         if self.objective.prediction == "v":
             return alpha, -sigma, one
+        if self.objective.prediction == "flow":
+            return one, -sigma, one
         # Karras et al., table 1, for x_t / alpha at noise level sigma / alpha; multiplied out.
         data = self.objective.sigma_data
         total = (sigma**2 + (alpha * data) ** 2).sqrt()  # standard deviation of x_t
@@ -98,6 +113,8 @@ class Diffusion:
             return noise
         if self.objective.prediction == "x0":
             return x0
+        if self.objective.prediction == "flow":
+            return noise - x0  # dx_t / dsigma, the same at all times (Lipman et al. 2023, section 4.1)
         alpha, sigma = self.schedule.alpha_sigma(time)
         if self.objective.prediction == "v":
             return expand(alpha, x0) * noise - expand(sigma, x0) * x0
@@ -115,7 +132,7 @@ class Diffusion:
         limited = torch.minimum(snr_sigma2, gamma * sigma**2)  # min(SNR, gamma) sigma^2
         if self.objective.prediction == "epsilon":
             return limited / alpha**2
-        if self.objective.prediction == "v":
+        if self.objective.prediction in ("v", "flow"):  # c_out = -sigma
             return limited
         if self.objective.prediction == "x0":
             return torch.minimum(alpha**2 / sigma**2, torch.full_like(alpha, gamma))

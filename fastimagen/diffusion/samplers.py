@@ -182,11 +182,12 @@ def sample_heun(
     noise: Noise | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
-    """Heun's method on dx/dphi = v, where tan(phi) = sigma / alpha (Salimans and Ho 2022, appendix D).
+    """Heun's method on dy/dphi = v, where tan(phi) = sigma / alpha (Salimans and Ho 2022, appendix D).
 
-    Second order, two network evaluations per step: DDIM predicts, the mean of v at both ends corrects. A step to the
-    clean image is DDIM only. Differs from Karras et al. 2022, algorithm 1, which steps in sigma / alpha: that variable
-    diverges where alpha is small, so that with evenly spaced times the first corrections increase the error.
+    y = x / scale with scale^2 = alpha^2 + sigma^2, which is 1 unless the schedule is that of flow. Second order, two
+    network evaluations per step: DDIM predicts, the mean of v at both ends corrects. A step to the clean image is DDIM
+    only. Differs from Karras et al. 2022, algorithm 1, which steps in sigma / alpha: that variable diverges where alpha
+    is small, so that with evenly spaced times the first corrections increase the error.
     """
     pairs = alpha_sigma_pairs(schedule, times)
     for step in range(len(times) - 1):
@@ -194,9 +195,10 @@ def sample_heun(
         predicted, x0 = take_step(denoise, x, times[step], ddim_update(pairs[step], pairs[step + 1]))
         if sigma_s > 0:
             half = (math.atan2(sigma_t, alpha_t) - math.atan2(sigma_s, alpha_s)) / 2  # of the step in phi
-            # x_s = x_t - half (v_t + v_s), with v = (alpha x - x0) / sigma at both ends
-            start = x - half / sigma_t * (alpha_t * x - x0)
-            update = Update(c_x=-half * alpha_s / sigma_s, c_x0=half / sigma_s, c_prev=1.0)
+            scale_t, scale_s = math.hypot(alpha_t, sigma_t), math.hypot(alpha_s, sigma_s)
+            # y_s = y_t - half (v_t + v_s), with v = (alpha y - scale x0) / sigma at both ends
+            start = x / scale_t - half / sigma_t * (alpha_t / scale_t * x - scale_t * x0)  # y
+            update = Update(c_x=-half * alpha_s / sigma_s, c_x0=half * scale_s**2 / sigma_s, c_prev=scale_s)
             x, _ = take_step(denoise, predicted, times[step + 1], update, previous=start)
         else:
             x = predicted

@@ -1,4 +1,7 @@
-"""Variance-preserving noise schedules: x_t = alpha(t) x_0 + sigma(t) noise with alpha^2 + sigma^2 = 1.
+"""Noise schedules: x_t = alpha(t) x_0 + sigma(t) noise.
+
+Those of diffusion preserve the variance, alpha^2 + sigma^2 = 1; that of flow matching is a straight line from image to
+noise, alpha + sigma = 1. At equal sigma / alpha their x_t differ by a factor only, so that samplers work with both.
 
 Time runs from clean to noise. Continuous schedules take t in [0, 1], discrete ones the integer steps 0 .. T-1 of
 DDPM; in both, -1 is the clean image itself, alpha = 1 and sigma = 0. All coefficients are computed in float64.
@@ -38,6 +41,8 @@ def make_schedule(config: ScheduleConfig) -> Schedule:
     """The schedule that a configuration describes."""
     if config.name == "cosine":
         return Cosine(config.shift, config.logsnr_range)
+    if config.name == "flow":
+        return Flow(config.shift)
     assert config.timesteps is not None  # ScheduleConfig demands it of the linear schedule
     return Linear(config.timesteps)
 
@@ -85,6 +90,36 @@ class Cosine:
     def sampling_times(self, steps: int) -> Tensor:
         times = torch.linspace(1, 0, steps + 1, dtype=torch.float64, device="cpu")
         times[-1] = -1  # the clean image: time 0 still has the noise of the upper bound
+        return times
+
+
+class Flow:
+    """alpha = 1 - sigma, the straight path of flow matching (Lipman et al. 2023, section 4.1, with sigma_min = 0).
+
+    sigma = shift t / (1 + (shift - 1) t), so that sigma / alpha is multiplied by shift (Esser et al. 2024, section
+    5.3.2). Time 0 is the clean image itself, time 1 is pure noise.
+    """
+
+    def __init__(self, shift: float = 1.0) -> None:
+        self.shift = shift
+
+    def alpha_sigma(self, time: Tensor) -> tuple[Tensor, Tensor]:
+        time = time.double().clamp(min=0)  # -1 is the clean image
+        total = 1 + (self.shift - 1) * time
+        return (1 - time) / total, self.shift * time / total
+
+    def training_times(self, uniform: Tensor) -> Tensor:
+        return uniform
+
+    def time_of(self, logsnr: Tensor) -> Tensor:
+        return torch.sigmoid(-logsnr.double() / 2 - math.log(self.shift))
+
+    def network_time(self, time: Tensor) -> Tensor:
+        return (1000 * time).float()
+
+    def sampling_times(self, steps: int) -> Tensor:
+        times = torch.linspace(1, 0, steps + 1, dtype=torch.float64, device="cpu")
+        times[-1] = -1
         return times
 
 

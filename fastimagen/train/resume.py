@@ -41,6 +41,8 @@ RULES = {
     "objective.times": ACTS,
     "objective.edm_mean": ACTS,
     "objective.edm_std": ACTS,
+    "objective.logit_mean": ACTS,
+    "objective.logit_std": ACTS,
     "objective.sigma_data": PROCESS,
     "objective.caption_dropout": ACTS,
     "augmentation.schedule": PROCESS,

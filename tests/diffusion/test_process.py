@@ -12,13 +12,16 @@ from torch.nn import functional as F
 from fastimagen.config import ObjectiveConfig, ScheduleConfig
 from fastimagen.diffusion.process import Diffusion
 
-PREDICTIONS = ("epsilon", "x0", "v", "edm")
+PREDICTIONS = ("epsilon", "x0", "v", "edm")  # of schedules that preserve the variance
 SCHEDULES = {
     **{f"cosine {shift}": ScheduleConfig(shift=shift) for shift in (0.25, 1.0, 4.0, 16.0)},
     **{f"linear {n}": ScheduleConfig(name="linear", timesteps=n) for n in (20, 21, 25, 100, 1000, 4000)},
 }
 REFUSED = {("linear 20", "epsilon"), ("linear 20", "edm")}
 POSSIBLE = [(s, p) for s in SCHEDULES for p in PREDICTIONS if (s, p) not in REFUSED]
+FLOWS = {f"flow {shift}": ScheduleConfig(name="flow", shift=shift) for shift in (1.0, 3.0)}
+SCHEDULES |= FLOWS
+POSSIBLE += [(s, p) for s in FLOWS for p in ("flow", "x0")]
 PURE_NOISE = ScheduleConfig(name="linear", timesteps=20)
 
 
@@ -83,6 +86,31 @@ def test_targets_of_epsilon_x0_and_v() -> None:
     assert make(prediction="x0").target(images, noise, times).equal(images)
     v = alpha * noise - sigma * images  # Salimans and Ho 2022
     assert (make(prediction="v").target(images, noise, times) - v).abs().max() < 1e-14
+
+
+def test_the_target_of_flow_is_the_velocity_of_the_straight_path() -> None:
+    """x_t = x_0 + t (noise - x_0): the target is dx_t/dt, the same at all times."""
+    diffusion = make("flow 1.0", prediction="flow")
+    times = torch.tensor([0.2, 0.8], dtype=torch.float64)
+    images, noise = data(times)
+    images[1], noise[1] = images[0], noise[0]
+    target = diffusion.target(images, noise, times)
+    slope = diffusion.add_noise(images, noise, times + 1e-3) - diffusion.add_noise(images, noise, times)
+    assert (slope / 1e-3 - target).abs().max() < 1e-9 and target[0].equal(target[1])
+
+
+@pytest.mark.parametrize(
+    "schedule, prediction, message",
+    [
+        *(("flow 1.0", p, f'the schedule "flow" needs .* "x0", got "{p}"') for p in ("epsilon", "v", "edm")),
+        ("cosine 1.0", "flow", 'set schedule.name to "flow", or use "v", the velocity of the cosine'),
+        ("linear 20", "flow", "the velocity of the linear schedule"),
+    ],
+)
+def test_the_prediction_must_belong_to_the_schedule(schedule: str, prediction: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        make(schedule, prediction=prediction)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("sigma_data", [0.5, 1.0])
@@ -242,9 +270,9 @@ def test_min_snr_weights_are_those_of_hang(schedule: str, gamma: float) -> None:
     assert make(schedule).weight(times).equal(torch.ones_like(alpha))
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_min_snr_weights_the_image_error_equally_for_every_prediction(prediction: str) -> None:
-    diffusion = make(prediction=prediction, weighting="min_snr", min_snr_gamma=5.0)
+@pytest.mark.parametrize("schedule, prediction", [*(("cosine 1.0", p) for p in PREDICTIONS), ("flow 3.0", "flow")])
+def test_min_snr_weights_the_image_error_equally_for_every_prediction(schedule: str, prediction: str) -> None:
+    diffusion = make(schedule, prediction=prediction, weighting="min_snr", min_snr_gamma=5.0)
     times = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
     images, noise = data(times)
     x_t, target = diffusion.add_noise(images, noise, times), diffusion.target(images, noise, times)
@@ -266,6 +294,19 @@ def test_uniform_training_times(schedule: str, top: float) -> None:
     assert times.shape == (20_000,) and times.min() >= 0 and times.max() <= top
     assert times.mean().item() == pytest.approx(top / 2, rel=0.02)
     assert times.std().item() == pytest.approx((top + (top > 1)) / math.sqrt(12), rel=0.02)
+
+
+@pytest.mark.parametrize("schedule", ["flow 1.0", "cosine 4.0", "linear 4000"])
+def test_logit_normal_training_times(schedule: str) -> None:
+    """log(t / (1 - t)) is normal, before any shift: with flow and no shift it is the log noise level."""
+    prediction = "flow" if schedule.startswith("flow") else "v"
+    diffusion = make(schedule, prediction=prediction, times="logit_normal", logit_mean=-0.5, logit_std=0.8)
+    times = diffusion.training_times(UNIFORM)
+    logit = torch.logit((times.double() + 0.5) / 4000 if times.dtype == torch.int64 else times)
+    assert logit.mean().item() == pytest.approx(-0.5, abs=0.03) and logit.std().item() == pytest.approx(0.8, abs=0.03)
+    if prediction == "flow":
+        levels = make(schedule, prediction="flow", times="edm", edm_mean=-0.5, edm_std=0.8).training_times(UNIFORM)
+        assert times.allclose(levels, atol=1e-12)
 
 
 @pytest.mark.parametrize("schedule", ["cosine 1.0", "cosine 4.0", "linear 4000"])

@@ -13,7 +13,7 @@ from fastimagen.config import ObjectiveConfig, SamplingConfig, ScheduleConfig
 from fastimagen.diffusion.guidance import Denoiser
 from fastimagen.diffusion.process import Diffusion
 from fastimagen.diffusion.samplers import SAMPLERS, sample_ddpm
-from fastimagen.diffusion.schedule import Schedule, make_schedule
+from fastimagen.diffusion.schedule import Flow, Schedule, make_schedule
 from fastimagen.seeds import image_noise, mix_seed
 
 PREDICTIONS = ("epsilon", "x0", "v", "edm")
@@ -84,14 +84,15 @@ def order(errors: list[float]) -> float:
 
 
 @pytest.mark.parametrize("name, expected", [("ddim", 1), ("dpmpp_2m", 2), ("heun", 2)])
-def test_order_of_convergence_away_from_the_ends(name: str, expected: int) -> None:
-    schedule = make_schedule(ScheduleConfig())
+@pytest.mark.parametrize("config", [ScheduleConfig(), ScheduleConfig(name="flow")])
+def test_order_of_convergence_away_from_the_ends(name: str, expected: int, config: ScheduleConfig) -> None:
+    schedule = make_schedule(config)
     errors = [
         flow_error(name, SMOOTH, schedule, torch.linspace(0.9, 0.2, steps + 1, dtype=torch.float64))
         for steps in (32, 64, 128)
     ]
     assert order(errors) == pytest.approx(expected, abs=0.05)
-    assert errors[-1] < (3e-3 if expected == 1 else 2e-5)
+    assert errors[-1] < (3e-3 if expected == 1 else 5e-5)
 
 
 @pytest.mark.parametrize("name, low, high", [("ddim", 0.95, 1.05), ("dpmpp_2m", 1.2, 2.05), ("heun", 1.95, 2.05)])
@@ -111,6 +112,7 @@ def test_no_noise_is_left_for_any_bounds(name: str, steps: int) -> None:
         ScheduleConfig(),
         ScheduleConfig(logsnr_range=(-5.0, 5.0)),
         ScheduleConfig(name="linear", timesteps=20),
+        ScheduleConfig(name="flow", shift=2.0),
     ):
         schedule = make_schedule(config)
         x = torch.randn(64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -127,7 +129,9 @@ def test_no_noise_is_left_for_any_bounds(name: str, steps: int) -> None:
 @pytest.mark.parametrize(
     "name, evaluations, allowed", [("ddim", 32, 0.02), ("dpmpp_2m", 32, 0.015), ("heun", 15, 0.04), ("heun", 31, 0.02)]
 )
-@pytest.mark.parametrize("config", [ScheduleConfig(), ScheduleConfig(logsnr_range=(-40.0, 40.0))])
+@pytest.mark.parametrize(
+    "config", [ScheduleConfig(), ScheduleConfig(logsnr_range=(-40.0, 40.0)), ScheduleConfig(name="flow")]
+)
 def test_common_step_counts_are_accurate(name: str, evaluations: int, allowed: float, config: ScheduleConfig) -> None:
     """Three sharp modes and the step counts that people use. Heun in sigma / alpha errs by 0.24 with 15, or by 10^4."""
     schedule = make_schedule(config)
@@ -146,12 +150,13 @@ def test_common_step_counts_are_accurate(name: str, evaluations: int, allowed: f
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_samples_have_the_distribution_of_the_data(name: str) -> None:
+@pytest.mark.parametrize("config", [ScheduleConfig(), ScheduleConfig(name="flow")])
+def test_samples_have_the_distribution_of_the_data(name: str, config: ScheduleConfig) -> None:
     """Kolmogorov's distance and two moments against the mixture; 20,000 samples, whose sampling error is 0.01.
 
     DDPM's lower posterior variance is exact if the data is one point; here it loses 2 % of the deviation in 100 steps.
     """
-    schedule, steps = make_schedule(ScheduleConfig()), 250 if name == "ddpm" else 50
+    schedule, steps = make_schedule(config), 250 if name == "ddpm" else 50
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(20_000, generator=generator, dtype=torch.float64)
     result = SAMPLERS[name](
@@ -203,6 +208,56 @@ def test_ddim_is_equation_12() -> None:
     assert (result - x).abs().max() < 1e-9
 
 
+def test_the_velocity_of_gaussian_data_flows_to_the_data() -> None:
+    """Gaussian data of mean m and deviation s. The network is the exact velocity E[noise - x_0 | x_t], written from the
+    joint Gaussian of x_t with it; along its flow x_0 = m + s noise. DDIM is Euler's method on that velocity."""
+    mean, deviation, steps = 0.2, 0.4, 400
+    diffusion = Diffusion(ScheduleConfig(name="flow"), ObjectiveConfig(prediction="flow"))
+
+    def velocity(x: Tensor, time: Tensor) -> Tensor:
+        t = time.double()[:, None] / 1000
+        covariance = t - (1 - t) * deviation**2  # of x_t with noise - x_0
+        return -mean + covariance / (t**2 + ((1 - t) * deviation) ** 2) * (x - (1 - t) * mean)
+
+    noise = torch.special.ndtri(QUANTILES)[:, None]  # (B, 1)
+    times = diffusion.schedule.sampling_times(steps)
+    denoise = Denoiser(velocity, diffusion, SamplingConfig(threshold="none"))
+    results = {
+        name: SAMPLERS[name](denoise, noise, times, schedule=diffusion.schedule) for name in SAMPLERS if name != "ddpm"
+    }
+    exact = mean + deviation * noise
+    assert all((result - exact).abs().max() < (8e-3 if name == "ddim" else 4e-4) for name, result in results.items())
+    euler = noise
+    for step in range(steps):
+        t = torch.full((len(noise),), 1000 * (1 - step / steps), dtype=torch.float32)
+        euler = euler - velocity(euler, t) / steps
+    assert (results["ddim"] - euler).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_flow_and_cosine_are_one_process_in_two_scales(name: str) -> None:
+    """At the same noise levels, samplers take the same steps, but for the scale of x_t."""
+
+    class AsFlow(Flow):
+        """Flow at the noise levels of the cosine schedule."""
+
+        def alpha_sigma(self, time: Tensor) -> tuple[Tensor, Tensor]:
+            alpha, sigma = cosine.alpha_sigma(time)
+            return alpha / (alpha + sigma), sigma / (alpha + sigma)
+
+    cosine = make_schedule(ScheduleConfig())
+    times = torch.linspace(0.9, 0.1, 6, dtype=torch.float64)
+    noise = torch.randn(6, 500, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = torch.special.ndtri(QUANTILES)
+    ends = []
+    for schedule in (cosine, AsFlow()):
+        alpha_t, sigma_t = level(schedule, 0.9)
+        start = x * math.hypot(alpha_t, sigma_t)
+        end = SAMPLERS[name](SHARP.denoise(schedule), start, times, schedule=schedule, noise=lambda step: noise[step])
+        ends.append(end / math.hypot(*level(schedule, 0.1)))
+    assert (ends[0] - ends[1]).abs().max() < 1e-12
+
+
 # ---- robustness
 
 
@@ -220,6 +275,12 @@ def test_ddim_is_equation_12() -> None:
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_samplers_stay_finite_in_fp32(name: str, config: ScheduleConfig, prediction: str) -> None:
     _sample_finite(name, config, prediction)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("prediction", ["flow", "x0"])
+def test_samplers_of_flow_stay_finite_in_fp32(name: str, prediction: str) -> None:
+    _sample_finite(name, ScheduleConfig(name="flow", shift=3.0), prediction)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

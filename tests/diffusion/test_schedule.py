@@ -34,6 +34,22 @@ SCHEDULES = {
 """Name -> schedule and all, or many, of its times from clean to noise."""
 
 
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_is_a_straight_line_whose_noise_is_shifted(shift: float) -> None:
+    schedule = make_schedule(ScheduleConfig(name="flow", shift=shift))
+    times = torch.linspace(0, 1, 101, dtype=torch.float64)
+    alpha, sigma = schedule.alpha_sigma(times)
+    assert (alpha + sigma - 1).abs().max() < 1e-15 and (sigma.diff() > 0).all()
+    inner = slice(1, -1)
+    plain = times[inner] / (1 - times[inner])
+    assert (sigma[inner] / alpha[inner]).allclose(shift * plain, rtol=1e-12)
+    assert schedule.time_of((alpha**2 / sigma**2).log()[inner]).allclose(times[inner], atol=1e-12)
+    for time, clean, noise in ((-1, 1, 0), (0, 1, 0), (1, 0, 1)):
+        assert [c.item() for c in schedule.alpha_sigma(torch.tensor(time))] == [clean, noise]
+    assert schedule.sampling_times(4).tolist() == [1, 0.75, 0.5, 0.25, -1]
+    assert schedule.network_time(torch.tensor(0.25)).item() == 250
+
+
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_variance_is_preserved_and_noise_increases(name: str) -> None:
     schedule, times = SCHEDULES[name]
