@@ -177,7 +177,7 @@ class Saver(CheckpointWriter):
 def test_a_save_that_fails_does_not_end_training_and_the_next_one_succeeds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    saver = Saver(tmp_path, "token", keep=3, keep_every=None)
+    saver = Saver(tmp_path, "token", keep=1, keep_every=None)
     saver.save_numbers(1)
     with monkeypatch.context() as patch:
         full = OSError(28, "No space left on device")
@@ -190,7 +190,7 @@ def test_a_save_that_fails_does_not_end_training_and_the_next_one_succeeds(
     assert "step 2" in line and "No space left on device" in line and "training continues" in line
     saver.save_numbers(3)
     saver.finish()
-    assert names(tmp_path) == ["step-00000001", "step-00000003"]
+    assert names(tmp_path) == ["snapshot-00000001", "step-00000003"]
     assert checkpoint.read_average(tmp_path / "step-00000003")["a"].equal(torch.arange(1000.0))
 
 

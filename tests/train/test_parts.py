@@ -30,6 +30,7 @@ from fastimagen.data.source import open_data
 from fastimagen.files import write_json
 from fastimagen.sampling.pipeline import ImagenPipeline
 from fastimagen.seeds import mix_seed
+from fastimagen.train import power_average
 from fastimagen.train.checkpoint import read_average, read_state, write_validated
 from fastimagen.train.ema import EMA
 from fastimagen.train.export import export
@@ -210,6 +211,18 @@ def test_ema_of_a_run_is_the_average_of_its_weights(runs: Path) -> None:
         saved = weights(runs / "averaged", step)
         assert all((saved[name].double() - average[name]).abs().max() < 1e-6 for name in average)
         assert distance(saved, live) > 1e-3
+
+
+def test_power_averages_of_a_run_go_on_where_they_were(runs: Path) -> None:
+    """Step s of n has the share (s / n)^(gamma + 1) - ((s - 1) / n)^(gamma + 1), also in the run that was resumed."""
+    history = [weights(runs / "live", step) for step in range(1, 5)]
+    last = runs / "averaged/checkpoints/base/step-00000004"
+    for sigma_rel, quantity in power_average.QUANTITIES.items():
+        power = power_average.gamma(sigma_rel) + 1
+        shares = [(step / 4) ** power - ((step - 1) / 4) ** power for step in range(1, 5)]
+        for name, saved in read_average(last, quantity).items():
+            expected = sum(share * step[name].double() for share, step in zip(shares, history))
+            assert (saved.double() - expected).abs().max() < 1e-6
 
 
 def test_a_resumed_run_records_no_step_twice(runs: Path) -> None:
