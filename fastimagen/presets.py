@@ -61,13 +61,13 @@ def shapes(text_dim: int = 64) -> CascadeConfig:
             dim_mults=(1, 1),
             stem_stride=4,
             positional_encoding=True,
-            self_attention=(True, False),
+            self_attention=(False, True),
             cross_attention=(True, False),
             **common,
         ),
         schedule=ScheduleConfig(shift=4.0),
-        objective=ObjectiveConfig(prediction="x0"),
-        sampling=SamplingConfig(steps=20, guidance=2.5),
+        objective=ObjectiveConfig(prediction="x0", difference_weight=1.0),
+        sampling=SamplingConfig(steps=20, guidance=2.0, threshold="static"),
     )
     super_resolution = StageConfig(
         name="sr",
@@ -83,9 +83,9 @@ def shapes(text_dim: int = 64) -> CascadeConfig:
             **common,
         ),
         schedule=ScheduleConfig(shift=2.0),
-        objective=ObjectiveConfig(prediction="x0"),
+        objective=ObjectiveConfig(prediction="x0", difference_weight=1.0),
         augmentation=AugmentationConfig(train_range=(0.0, 0.5), sample_level=0.15),
-        sampling=SamplingConfig(steps=8, guidance=1.0, threshold="static"),
+        sampling=SamplingConfig(steps=4, guidance=1.0, threshold="static"),
     )
     return CascadeConfig(stages=(base, super_resolution))
 

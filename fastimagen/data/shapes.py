@@ -79,9 +79,9 @@ CANVAS = 64
 SUPERSAMPLING = 4
 JITTER = 1.5  # of the centre, uniform to each side
 RADIUS_JITTER = 0.05  # relative, uniform to each side
-UNMENTIONED = 0.1  # share of training captions without size, and the same share without position
+UNMENTIONED = 0.15  # share of training captions without size, and the same share without position
 TWO_OBJECTS = 4  # every fourth image shows two objects
-VERSION = 2  # of scenes and images: increase it with every change that alters them
+VERSION = 3  # of scenes and images: increase it with every change that alters them
 
 _STREAMS = ("image", "mention", "object", "place", "ground", "first", "second", "two grounds", "relation", "order")
 
