@@ -43,11 +43,11 @@ def unet() -> Figure:
     boxes = {
         "x_t": ((0.8, 3.7), "x_t\n(3, 32, 32)"),
         "stem": ((0.8, 2.6), "patches, stem\n(64, 8, 8)"),
-        "down 0": ((2.7, 2.6), "level 0\nres + cross\ntransformer"),
-        "down 1": ((2.7, 0.7), "level 1\nres\n(64, 4, 4)"),
+        "down 0": ((2.7, 2.6), "level 0\nres + cross\n(64, 8, 8)"),
+        "down 1": ((2.7, 0.7), "level 1\nres\ntransformer"),
         "middle": ((4.7, 0.7), "middle\n2 x res + cross\n(64, 4, 4)"),
-        "up 1": ((6.7, 0.7), "level 1\nres\n(64, 4, 4)"),
-        "up 0": ((6.7, 2.6), "level 0\nres + cross\ntransformer"),
+        "up 1": ((6.7, 0.7), "level 1\nres\ntransformer"),
+        "up 0": ((6.7, 2.6), "level 0\nres + cross\n(64, 8, 8)"),
         "final": ((8.6, 2.6), "res, convolution\n(48, 8, 8)"),
         "output": ((8.6, 3.7), "output\n(3, 32, 32)"),
     }

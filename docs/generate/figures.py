@@ -232,7 +232,7 @@ def loss(model: Model, out: Path) -> None:
             points = [(record["step"], record[key]) for record in records if record["stage"] == stage and key in record]
             axis.plot(*zip(*points), color=style, label=label, marker="o" if key == "val_loss" else None)
         axis.set(title=f'stage "{stage}"', xlabel="step", yscale="log")
-    axes[0].set_ylabel("mean squared error")
+    axes[0].set_ylabel("loss")
     axes[0].legend()
     _save(figure, out / "loss.svg")
 
@@ -277,7 +277,7 @@ def thresholding(model: Model, out: Path) -> None:
     strip(out / "thresholding.png", rows)
 
     figure, axis = pyplot.subplots(figsize=(5.2, 3), layout="constrained")
-    for weight, color in ((1.0, GREEN), (2.5, BLUE), (8.0, ORANGE)):
+    for weight, color in ((1.0, GREEN), (2.0, BLUE), (8.0, ORANGE)):
         extreme: list[float] = []
 
         def note(stage: str, step: int, x: Tensor, x0: Tensor, into: list[float] = extreme) -> None:
