@@ -23,6 +23,7 @@ from fastimagen.data.shapes import (
     RELATIONS,
     SHAPES,
     SPLITS,
+    UNMENTIONED,
     UNSEEN_PAIRS,
     Object,
     Scene,
@@ -204,7 +205,7 @@ def test_test_captions_mention_every_attribute_and_training_captions_most(scenes
     things = [item.objects[0] for item in singles(scenes["train"])]
     for attribute in ("size", "position"):
         share = sum(getattr(thing, attribute) is None for thing in things) / len(things)
-        assert abs(share - 0.1) < 4 * math.sqrt(0.09 / len(things))
+        assert abs(share - UNMENTIONED) < 4 * math.sqrt(UNMENTIONED * (1 - UNMENTIONED) / len(things))
     assert any(thing.size is thing.position is None for thing in things)
     # Knowing one attribute says nothing about another: every combination of shape and place occurs.
     assert len({(thing.shape, thing.size, thing.position) for thing in things if thing.size and thing.position}) == len(
