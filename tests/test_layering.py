@@ -26,6 +26,7 @@ SAMPLER = {  # what sampling needs: runs with the core dependencies and reaches 
     "images": "files lettering",
     "lettering": "",
     "seeds": "",
+    "words": "",
     "logs": "",
     "config_file": "config files section",
     "presets": "config config_file network_config transformer_presets",
@@ -38,9 +39,9 @@ SAMPLER = {  # what sampling needs: runs with the core dependencies and reaches 
     "sampling": "cascade config config_file diffusion extras fastimagen files images text",
 }
 TRAINING = {
-    "data": "config network_config extras fastimagen files images seeds text",
+    "data": "config network_config extras fastimagen files images seeds text words",
     "train": "cascade config config_file data diffusion extras fastimagen files images network_config networks ops "
-    "presets sampling seeds text",
+    "presets sampling seeds text words",
     "evaluation": "data fastimagen files images sampling",
     "interop": "cascade config config_file network_config fastimagen files networks presets sampling text",
     "info": "fastimagen ops",

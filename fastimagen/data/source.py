@@ -15,6 +15,7 @@ from ..config import CascadeConfig, DataConfig, FastimagenConfig, HeldOutConfig
 from ..text.embeddings import TextEmbeddings
 from ..text.t5 import T5_NAMES, T5Encoder, encoder_identity, is_path, is_random_encoder, text_width
 from ..text.tiny_t5 import build_tiny_t5
+from ..words import counted
 from .embedding_cache import EmbedReport, cache_path, captions_hash, embed_shards, open_cache
 from .held_out import SelectedEmbeddings, choose_held_out, select_samples
 from .loader import Batch, Embeddings, Loader
@@ -285,7 +286,8 @@ def embed_all(config: FastimagenConfig, *, say: Say, rank: int = 0, world_size: 
         shards, encoder, cache_dir=text.cache, batch_size=text.batch_size, rank=rank, world_size=world_size
     )
     say(
-        f"embedding cache: {report.written} shards written, {report.kept} kept, {report.captions} captions, "
+        f"embedding cache: {counted(report.written, 'shard')} written, {report.kept} kept, "
+        f"{counted(report.captions, 'caption')}, "
         f"{report.truncated} truncated to {text.max_length} tokens, {report.unknown} with unknown tokens"
     )
     return report

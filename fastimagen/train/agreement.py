@@ -102,8 +102,7 @@ def agree_on_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
             for name, problem in damaged.items()
         ]
     if damaged:
-        reasons = "; ".join(f"{name}: {problem}" for name, problem in damaged.items())
-        raise ValueError(f"no checkpoint in {folder} is intact ({reasons}): restore one, or choose another --run-dir")
+        raise checkpoint.none_intact(folder, damaged)
     return None, []
 
 

@@ -52,6 +52,25 @@ def newest(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def newest_intact(folder: Path) -> Path | None:
+    """The newest checkpoint that is not damaged; None if there is none at all. Raises ValueError if all are damaged."""
+    found = list(reversed(checkpoints(folder)))
+    problems = {}
+    for path in found:
+        if (problem := damage(path)) is None:
+            return path
+        problems[path.name] = problem
+    if problems:
+        raise none_intact(folder, problems)
+    return None
+
+
+def none_intact(folder: Path, problems: dict[str, str]) -> ValueError:
+    """The error about a stage whose checkpoints are all damaged. problems: by name."""
+    reasons = "; ".join(f"{name}: {problem}" for name, problem in problems.items())
+    return ValueError(f"no checkpoint in {folder} is intact ({reasons}): restore one, or choose another --run-dir")
+
+
 def best(folder: Path) -> Path | None:
     """The checkpoint with the smallest validation loss; None if none was validated at its step."""
     losses = [(loss, path) for path in checkpoints(folder) if (loss := _validation_loss(path)) is not None]

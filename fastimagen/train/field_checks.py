@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from ..cascade import Stage
-from ..config import CascadeConfig, FastimagenConfig, StageConfig
+from ..config import CascadeConfig, FastimagenConfig, StageConfig, TrainConfig
 from ..data.source import encoder_width, uses_text
 from ..networks.build import build_network
 from ..sampling.model_directory import check_shapes, read_shapes
 from .distillation import check_distillation
+from .length import has_own_length
 
 
 def check_fields(config: FastimagenConfig) -> None:
@@ -32,6 +33,7 @@ def check_fields(config: FastimagenConfig) -> None:
             f"images that it will get"
         )
     _check_data(config, cascade)
+    _check_length(config.train, cascade)
     if uses_text(config):
         _check_text(config, cascade)
     if config.train.distill is not None:
@@ -75,6 +77,19 @@ def _check_data(config: FastimagenConfig, cascade: CascadeConfig) -> None:
             f'fastimagen.data.shapes.size {shapes.size} is smaller than stage "{largest.name}": set it to '
             f"{largest.size}, in another folder than smaller shapes"
         )
+
+
+def _check_length(train: TrainConfig, cascade: CascadeConfig) -> None:
+    """A length for all stages is the length of at least one."""
+    names = [stage.name for stage in cascade.stages]
+    for key in ("steps", "epochs"):
+        value = getattr(train, key)
+        if value is not None and all(has_own_length(train, name) for name in names):
+            own = ", ".join(f"train.stages.{name}" for name in names)
+            raise ValueError(
+                f"fastimagen.train.{key} {value:g} has no effect, because every stage has a length of its own: remove "
+                f"it, or change steps or epochs in {own}"
+            )
 
 
 def _check_initial_weights(stage: StageConfig, model: str) -> None:

@@ -21,6 +21,12 @@ def planned_steps(settings: TrainConfig, stage: str) -> int:
     return own.steps or settings.steps or DEFAULT_STEPS
 
 
+def has_own_length(settings: TrainConfig, stage: str) -> bool:
+    """Whether train.steps and train.epochs say nothing about a stage."""
+    own = settings.stages.get(stage, StageTrainConfig())
+    return own.steps is not None or own.epochs is not None
+
+
 def steps_of_epochs(epochs: float, samples: int, batch_size: int, *, done: tuple[int, int] = (0, 0)) -> int:
     """The fewest steps that read `samples` training samples `epochs` times.
 

@@ -13,6 +13,7 @@ from ..config import StageConfig
 from ..networks.build import build_network
 from ..networks.parameters import muon_parameters
 from ..text.embeddings import LENGTH_MULTIPLE
+from ..words import counted
 from .activations import measure
 from .devices import DEVICES, Device, Precision
 from .flops import Flops, stage_flops
@@ -152,8 +153,8 @@ def headline(
 ) -> str:
     """A stage in one line."""
     return (
-        f"{stage.name}: {stage.size}x{stage.size}, {parameters / 1e6:.2f} M parameters, {steps} steps of "
-        f"{deepspeed['train_batch_size']} images on {processes} x {device}"
+        f"{stage.name}: {stage.size}x{stage.size}, {parameters / 1e6:.2f} M parameters, {counted(steps, 'step')} of "
+        f"{counted(deepspeed['train_batch_size'], 'image')} on {processes} x {device}"
     )
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from ..words import counted
+
 WARM_UP = 5
 """Steps before the trace: the first ones compile kernels and choose algorithms."""
 
@@ -51,7 +53,7 @@ class StepProfiler:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._profile.export_chrome_trace(str(path))
-            self.say(f"{self.stage}: trace of {traced} steps in {path}; open it in ui.perfetto.dev")
+            self.say(f"{self.stage}: trace of {counted(traced, 'step')} in {path}; open it in ui.perfetto.dev")
         except (OSError, RuntimeError) as error:
             self.say(f"{self.stage}: cannot write the trace {path}: {error}")
         self._profile = None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import atomic_file, first_line
+from ..words import counted
 from .run_lock import shared_lock
 
 
@@ -34,13 +35,13 @@ class RecordFile:
                 self.warn(f"cannot write {self.path} ({first_line(error)}): its records wait until it can be written")
             return
         if failing:
-            self.warn(f"{self.path}: {len(self._waiting)} records that waited are written")
+            self.warn(f"{self.path}: {counted(len(self._waiting), 'record')} that had to wait written")
         self._waiting = []
 
     def close(self) -> None:
         """Say how many records are lost, if some still wait."""
         if self._waiting:
-            self.warn(f"{self.path}: {len(self._waiting)} records could not be written and are lost")
+            self.warn(f"{self.path}: {counted(len(self._waiting), 'record')} could not be written, lost")
 
     def drop_after(self, stage: str, step: int, *, keep_validation: bool = True) -> None:
         """Remove the records of `stage` that are later than `step`, and an incomplete last line.

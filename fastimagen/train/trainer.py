@@ -9,7 +9,6 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +16,20 @@ import torch
 import torch.distributed as dist
 
 from ..cascade import Stage
-from ..config import Config, StageConfig, StageTrainConfig
+from ..config import Config, StageConfig
 from ..data.loader import Loader
-from ..data.shards import Shard
-from ..data.source import Split, count_training_samples, embed_all, is_embedded, open_data, prepare_shapes, uses_text
+from ..data.source import Split, embed_all, is_embedded, prepare_shapes, uses_text
 from ..networks.parameters import muon_parameters
 from ..seeds import mix_seed
 from . import checkpoint, snapshots
 from .agreement import agree_on_checkpoint, agree_on_run_directory, decide_on_first_rank, on_first_rank
 from .averages import Averages
 from .checkpoint_writer import CheckpointWriter
-from .deepspeed_config import json_like, resolve_deepspeed, total_batch_size
-from .distillation import describe_distillation
 from .ema import EMA
-from .engine import backend, choose_accelerator, init_distributed, make_engine
+from .engine import backend, init_distributed, make_engine
 from .engine_state import load
 from .flat_weights import FlatWeights
 from .learning_rate import set_learning_rate
-from .length import planned_epochs, planned_steps, steps_of_epochs
 from .metrics import Metrics
 from .objective import Objective, objectives
 from .phases import Phases
@@ -42,12 +37,12 @@ from .plan import Target, describe, headline, this_machine
 from .preemption import StopRequest, TrainingInterrupted
 from .profiler import StepProfiler
 from .rendezvous import meet
-from .resume import check_resuming, check_trained, settings_of, without_deepspeed
-from .run_lock import shared_lock, stage_lock, write_config
+from .run import Run
+from .run_lock import shared_lock, stage_lock
 from .skipped import Skipped, explain_skipped
 from .speed import Speed, engine_precision, peak_memory_gib
-from .stage_setup import initial_unet, plan, resolve_cascade
-from .validation import Part, Validated, Validator, preview_sampling
+from .stage_setup import initial_unet
+from .validation import Part, Validated, Validator
 from .watchdog import Watchdog
 
 
@@ -62,22 +57,21 @@ class Trainer:
     """
 
     def __init__(self, config: Config, run_dir: str | Path | None = None, *, stage: str = "all") -> None:
-        self.config = resolve_cascade(config)
-        self.settings = self.config.fastimagen.train
-        self.run_dir = Path(run_dir or self.settings.run)
-        self.cascade, self.stages = plan(self.config, stage)
+        self.run = Run(config, run_dir, stage)
+        self.config, self.settings = self.run.config, self.run.settings
+        self.run_dir, self.cascade, self.stages = self.run.folder, self.run.cascade, self.run.stages
         self.phases = Phases()
-        self.samples: int | None = None  # training samples, counted when a stage is given in epochs
-        self.progress: dict[str, tuple[int, int]] = {}  # by stage: steps taken and samples read when it resumes
-        self.unfinished: dict[str, list[Part]] = {}  # by stage: what its checkpoint's step still has to do
 
     def describe(self, where: Target | None = None) -> str:
         """What `fit` would do and need: the stages, the DeepSpeed configuration of each, a table, the whole file.
 
-        where: the processes and their GPU, which need not be here; by default this machine. Writes nothing.
+        where: the processes and their GPU, which need not be here; by default this machine. Writes nothing. Raises
+        ValueError also where the run directory has checkpoints that `fit` would not resume from.
         """
-        lines = describe(self.stages, where or this_machine(), self._resolve, self._steps)
-        return "\n".join([*lines, self.config.to_json()])
+        self.run.where = where or this_machine()
+        resuming = [line for lines in self.run.check_run(self.run.look_for_checkpoint).values() for line in lines]
+        lines = describe(self.stages, self.run.where, self.run.resolve, self.run.steps)
+        return "\n".join([*resuming, *lines, self.config.to_json()])
 
     def fit(self) -> None:
         """Train all stages.
@@ -93,6 +87,7 @@ class Trainer:
             if self.device.type == "cuda":
                 self.phases.use_device_clock()
             self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+            self.run.where = Target(self.world_size, self.device.type)
             with ExitStack() as held:
                 on_first_rank(lambda: held.enter_context(self._lock()))
                 self._fit_stages(stop)
@@ -100,27 +95,26 @@ class Trainer:
     def _fit_stages(self, stop: StopRequest) -> None:
         self.token = agree_on_run_directory(self.run_dir)
         on_first_rank(self._prepare_shapes)
-        newest = {config.name: self._newest_checkpoint(config) for config in self.stages}
-        notices = {config.name: self._check_resuming(config, newest[config.name]) for config in self.stages}
-        on_first_rank(self._write_config)
+        notices = self.run.check_run(self._agree_on_checkpoint)
+        on_first_rank(self.run.write_config)
         for config in self.stages:
-            self._print(*notices[config.name])
-            if not self._is_trained(config):
-                self._fit_stage(config, newest[config.name], stop)
+            self._print(*notices.pop(config.name))
+            if not self.run.is_trained(config):
+                self._fit_stage(config, self.run.newest[config.name], stop)
         self._say_what_next()
 
     def _fit_stage(self, config: StageConfig, resume_from: Path | None, stop: StopRequest) -> None:
         """Train one stage from a checkpoint, or from the start, to its last step."""
-        settings, steps, phases = self.settings, self._steps(config, self.world_size), self.phases
+        settings, steps, phases = self.settings, self.run.steps(config, self.world_size), self.phases
         phases.begin_stage(config.name)
         stage = Stage(config, self.cascade.below(config.name))
-        train_data, _ = self._data
+        train_data, _ = self.run.data
         engine, deepspeed = self._make_engine(config)
         dtype = next(engine.module.parameters()).dtype
         objective_at = objectives(stage, settings, steps, self.device, dtype)
         accumulation_steps = deepspeed["gradient_accumulation_steps"]
         weights = FlatWeights(engine)
-        ema = EMA(weights.shards, self._stage_settings(config).ema or settings.ema)
+        ema = EMA(weights.shards, self.run.stage_settings(config).ema or settings.ema)
         start_step, samples, averages = 0, 0, Averages(self.device)
         if resume_from:
             state = load(resume_from, engine, weights, ema)
@@ -131,9 +125,9 @@ class Trainer:
             self.run_dir, stage=config.name, steps=steps, start=start_step, rank=self.rank, monitor=engine.monitor
         )
         saver = CheckpointWriter(
-            self._checkpoints(config), self.token, keep=settings.keep_checkpoints, keep_every=settings.keep_every
+            self.run.checkpoints(config), self.token, keep=settings.keep_checkpoints, keep_every=settings.keep_every
         )
-        unfinished = self.unfinished.get(config.name, [])
+        unfinished = self.run.unfinished.get(config.name, [])
         on_first_rank(lambda: metrics.drop_later_records(keep_validation="validation" not in unfinished))
         validator = self._validator(stage, objective_at, metrics, stop)
         speed = self._speed(config, engine, metrics)
@@ -213,7 +207,7 @@ class Trainer:
     @contextmanager
     def _lock(self) -> Iterator[None]:
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        with stage_lock(self.run_dir, [config.name for config in self.stages]):
+        with stage_lock(self.run_dir, [config.name for config in self.stages], self.config.to_json()):
             yield
 
     def _validator(
@@ -223,7 +217,7 @@ class Trainer:
             self.config,
             stage,
             objective_at,
-            self._data,
+            self.run.data,
             self.run_dir / "samples" / stage.name,
             metrics=metrics,
             phases=self.phases,
@@ -235,20 +229,6 @@ class Trainer:
         on_first_rank(lambda: checkpoint.write_validated(resumed_from, validated.val_loss, validated.unfinished))
         if validated.reason:
             raise TrainingInterrupted(f"{validated.reason}: {resumed_from} is as it was; rerun the command to resume")
-
-    def _write_config(self) -> None:
-        """Write config.json, if a stage will train with it, and say what it changes for stages that do not."""
-        if all(map(self._is_trained, self.stages)):
-            return
-        others = [config for config in self.cascade.stages if config not in self.stages]
-        for config in others:
-            self._print(*self._check_resuming(config, checkpoint.newest(self._checkpoints(config)), selected=False))
-        write_config(self.run_dir, self.config.to_json(), [config.name for config in others])
-
-    @cached_property
-    def _data(self) -> tuple[Split, Split | None]:
-        """The training and validation samples of all stages."""
-        return open_data(self.config.fastimagen, with_text=uses_text(self.config.fastimagen))
 
     def _prepare_shapes(self) -> None:
         """Render and embed the built-in shapes if the configuration asks for them."""
@@ -274,61 +254,17 @@ class Trainer:
             pin=self.device.type == "cuda",
         )
 
-    def _checkpoints(self, config: StageConfig) -> Path:
-        return self.run_dir / "checkpoints" / config.name
-
-    def _newest_checkpoint(self, config: StageConfig) -> Path | None:
-        """The intact checkpoint to resume from, the same one on all ranks, after removing incomplete ones."""
-        folder = self._checkpoints(config)
+    def _agree_on_checkpoint(self, config: StageConfig) -> tuple[Path | None, dict[str, Any] | None]:
+        """The intact checkpoint to resume from and its state, the same on all ranks, after removing what is incomplete
+        or later."""
+        folder = self.run.checkpoints(config)
         on_first_rank(lambda: snapshots.clean(folder))
         newest, damaged = agree_on_checkpoint(folder)
         for line in damaged:
             self._print(f"{config.name}: {line}")
-        if newest:
-            state = decide_on_first_rank(lambda: checkpoint.read_state(newest))
-            self.progress[config.name] = state["step"], state["samples"]
-            self.unfinished[config.name] = state["unfinished"]
-        step = self.progress.get(config.name, (0, 0))[0]
-        on_first_rank(lambda: snapshots.remove_later(folder, step))
-        return newest
-
-    def _is_trained(self, config: StageConfig) -> bool:
-        if self.unfinished.get(config.name):
-            return False
-        return self.progress.get(config.name, (0, 0))[0] >= self._steps(config, self.world_size)
-
-    def _check_resuming(self, config: StageConfig, newest: Path | None, *, selected: bool = True) -> list[str]:
-        """What to say about the checkpoint of a stage. Raises ValueError for changes that cannot be resumed with."""
-        if newest is None:
-            return []
-        state, name = checkpoint.read_state(newest), config.name
-        saved, step = state["settings"], state["step"]
-        if not selected:
-            now = self._resume_settings(config, {}, None)
-            return check_trained(newest, name, without_deepspeed(saved), without_deepspeed(now), step=step)
-        deepspeed, _ = self._resolve(config, self.world_size, self.device.type)
-        if self._is_trained(config):
-            now = self._resume_settings(config, deepspeed, None)
-            return [f"{name}: trained ({step} steps)", *check_trained(newest, name, saved, now, step=step)]
-        now = self._resume_settings(config, deepspeed, self._data[0].shards)
-        lines = check_resuming(newest, name, saved, now, step=step, samples=state["samples"])
-        names = {"validation": "validation", "samples": "preview grid"}
-        still = " and ".join(names[part] for part in self.unfinished[name])
-        return [f"{name}: resuming from step {step}{still and f', with its {still}'}", *lines]
-
-    def _resume_settings(
-        self, config: StageConfig, deepspeed: dict[str, Any], shards: list[Shard] | None
-    ) -> dict[str, Any]:
-        return settings_of(
-            self.config.fastimagen,
-            config,
-            steps=self._steps(config, self.world_size),
-            epochs=planned_epochs(self.settings, config.name),
-            lowres_size=Stage(config, self.cascade.below(config.name)).lowres_size,
-            deepspeed=deepspeed,
-            processes=self.world_size,
-            shards=shards,
-        )
+        state = decide_on_first_rank(lambda: checkpoint.read_state(newest) if newest else None)
+        on_first_rank(lambda: snapshots.remove_later(folder, state["step"] if state else 0))
+        return newest, state
 
     def _state(
         self,
@@ -344,7 +280,7 @@ class Trainer:
             "step": step,
             "samples": samples,
             "stage": config.model_dump(mode="json"),
-            "settings": self._resume_settings(config, deepspeed, self._data[0].shards),
+            "settings": self.run.resume_settings(config, deepspeed, self.run.data[0].shards),
             "world_size": self.world_size,
             "averages": averages.state(),
             "val_loss": validated.val_loss,
@@ -353,57 +289,13 @@ class Trainer:
 
     # ---- the engine
 
-    def _stage_settings(self, config: StageConfig) -> StageTrainConfig:
-        return self.settings.stages.get(config.name, StageTrainConfig())
-
-    def _steps(self, config: StageConfig, world_size: int) -> int:
-        """The optimizer steps of a stage. Epochs are counted in the samples of the shards."""
-        epochs = planned_epochs(self.settings, config.name)
-        if epochs is None:
-            return planned_steps(self.settings, config.name)
-        if self.samples is None:
-            self.samples = count_training_samples(self.config.fastimagen)
-        override = self._stage_settings(config).deepspeed
-        batch_size = total_batch_size(self.config.deepspeed, override, world_size)
-        return steps_of_epochs(epochs, self.samples, batch_size, done=self.progress.get(config.name, (0, 0)))
-
-    def _resolve(self, config: StageConfig, world_size: int, device: str) -> tuple[dict[str, Any], list[str]]:
-        """The stage's DeepSpeed configuration, and a line for everything that was resolved."""
-        choose_accelerator()
-        deepspeed, notices = resolve_deepspeed(
-            self.config.deepspeed,
-            self._stage_settings(config).deepspeed,
-            steps=self._steps(config, world_size),
-            world_size=world_size,
-            cuda=device == "cuda",
-            tensorboard=str(self.run_dir / "tensorboard"),
-            job_name=config.name,
-        )
-        if device == "cuda":
-            notices.append(f"train.cudnn_benchmark: {json_like(self.settings.cudnn_benchmark)}")
-        elif self.settings.compile:
-            notices.append("train.compile: null (no CUDA)")
-        epochs = planned_epochs(self.settings, config.name)
-        if epochs is not None:
-            batch = deepspeed["train_batch_size"]
-            steps = self._steps(config, world_size)
-            notices.append(f"{epochs:g} epochs of {self.samples} samples in batches of {batch}: {steps} steps")
-        if self.config.fastimagen.data.validation is None:
-            notices.append("no validation data: no val_loss, and preview grids show the first training captions")
-        if self.settings.distill is not None:
-            notices.append(describe_distillation(config, self.settings.distill))
-        steps, preview_steps = config.sampling.steps, preview_sampling(config).steps
-        if preview_steps < steps:
-            notices.append(f"preview grids take {preview_steps} sampling steps, not the stage's {steps}")
-        return deepspeed, notices
-
     def _make_engine(self, config: StageConfig) -> tuple[Any, dict[str, Any]]:
         """The stage's DeepSpeed engine and its resolved DeepSpeed configuration."""
-        deepspeed, notices = self._resolve(config, self.world_size, self.device.type)
+        deepspeed, notices = self.run.resolve(config, self.world_size, self.device.type)
         seed = mix_seed(self.settings.seed, config.name, "weights")
-        unet = initial_unet(config, seed=seed, init_from=self._stage_settings(config).init_from)
+        unet = initial_unet(config, seed=seed, init_from=self.run.stage_settings(config).init_from)
         parameters = sum(parameter.numel() for parameter in unet.parameters())
-        steps = self._steps(config, self.world_size)
+        steps = self.run.steps(config, self.world_size)
         self._print(headline(config, parameters, steps, deepspeed, self.world_size, self.device.type))
         for notice in notices:
             self._print(f"{config.name}: {notice}")

@@ -47,6 +47,7 @@ class Watchdog:
         self._current, self._seconds = phases.current, 0.0
         self._told = False  # that the run stops
         self._silence = 0.0  # seconds since the last exchange with the store
+        self._first_did = "start"  # what rank 0 did at the last exchange
         self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> Watchdog:
@@ -239,6 +240,7 @@ class Watchdog:
                 gone = [member.rank for member in peers.neighbours() if member.is_gone()]
                 statuses, stop, failure = peers.look(sorted({*watched, *gone}))
                 by_rank = dict(zip(sorted({*watched, *gone}), statuses))
+                self._first_did = by_rank[0].doing
                 passed, before = time.monotonic() - before, time.monotonic()
                 for rank in watched:
                     last, age = seen[rank]
@@ -281,7 +283,7 @@ class Watchdog:
         assert self.peers is not None
         first = self.peers.members[0]
         if first in self.peers.neighbours() and first.is_gone() and not self._done.is_set():
-            self._failure = Failure(f"{first} {ENDED}", (0,), EXIT_LOST)
+            self._failure = Failure(f"{first} {ENDED}, in {self._first_did}", (0,), EXIT_LOST)
 
 
 SILENT = "no sign of life from"

@@ -360,7 +360,7 @@ def test_the_dry_run_says_what_epochs_mean(toy_config: dict, tmp_path: Path) -> 
     toy_config["fastimagen"]["data"]["validation"] = {"share": 0.2}
     trainer = Trainer(config_from_dict(toy_config), tmp_path / "run")
     lines = trainer.describe().splitlines()
-    samples = trainer.samples
+    samples = trainer.run.samples
     assert samples is not None and 64 > samples > 32
     steps = -(-2 * samples // 4)
     assert f"base: 2 epochs of {samples} samples in batches of 4: {steps} steps" in lines
