@@ -1,20 +1,23 @@
-"""Drill: a run is killed 50 times at random moments, resumed each time, and records what an undisturbed run records.
+"""Drill: a run is killed 60 times at random moments, resumed each time, and records what an undisturbed run records.
 
-    python -m tests.drills.kills [SEED]
+    python -m tests.drills.kills [SEED] [--every N]
 
-36 kills of a run on one process: SIGKILL, SIGTERM, SIGUSR1, and SIGKILL while a checkpoint is written. 14 kills of a
-run on two ranks: SIGKILL of one rank, and of the launcher (torchrun). A kill comes after a random number of steps and a
-random pause, or while the process starts. After each kill, and at the end, every record must equal the undisturbed
-run's, bit for bit: loss, val_loss, lr and grad_norm. The result is in tests/drills/results/kills.json. Short versions
-are in tests/train/test_runs.py.
+42 kills of a run on one process: SIGKILL, SIGTERM, SIGUSR1, SIGKILL while a checkpoint is written, SIGTERM in a
+validation or a preview grid. 18 kills of a run on two ranks: SIGKILL of one rank, and of the launcher (torchrun), and
+SIGTERM of one rank in a validation or a preview grid. --every N takes each Nth of them. A kill comes after a random
+number of steps and a random pause, or while the process starts. After each kill, and at the end, every record must
+equal the undisturbed run's, bit for bit: loss, val_loss, lr and grad_norm. The result, with the phase in which each
+signal was noticed, is in tests/drills/results/kills.json. Short versions are in tests/train/test_runs.py.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -29,9 +32,12 @@ from tests.conftest import ROOT, toy_tree
 from tests.drills import forked
 
 RESULT = ROOT / "tests/drills/results/kills.json"
-STEPS, MAX_STEPS_BETWEEN_KILLS, WITHOUT_STEPS = 130, 6, 0.2
+STEPS, MAX_STEPS_BETWEEN_KILLS, WITHOUT_STEPS = 200, 6, 0.2
+VALIDATION, PREVIEW = "SIGTERM during a validation", "SIGTERM during a preview grid"
 ONE_PROCESS = ["SIGKILL"] * 12 + ["SIGTERM"] * 8 + ["SIGUSR1"] * 8 + ["SIGKILL during a save"] * 8
-TWO_RANKS = ["SIGKILL of one rank"] * 9 + ["SIGKILL of the launcher"] * 5
+ONE_PROCESS += [VALIDATION] * 3 + [PREVIEW] * 3
+TWO_RANKS = ["SIGKILL of one rank"] * 9 + ["SIGKILL of the launcher"] * 5 + [VALIDATION] * 2 + [PREVIEW] * 2
+VALIDATE_EVERY = 10
 COMPARED = ("loss", "val_loss", "lr", "grad_norm")
 Records = dict[tuple[int, str], float]
 
@@ -82,7 +88,9 @@ class Drill:
             statuses, moment = self._kill_processes(kind)
         found = records(self.run)
         wrong = sorted({step for (step, field), value in found.items() if self.expected[step, field] != value})
-        return {"kind": kind, "moment": moment, "statuses": statuses, "records": len(found), "wrong_steps": wrong}
+        noticed = re.findall(r": stopping; now in (\w+)", self.log.read_text())
+        row = {"kind": kind, "moment": moment, "statuses": statuses, "records": len(found), "wrong_steps": wrong}
+        return {**row, "noticed_in": noticed[-1]} if noticed else row
 
     def finish(self) -> Records:
         """Resume to the end."""
@@ -94,6 +102,9 @@ class Drill:
         if kind == "SIGKILL during a save":
             wait(lambda: self._stepped() and saving(self.run), alive)
             return f"saving after step {last_step(self.run)}"
+        if kind in (VALIDATION, PREVIEW):
+            wait(lambda: self._stepped() and self._validates(kind), alive)
+            return f"after step {last_step(self.run)}"
         if self.chance.random() < WITHOUT_STEPS:
             pause = self.chance.uniform(0, 3)
             time.sleep(pause)
@@ -105,6 +116,12 @@ class Drill:
         time.sleep(self.chance.uniform(0, 0.3))
         return f"after step {last_step(self.run)} (had {begin})"
 
+    def _validates(self, kind: str) -> bool:
+        """Whether the last record is the last one before a validation, or before a preview grid."""
+        found = records(self.run)
+        step = last_step(self.run)
+        return step % VALIDATE_EVERY == 0 and ((step, "val_loss") in found) == (kind == PREVIEW)
+
     def _stepped(self) -> bool:
         """Whether this process has recorded a step: its log ends in one."""
         return self.log.read_text().rpartition("parameters")[2].count("  loss ") > 0
@@ -113,7 +130,7 @@ class Drill:
         self.log.write_text("")
         pids = forked.start(self.arguments, self.log, ranks=self.ranks)
         moment = self._moment(lambda: all(map(_alive, pids)), kind)
-        number = signal.SIGKILL if kind.startswith("SIGKILL") else signal.Signals[kind]
+        number = signal.Signals[kind.split()[0]]
         os.kill(self.chance.choice(pids), number)
         return forked.finish(pids, timeout=90), moment
 
@@ -144,29 +161,33 @@ def _alive(pid: int) -> bool:
 
 
 def write_config(folder: Path) -> Path:
-    """A stage that takes 130 steps, with a checkpoint every 5 and a validation every 10."""
+    """A stage that takes 200 steps, with a checkpoint every 5, a validation and a preview grid every 10."""
     tree = toy_tree(folder / "shapes")
     tree["fastimagen"]["train"] |= {
         "steps": STEPS,
         "checkpoint_every": 5,
-        "validate_every": 10,
-        "validation_samples": 8,
-        "sample_every": 1000,
-        "sample_count": 1,
+        "validate_every": VALIDATE_EVERY,
+        "validation_samples": "all",
+        "sample_every": VALIDATE_EVERY,
+        "sample_count": 2,
         "stages": {},
     }
+    tree["fastimagen"]["cascade"]["stages"][0]["sampling"] |= {"steps": 32}
     tree["scheduler"]["params"] |= {"warmup_num_steps": 100}
     (folder / "ds.json").write_text(json.dumps(tree))
     return folder / "ds.json"
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("seed", type=int, nargs="?", default=random.randrange(10**6))
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="each Nth kill (default: all)")
+    options = parser.parse_args()
     forked.prepare()
-    seed = int(sys.argv[1]) if len(sys.argv) > 1 else random.randrange(10**6)
-    chance, began, rows, ends = random.Random(seed), time.monotonic(), [], {}
+    chance, began, rows, ends = random.Random(options.seed), time.monotonic(), [], {}
     with tempfile.TemporaryDirectory(prefix="fastimagen-kills-") as name:
         config = write_config(Path(name))
-        for ranks, kinds in ((1, list(ONE_PROCESS)), (2, list(TWO_RANKS))):
+        for ranks, kinds in ((1, ONE_PROCESS[:: options.every]), (2, TWO_RANKS[:: options.every])):
             folder = Path(name) / str(ranks)
             (folder / "undisturbed").mkdir(parents=True)
             drill = Drill(folder / "undisturbed", config, ranks, {}, chance)
@@ -184,7 +205,7 @@ def main() -> None:
             assert len(expected) == STEPS * 3 + STEPS // 10
     good = sum(not row["wrong_steps"] for row in rows) if all(ends.values()) else 0
     result = {
-        "command": f"python -m tests.drills.kills {seed}",
+        "command": f"python -m tests.drills.kills {options.seed} --every {options.every}",
         "date": date.today().isoformat(),
         "python": platform.python_version(),
         "seconds": round(time.monotonic() - began),
