@@ -29,6 +29,7 @@ import torch
 from ..extras import import_extra
 from ..files import atomic_file, first_line, write_safetensors
 from ..images import IMAGE_EXTENSIONS
+from ..words import counted
 from .tar_headers import OpenFile, decode_name, tar_members
 
 logger = logging.getLogger(__name__)
@@ -262,9 +263,10 @@ def open_shards(
     samples = sum(map(len, shards.values()))
     reasons = ", ".join(f"{count} {reason}" for reason, count in excluded.items()) or "nothing"
     if not samples:
-        raise ValueError(f"no samples in {len(shards)} shards ({paths[0]} ...); excluded: {reasons}")
+        raise ValueError(f"no samples in {counted(len(shards), 'shard')} ({paths[0]} ...); excluded: {reasons}")
     level = logging.WARNING if excluded else logging.INFO
-    logger.log(level, "%d samples in %d shards; excluded: %s", samples, len(shards), reasons)
+    found = f"{counted(samples, 'sample')} in {counted(len(shards), 'shard')}"
+    logger.log(level, "%s; excluded: %s", found, reasons)
     return [shards[index] for index in range(len(paths))]
 
 

@@ -35,13 +35,13 @@ class RecordFile:
                 self.warn(f"cannot write {self.path} ({first_line(error)}): its records wait until it can be written")
             return
         if failing:
-            self.warn(f"{self.path}: {counted(len(self._waiting), 'record')} that had to wait written")
+            self.warn(f"{self.path}: written again, with {counted(len(self._waiting), 'record')} that waited")
         self._waiting = []
 
     def close(self) -> None:
         """Say how many records are lost, if some still wait."""
         if self._waiting:
-            self.warn(f"{self.path}: {counted(len(self._waiting), 'record')} could not be written, lost")
+            self.warn(f"{self.path}: could not be written, and lost {counted(len(self._waiting), 'record')}")
 
     def drop_after(self, stage: str, step: int, *, keep_validation: bool = True) -> None:
         """Remove the records of `stage` that are later than `step`, and an incomplete last line.

@@ -132,13 +132,13 @@ class Run:
         }
         if all(map(self.is_trained, self.stages)):
             return notices
-        first = self.stages[0].name
+        first = self.stages[0].name  # before which the others are named
         for config in self._others():
             if newest := checkpoint.newest(self.checkpoints(config)):
-                saved = without_deepspeed(checkpoint.read_state(newest)["settings"])
+                state = checkpoint.read_state(newest)
+                saved = without_deepspeed(state["settings"])
                 now = without_deepspeed(self.resume_settings(config, {}, None))
-                step = checkpoint.read_state(newest)["step"]
-                notices[first] += check_trained(newest, config.name, saved, now, step=step)
+                notices[first] += check_trained(newest, config.name, saved, now, step=state["step"])
         return notices
 
     def is_trained(self, config: StageConfig) -> bool:

@@ -112,7 +112,7 @@ def test_skipped_files_are_reported_by_reason(tmp_path, caplog):
     assert report.skipped == json.loads((tmp_path / "out/report.json").read_text())["skipped"]
     assert len(report.examples["image without caption"]) == 5
     assert report.examples["empty caption"] == ["empty.png"]
-    for part in ("1 samples in 1 shards", "unreadable image: 2 (", "orphan.txt"):
+    for part in ("1 sample in 1 shard:", "unreadable image: 2 (", "orphan.txt"):
         assert part in str(report)
 
 

@@ -320,7 +320,7 @@ def test_opening_logs_how_many_samples_are_excluded(tmp_path, caplog):
     assert [os.path.basename(shard.path) for shard in shards] == ["0.tar", "1.tar", "2.tar"]
     assert "6 samples in 3 shards; excluded: 3 no caption" in caplog.text
     make_tar(tmp_path / "only.tar", {"a.jpg": b"x", "b.jpg": b"x"})
-    with pytest.raises(ValueError, match=r"no samples in 1 shards .*2 no caption"):
+    with pytest.raises(ValueError, match=r"no samples in 1 shard .*2 no caption"):
         open_shards(tmp_path / "only.tar")
 
 

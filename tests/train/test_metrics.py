@@ -252,7 +252,7 @@ def test_records_wait_while_the_disk_is_full(tmp_path: Path, monkeypatch: pytest
     path = tmp_path / "metrics.jsonl"
     assert lines == [
         f"cannot write {path} ([Errno 28] No space left on device): its records wait until it can be written",
-        f"{path}: 3 records that waited are written",
+        f"{path}: written again, with 3 records that waited",
     ]
 
 
@@ -261,7 +261,7 @@ def test_records_that_never_find_room_are_counted(tmp_path: Path, monkeypatch: p
     disk_with_room(monkeypatch, 3)
     file.append({"step": 1})
     file.close()
-    assert lines[-1] == f"{tmp_path}/metrics.jsonl: 1 records could not be written and are lost"
+    assert lines[-1] == f"{tmp_path}/metrics.jsonl: could not be written, and lost 1 record"
 
 
 def disk_with_room(monkeypatch: pytest.MonkeyPatch, room: int) -> None:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...words import counted
+
 EXAMPLES = 5
 """Names that a report lists for each reason."""
 
@@ -66,7 +68,7 @@ class PackReport(Tally):
     """Choices that the packer made: which column has the captions, for instance."""
 
     def __str__(self) -> str:
-        lines = [f"{self.packed} samples in {self.shards} shards: {self.folder}"]
+        lines = [f"{counted(self.packed, 'sample')} in {counted(self.shards, 'shard')}: {self.folder}"]
         if self.kept:
             lines.append(f"{self.kept} of the shards were there from an interrupted run")
         if self.held_out:
