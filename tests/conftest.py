@@ -31,6 +31,9 @@ TOY_UNET = dict(
     self_attention=[False, True],
     cross_attention=[False, True],
 )
+TOY_TRANSFORMER = dict(
+    kind="pixel_transformer", patch=4, dim=32, depth=2, heads=2, text_dim=64, rotary_range=4, zero_init=False
+)
 TOY_STAGES = [
     {"name": "base", "size": 8, "unet": TOY_UNET, "sampling": {"steps": 2, "guidance": 2.0}},
     {

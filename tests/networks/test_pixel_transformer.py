@@ -17,11 +17,9 @@ from fastimagen.networks.parameters import muon_parameters
 from fastimagen.networks.pixel_transformer import PixelTransformer
 from fastimagen.networks.rotary import rotate, rotation
 from fastimagen.text.embeddings import TextEmbeddings
+from tests.conftest import TOY_TRANSFORMER
 from tests.networks.test_unet import LENGTHS, TIME, B, captions, inputs, padded
 
-TOY: dict[str, Any] = dict(
-    kind="pixel_transformer", patch=4, dim=32, depth=2, heads=2, text_dim=64, rotary_range=4, zero_init=False
-)
 # Each optional part of the network is in at least one of these.
 VARIANTS: dict[str, dict[str, Any]] = {
     "cross-attention": dict(positional_encoding=True, cond_dim=16, time_dim=24),
@@ -36,7 +34,7 @@ WITH_TEXT = [name for name in VARIANTS if name != "without text"]
 def network(seed: int = 0, **changes: Any) -> PixelTransformer:
     """A toy transformer with an output other than zero: all parameters are random."""
     torch.manual_seed(seed)
-    model = build_network(PixelTransformerConfig(**{**TOY, **changes}))
+    model = build_network(PixelTransformerConfig(**{**TOY_TRANSFORMER, **changes}))
     assert isinstance(model, PixelTransformer)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -197,7 +195,9 @@ def test_every_parameter_gets_the_gradient_of_float64(name: str) -> None:
 
 
 def test_zero_init_outputs_zero_and_trains_all_parameters() -> None:
-    model = build_network(PixelTransformerConfig(**{**TOY, **VARIANTS["cross-attention"], "zero_init": True}))
+    model = build_network(
+        PixelTransformerConfig(**{**TOY_TRANSFORMER, **VARIANTS["cross-attention"], "zero_init": True})
+    )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     given, keep = inputs(model), torch.tensor([True, False, True])
     assert not model(**given, text=captions()).any()
@@ -210,7 +210,7 @@ def test_zero_init_outputs_zero_and_trains_all_parameters() -> None:
 
 def test_x0_is_recovered_from_noise_and_caption() -> None:
     """A network that predicts x0 learns one image for each of two captions, whatever noise it sees."""
-    model = build_network(PixelTransformerConfig(**{**TOY, "zero_init": True, "positional_encoding": True}))
+    model = build_network(PixelTransformerConfig(**{**TOY_TRANSFORMER, "zero_init": True, "positional_encoding": True}))
     torch.manual_seed(0)
     images, text = torch.rand(2, 3, 8, 8) * 2 - 1, captions(torch.tensor([3, 5]))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
@@ -262,7 +262,7 @@ def test_muon_updates_the_matrices_on_tokens_only() -> None:
 )
 def test_contradictions_name_the_field(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        PixelTransformerConfig(**{**TOY, **changes})
+        PixelTransformerConfig(**{**TOY_TRANSFORMER, **changes})
 
 
 def test_inputs_that_do_not_fit_are_errors() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fastimagen.config import EMAConfig
 from fastimagen.train.ema import EMA
-from tests.conftest import ROOT, toy_cascade
+from tests.conftest import ROOT, TOY_TRANSFORMER, toy_cascade
 
 pytestmark = pytest.mark.slow
 
@@ -30,7 +30,7 @@ LAYOUTS = {
     for optimizer, dtype in ((ADAMW, "fp32"), (MUON, "bf16"))
     for stage in (1, 2, 3)
 }
-STAGES = ("base", "sr")
+NETWORKS = ("base", "sr", "transformer")
 FREE_AT_ONCE = {  # ZeRO 3 gathers parameters for one module at a time, however small they are
     "stage": 3,
     "stage3_param_persistence_threshold": 0,
@@ -281,15 +281,19 @@ NEVER_PARTITIONED = ["text.pool.query"]
 """The query of attention pooling is a vector, far below the size from which DeepSpeed partitions parameters."""
 
 
-def not_freed(stage_name: str) -> list[str]:
+def not_freed(name: str) -> list[str]:
     """Names of the parameters whose gathered memory is still alive after a forward pass with gradients."""
     from torch.multiprocessing.reductions import StorageWeakRef
 
-    from fastimagen.networks.unet import UNet
+    from fastimagen.network_config import PixelTransformerConfig
+    from fastimagen.networks.build import build_network
     from fastimagen.text.embeddings import TextEmbeddings
 
-    config = toy_cascade().stage(stage_name).unet
-    engine = make_engine(UNet(config), set(), ADAMW, FREE_AT_ONCE, "fp32")
+    if name == "transformer":
+        config = PixelTransformerConfig(**TOY_TRANSFORMER, lowres=True)
+    else:
+        config = toy_cascade().stage(name).unet
+    engine = make_engine(build_network(config), set(), ADAMW, FREE_AT_ONCE, "fp32")
     names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
     gathered: dict[str, StorageWeakRef] = {}
 
@@ -327,7 +331,7 @@ def in_each_process() -> None:
     check_unshared(Path(sys.argv[1]))
     results = {
         "layouts": {name: check_layout(*layout) for name, layout in LAYOUTS.items()},
-        "not freed": {name: not_freed(name) for name in STAGES},
+        "not freed": {name: not_freed(name) for name in NETWORKS},
     }
     print(json.dumps(results), flush=True)
 
@@ -372,7 +376,7 @@ def test_flat_layout_is_that_of_deepspeed(name: str, results: dict[str, Any]) ->
     assert results["layouts"][name] == expected
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_zero_3_frees_every_weight_after_its_use(stage: str, results: dict[str, Any]) -> None:
+@pytest.mark.parametrize("network", NETWORKS)
+def test_zero_3_frees_every_weight_after_its_use(network: str, results: dict[str, Any]) -> None:
     """All modules that read a parameter through a view must save the parameter itself for the backward pass."""
-    assert results["not freed"][stage] == NEVER_PARTITIONED
+    assert results["not freed"][network] == NEVER_PARTITIONED
