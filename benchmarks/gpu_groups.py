@@ -34,7 +34,7 @@ GROUPS = {
     "engine": Group(100, 80),
     "step": Group(80, 60),
     "attention": Group(50, 45, ("attention",)),
-    "group_norm": Group(40, 35, ("group_norm",)),
+    "group_norm": Group(40, 35, ("group_norm", "modulated_norm")),
     "threshold": Group(20, 15, ("threshold", "sampler_step")),
     "host_time": Group(15, 12, ("attention", "group_norm", "threshold", "sampler_step")),
     "sampling": Group(45, 35, ("attention", "group_norm", "residual", "threshold", "sampler_step")),
@@ -56,6 +56,7 @@ class Sizes:
     """Micro-batches of the sweep; the first is that of all other settings."""
     attention: dict[str, Any] = field(default_factory=dict)
     group_norm: dict[str, Any] = field(default_factory=dict)
+    modulated_norm: dict[str, Any] = field(default_factory=dict)
     threshold: dict[str, Any] = field(default_factory=dict)
     compilers: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
     """Arguments of GroupNorm's and of attention's cases for torch.compile."""
@@ -76,12 +77,13 @@ def sizes(*, toys: bool) -> Sizes:
             (2, 1),
             few,
             {"shapes": ((2, 16, 4),)},
+            {"shapes": ((2, 4, 16),)},
             {"shapes": ((2, 8),)},
             ({"shapes": ((2, 16, 4),)}, {"sides": (32,), "batches": (1,)}),
         )
     return Sizes(
         [networks.BASE64],
-        [networks.SUPER256, *networks.PAPER],
+        [networks.SUPER256, *networks.PAPER, *networks.TRANSFORMERS],
         [networks.BASE64, networks.SUPER256],
         16,
         (32, 1, 8, 16, 64),
@@ -91,7 +93,16 @@ def sizes(*, toys: bool) -> Sizes:
 
 def measurements(bench: Bench, *, toys: bool) -> dict[str, Callable[[], object]]:
     """What each group measures."""
-    from .cases import attention, dynamic_threshold, engine_step, group_norm, host_time, sampling, step
+    from .cases import (
+        attention,
+        dynamic_threshold,
+        engine_step,
+        group_norm,
+        host_time,
+        modulated_norm,
+        sampling,
+        step,
+    )
 
     size, device = sizes(toys=toys), bench.device
     group_norm_compiled, attention_compiled = size.compilers
@@ -99,7 +110,10 @@ def measurements(bench: Bench, *, toys: bool) -> dict[str, Callable[[], object]]
         "engine": lambda: [engine_step.run(bench, network, size.engine_batches) for network in size.step],
         "step": lambda: step.run(bench, size.step, step.EAGER),
         "attention": lambda: bench.run(attention.cases(device, **size.attention)),
-        "group_norm": lambda: bench.run(group_norm.cases(device, **size.group_norm)),
+        "group_norm": lambda: (
+            bench.run(group_norm.cases(device, **size.group_norm)),
+            bench.run(modulated_norm.cases(device, **size.modulated_norm)),
+        ),
         "threshold": lambda: bench.run(dynamic_threshold.cases(device, **size.threshold)),
         "host_time": lambda: host_time.run(bench),
         "sampling": lambda: sampling.run(bench, size.sampling, ("triton", "torch"), batch=size.sampling_batch),
@@ -117,7 +131,7 @@ def measurements(bench: Bench, *, toys: bool) -> dict[str, Callable[[], object]]
 
 def launches(group: str, *, toys: bool) -> Iterator[Callable[[], object]]:
     """Calls on meta tensors that launch what the group launches on a GPU; none where others' kernels are measured."""
-    from .cases import attention, dynamic_threshold, group_norm, host_time
+    from .cases import attention, dynamic_threshold, group_norm, host_time, modulated_norm
 
     size, meta = sizes(toys=toys), torch.device("meta")
     dtype = torch.bfloat16
@@ -133,6 +147,7 @@ def launches(group: str, *, toys: bool) -> Iterator[Callable[[], object]]:
         yield from _of_cases(attention.cases(meta, **size.attention, dtype=dtype))
     elif group == "group_norm":
         yield from _of_cases(group_norm.cases(meta, **size.group_norm, dtype=dtype))
+        yield from _of_cases(modulated_norm.cases(meta, **size.modulated_norm, dtype=dtype))
     elif group == "threshold":
         yield from _of_cases(dynamic_threshold.cases(meta, **size.threshold, dtype=dtype))
     elif group == "host_time":
@@ -159,13 +174,13 @@ def _call(make: Callable[[torch.device], Callable[[], object]], device: torch.de
 
 def _unet(network: Network, batch: int) -> tuple[Any, torch.Tensor, dict[str, Any]]:
     """The U-Net in bf16, images (B, C, H, W) of the side it trains on, and its other arguments, all on meta."""
-    from fastimagen.networks.unet import UNet
+    from fastimagen.networks.build import build_network
 
     from .harness.on_meta import unet_inputs
 
     config = network.stage().config.unet
     with torch.device("meta"):
-        unet = UNet(config).to(torch.bfloat16)
+        unet = build_network(config).to(torch.bfloat16)
     given, x = unet_inputs(config, batch, network.side)
     return unet, x, given
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ..harness.measure import Case
-from . import attention, dynamic_threshold, group_norm
+from . import attention, dynamic_threshold, group_norm, modulated_norm
 
 CPU = torch.device("cpu")
 
@@ -20,6 +20,7 @@ CPU = torch.device("cpu")
 def cases() -> Iterator[Case]:
     yield from dynamic_threshold.cases(CPU, shapes=((1, 64), (4, 256)))
     yield from group_norm.cases(CPU, shapes=((2, 128, 64),))
+    yield from modulated_norm.cases(CPU, shapes=((8, 256, 768),))
     yield from attention.cases(CPU, sides=(16,), batches=(2,))
 
 

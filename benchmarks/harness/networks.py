@@ -11,14 +11,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastimagen.cascade import Stage
 from fastimagen.config import CascadeConfig
 from fastimagen.interop.minimagen_unet import minimagen_config
-from fastimagen.network_config import UNetConfig
-from fastimagen.networks.unet import UNet
+from fastimagen.network_config import NetworkConfig, UNetConfig
+from fastimagen.networks.build import build_network
 from fastimagen.presets import (
+    PRESETS,
     minimagen,
     minimagen_base_test,
     minimagen_stage,
@@ -117,6 +118,10 @@ PAPER = (
     Network("paper sr256", partial(paper, 4096), "sr256", 256, 16),
     Network("paper sr1024, crops of 256", partial(paper, 4096), "sr1024", 256, 16),
 )
+TRANSFORMERS = (
+    Network("JiT-B 256", PRESETS["jit-b"], "base256", 256, 32),
+    Network("JiT-L 256", PRESETS["jit-l"], "base256", 256, 32),
+)
 TEST_BASE = Network("MinImagen BaseTest 64", minimagen_test, "base64", 64, 2, BASE_TEST)
 TEST_SUPER = Network("MinImagen SuperTest 64->128", minimagen_test, "sr128", 128, 2, SUPER_TEST)
 DEFAULT = Network("MinImagen default 45 M 64", _default, "default64", 64, 1, {})
@@ -137,11 +142,11 @@ def images(batch: int, side: int, device: torch.device) -> Tensor:
     return torch.rand(batch, 3, side, side, generator=torch.Generator().manual_seed(1)).to(device) * 2 - 1
 
 
-def make_unet(config: UNetConfig, device: torch.device, dtype: torch.dtype) -> UNet:
+def make_unet(config: NetworkConfig, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """With random weights everywhere: GPUs multiply zeros faster, and some layers begin as zeros."""
     torch.manual_seed(0)
     with device:
-        unet = UNet(config)
+        unet = build_network(config)
     with torch.no_grad():
         for parameter in unet.parameters():
             if not parameter.any():
@@ -149,7 +154,7 @@ def make_unet(config: UNetConfig, device: torch.device, dtype: torch.dtype) -> U
     return unet.to(dtype)
 
 
-def flops(config: UNetConfig, side: int, mode: str) -> float:
+def flops(config: NetworkConfig, side: int, mode: str) -> float:
     """Floating-point operations for one image; "training" is forward and backward, with activation checkpointing."""
     found = unet_flops(config, side, TOKENS)
     return float(found.forward if mode == "forward" else found.training + found.recomputed)

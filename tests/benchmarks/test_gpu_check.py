@@ -53,6 +53,7 @@ def test_everything_that_a_gpu_would_run_runs(tmp_path: Path) -> None:
         "training step",
         "attention",
         "group_norm",
+        "modulated_norm",
         "threshold",
         "sampler step",
         "host time",
