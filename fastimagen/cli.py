@@ -258,6 +258,7 @@ def _model_flags(sub: argparse.ArgumentParser, *, batches: bool = False) -> None
         help="keep a stage on the GPU only while it runs; auto: if the weights fill the GPU (default: %(default)s)",
     )
     if batches:
+        sub.add_argument("--guide", metavar="MODEL", help="smaller or earlier model that guides (autoguidance)")
         sub.add_argument("--batch-size", type=int, default=32, help="images at a time (default: %(default)s)")
 
 

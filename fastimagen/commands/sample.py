@@ -16,7 +16,7 @@ from torch import Tensor
 from ..cascade import Callback
 from ..diffusion.inpainting import InitImage
 from ..extras import require_extra
-from ..files import require_empty
+from ..files import read_json_object, require_empty
 from ..sampling.distributed import exit_process, rank_and_world_size, sample_distributed
 from ..sampling.image_files import read_init_image, read_square_image
 from ..sampling.pipeline import ImagenPipeline
@@ -100,6 +100,7 @@ def load_pipeline(options: argparse.Namespace) -> ImagenPipeline:
         dtype=options.dtype,
         compile=options.compile,
         offload=options.offload,
+        guide=getattr(options, "guide", None),  # the web page and encode have no such flag
     )
 
 
@@ -144,6 +145,10 @@ def recorded_request(options: argparse.Namespace) -> SamplingRequest:
         if getattr(options, name) is not None:
             flag = f"--{name.replace('_', '-')}"
             raise ValueError(f"--settings already sets {flag}: give only one of the two")
+    guide = read_json_object(options.settings).get("guide")
+    if (guide is None) != (options.guide is None):
+        advice = f"give --guide {guide}" if guide else "leave out --guide"
+        raise ValueError(f"{options.settings} was sampled {'with' if guide else 'without'} a guide: {advice}")
     return SamplingRequest.from_record(options.settings)
 
 

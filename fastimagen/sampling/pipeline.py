@@ -9,6 +9,7 @@ import logging
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,7 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..cascade import Callback, Cascade, StopSampling
-from ..config import CompileMode, SamplingConfig
+from ..config import CascadeConfig, CompileMode, SamplingConfig
 from ..diffusion.inpainting import InitImage
 from ..files import first_line
 from ..images import resize, with_channels
@@ -41,7 +42,8 @@ class ImagenPipeline:
     `pipe = ImagenPipeline.from_pretrained(path, device="cuda", dtype=torch.bfloat16)`
 
     text_encoder: entry of model_index.json. source: what samples.json calls the model. folder: its model directory,
-    which holds the text encoder if that is included.
+    which holds the text encoder if that is included. guide: a worse model, with its source, that guides the stages of
+    the same names (autoguidance).
     """
 
     def __init__(
@@ -55,19 +57,28 @@ class ImagenPipeline:
         dtype: torch.dtype | str = torch.float32,
         compile: CompileMode | None = None,
         offload: Offload = "auto",
+        guide: tuple[Cascade, str] | None = None,
     ) -> None:
         _require_one_of("compile", compile, (None, *get_args(CompileMode)))
         _require_one_of("offload", offload, get_args(Offload))
         self.device = _available_device(device)
         self.cascade = cascade.to(dtype=_floating_dtype(dtype)).eval().requires_grad_(False)
+        self.guide: Cascade | None = None
+        self.guide_source: str | None = None
+        if guide is not None:
+            self.guide, self.guide_source = guide
+            check_guide(cascade.config, self.guide.config, self.guide_source)
+            self.guide.to(dtype=_floating_dtype(dtype)).eval().requires_grad_(False)
         self.offload = offload == "always" or (offload == "auto" and self._fills_the_gpu())
         if not self.offload:
-            self.cascade.to(self.device)
+            for part in self._cascades():
+                part.to(self.device)
         self.compiled = compile is not None
         if self.compiled:
             logger.info("torch.compile compiles each U-Net at its first step, which takes minutes")
-            for unet in self.cascade.unets.values():
-                unet.compile(mode=compile)
+            for part in self._cascades():
+                for unet in part.unets.values():
+                    unet.compile(mode=compile)
         self.text_encoder, self.source, self.folder = text_encoder, source, folder
         self._encoder: T5Encoder | None = None
 
@@ -75,11 +86,14 @@ class ImagenPipeline:
         stages = ", ".join(f"{stage.name} {stage.size}x{stage.size}" for stage in self.cascade.config.stages)
         return f"ImagenPipeline({self.source!r}, {stages}, device={str(self.device)!r})"
 
+    def _cascades(self) -> list[Cascade]:
+        return [self.cascade] if self.guide is None else [self.cascade, self.guide]
+
     def _fills_the_gpu(self) -> bool:
         """Whether the weights need more than half of the GPU's free memory."""
         if self.device.type != "cuda":
             return False
-        weights = sum(p.numel() * p.element_size() for p in self.cascade.parameters())
+        weights = sum(p.numel() * p.element_size() for part in self._cascades() for p in part.parameters())
         free, _ = torch.cuda.mem_get_info(self.device)
         if weights <= free / 2:
             return False
@@ -99,6 +113,7 @@ class ImagenPipeline:
         dtype: torch.dtype | str = torch.float32,
         compile: CompileMode | None = None,
         offload: Offload = "auto",
+        guide: str | Path | None = None,
     ) -> ImagenPipeline:
         """Load a model directory, or OWNER/NAME from the Hugging Face hub at a branch, tag or commit `revision`.
 
@@ -106,15 +121,17 @@ class ImagenPipeline:
         compile: mode of torch.compile for the U-Nets; "reduce-overhead" adds CUDA graphs, None does not compile.
         offload: "always" keeps the weights on the CPU and moves a stage to `device` only while it runs, "never" keeps
         all stages on `device`, "auto" offloads if the weights need more than half of the GPU's free memory.
+        guide: another model, smaller or trained for less long, whose estimate with the same captions takes the place of
+        that without captions in guidance (autoguidance, Karras et al. 2024).
         Raises ValueError with one line if the folder is not a model directory or is damaged, if the hub has no such
         model, or if the device is not available; ImportError for a model from the hub without huggingface_hub.
         """
         folder, source = locate_model(path, revision)
-        config, weights, index = read_model(folder)
-        with torch.device("meta"):
-            cascade = Cascade(config)
-        for stage in config.stages:
-            load_weights(cascade.unets[stage.name], weights[stage.name], str(folder / stage.name), assign=True)
+        cascade, index = _load_cascade(folder)
+        guiding = None
+        if guide is not None:
+            guide_folder, guide_source = locate_model(guide, None)
+            guiding = _load_cascade(guide_folder)[0], guide_source
         return cls(
             cascade,
             text_encoder=index.get("text_encoder"),
@@ -124,6 +141,7 @@ class ImagenPipeline:
             dtype=dtype,
             compile=compile,
             offload=offload,
+            guide=guiding,
         )
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None) -> ImagenPipeline:
@@ -133,12 +151,14 @@ class ImagenPipeline:
         available.
         """
         if dtype is not None:
-            self.cascade.to(dtype=_floating_dtype(dtype))
+            for part in self._cascades():
+                part.to(dtype=_floating_dtype(dtype))
         if device is not None:
             self.device = _available_device(device)
             self._encoder = None  # loaded again on the new device
             if not self.offload:
-                self.cascade.to(self.device)
+                for part in self._cascades():
+                    part.to(self.device)
         return self
 
     def encode(self, captions: Sequence[str]) -> TextEmbeddings:
@@ -245,6 +265,7 @@ class ImagenPipeline:
                     lowres=None if lowres is None else lowres.to(self.device),
                     start_at=batch.start_at,
                     stop_at=batch.stop_at,
+                    guide=self.guide,
                     callback=callback,
                     device=self.device if self.offload else None,
                 )
@@ -261,7 +282,8 @@ class ImagenPipeline:
         """The content of samples.json for a request."""
         settings = self._settings(request)
         running = self.cascade.running(request.start_at, request.stop_at, request.lowres)
-        return request.record(model=self.source, stages={stage.name: settings[stage.name] for stage in running})
+        stages = {stage.name: settings[stage.name] for stage in running}
+        return request.record(model=self.source, guide=self.guide_source, stages=stages)
 
     def _settings(self, request: SamplingRequest) -> dict[str, SamplingConfig]:
         """Sampling settings of every stage. Raises ValueError if the request does not fit the model."""
@@ -271,6 +293,8 @@ class ImagenPipeline:
         running = self.cascade.running(request.start_at, request.stop_at, request.lowres)
         if request.negative is not None and all(settings[stage.name].guidance == 1.0 for stage in running):
             raise ValueError("negative captions need classifier-free guidance, but guidance is 1: raise it")
+        if request.negative is not None and self.guide is not None:
+            raise ValueError("negative captions and a guide both take the place of the empty caption: give one of them")
         return settings
 
     def _encode_request(self, request: SamplingRequest) -> tuple[SamplingRequest, list[str]]:
@@ -355,6 +379,38 @@ class ImagenPipeline:
         """
         with tempfile.TemporaryDirectory(prefix="fastimagen-push-") as folder:
             return push_model(self.save_pretrained(Path(folder) / "model"), name, private=private, revision=revision)
+
+
+def _load_cascade(folder: Path) -> tuple[Cascade, dict[str, Any]]:
+    """The cascade of a model directory with its weights, and its model_index.json."""
+    config, weights, index = read_model(folder)
+    with torch.device("meta"):
+        cascade = Cascade(config)
+    for stage in config.stages:
+        load_weights(cascade.unets[stage.name], weights[stage.name], str(folder / stage.name), assign=True)
+    return cascade, index
+
+
+def check_guide(config: CascadeConfig, guide: CascadeConfig, source: str) -> None:
+    """Raise ValueError if the stages that both have do not compute the same thing, or if there are none."""
+    stages = {stage.name: stage for stage in config.stages}
+    shared = [stage for stage in guide.stages if stage.name in stages]
+    if not shared:
+        raise ValueError(f"the guide {source} has none of the stages {', '.join(stages)}")
+    for stage in shared:
+        for key in (
+            "size",
+            "schedule",
+            "augmentation",
+            "objective.prediction",
+            "objective.sigma_data",
+            "unet.channels",
+            "unet.lowres",
+            "unet.text_dim",
+        ):
+            own, other = (attrgetter(key)(one) for one in (stages[stage.name], stage))
+            if own != other:
+                raise ValueError(f'the guide {source} cannot guide stage "{stage.name}": its {key} is another')
 
 
 def _for_each_image(rows: Any, count: int) -> Any:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from fastimagen.cascade import Cascade
-from fastimagen.config import SamplingConfig, ScheduleConfig
+from fastimagen.config import CascadeConfig, SamplingConfig, ScheduleConfig
 from fastimagen.diffusion.schedule import make_schedule
+from fastimagen.sampling.model_directory import write_model
+from fastimagen.sampling.pipeline import ImagenPipeline
 from fastimagen.text.embeddings import TextEmbeddings
-from tests.conftest import toy_cascade
+from tests.conftest import toy_cascade, write_toy_model
 
 TEXT = TextEmbeddings(
     torch.randn(2, 4, 64, generator=torch.Generator().manual_seed(0)), torch.ones(2, 4, dtype=torch.bool)
@@ -85,3 +90,41 @@ def test_autoguidance_extrapolates_from_the_guide(cascade: Cascade) -> None:
     torch.testing.assert_close(guided[inside], (others + 0.7 * (own - others))[inside], rtol=0, atol=1e-5)
     assert rows == [2]
     assert torch.equal(sample(cascade, cascade, steps=3, guidance=2.5)[0], sample(cascade, steps=3, guidance=1.0)[0])
+
+
+# ---- the pipeline's guide
+
+
+def write(folder: Path, **base: Any) -> Path:
+    return write_toy_model(folder, config=toy_cascade(**base))
+
+
+def test_a_model_guides_the_stages_that_it_has(tmp_path: Path) -> None:
+    """Here another with the same first stage only, in its own weights; the second stage is guided as before."""
+    base = CascadeConfig(stages=toy_cascade().stages[:1])
+    torch.manual_seed(1)
+    other = Cascade(base)
+    weights = {"base": other.unets["base"].state_dict()}
+    guide = write_model(tmp_path / "guide", base, weights, text_encoder=None, encoder_folder=None, card="# guide")
+    own = write(tmp_path / "own")
+    pipe, plain = ImagenPipeline.from_pretrained(own, guide=guide), ImagenPipeline.from_pretrained(own)
+    settings = {"steps": 2, "guidance": {"base": 2.0, "sr": 2.0}}
+    expected = plain.cascade.sample(TEXT, [0, 1], settings=plain.cascade.settings(**settings), guide=other.eval())
+    output = pipe(text=TEXT, **settings)
+    assert torch.equal(output.images, expected)
+    assert not torch.allclose(output.images, plain(text=TEXT, **settings).images, atol=1e-3)
+    assert output.record["guide"] == str(guide)
+    with pytest.raises(ValueError, match="negative captions and a guide both take the place"):
+        pipe(text=TEXT, negative=TEXT[:1], **settings)
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ({"schedule": {"shift": 2.0}}, 'cannot guide stage "base": its schedule is another'),
+        ({"objective": {"prediction": "x0"}}, r'cannot guide stage "base": its objective\.prediction is another'),
+    ],
+)
+def test_a_guide_of_another_process_is_refused(base: dict, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        ImagenPipeline.from_pretrained(write(tmp_path / "own"), guide=write(tmp_path / "guide", **base))
