@@ -15,6 +15,7 @@ from fastimagen.diffusion.schedule import Schedule, make_schedule
 SCHEDULES = {
     "cosine": ScheduleConfig(shift=2.0),
     "linear": ScheduleConfig(name="linear", timesteps=1000),
+    "flow": ScheduleConfig(name="flow"),
     "starts in pure noise": ScheduleConfig(name="linear", timesteps=20),
 }
 MEAN, DEVIATION = 0.3, 0.5  # of every pixel
