@@ -18,9 +18,9 @@ from .diffusion.guidance import Denoiser, NetworkCall
 from .diffusion.inpainting import InitImage, sample_from_image
 from .diffusion.process import Diffusion
 from .diffusion.samplers import SAMPLERS
-from .diffusion.schedule import make_schedule
+from .diffusion.schedule import make_schedule, sampling_times
 from .diffusion.tiling import in_tiles
-from .images import resize
+from .images import enlarge_by_corners, resize
 from .networks.build import build_network
 from .networks.conditioning import TextState
 from .networks.network import Network
@@ -43,10 +43,14 @@ class Stage:
     """Training loss and sampling of one stage, for a U-Net that the caller passes in. Has no trainable parameters.
 
     `below` is the stage whose images this one enlarges; None for a base stage, or for super-resolution on its own.
+    `empty_text`: the embeddings (1, L, E) of the empty caption, which stand for dropped captions where the network has
+    no null text. Such a network needs them in training and, without negative captions, for guidance.
     """
 
-    def __init__(self, config: StageConfig, below: StageConfig | None = None) -> None:
-        self.config = config
+    def __init__(
+        self, config: StageConfig, below: StageConfig | None = None, *, empty_text: TextEmbeddings | None = None
+    ) -> None:
+        self.config, self.empty_text = config, empty_text
         self.name = config.name
         self.diffusion = Diffusion(config.schedule, config.objective)
         self.lowres_size = below.size if below else config.lowres_size
@@ -81,10 +85,27 @@ class Stage:
         condition: dict[str, Any] = self.training_lowres(images, draws)
         if text is not None:
             dropout = self.config.objective.caption_dropout if drop_captions else 0.0
-            condition |= {"text": text, "keep_text": draws.caption >= dropout}
+            condition |= self._with_dropped(text, draws.caption >= dropout)
         x_t = self.diffusion.add_noise(images, draws.noise, time)  # (B, C, H, W)
         output = unet(self.diffusion.network_input(x_t, time), self.diffusion.schedule.network_time(time), **condition)
-        return self.diffusion.loss(output, self.diffusion.target(images, draws.noise, time), time)  # (B,)
+        prediction = output[:, : images.shape[1]]  # (B, C, H, W), without a variance behind it
+        return self.diffusion.loss(prediction, self.diffusion.target(images, draws.noise, time), time)  # (B,)
+
+    def _with_dropped(self, text: TextEmbeddings, keep: Tensor) -> dict[str, Any]:
+        """The network's arguments for captions of which only those with keep (B,) bool are kept."""
+        if self.config.unet.has_null_text:
+            return {"text": text, "keep_text": keep}
+        return {"text": text.where(keep, self._empty_text(text))}
+
+    def _empty_text(self, like: TextEmbeddings) -> TextEmbeddings:
+        """The embeddings (1, L, E) of the empty caption, on the device and in the dtype of `like`."""
+        if self.empty_text is None:
+            raise ValueError(
+                f'stage "{self.name}" was trained with the empty caption for dropped ones: give its embeddings, as '
+                f"negative captions or as empty_text"
+            )
+        self.empty_text = self.empty_text.to(device=like.embeds.device, dtype=like.embeds.dtype)
+        return self.empty_text
 
     def training_lowres(self, images: Tensor, draws: Draws) -> dict[str, Tensor]:
         """The U-Net's low-resolution arguments for images (B, C, H, W); none for a base stage."""
@@ -115,7 +136,8 @@ class Stage:
         time = self.augmentation.training_times(level.double())  # (B,) or ()
         alpha, sigma = self.augmentation.alpha_sigma(time)
         network_time = self.augmentation.network_time(time)
-        lowres = resize(lowres, noise.shape[-1])  # (B, C, H, W)
+        enlarge = resize if self._augmentation_config.resize == "bicubic" else enlarge_by_corners
+        lowres = enlarge(lowres, noise.shape[-1])  # (B, C, H, W)
         if level.dim():
             alpha, sigma = (c.to(noise)[:, None, None, None] for c in (alpha, sigma))  # (B, 1, 1, 1)
             return {"lowres": alpha * lowres + sigma * noise, "lowres_time": network_time}
@@ -168,7 +190,7 @@ class Stage:
                 raise StopSampling(self.name, step, x0)
 
         schedule, sample_fn = self.diffusion.schedule, SAMPLERS[sampling.sampler]
-        times = schedule.sampling_times(sampling.steps)  # (steps + 1,)
+        times = sampling_times(self.config.schedule, sampling)  # (steps + 1,)
         if init_image is None:
             x = sample_fn(denoise, step_noise(-1), times, schedule=schedule, noise=step_noise, callback=stage_callback)
         else:
@@ -197,6 +219,8 @@ class Stage:
         if text is None or weight is None:
             state = None if text is None else unet.encode_text(text)
             return Denoiser(self._network(unet, state, condition, sampling), self.diffusion, sampling)
+        if negative is None and not unet.config.has_null_text:
+            negative = self._empty_text(text)[[0] * len(text)]  # B empty captions
         conditional = None
         if guide is not None or sampling.guidance_range is not None:
             conditional = self._network(unet, unet.encode_text(text), condition, sampling)

@@ -20,11 +20,12 @@ from .section import Section
 class ScheduleConfig(Section):
     """Noise schedule: x_t = alpha(t) x_0 + sigma(t) noise."""
 
-    name: Literal["cosine", "linear", "flow"] = "cosine"
-    """"cosine" is continuous in time (Nichol and Dhariwal 2021), "linear" has discrete betas (DDPM, MinImagen), "flow"
-    is the straight path of flow matching, alpha = 1 - t and sigma = t (Lipman et al. 2023), continuous in time."""
+    name: Literal["cosine", "linear", "squaredcos", "flow"] = "cosine"
+    """"cosine" is continuous in time (Nichol and Dhariwal 2021), "linear" has discrete betas (DDPM, MinImagen),
+    "squaredcos" those of the cosine schedule (DeepFloyd IF), "flow" is the straight path of flow matching, alpha = 1 - t
+    and sigma = t (Lipman et al. 2023), continuous in time."""
     timesteps: int | None = Field(None, ge=2)
-    """Timesteps of the linear schedule, which is discrete; None is continuous time."""
+    """Timesteps of the discrete schedules, linear and squaredcos; None is continuous time."""
     shift: float = Field(1.0, gt=0)
     """Factor on sigma / alpha of the cosine schedule (Hoogeboom et al. 2023) or of flow (Esser et al. 2024, section
     5.3.2); above 1 is noisier."""
@@ -85,6 +86,8 @@ class AugmentationConfig(Section):
     """Range within [0, 1] from which training draws one augmentation level per sample, uniformly."""
     sample_level: float = Field(0.1, ge=0, le=1)
     """Augmentation level in sampling, within train_range."""
+    resize: Literal["bicubic", "bilinear_corners"] = "bicubic"
+    """How the low-resolution image is enlarged; "bilinear_corners" is bilinear, corner on corner (DeepFloyd IF)."""
 
     @model_validator(mode="after")
     def _consistent(self) -> AugmentationConfig:
@@ -126,6 +129,13 @@ class SamplingConfig(Section):
     """Sampler."""
     steps: int = Field(32, ge=1)
     """Sampling steps."""
+    respacing: str = "even"
+    """Which steps of a discrete schedule: "even", from its last to its first; "leading", multiples of a whole number,
+    as in diffusers; fast27, smart27, smart50, smart100, smart185, super27, super40 or super100 of DeepFloyd IF; or the
+    steps of each section of the schedule, from clean to noise: "10,10,3,2,2"."""
+    variance: Literal["small", "learned"] = "small"
+    """Variance of the steps of ddpm; the other samplers have none. "small" is the lower bound, "learned" what the
+    network predicts (unet.learned_variance)."""
     guidance: float = Field(5.0, ge=0)
     """Classifier-free guidance weight; 1 turns guidance off."""
     guidance_range: LowHigh | None = None
@@ -283,6 +293,9 @@ class TextConfig(Section):
     max_length: int = Field(256, ge=2)
     """Largest number of tokens of a caption, with the end mark; further tokens are cut off. At most the max_text_length
     of the U-Nets."""
+    encoding: Literal["words", "if"] = "words"
+    """"words": the tokens of a caption. "if": as DeepFloyd IF reads captions, in lower case and always max_length
+    tokens, of which the network sees the padding too."""
     cache: str | None = None
     """Folder of the embedding cache; None is next to the shards."""
     batch_size: int = Field(64, ge=1)

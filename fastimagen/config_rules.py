@@ -11,6 +11,8 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from .respacing import respaced
+
 if TYPE_CHECKING:
     from .config import (
         AugmentationConfig,
@@ -107,9 +109,11 @@ def check_if_unet(unet: IFUNetConfig) -> None:
 
 def check_schedule(schedule: ScheduleConfig) -> None:
     """Rules between the fields of a noise schedule."""
-    if schedule.name == "linear":
+    if schedule.name in ("linear", "squaredcos"):
         if schedule.timesteps is None:
-            raise ValueError('the linear schedule is discrete: set "timesteps" (1000 in DDPM and MinImagen)')
+            raise ValueError(
+                f'the {schedule.name} schedule is discrete: set "timesteps" (1000 in DDPM, MinImagen and DeepFloyd IF)'
+            )
         _require_defaults(schedule, ("shift",), "for the cosine schedule and flow")
     elif schedule.timesteps is not None:
         raise ValueError(f'the {schedule.name} schedule is continuous: remove "timesteps"')
@@ -186,6 +190,15 @@ def check_sampling(stage: StageConfig, sampling: SamplingConfig) -> None:
     timesteps = stage.schedule.timesteps
     if timesteps is not None and sampling.steps > timesteps:
         raise ValueError(f"{label}: {sampling.steps} sampling steps, but the schedule has {timesteps} timesteps")
+    if sampling.respacing != "even":
+        if timesteps is None:
+            raise ValueError(f'{label}: respacing "{sampling.respacing}" needs a discrete schedule, with timesteps')
+        try:
+            respaced(sampling.respacing, sampling.steps, timesteps)
+        except ValueError as error:
+            raise ValueError(f"{label}: sampling: {error}") from None
+    if sampling.variance == "learned" and unet.out_channels == unet.channels:
+        raise ValueError(f'{label}: its network predicts no variance: set sampling.variance to "small"')
     if sampling.guidance != 1 and unet.text_dim is None:
         raise ValueError(f"{label} reads no captions, so that nothing can be guided: set sampling.guidance to 1")
     if sampling.guidance != 1 and objective.caption_dropout == 0:

@@ -280,6 +280,15 @@ def resize(images: Tensor, size: int) -> Tensor:
     return resized.clamp(-1, 1).to(images.dtype)  # (B, C, size, size)
 
 
+def enlarge_by_corners(images: Tensor, size: int) -> Tensor:
+    """Square images (B, C, H, H) as (B, C, size, size): bilinear, with corner pixels on corner pixels, same dtype.
+
+    As in DeepFloyd IF, where other images are shifted by parts of a pixel against what the second stage has learned.
+    """
+    enlarged = F.interpolate(images.float(), (size, size), mode="bilinear", align_corners=True)
+    return enlarged.to(images.dtype)  # (B, C, size, size)
+
+
 # ---- grids
 
 MIN_GRID_TILE = 192

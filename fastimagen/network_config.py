@@ -199,7 +199,7 @@ class IFUNetConfig(NetworkConfig):
     """Width of the text embeddings (T5-XXL: 4096)."""
     max_text_length: int = Field(77, ge=1)
     """Number of text tokens. The network reads padding like words: text has this length exactly, with the encoder's
-    outputs for padding (text.padding "encoded")."""
+    outputs for padding (text.encoding "if")."""
     dims: tuple[int, ...] = (192, 384, 576, 768)
     """Channels of each resolution level."""
     num_blocks: int | tuple[int, ...] = 3

@@ -1,4 +1,4 @@
-"""GroupNorm, FiLM and SiLU fused, forward and backward, for contiguous and channels_last tensors (B, C, H, W).
+"""GroupNorm, FiLM and an activation fused, forward and backward, for contiguous and channels_last tensors (B, C, H, W).
 
     v = x + x_bias, and behind its C_X channels skip * skip_scale (both optional)
     xhat = (v - mean) * rstd            over the pixels and channels of a sample's group, M elements
@@ -46,6 +46,7 @@ from .group_norm_forward_kernels import (
 )
 
 MAX_ONE_PASS = 16384  # elements of a group, padded to powers of two, that fit in registers at 1024 per warp
+# The backward pass of GELU takes half of it: erf needs more registers, which otherwise spill.
 TILE_ELEMENTS = {"forward": 8192, "backward": 4096}  # elements of a tile of larger groups, for 8 warps
 CHANNELS_LAST_WIDTH = 64  # channels of a channels_last tile: whole cache lines
 SECTOR = 32  # bytes of a memory transaction; a channels_last group narrower than this is read with its neighbours
@@ -122,12 +123,14 @@ def cut(shape: tuple[int, ...], channels_last: bool, num_groups: int, elements: 
     )
 
 
-def one_pass_tile(shape: tuple[int, ...], channels_last: bool, num_groups: int, itemsize: int) -> dict[str, int] | None:
+def one_pass_tile(
+    shape: tuple[int, ...], channels_last: bool, num_groups: int, itemsize: int, max_elements: int
+) -> dict[str, int] | None:
     """Tile and warps for a whole group; None if it is too large, or too narrow to be loaded without its neighbours."""
     cpg = shape[1] // num_groups
     rows, columns_of_group = triton.next_power_of_2(shape[2] * shape[3]), triton.next_power_of_2(cpg)
     narrow = channels_last and cpg * itemsize < SECTOR
-    if narrow or rows * columns_of_group > MAX_ONE_PASS:
+    if narrow or rows * columns_of_group > max_elements:
         return None
     return {"ROWS": rows, "WIDTH": columns_of_group, "num_warps": max(1, rows * columns_of_group // 1024)}
 
@@ -147,7 +150,7 @@ def plan(
     channels_last: bool,
     itemsize: int,
     num_groups: int,
-    silu: bool,
+    activation: str,
     direction: str,
     select: bool = True,
 ) -> Plan:
@@ -160,18 +163,19 @@ def plan(
     constants: dict[str, Any] = dict(
         C=channels, C_X=x_channels, CPG=channels // num_groups, CHANNELS_LAST=channels_last, SELECT=select
     )
-    activation = dict(SILU=silu)
-    whole = one_pass_tile((batch, channels, height, width), channels_last, num_groups, itemsize)
+    chosen = dict(ACTIVATION=activation)
+    max_elements = MAX_ONE_PASS // 2 if (activation, direction) == ("gelu", "backward") else MAX_ONE_PASS
+    whole = one_pass_tile((batch, channels, height, width), channels_last, num_groups, itemsize, max_elements)
     if whole is not None:
-        return Plan(pixels, num_groups, batch, 0, 0, 0, constants | whole | activation, {})
+        return Plan(pixels, num_groups, batch, 0, 0, 0, constants | whole | chosen, {})
     forward = direction == "forward"
     samples = samples_in_l2(batch, channels * pixels * itemsize * (1 if forward else 2))
     c = cut((samples, channels, height, width), channels_last, num_groups, TILE_ELEMENTS[direction])
     constants |= c.constants | dict(num_warps=c.num_warps)
-    second = constants | activation | dict(PARTS=triton.next_power_of_2(c.parts))
+    second = constants | chosen | dict(PARTS=triton.next_power_of_2(c.parts))
     if forward:
         return Plan(pixels, c.programs // samples, samples, c.chunks, c.tiles, c.parts, constants, second)
-    first, second = constants | activation, second | dict(CHUNKS=CHUNKS)
+    first, second = constants | chosen, second | dict(CHUNKS=CHUNKS)
     return Plan(pixels, c.programs // samples, samples, c.chunks, c.tiles, c.parts, first, second)
 
 
@@ -183,7 +187,7 @@ def group_norm_forward(
     shift: Tensor | None,
     num_groups: int,
     eps: float,
-    silu: bool,
+    activation: str,
     film_bias: Tensor | None = None,
     x_bias: Tensor | None = None,
     skip: Tensor | None = None,
@@ -197,11 +201,11 @@ def group_norm_forward(
     shape, channels_last, device = x.shape, is_channels_last(x), x.device
     batch = shape[0]
     if skip is None:
-        p = plan(shape, 0, channels_last, x.itemsize, num_groups, silu, "forward")
+        p = plan(shape, 0, channels_last, x.itemsize, num_groups, activation, "forward")
         y = torch.empty_like(x)
     else:
         select = can_select(device)
-        p = plan(shape, skip.shape[1], channels_last, x.itemsize, num_groups, silu, "forward", select)
+        p = plan(shape, skip.shape[1], channels_last, x.itemsize, num_groups, activation, "forward", select)
         layout = torch.channels_last if channels_last else torch.contiguous_format
         y = torch.empty((batch, weight.shape[0], *shape[2:]), dtype=x.dtype, device=device, memory_format=layout)
     mean = torch.empty((batch, num_groups), dtype=torch.float32, device=device)
@@ -233,7 +237,7 @@ def group_norm_backward(
     mean: Tensor,
     rstd: Tensor,
     num_groups: int,
-    silu: bool,
+    activation: str,
     film_bias: Tensor | None = None,
     x_bias: Tensor | None = None,
     skip: Tensor | None = None,
@@ -245,7 +249,7 @@ def group_norm_backward(
     shape, device, fp32 = x.shape, x.device, torch.float32
     batch, channels = shape[0], weight.shape[0]
     select = skip is None or can_select(device)
-    p = plan(shape, channels - shape[1], is_channels_last(x), x.itemsize, num_groups, silu, "backward", select)
+    p = plan(shape, channels - shape[1], is_channels_last(x), x.itemsize, num_groups, activation, "backward", select)
     dx = torch.empty_like(x)
     dskip = None if skip is None else torch.empty_like(skip)
     dfilm = None
@@ -320,6 +324,9 @@ def shipped() -> Iterator[tuple[str, Callable[[], object]]]:
         (torch.bfloat16, last, 768, 64, False, "skip and residuals"),
         (torch.bfloat16, last, 512, 16, False, "skip and residuals"),
         (torch.bfloat16, contiguous, 768, 64, False, "skip and residuals"),
+        (torch.bfloat16, last, 512, 64, True, "gelu"),
+        (torch.bfloat16, last, 512, 16, True, "gelu"),
+        (torch.bfloat16, last, 256, 16, True, "gelu"),
     ):
         meta = partial(meta_map, side=side, dtype=dtype, layout=layout)
         vector, statistic = torch.empty(channels, device="meta"), torch.empty(8, 8, device="meta")
@@ -327,6 +334,7 @@ def shipped() -> Iterator[tuple[str, Callable[[], object]]]:
         x, skip = meta(channels), None
         if more == "skip and residuals":
             x, skip = meta(320), meta(channels - 320)  # 64-channel tiles are whole; of 512 / 8 or 768 / 8 channels
+        activation = "gelu" if more == "gelu" else "silu"
         scale = shift = None
         if film:
             scale, shift = torch.empty(8, 2 * channels, dtype=dtype, device="meta").chunk(2, dim=1)  # (B, C) each
@@ -334,8 +342,11 @@ def shipped() -> Iterator[tuple[str, Callable[[], object]]]:
         layout_name = "channels_last" if layout is last else "contiguous"
         label = " ".join(filter(None, (dtype_name, layout_name, f"{channels}x{side}x{side}", more)))
         vectors = (vector, vector, scale, shift)
-        yield f"forward {label}", partial(group_norm_forward, x, *vectors, 8, 1e-5, True, film_bias, x_bias, skip, 0.7)
-        saved = (meta(channels), x, *vectors, statistic, statistic, 8, True, film_bias, x_bias, skip, 0.7)
+        yield (
+            f"forward {label}",
+            partial(group_norm_forward, x, *vectors, 8, 1e-5, activation, film_bias, x_bias, skip, 0.7),
+        )
+        saved = (meta(channels), x, *vectors, statistic, statistic, 8, activation, film_bias, x_bias, skip, 0.7)
         yield f"backward {label}", partial(group_norm_backward, *saved, *((x, skip) if skip is not None else ()))
 
 

@@ -106,7 +106,7 @@ def group_norm_silu_one_pass_backward_kernel(
     ROWS: tl.constexpr,  # pixels of a tile
     CHANNELS_LAST: tl.constexpr,  # whether x is channels_last, else contiguous
     SELECT: tl.constexpr,  # how x and skip are loaded, see load_input
-    SILU: tl.constexpr,  # whether the activation is SiLU
+    ACTIVATION: tl.constexpr,  # "silu", "gelu" or "none"
 ):
     """All gradients of one group of one sample."""
     index = tl.program_id(0)
@@ -122,7 +122,7 @@ def group_norm_silu_one_pass_backward_kernel(
     x = load_input(x_ptr, skip_ptr, skip_scale, n, row, channel, mask, pixels, C, C_X, CHANNELS_LAST, SELECT)
     xhat = tl.where(mask, (x - centre[None, :]) * rstd, 0.0)
     dy = load_masked(pointers(dy_ptr, n, row, channel, pixels, C, CHANNELS_LAST), mask)
-    dz = activation_gradient(dy, xhat * gain[None, :] + bias[None, :], SILU)
+    dz = activation_gradient(dy, xhat * gain[None, :] + bias[None, :], ACTIVATION)
     s1 = tl.sum(dz, axis=0)
     s2 = tl.sum(dz * xhat, axis=0)  # (WIDTH,)
     s0 = tl.zeros([WIDTH], tl.float32)
@@ -171,7 +171,7 @@ def group_norm_silu_backward_sums_kernel(
     ROWS: tl.constexpr,  # pixels of a tile
     CHANNELS_LAST: tl.constexpr,  # whether x is channels_last, else contiguous
     SELECT: tl.constexpr,  # how x and skip are loaded, see load_input
-    SILU: tl.constexpr,  # whether the activation is SiLU
+    ACTIVATION: tl.constexpr,  # "silu", "gelu" or "none"
 ):
     """S1, S2 and S0 of one block and chunk, and their weighted sums over each group's channels.
 
@@ -197,7 +197,7 @@ def group_norm_silu_backward_sums_kernel(
         x = load_input(x_ptr, skip_ptr, skip_scale, n, row, channel, mask, pixels, C, C_X, CHANNELS_LAST, SELECT)
         x -= centre[None, :]
         dy = load_masked(pointers(dy_ptr, n, row, channel, pixels, C, CHANNELS_LAST), mask)
-        dz = activation_gradient(dy, x * slope[None, :] + bias[None, :], SILU)
+        dz = activation_gradient(dy, x * slope[None, :] + bias[None, :], ACTIVATION)
         t1 += dz
         t2 += dz * x
         if x_bias_ptr is not None:
@@ -253,7 +253,7 @@ def group_norm_silu_backward_kernel(
     CHUNKS: tl.constexpr,  # chunks whose sums are loaded at once
     CHANNELS_LAST: tl.constexpr,  # whether x is channels_last, else contiguous
     SELECT: tl.constexpr,  # how x and skip are loaded, see load_input
-    SILU: tl.constexpr,  # whether the activation is SiLU
+    ACTIVATION: tl.constexpr,  # "silu", "gelu" or "none"
 ):
     """dx and dskip of one block and chunk; in the last chunk, the sample's gradients of the block's vectors as well."""
     # In reverse: what group_norm_silu_backward_sums_kernel loaded last is still in L2.
@@ -292,7 +292,7 @@ def group_norm_silu_backward_kernel(
         x = load_input(x_ptr, skip_ptr, skip_scale, n, row, channel, mask, pixels, C, C_X, CHANNELS_LAST, SELECT)
         x -= centre[None, :]
         dy = load_masked(pointers(dy_ptr, n, row, channel, pixels, C, CHANNELS_LAST), mask)
-        dz = activation_gradient(dy, x * slope[None, :] + bias[None, :], SILU)
+        dz = activation_gradient(dy, x * slope[None, :] + bias[None, :], ACTIVATION)
         dx = slope[None, :] * dz - (by_x[None, :] * x + constant[None, :])
         dx = dx * of_input[None, :]
         store_gradient(

@@ -177,20 +177,31 @@ def affine(
 
 
 @triton.jit
-def activate(z, SILU: tl.constexpr):
+def activate(z, ACTIVATION: tl.constexpr):
     """y."""
-    if SILU:
+    if ACTIVATION == "silu":
         z = z * tl.sigmoid(z)
+    elif ACTIVATION == "gelu":
+        z = z * normal_cdf(z)
     return z
 
 
 @triton.jit
-def activation_gradient(dy, z, SILU: tl.constexpr):
+def activation_gradient(dy, z, ACTIVATION: tl.constexpr):
     """dz = dy * act'(z)."""
-    if SILU:
+    if ACTIVATION == "silu":
         sigmoid = tl.sigmoid(z)
         dy = dy * sigmoid * (1 + z * (1 - sigmoid))
+    elif ACTIVATION == "gelu":
+        density = tl.exp(-0.5 * z * z) * 0.3989422804014327  # 1 / sqrt(2 pi)
+        dy = dy * (normal_cdf(z) + z * density)
     return dy
+
+
+@triton.jit
+def normal_cdf(z):
+    """Phi(z), of which the exact GELU is z Phi(z) (Hendrycks and Gimpel 2016)."""
+    return 0.5 + 0.5 * tl.erf(z * 0.7071067811865476)  # 1 / sqrt(2)
 
 
 # ---- statistics

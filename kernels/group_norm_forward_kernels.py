@@ -46,7 +46,7 @@ def group_norm_silu_one_pass_forward_kernel(
     ROWS: tl.constexpr,  # pixels of a tile
     CHANNELS_LAST: tl.constexpr,  # whether x is channels_last, else contiguous
     SELECT: tl.constexpr,  # how x and skip are loaded, see load_input
-    SILU: tl.constexpr,  # whether the activation is SiLU
+    ACTIVATION: tl.constexpr,  # "silu", "gelu" or "none"
 ):
     """y, mean and rstd of one group of one sample."""
     index = tl.program_id(0)
@@ -68,7 +68,7 @@ def group_norm_silu_one_pass_forward_kernel(
     centre = to_columns(mean, 1, WIDTH) - x_bias
     z = (x - centre[None, :]) * (to_columns(rstd, 1, WIDTH) * gain)[None, :] + bias[None, :]
     y_at = pointers(y_ptr, n, row, channel, pixels, C, CHANNELS_LAST)
-    tl.store(y_at, activate(z, SILU), mask)
+    tl.store(y_at, activate(z, ACTIVATION), mask)
     one = index + tl.arange(0, 1)
     tl.store(mean_ptr + one, mean)
     tl.store(rstd_ptr + one, rstd)
@@ -161,7 +161,7 @@ def group_norm_silu_forward_kernel(
     PARTS: tl.constexpr,  # parts of a group, padded to a power of two
     CHANNELS_LAST: tl.constexpr,  # whether x is channels_last, else contiguous
     SELECT: tl.constexpr,  # how x and skip are loaded, see load_input
-    SILU: tl.constexpr,  # whether the activation is SiLU
+    ACTIVATION: tl.constexpr,  # "silu", "gelu" or "none"
 ):
     """y of one block and chunk; mean and rstd of its groups."""
     # In reverse: what group_norm_silu_statistics_kernel loaded last is still in L2.
@@ -194,4 +194,4 @@ def group_norm_silu_forward_kernel(
         x = load_input(x_ptr, skip_ptr, skip_scale, n, row, channel, mask, pixels, C, C_X, CHANNELS_LAST, SELECT)
         z = (x - centre[None, :]) * gain[None, :] + bias[None, :]
         y_at = pointers(y_ptr, n, row, channel, pixels, C, CHANNELS_LAST)
-        tl.store(y_at, activate(z, SILU), mask)
+        tl.store(y_at, activate(z, ACTIVATION), mask)

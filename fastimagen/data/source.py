@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import CascadeConfig, DataConfig, FastimagenConfig, HeldOutConfig
+from ..config import CascadeConfig, DataConfig, FastimagenConfig, HeldOutConfig, TextConfig
 from ..text.embeddings import TextEmbeddings
 from ..text.t5 import T5_NAMES, T5Encoder, encoder_identity, is_path, is_random_encoder, text_width
 from ..text.tiny_t5 import build_tiny_t5
 from ..words import counted
-from .embedding_cache import EmbedReport, cache_path, captions_hash, embed_shards, open_cache
+from .embedding_cache import EmbedReport, cache_path, captions_hash, embed_shards, open_cache, write_cache
 from .held_out import SelectedEmbeddings, choose_held_out, select_samples
 from .loader import Batch, Embeddings, Loader
 from .order import Order
@@ -146,7 +146,7 @@ def open_split(source: Source, config: FastimagenConfig, *, with_text: bool) -> 
     if not with_text:
         return Split(shards, None)
     text = config.text
-    identity = encoder_identity(text.encoder, revision=text.revision, max_length=text.max_length)
+    identity = _identity(text)
     caches = [
         open_cache(
             cache_path(shard.path, identity, text.cache),
@@ -281,7 +281,11 @@ def embed_all(config: FastimagenConfig, *, say: Say, rank: int = 0, world_size: 
     _check_encoder(config)  # also for a cascade without text
     text = config.text
     shards = [shard for source in shard_sources(config.data) for shard in _open_shards(source, config)]
-    encoder = T5Encoder(text.encoder, revision=text.revision, max_length=text.max_length, device=_device())
+    encoder = T5Encoder(
+        text.encoder, revision=text.revision, max_length=text.max_length, encoding=text.encoding, device=_device()
+    )
+    if rank == 0 and text.encoding == "if":
+        write_cache(_empty_caption(config), ["empty"], [""], encoder, batch_size=1)
     report = embed_shards(
         shards, encoder, cache_dir=text.cache, batch_size=text.batch_size, rank=rank, world_size=world_size
     )
@@ -291,6 +295,33 @@ def embed_all(config: FastimagenConfig, *, say: Say, rank: int = 0, world_size: 
         f"{report.truncated} truncated to {text.max_length} tokens, {report.unknown} with unknown tokens"
     )
     return report
+
+
+def empty_text(config: FastimagenConfig) -> TextEmbeddings | None:
+    """The embeddings (1, L, E) of the empty caption, which stands for dropped ones with text.encoding "if"; else None.
+
+    Raises ValueError if `embed_all` has not written them.
+    """
+    if config.text.encoding != "if":
+        return None
+    cache = open_cache(
+        _empty_caption(config),
+        identity=_identity(config.text),
+        keys=["empty"],
+        captions_hash=captions_hash(["empty"], [""]),
+    )
+    return TextEmbeddings.from_list([cache[0]])
+
+
+def _empty_caption(config: FastimagenConfig) -> Path:
+    """Where the embeddings of the empty caption are: with those of the first training shard."""
+    shard = _open_shards(config.data.shards, config)[0]
+    return cache_path(Path(shard.path).parent / "empty_caption.tar", _identity(config.text), config.text.cache)
+
+
+def _identity(text: TextConfig) -> dict[str, str]:
+    """Of the text encoder: what its embeddings depend on."""
+    return encoder_identity(text.encoder, revision=text.revision, max_length=text.max_length, encoding=text.encoding)
 
 
 def prepare_shapes(config: FastimagenConfig, *, say: Say) -> None:
@@ -320,6 +351,7 @@ def is_embedded(config: FastimagenConfig) -> bool:
     try:
         for source in shard_sources(config.data):
             open_split(source, config, with_text=True)
+        empty_text(config)
     except ValueError:
         return False
     return True

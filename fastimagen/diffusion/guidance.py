@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -24,6 +25,9 @@ class Denoiser:
     the network's output. x0 is affine in the output with the same coefficients in both halves, so this equals guidance
     on epsilon or on x0. Without a guidance weight (None) the network gets x (B, C, H, W). Where sampling.guidance_range
     turns guidance off, `conditional` is called in its place, with x (B, C, H, W) and captions.
+
+    An output of 2 C channels has the variance of ddpm's steps behind the prediction. sampling.variance "learned" takes
+    it, of the half with captions; otherwise it is not used.
     """
 
     def __init__(
@@ -54,11 +58,15 @@ class Denoiser:
             model_input = torch.cat([model_input, model_input])  # (2B, C, H, W)
         network_time = float(self.diffusion.schedule.network_time(time))
         times = model_input.new_full((len(model_input),), network_time, dtype=torch.float32)  # (B,) or (2B,)
+        output = network(model_input, times)
+        prediction = output[:, : x.shape[1]]  # (B, C, H, W) or (2B, C, H, W)
+        if noise is not None and self.sampling.variance == "learned":
+            noise = noise * learned_factor(output[: len(x), x.shape[1] :], update)
         return ops.sampler_step(
-            network(model_input, times),
+            prediction,
             x,
             (c_skip, c_out),
-            update,
+            update[:4],
             guidance=guidance,
             threshold=self.sampling.threshold,
             percentile=self.sampling.percentile,
@@ -83,3 +91,13 @@ def guided(diffusion: Diffusion, sampling: SamplingConfig, time: Tensor) -> Tens
         return torch.ones_like(alpha, dtype=torch.bool)
     low, high = sampling.guidance_range
     return (sigma > low * alpha) & (sigma <= high * alpha)  # alpha may be 0
+
+
+def learned_factor(variance: Tensor, update: Update) -> Tensor:
+    """Factor (B, C, H, W) on the noise of a step with the network's variance (B, C, H, W), float32.
+
+    The network interpolates the logarithm of the variance between its bounds: -1 is the lower one, c_noise^2, and 1 the
+    upper one, max_noise^2 (Nichol and Dhariwal 2021, eq. 15).
+    """
+    share = (variance.float() + 1) / 2  # (B, C, H, W)
+    return torch.exp(share * math.log(update.max_noise / update.c_noise))

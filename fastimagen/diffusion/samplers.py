@@ -26,12 +26,16 @@ Callback = Callable[[int, Tensor, Tensor], None]
 
 
 class Update(NamedTuple):
-    """Coefficients of a sampler's step: x_next = c_x x + c_x0 x0 + c_prev previous + c_noise noise."""
+    """Coefficients of a sampler's step: x_next = c_x x + c_x0 x0 + c_prev previous + c_noise noise.
+
+    max_noise: where the network predicts the variance, the noise has coefficients from c_noise to this.
+    """
 
     c_x: float
     c_x0: float
     c_prev: float = 0.0
     c_noise: float = 0.0
+    max_noise: float = 0.0
 
 
 @runtime_checkable
@@ -61,7 +65,7 @@ def take_step(
         denoise(x, time),
         x,
         (0.0, 1.0),  # the output is x0 itself
-        update,
+        update[:4],
         guidance=None,
         threshold="none",
         percentile=1.0,
@@ -95,6 +99,7 @@ def sample_ddpm(
 ) -> Tensor:
     """Ancestral sampling from the posterior with its lower variance (Ho et al. 2020, eq. 6-7), on any subset of times.
 
+    A denoiser that knows the variance takes it between that and the upper bound (Nichol and Dhariwal 2021, eq. 15).
     Raises ValueError without `noise`.
     """
     if noise is None:
@@ -104,10 +109,12 @@ def sample_ddpm(
         (alpha_t, sigma_t), (alpha_s, sigma_s) = pairs[step], pairs[step + 1]
         ratio = alpha_t / alpha_s
         step_variance = sigma_t**2 - ratio**2 * sigma_s**2  # of x_t given x_s
+        max_noise = math.sqrt(max(step_variance, 0.0))
         update = Update(
             c_x=ratio * sigma_s**2 / sigma_t**2,
             c_x0=alpha_s * step_variance / sigma_t**2,
-            c_noise=math.sqrt(max(step_variance, 0.0)) * sigma_s / sigma_t,
+            c_noise=max_noise * sigma_s / sigma_t,
+            max_noise=max_noise,
         )
         step_noise = noise(step) if sigma_s > 0 else None  # the step to the clean image is deterministic
         x, x0 = take_step(denoise, x, times[step], update, noise=step_noise)

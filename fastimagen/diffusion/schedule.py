@@ -15,7 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..config import ScheduleConfig
+from ..config import SamplingConfig, ScheduleConfig
+from ..respacing import respaced
 
 
 class Schedule(Protocol):
@@ -43,8 +44,17 @@ def make_schedule(config: ScheduleConfig) -> Schedule:
         return Cosine(config.shift, config.logsnr_range)
     if config.name == "flow":
         return Flow(config.shift)
-    assert config.timesteps is not None  # ScheduleConfig demands it of the linear schedule
-    return Linear(config.timesteps)
+    assert config.timesteps is not None  # ScheduleConfig demands it of discrete schedules
+    return Linear(config.timesteps) if config.name == "linear" else SquaredCos(config.timesteps)
+
+
+def sampling_times(config: ScheduleConfig, sampling: SamplingConfig) -> Tensor:
+    """Descending times (steps + 1,) of the sampling settings, from noise to -1, the clean image, on the CPU."""
+    if sampling.respacing == "even":
+        return make_schedule(config).sampling_times(sampling.steps)
+    assert config.timesteps is not None  # StageConfig demands it
+    times = [*respaced(sampling.respacing, sampling.steps, config.timesteps), -1]
+    return torch.tensor(times, dtype=torch.float64, device="cpu")
 
 
 class Cosine:
@@ -123,19 +133,11 @@ class Flow:
         return times
 
 
-class Linear:
-    """DDPM's T discrete steps with linear betas, rescaled from T = 1000 (Ho et al. 2020; MinImagen).
+class Discrete:
+    """DDPM's T discrete steps with betas (T,), the variance that each step adds (Ho et al. 2020). Base class."""
 
-    With T = 20 the last beta is 1 and the last step is pure noise, alpha = 0. Raises ValueError for fewer steps.
-    """
-
-    def __init__(self, timesteps: int) -> None:
-        scale = 1000 / timesteps
-        if 0.02 * scale > 1:
-            raise ValueError(f"the linear schedule needs at least 20 timesteps, got {timesteps}: betas exceed 1")
-        self.timesteps = timesteps
-        # On the CPU even under torch.device("meta") or another default device.
-        betas = torch.linspace(1e-4 * scale, 0.02 * scale, timesteps, dtype=torch.float64, device="cpu")
+    def __init__(self, betas: Tensor) -> None:
+        self.timesteps = len(betas)
         # Indexed by t + 1: entry 0 is the clean image, t = -1.
         alpha_bar = torch.cat([betas.new_ones(1), torch.cumprod(1 - betas, dim=0)])  # (T + 1,)
         rising = -torch.logit(alpha_bar[1:])  # (T,): -log-SNR of every step
@@ -160,6 +162,29 @@ class Linear:
             raise ValueError(f"{steps} sampling steps, but the schedule has {self.timesteps} timesteps")
         # Evenly respaced from T - 1 to -1, the clean image; all T steps if steps = T.
         return torch.linspace(self.timesteps - 1, -1, steps + 1, dtype=torch.float64, device="cpu").round()
+
+
+class Linear(Discrete):
+    """Linear betas, rescaled from T = 1000 (Ho et al. 2020; MinImagen).
+
+    With T = 20 the last beta is 1 and the last step is pure noise, alpha = 0. Raises ValueError for fewer steps.
+    """
+
+    def __init__(self, timesteps: int) -> None:
+        scale = 1000 / timesteps
+        if 0.02 * scale > 1:
+            raise ValueError(f"the linear schedule needs at least 20 timesteps, got {timesteps}: betas exceed 1")
+        # On the CPU even under torch.device("meta") or another default device.
+        super().__init__(torch.linspace(1e-4 * scale, 0.02 * scale, timesteps, dtype=torch.float64, device="cpu"))
+
+
+class SquaredCos(Discrete):
+    """Betas of the cosine schedule, at most 0.999 (Nichol and Dhariwal 2021, eq. 17), as in DeepFloyd IF."""
+
+    def __init__(self, timesteps: int) -> None:
+        time = torch.arange(timesteps + 1, dtype=torch.float64, device="cpu") / timesteps  # (T + 1,)
+        alpha_bar = ((time + 0.008) / 1.008 * math.pi / 2).cos().square()  # (T + 1,)
+        super().__init__((1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999))
 
 
 class _PerDevice:

@@ -35,18 +35,17 @@ class GroupNormGELU(NormWeights):
         self, x: Tensor, film: Tensor | None = None, film_bias: Tensor | None = None, x_bias: Tensor | None = None
     ) -> Tensor:
         scale, shift = (None, None) if film is None else ops.halves(film, dim=1)  # (B, C) each
-        y = ops.group_norm_silu(
+        return ops.group_norm_silu(
             x,
             self.weight,
             self.bias,
             self.groups,
             scale=scale,
             shift=shift,
-            activation="none",
+            activation="gelu",
             film_bias=film_bias,
             x_bias=x_bias,
         )
-        return F.gelu(y)
 
 
 class GroupNorm(NormWeights):
@@ -302,7 +301,7 @@ class IFUNet(Network):
         if text.embeds.shape[1] != length:
             raise ValueError(
                 f"this network reads {length} text tokens, padding included, but got {text.embeds.shape[1]}: encode "
-                f'captions with text.padding "encoded" and text.max_length {length}'
+                f'captions with text.encoding "if" and text.max_length {length}'
             )
         embeds = text.embeds.to(self.encoder_hid_proj.weight.dtype)  # (B, L, E)
         tokens = self.encoder_hid_proj(embeds)  # (B, L, X)

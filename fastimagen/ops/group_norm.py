@@ -1,4 +1,4 @@
-"""GroupNorm, FiLM and SiLU in one op, of one tensor or of two behind each other."""
+"""GroupNorm, FiLM and an activation in one op, of one tensor or of two behind each other."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from torch import Tensor
 
 from .dispatch import KERNEL_DTYPES, in_kernels, use_triton
 from .group_norm_function import Vectors, by_kernels
-from .group_norm_op import composed, fused
-
-ACTIVATIONS = ("silu", "none")
+from .group_norm_op import ACTIVATIONS, composed, fused
 
 
 def group_norm_silu(
@@ -27,7 +25,8 @@ def group_norm_silu(
     skip: Tensor | None = None,
     skip_scale: float = 1.0,
 ) -> Tensor:
-    """y = act(GroupNorm(x) * (1 + scale) + shift); act is "silu" or "none" (Imagen's residual blocks, appendix B).
+    """y = act(GroupNorm(x) * (1 + scale) + shift); act is "silu" (Imagen's residual blocks, appendix B), "gelu" (exact;
+    DeepFloyd IF) or "none".
 
     x (B, C, H, W), contiguous or channels_last; y has its layout and dtype, under autocast too. weight, bias (C,);
     scale, shift (B, C), both or neither. film_bias (2 C,) is added to them first, and x_bias (C,) to x: the biases of
@@ -103,7 +102,7 @@ def _normalize(
     weight, bias, scale, shift, film_bias, x_bias = vectors
     triton = use_triton("group_norm_silu", x, _unsupported(x, *vectors))
     if triton and in_kernels(x) and not torch.compiler.is_compiling():
-        return by_kernels(x, vectors, skip, skip_scale, num_groups, eps, activation == "silu", residual=residual)
+        return by_kernels(x, vectors, skip, skip_scale, num_groups, eps, activation, residual=residual)
     both, scale, shift = joined(x, x_bias, skip, skip_scale), *biased(scale, shift, film_bias)
     if triton:
         y = fused(both, weight, bias, scale, shift, num_groups, eps, activation)

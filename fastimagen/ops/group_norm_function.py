@@ -22,14 +22,14 @@ def by_kernels(
     skip_scale: float,
     num_groups: int,
     eps: float,
-    silu: bool,
+    activation: str,
     *,
     residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(y, x, skip) of ops.group_norm_silu_residual, or without `residual` y and the arguments, which are checked."""
     if residual:
-        return GroupNorm.apply(x, *vectors, skip, skip_scale, num_groups, eps, silu, True)
-    return GroupNorm.apply(x, *vectors, skip, skip_scale, num_groups, eps, silu, False), x, skip
+        return GroupNorm.apply(x, *vectors, skip, skip_scale, num_groups, eps, activation, True)
+    return GroupNorm.apply(x, *vectors, skip, skip_scale, num_groups, eps, activation, False), x, skip
 
 
 def _launchers(x: Tensor) -> Any:
@@ -60,7 +60,7 @@ class GroupNorm(torch.autograd.Function):
         skip_scale: float,
         num_groups: int,
         eps: float,
-        silu: bool,
+        activation: str,
         residual: bool,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor | None]:
         dense_x = dense(x)
@@ -68,11 +68,11 @@ class GroupNorm(torch.autograd.Function):
         weight, bias, scale, shift = weight.contiguous(), bias.contiguous(), rows(scale), rows(shift)
         film_bias, x_bias = (None if vector is None else vector.contiguous() for vector in (film_bias, x_bias))
         y, mean, rstd = _launchers(x).group_norm_forward(
-            dense_x, weight, bias, scale, shift, num_groups, eps, silu, film_bias, x_bias, dense_skip, skip_scale
+            dense_x, weight, bias, scale, shift, num_groups, eps, activation, film_bias, x_bias, dense_skip, skip_scale
         )
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(dense_x, weight, bias, scale, shift, mean, rstd, film_bias, x_bias, dense_skip)
-        ctx.constants = skip_scale, num_groups, silu
+        ctx.constants = skip_scale, num_groups, activation
         return (y, x, skip) if residual else y
 
     @staticmethod
@@ -87,7 +87,7 @@ class GroupNorm(torch.autograd.Function):
         if dy is None:
             return x_residual, *[None] * 6, skip_residual, *[None] * 5
         x, weight, bias, scale, shift, mean, rstd, film_bias, x_bias, skip = ctx.saved_tensors
-        skip_scale, num_groups, silu = ctx.constants
+        skip_scale, num_groups, activation = ctx.constants
         dx, dweight, dbias, dfilm, dfilm_bias, dx_bias, dskip = _launchers(x).group_norm_backward(
             laid_as(x, dy),
             x,
@@ -98,7 +98,7 @@ class GroupNorm(torch.autograd.Function):
             mean,
             rstd,
             num_groups,
-            silu,
+            activation,
             film_bias,
             x_bias,
             skip,

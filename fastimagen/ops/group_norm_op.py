@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +12,9 @@ from torch.nn import functional as F
 
 from .dispatch import in_kernels
 from .layout import dense, laid_as
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "none": lambda y: y}
+"""Of GroupNorm's result; the GELU is exact."""
 
 
 def fused(
@@ -42,7 +47,7 @@ def composed(
         assert shift is not None
         scale, shift = scale.to(y.dtype)[:, :, None, None], shift.to(y.dtype)[:, :, None, None]  # (B, C, 1, 1)
         y = torch.addcmul(shift, y, scale + 1)
-    return (F.silu(y) if activation == "silu" else y).to(x.dtype)
+    return ACTIVATIONS[activation](y).to(x.dtype)
 
 
 @torch.library.custom_op("fastimagen::group_norm_silu", mutates_args=())
@@ -62,7 +67,7 @@ def _forward(
         from fastimagen_kernels.group_norm import group_norm_forward
 
         return group_norm_forward(
-            x, weight.contiguous(), bias.contiguous(), rows(scale), rows(shift), num_groups, eps, activation == "silu"
+            x, weight.contiguous(), bias.contiguous(), rows(scale), rows(shift), num_groups, eps, activation
         )
     grouped = x.float().unflatten(1, (num_groups, -1))  # (B, G, C / G, H, W)
     var, mean = torch.var_mean(grouped, dim=(2, 3, 4), correction=0)  # (B, G) each
@@ -99,7 +104,7 @@ def _backward(
             mean,
             rstd,
             num_groups,
-            activation == "silu",
+            activation,
         )
     else:
         dx, dweight, dbias, dfilm = _gradients(dy, x, weight, bias, scale, shift, mean, rstd, num_groups, activation)
@@ -137,6 +142,10 @@ def _gradients(
     if activation == "silu":
         z = gain * xhat + offset
         dz = dz * z.sigmoid() * (1 + z * (1 - z.sigmoid()))
+    elif activation == "gelu":
+        z = gain * xhat + offset
+        density = (-z.square() / 2).exp() / math.sqrt(2 * math.pi)
+        dz = dz * (torch.special.ndtr(z) + z * density)
     s1, s2 = dz.sum(dim=(2, 3)), (dz * xhat).sum(dim=(2, 3))  # (B, C) each
     c1, c2 = group_mean(gain * dz), group_mean(gain * dz * xhat)  # (B, C, 1, 1) each
     dx = per_channel(rstd) * (gain * dz - c1 - xhat * c2)  # (B, C, H, W)

@@ -45,9 +45,9 @@ def write_model(
 ) -> Path:
     """Write a model directory from weights by stage and parameter name, complete or not at all.
 
-    text_encoder: {"name", "revision", "max_length", "included"}; an included one is copied from encoder_folder.
-    grid: image of samples for the card, copied as samples.png. dtype: of the weights; None keeps theirs. Raises
-    ValueError if the folder is not empty.
+    text_encoder: {"name", "revision", "max_length", "encoding", "included"}; an included one is copied from
+    encoder_folder. grid: image of samples for the card, copied as samples.png. dtype: of the weights; None keeps
+    theirs. Raises ValueError if the folder is not empty.
     """
     with atomic_folder(path) as temporary:
         for stage in cascade.stages:

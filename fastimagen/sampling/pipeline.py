@@ -193,6 +193,7 @@ class ImagenPipeline:
                 name,
                 revision=self.text_encoder.get("revision"),
                 max_length=self.text_encoder["max_length"],
+                encoding=self.text_encoder.get("encoding", "words"),
                 device=self.device,
             )
         except SafetensorError as error:
@@ -249,6 +250,7 @@ class ImagenPipeline:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         settings = self._settings(request)
+        self._encode_empty(request, settings)
         encoded, warnings = self._encode_request(request)  # last: loading the text encoder may take minutes
         encoded, converted = self._with_channels(encoded)
         warnings += converted
@@ -309,6 +311,13 @@ class ImagenPipeline:
         warnings = self.caption_warnings(captions) if captions else []
         warnings += self._lowres_warning(request)
         return self._padded(request) if self.compiled else request, warnings
+
+    def _encode_empty(self, request: SamplingRequest, settings: dict[str, SamplingConfig]) -> None:
+        """The empty caption, for the stages with guidance that were trained with it in place of dropped captions."""
+        for stage in self.cascade.running(request.start_at, request.stop_at, request.lowres):
+            needs_it = settings[stage.name].guidance != 1.0 and not stage.config.unet.has_null_text
+            if needs_it and request.negative is None and stage.empty_text is None:
+                stage.empty_text = self.encode([""])
 
     def _padded(self, request: SamplingRequest) -> SamplingRequest:
         """The request with padded text, because torch.compile makes a graph for every number of tokens."""

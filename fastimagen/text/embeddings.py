@@ -85,6 +85,11 @@ class TextEmbeddings:
         """The same captions in page-locked memory of the CPU."""
         return self._derive(self.embeds.pin_memory(), self.mask.pin_memory())
 
+    def where(self, keep: Tensor, other: TextEmbeddings) -> TextEmbeddings:
+        """These captions where keep (B,) is true, else those of `other`, of (B or 1) captions of the same length L."""
+        embeds = torch.where(keep[:, None, None], self.embeds, other.embeds)  # (B, L, E)
+        return self._derive(embeds, torch.where(keep[:, None], self.mask, other.mask))  # mask (B, L)
+
     def padded(self, max_length: int) -> TextEmbeddings:
         """The same captions with L rounded up to a multiple of LENGTH_MULTIPLE, but to no more than max_length.
 

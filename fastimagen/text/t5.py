@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -24,6 +24,13 @@ logger = logging.getLogger(__name__)
 
 PREPROCESSING = "nfc-strip-1"
 """Version of `preprocess` and of the treatment of special tokens; part of every encoder's identity."""
+
+IF_PREPROCESSING = "nfc-strip-lower-padded-1"
+"""The same for the encoding "if"."""
+
+Encoding = Literal["words", "if"]
+"""How captions become embeddings. "words": the tokens of a caption. "if": as DeepFloyd IF was trained, in lower case
+and always max_length tokens; the encoder's outputs for padding depend on the caption and count as tokens."""
 
 RANDOM_WEIGHTS = "fastimagen_random_weights"
 """Key in the config.json of the built-in text encoder (tiny_t5.py). Its README.md says the same in words."""
@@ -79,7 +86,9 @@ def is_random_encoder(name_or_path: str | Path) -> bool:
     return readme.is_file() and RANDOM_WEIGHTS_README in readme.read_text(encoding="utf-8", errors="replace")
 
 
-def encoder_identity(name_or_path: str | Path, *, revision: str | None = None, max_length: int = 256) -> dict[str, str]:
+def encoder_identity(
+    name_or_path: str | Path, *, revision: str | None = None, max_length: int = 256, encoding: Encoding = "words"
+) -> dict[str, str]:
     """Everything that an encoder's embeddings depend on, as strings, without loading its weights.
 
     encoder: name on the hub, or the last part of the folder's path (the folder may move); revision: commit on the hub,
@@ -100,7 +109,7 @@ def encoder_identity(name_or_path: str | Path, *, revision: str | None = None, m
         "revision": commit,
         "max_length": str(max_length),
         "tokenizer": f"sha256:{_sha256([tokenizer])}",
-        "preprocessing": PREPROCESSING,
+        "preprocessing": PREPROCESSING if encoding == "words" else IF_PREPROCESSING,
     }
 
 
@@ -118,6 +127,7 @@ class T5Encoder:
         *,
         revision: str | None = None,
         max_length: int = 256,
+        encoding: Encoding = "words",
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -145,7 +155,7 @@ class T5Encoder:
             raise ValueError(f"the weights of text encoder {name} are incomplete, missing: {missing:.200}")
         self.model: T5EncoderModel = model.eval().requires_grad_(False).to(device)
         self.dim = dim
-        self.max_length = max_length
+        self.max_length, self.encoding = max_length, encoding
         self.truncated = 0
         self.unknown = 0
         added = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
@@ -155,7 +165,9 @@ class T5Encoder:
         """The result of `encoder_identity`, computed once."""
         if self._identity is None:
             name, revision = self._source
-            self._identity = encoder_identity(name, revision=revision, max_length=self.max_length)
+            self._identity = encoder_identity(
+                name, revision=revision, max_length=self.max_length, encoding=self.encoding
+            )
         return dict(self._identity)
 
     def tokenize(self, captions: Sequence[str]) -> list[list[int]]:
@@ -195,6 +207,8 @@ class T5Encoder:
         if not captions:
             return []
         texts = [preprocess(caption) for caption in captions]
+        if self.encoding == "if":
+            texts = [text.lower() for text in texts]
         unk, eos = self.tokenizer.unk_token_id, self.tokenizer.eos_token_id
         rows = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         # split_special_tokens=True is not enough: in T5's unigram model </s> and <pad> are ordinary pieces too.
@@ -207,6 +221,7 @@ class T5Encoder:
     def encode(self, captions: Sequence[str], batch_size: int = 32) -> TextEmbeddings:
         """Embeddings of captions on the encoder's device, in its dtype. Padding is zero; an empty caption is its </s>.
 
+        With the encoding "if" there is no padding: all max_length tokens count.
         batch_size: captions of similar length per forward pass. Raises ValueError if `captions` is empty or contains
         anything but strings.
         """
@@ -216,17 +231,18 @@ class T5Encoder:
         device = self.model.device
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
         lengths = torch.tensor([len(row) for row in rows], device=device)
-        mask = torch.arange(len(rows[order[0]]), device=device) < lengths[:, None]  # (B, L)
+        all_tokens = self.max_length if self.encoding == "if" else len(rows[order[0]])
+        mask = torch.arange(all_tokens, device=device) < lengths[:, None]  # (B, L)
         embeds = torch.zeros(*mask.shape, self.dim, dtype=self.model.dtype, device=device)  # (B, L, E)
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]  # b captions, of up to l tokens
-            longest = len(rows[batch[0]])
+            longest = self.max_length if self.encoding == "if" else len(rows[batch[0]])
             padded = [rows[i] + [0] * (longest - len(rows[i])) for i in batch]
             ids, real = torch.tensor(padded, device=device), mask[batch, :longest]  # (b, l), (b, l)
             with torch.inference_mode():  # only around the model: autograd cannot save inference tensors for backward
                 hidden = self.model(input_ids=ids, attention_mask=real.long()).last_hidden_state  # (b, l, E)
-                embeds[batch, :longest] = hidden.masked_fill(~real[..., None], 0)
-        return TextEmbeddings(embeds, mask)
+                embeds[batch, :longest] = hidden if self.encoding == "if" else hidden.masked_fill(~real[..., None], 0)
+        return TextEmbeddings(embeds, torch.ones_like(mask) if self.encoding == "if" else mask)
 
 
 def import_for_text(module: str) -> ModuleType:

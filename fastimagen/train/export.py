@@ -186,6 +186,7 @@ def _text_encoder(config: Config) -> tuple[dict[str, Any], Path | None]:
         "name": "text_encoder" if included else text.encoder,
         "revision": text.revision,
         "max_length": text.max_length,
+        "encoding": text.encoding,
         "included": included,
     }
     return reference, folder if included else None

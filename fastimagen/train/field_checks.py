@@ -62,6 +62,11 @@ def _check_text(config: FastimagenConfig, cascade: CascadeConfig) -> None:
                 f'stage "{stage.name}": unet.text_dim is {unet.text_dim}, but the embeddings of '
                 f"fastimagen.text.encoder {config.text.encoder} have width {width}: set one to fit the other"
             )
+        if not unet.has_null_text and (config.text.encoding, config.text.max_length) != ("if", unet.max_text_length):
+            raise ValueError(
+                f'stage "{stage.name}": its network reads {unet.max_text_length} tokens, padding included: set '
+                f'fastimagen.text.encoding to "if" and fastimagen.text.max_length to {unet.max_text_length}'
+            )
         if config.text.max_length > unet.max_text_length:
             raise ValueError(
                 f'stage "{stage.name}": unet.max_text_length is {unet.max_text_length}, but '

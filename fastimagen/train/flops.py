@@ -64,6 +64,7 @@ def example_inputs(config: NetworkConfig, batch: int, side: int, tokens: int) ->
     if config.lowres:
         arguments |= {"lowres": torch.empty_like(x), "lowres_time": time}
     if config.text_dim:
+        tokens = tokens if config.has_null_text else config.max_text_length
         mask = torch.empty(batch, tokens, dtype=torch.bool)
         # Without checking the mask: on the device "meta" it has no values.
         arguments["text"] = TextEmbeddings._derive(torch.empty(batch, tokens, config.text_dim), mask)

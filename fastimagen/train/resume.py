@@ -48,6 +48,7 @@ RULES = {
     "augmentation.schedule": PROCESS,
     "augmentation.train_range": ACTS,
     "augmentation.sample_level": ACTS,
+    "augmentation.resize": PROCESS,
     "sampling": ACTS,
     # data and text
     "data.samples": DATA,
@@ -60,6 +61,7 @@ RULES = {
     "text.encoder": TEXT,
     "text.revision": TEXT,
     "text.max_length": ACTS,
+    "text.encoding": TEXT,
     "text.cache": ACTS,
     "text.batch_size": ACTS,
     # the loop

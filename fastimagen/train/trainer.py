@@ -18,7 +18,7 @@ import torch.distributed as dist
 from ..cascade import Stage
 from ..config import Config, StageConfig
 from ..data.loader import Loader
-from ..data.source import Split, embed_all, is_embedded, prepare_shapes, uses_text
+from ..data.source import Split, embed_all, empty_text, is_embedded, prepare_shapes, uses_text
 from ..networks.parameters import muon_parameters
 from ..seeds import mix_seed
 from . import checkpoint, snapshots
@@ -107,7 +107,7 @@ class Trainer:
         """Train one stage from a checkpoint, or from the start, to its last step."""
         settings, steps, phases = self.settings, self.run.steps(config, self.world_size), self.phases
         phases.begin_stage(config.name)
-        stage = Stage(config, self.cascade.below(config.name))
+        stage = Stage(config, self.cascade.below(config.name), empty_text=empty_text(self.config.fastimagen))
         train_data, _ = self.run.data
         engine, deepspeed = self._make_engine(config)
         dtype = next(engine.module.parameters()).dtype

@@ -77,6 +77,8 @@ def by_definition(
     y = y * weight[:, None, None] + bias[:, None, None]
     if scale is not None:
         y = y * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
+    if activation == "gelu":
+        return y * (1 + (y / 2**0.5).erf()) / 2
     return y * y.sigmoid() if activation == "silu" else y
 
 

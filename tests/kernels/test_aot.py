@@ -25,7 +25,7 @@ EVERYWHERE = ["sm_80", "sm_90", "sm_100", "gfx942"]
         (
             "group_norm",
             ["sm_90"],
-            "biases|skip",
+            "biases|skip|gelu",
             "group_norm_silu_one_pass_forward_kernel group_norm_silu_statistics_kernel group_norm_silu_forward_kernel "
             "group_norm_silu_one_pass_backward_kernel group_norm_silu_backward_sums_kernel "
             "group_norm_silu_backward_kernel group_norm_silu_vector_gradients_kernel",

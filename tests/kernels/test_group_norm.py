@@ -18,7 +18,7 @@ CASES = pytest.mark.parametrize(
     ("shape", "groups", "film", "activation"),
     [
         ((2, 24, 7, 5), 3, True, "silu"),
-        ((1, 20, 3, 4), 5, False, "silu"),
+        ((1, 20, 3, 4), 5, False, "gelu"),
         ((3, 6, 1, 1), 2, True, "none"),
         ((1, 8, 1, 1), 2, True, "silu"),
     ],
@@ -107,7 +107,7 @@ def test_empty_batch_gives_an_empty_tensor() -> None:
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        (dict(activation="gelu"), 'no activation "gelu"; there are silu, none'),
+        (dict(activation="relu"), 'no activation "relu"; there are silu, gelu, none'),
         (dict(num_groups=4), "6 channels cannot be split into 4 groups"),
         (dict(num_groups=0), "6 channels cannot be split into 0 groups"),
         (dict(x=torch.zeros(2, 6, 3)), r"takes x \(B, C, H, W\), got \(2, 6, 3\)"),
