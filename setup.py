@@ -96,6 +96,7 @@ setup(
             *DEMO,
             *HUB,
             *PLOT,
+            "diffusers",  # to compare DeepFloyd IF with
             "pytest",
             "pytest-benchmark",
             "pytest-xdist",

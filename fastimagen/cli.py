@@ -193,6 +193,16 @@ def parser() -> argparse.ArgumentParser:
         "--out", type=Path, required=True, help="new model directory; or a new .json, a configuration without weights"
     )
 
+    diffusers = command("import-diffusers", _import_diffusers, "convert DeepFloyd IF from diffusers' format")
+    diffusers.add_argument("source", type=Path, nargs="+", help="folder of an IFPipeline or IFSuperResolutionPipeline")
+    diffusers.add_argument("--out", type=Path, required=True, help="new model directory")
+    diffusers.add_argument(
+        "--text-encoder", metavar="NAME", help="T5 to refer to, a name on the hub or a folder, instead of copying one"
+    )
+    to_diffusers = command("export-diffusers", _export_diffusers, "convert DeepFloyd IF into diffusers' format")
+    to_diffusers.add_argument("model", type=Path, help="model directory with stages of DeepFloyd IF")
+    to_diffusers.add_argument("--out", type=Path, required=True, help="new folder, with a folder for each stage")
+
     command("info", _info, "print versions, devices and active kernels for a bug report")
     return top
 
@@ -344,6 +354,18 @@ def _import_minimagen(options: argparse.Namespace) -> None:
     from .interop.minimagen import import_minimagen
 
     print(import_minimagen(options.source, options.out))
+
+
+def _import_diffusers(options: argparse.Namespace) -> None:
+    from .interop.deepfloyd import import_diffusers
+
+    print(import_diffusers(options.source, options.out, text_encoder=options.text_encoder))
+
+
+def _export_diffusers(options: argparse.Namespace) -> None:
+    from .interop.deepfloyd import export_diffusers
+
+    print("\n".join(export_diffusers(options.model, options.out)))
 
 
 def _info(options: argparse.Namespace) -> None:

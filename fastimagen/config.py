@@ -22,8 +22,8 @@ class ScheduleConfig(Section):
 
     name: Literal["cosine", "linear", "squaredcos", "flow"] = "cosine"
     """"cosine" is continuous in time (Nichol and Dhariwal 2021), "linear" has discrete betas (DDPM, MinImagen),
-    "squaredcos" those of the cosine schedule (DeepFloyd IF), "flow" is the straight path of flow matching, alpha = 1 - t
-    and sigma = t (Lipman et al. 2023), continuous in time."""
+    "squaredcos" those of the cosine schedule (DeepFloyd IF), "flow" is the straight path of flow matching, alpha = 1 -
+    t and sigma = t (Lipman et al. 2023), continuous in time."""
     timesteps: int | None = Field(None, ge=2)
     """Timesteps of the discrete schedules, linear and squaredcos; None is continuous time."""
     shift: float = Field(1.0, gt=0)

@@ -52,6 +52,9 @@ def respaced(respacing: str, steps: int, timesteps: int) -> list[int]:
         if count > size:
             raise ValueError(f'respacing "{respacing}" takes {count} steps of a section of {size}')
         stride = (size - 1) / (count - 1) if count > 1 else 1.0
-        taken += [start + round(position * stride) for position in range(count)]
+        position = 0.0  # added up, as in deep-floyd/IF: a product rounds to another step in super40
+        for _ in range(count):
+            taken.append(start + round(position))
+            position += stride
         start += size
     return taken[::-1]

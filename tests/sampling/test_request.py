@@ -167,6 +167,8 @@ def another_value(setting: Setting) -> Any:
         return not setting.default
     if setting.kind is tuple:
         return (0.25, 5.0)
+    if setting.kind is str:
+        return "smart27"  # of respacing
     if setting.default is None:
         return setting.kind(setting.minimum or 1)
     return setting.kind(setting.default / 2)
