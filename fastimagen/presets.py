@@ -16,7 +16,7 @@ from .config import (
     StageConfig,
 )
 from .config_file import hint, validate
-from .network_config import PixelTransformerConfig, UNetConfig
+from .network_config import IFUNetConfig, PixelTransformerConfig, UNetConfig
 from .transformer_presets import jit_1024, jit_b, jit_base256, jit_h, jit_l
 
 MINIMAGEN = dict(
@@ -338,6 +338,54 @@ def jit_unet_1024(text_dim: int = 4096) -> CascadeConfig:
     return CascadeConfig(stages=(jit_base256(jit_l(text_dim)), sr1024))
 
 
+SQUARED_COS = ScheduleConfig(name="squaredcos", timesteps=1000)
+SMALL_ROOT = 0.7071
+"""DeepFloyd IF's second stages divide residual sums by 1 / 0.7071, which is not quite the root of 2."""
+
+
+def if_base(width: int, text_dim: int = 4096) -> IFUNetConfig:
+    """A first stage of DeepFloyd IF. Widths 192, 320, 704: IF-I-M, L and XL, with 372 M, 935 M and 4.3 B parameters."""
+    dims = tuple(width * factor for factor in (1, 2, 3, 4))
+    return IFUNetConfig(kind="if", text_dim=text_dim, dims=dims, num_blocks=3)
+
+
+def if_super(width: int, text_dim: int = 4096) -> IFUNetConfig:
+    """A second stage of DeepFloyd IF. Width 96 and 160: IF-II-M and L with 482 M and 1.2 B parameters."""
+    dims = tuple(width * factor for factor in (1, 2, 4, 6, 8))
+    return IFUNetConfig(
+        kind="if",
+        lowres=True,
+        text_dim=text_dim,
+        dims=dims,
+        num_blocks=(2, 2, 3, 5, 5),
+        attention=(False, False, False, True, True),
+        time_dim=dims[-1],
+        residual_divisor=1 / SMALL_ROOT,
+    )
+
+
+def deepfloyd(base_width: int, super_width: int, text_dim: int = 4096) -> CascadeConfig:
+    """Both stages of DeepFloyd IF to train from scratch; what they become opens in diffusers. The widths of the M and L
+    networks are inferred from their published sizes. Captions need text.encoding "if" and text.max_length 77."""
+    common = dict(schedule=SQUARED_COS, objective=ObjectiveConfig(prediction="epsilon"))
+    base = StageConfig(
+        name="base64",
+        size=64,
+        unet=if_base(base_width, text_dim),
+        sampling=SamplingConfig(guidance=7.0, percentile=0.95, ceiling=1.5),
+        **common,
+    )
+    super_resolution = StageConfig(
+        name="sr256",
+        size=256,
+        unet=if_super(super_width, text_dim),
+        augmentation=AugmentationConfig(schedule=SQUARED_COS, sample_level=0.25, resize="bilinear_corners"),
+        sampling=SamplingConfig(guidance=4.0, percentile=0.95, ceiling=1.0),
+        **common,
+    )
+    return CascadeConfig(stages=(base, super_resolution))
+
+
 PRESETS: dict[str, Callable[..., CascadeConfig]] = {
     "shapes": shapes,
     "minimagen": minimagen,
@@ -350,6 +398,9 @@ PRESETS: dict[str, Callable[..., CascadeConfig]] = {
     "jit-h": partial(jit_256, jit_h),
     "jit-1024": jit_1024,
     "jit-unet-1024": jit_unet_1024,
+    "if-m": partial(deepfloyd, 192, 96),
+    "if-l": partial(deepfloyd, 320, 160),
+    "if-xl": partial(deepfloyd, 704, 160),
 }
 
 

@@ -29,7 +29,7 @@ from fastimagen.presets import PRESETS
 from fastimagen.text.embeddings import TextEmbeddings
 from tests.host_synchronisations import GPU, Generator, recorded
 
-REPEATED = ("jit-l", "jit-h", "jit-unet-1024")
+REPEATED = ("jit-l", "jit-h", "jit-unet-1024", "if-l", "if-xl")
 """Presets whose networks run the same lines as those of others."""
 STAGES = [(preset, stage.name) for preset, make in PRESETS.items() if preset not in REPEATED for stage in make().stages]
 SCHEDULES = {
@@ -50,19 +50,26 @@ INPAINTING = InitImage(
 )
 
 
-def text_on_gpu(width: int | None, lengths: tuple[int, ...] = (3, 9)) -> TextEmbeddings:
+def text_on_gpu(width: int | None, lengths: tuple[int, ...] = (3, 9), max_length: int = 256) -> TextEmbeddings:
     assert width is not None
     text = TextEmbeddings.from_list([torch.zeros(length, width) for length in lengths])
-    return text.to(device=GPU).padded(256)
+    return text.to(device=GPU).padded(max_length)
+
+
+def text_for(stage: Stage) -> TextEmbeddings:
+    """Two captions: DeepFloyd IF reads a fixed number of tokens."""
+    unet = stage.config.unet
+    return text_on_gpu(unet.text_dim) if unet.has_null_text else text_on_gpu(unet.text_dim, (77, 77), 77)
 
 
 def preset_on_gpu(preset: str, name: str) -> tuple[Stage, Network]:
     """A stage and its network with one residual block per level, or two blocks of a transformer, the second with text:
     further ones would take time and run the same lines."""
     config = PRESETS[preset]()
-    stage = Stage(config.stage(name), config.below(name))
+    stage = Stage(config.stage(name), config.below(name), empty_text=text_on_gpu(4096, (77,), 77))
     with GPU:
-        few = {"num_blocks": 0} if stage.config.unet.kind == "unet" else {"depth": 2, "text_from": 1}
+        unet = stage.config.unet
+        few = {"unet": {"num_blocks": 0}, "if": {"num_blocks": 1}}.get(unet.kind, {"depth": 2, "text_from": 1})
         return stage, build_network(stage.config.unet.model_copy(update=few))
 
 
@@ -173,9 +180,9 @@ def test_a_preset_trains_without_synchronisation(preset: str, name: str) -> None
     """The first micro-batch copies the tables of linear schedules, once; later ones, accumulated or not, nothing."""
     stage, unet = preset_on_gpu(preset, name)
     side = stage.config.crop or stage.config.size
-    images, text = torch.empty(2, 3, side, side, device=GPU), text_on_gpu(stage.config.unet.text_dim)
+    images, text = torch.empty(2, 3, side, side, device=GPU), text_for(stage)
     schedules = [stage.config.schedule] + ([stage.config.augmentation.schedule] if stage.config.augmentation else [])
-    linear = sum(schedule.name == "linear" for schedule in schedules)
+    linear = sum(schedule.name in ("linear", "squaredcos") for schedule in schedules)
     draws = draws_on_gpu(stage, images)
     with recorded() as first:
         stage.training_loss(unet, images, text, draws)
@@ -226,7 +233,7 @@ def synchronisations_of_the_loop(stage: Stage, unet: nn.Module, **options: Any) 
             last = len(found)
 
         unet.register_forward_pre_hook(lambda *_: first.append(len(found)))
-        text = text_on_gpu(stage.config.unet.text_dim)
+        text = text_for(stage)
         stage.sample(unet, text, [0, 1], lowres=lowres, callback=callback, **options)
     return found[first[0] : last]
 

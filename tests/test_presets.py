@@ -185,6 +185,21 @@ def test_transformer_cascades_have_tokens_of_one_size_of_patch_and_whole_images(
     assert transformer == pytest.approx(unet, rel=0.05)
 
 
+@pytest.mark.parametrize(
+    ("name", "base", "super_resolution"),
+    [
+        ("if-m", 371_605_830, 482_483_334),
+        ("if-l", 935_365_830, 1_243_277_190),
+        ("if-xl", 4_304_695_110, 1_243_277_190),
+    ],
+)
+def test_deepfloyd_networks_have_the_published_sizes(name: str, base: int, super_resolution: int) -> None:
+    with torch.device("meta"):
+        networks = [build_network(stage.unet) for stage in resolve(name).stages]
+    sizes = [sum(parameter.numel() for parameter in network.parameters()) for network in networks]
+    assert sizes == [base, super_resolution]
+
+
 # ---- names
 
 

@@ -6,6 +6,7 @@ from torch import nn
 
 from .conditioning import TextConditioning, TimeEmbedding
 from .convolution import MatrixWeights
+from .if_unet import EmbeddingMLP, TextVector
 from .layers import Film
 from .network import Network
 from .pixel_transformer import TimeVector
@@ -20,7 +21,7 @@ def muon_parameters(network: Network) -> set[str]:
     act on the time embedding and on the pooled text also stay with Adam: their input is one vector per sample."""
     vector_layers: set[nn.Module] = set()
     for module in network.modules():
-        if isinstance(module, (TimeEmbedding, TimeVector, Film)):
+        if isinstance(module, (TimeEmbedding, TimeVector, Film, EmbeddingMLP, TextVector)):
             vector_layers.update(module.modules())
         elif isinstance(module, TextConditioning):
             vector_layers.update(module.pooled_embedding.modules())

@@ -234,7 +234,10 @@ def test_converted_stages_train_and_sample_like_minimagen(tmp_path: Path) -> Non
         assert stage.sampling.model_dump() == {
             "sampler": "ddpm",
             "steps": 100,
+            "respacing": "even",
+            "variance": "small",
             "guidance": 3.0,
+            "guidance_range": None,
             "threshold": "dynamic",
             "percentile": 0.8,
             "ceiling": None,

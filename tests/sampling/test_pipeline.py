@@ -156,7 +156,7 @@ def test_precomputed_embeddings_give_the_images_of_their_captions(pipe: ImagenPi
             "steps is given for unknown stage super; the cascade has base, sr",
         ),
         (dict(text=1, guidance_scale=3.0), 'unknown sampling setting "guidance_scale"; did you mean "guidance"?'),
-        (dict(text=1, prompt="a"), 'unknown sampling setting "prompt"; valid settings: sampler, steps, guidance'),
+        (dict(text=1, prompt="a"), 'unknown sampling setting "prompt"; valid settings: sampler, steps, respacing'),
         (dict(text=1, steps=0), "sampling of base.steps: Input should be greater than or equal to 1"),
         (dict(text=1, sampler={"sr": "euler"}), "sampling of sr.sampler: Input should be 'ddpm', 'ddim'"),
         (dict(text=1, guidance=-1.0), "sampling of base.guidance"),

@@ -18,7 +18,14 @@ from tests.conftest import ROOT, toy_cascade
 
 STAGES = [(name, stage) for name, preset in PRESETS.items() for stage in preset().stages]
 NOT_MATRICES = ("null_tokens", "null_vector", "null_kv", "query", "qk_scales", "bias", "norm")
-ON_VECTORS = ("time_embedding.", "pooled_embedding.", "embedding_to_film.")
+ON_VECTORS = (
+    "time_embedding.",
+    "pooled_embedding.",
+    "embedding_to_film.",
+    "class_embedding.",
+    "add_embedding.",
+    "time_emb_proj.",
+)
 
 
 @pytest.mark.parametrize(
