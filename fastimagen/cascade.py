@@ -219,7 +219,7 @@ class Stage:
         if text is None or weight is None:
             state = None if text is None else unet.encode_text(text)
             return Denoiser(self._network(unet, state, condition, sampling), self.diffusion, sampling)
-        if negative is None and not unet.config.has_null_text:
+        if negative is None and not self.config.unet.has_null_text:
             negative = self._empty_text(text)[[0] * len(text)]  # B empty captions
         conditional = None
         if guide is not None or sampling.guidance_range is not None:
