@@ -346,10 +346,11 @@ class Cascade(nn.Module):
             raise ValueError(f"start_at {start_at} comes after stop_at {stop_at}")
         enlarges = self.stages[first].config.unet.lowres
         if enlarges and lowres is None:
-            raise ValueError(f"stage {names[first]} enlarges an image: give lowres")
+            raise ValueError(f"stage {names[first]} enlarges an image: give it with lowres (--lowres)")
         if lowres is not None and not enlarges:
             raise ValueError(
-                f"stage {names[first]} starts from noise and takes no lowres: set start_at to a later stage"
+                f"stage {names[first]} starts from noise and takes no lowres: "
+                f"set start_at (--start-at) to a later stage"
             )
         return self.stages[first : last + 1]
 

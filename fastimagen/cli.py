@@ -223,7 +223,12 @@ def _sample_flags(sample: argparse.ArgumentParser) -> None:
     sample.add_argument(
         "--image", type=Path, help="init image, cropped to its central square; with --mask, the image to inpaint"
     )
-    sample.add_argument("--strength", type=float, help="with --image: share of the steps, in (0, 1] (default: 1)")
+    sample.add_argument(
+        "--strength",
+        type=float,
+        help="with --image: share of the steps that run, in (0, 1]; a small one stays close to the image, at 1 nothing "
+        "of it is left (default: layout and main colours stay; with --mask 1)",
+    )
     sample.add_argument("--mask", type=Path, help="inpainting mask of the size of --image, white where to inpaint")
     sample.add_argument("--resamples", type=int, help="with --mask: RePaint's resampling count (default: 5)")
     sample.add_argument("--lowres", type=Path, help="low-resolution image to upscale, with --start-at")

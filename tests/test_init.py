@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,14 @@ import pytest
 from PIL import Image
 
 from fastimagen.cli import main
+from fastimagen.config import StageConfig
 from fastimagen.config_file import config_from_dict, load_config
 from fastimagen.data.packing.folder import pack_folder
 from fastimagen.data.survey import Survey, survey
-from fastimagen.train.proposal import SIZES, Machine, propose, stage_sizes
+from fastimagen.presets import minimagen_test
+from fastimagen.train.activations import Peaks
+from fastimagen.train.plan import Target, plan_stage
+from fastimagen.train.proposal import DEEPSPEED, SIZES, USABLE_SHARE, Machine, micro_batch, propose, stage_sizes
 from fastimagen.train.stage_setup import plan
 from tests.page_checks import WRITTEN_BY_INIT
 
@@ -48,6 +53,11 @@ def seen(**changes: Any) -> Survey:
     return Survey(**figures | changes)
 
 
+def pretend_activations(patch: Any, size: Callable[[StageConfig], int]) -> None:
+    """Have init take size(stage) bytes for the activations of an image, without measuring the large networks."""
+    patch.setattr("fastimagen.train.proposal.measure", lambda stage, *_, **__: Peaks(size(stage), 0))
+
+
 def test_a_folder_its_manifest_and_its_shards_look_alike(tmp_path: Path) -> None:
     folder = write_images(tmp_path / "images", [(40, 20), (20, 20), (30, 60), (80, 80)], grey=True)
     (folder / "alone.jpg").write_bytes((folder / "0.png").read_bytes())
@@ -74,7 +84,7 @@ def test_captions_that_t5_cannot_read_are_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize("machine", [CPU, Machine(1, 11.6, "A"), Machine(6, 24, "B"), Machine(8, 79, "C")], ids=str)
 @pytest.mark.parametrize("size", SIZES)
 def test_every_proposal_is_a_configuration_that_trains(machine: Machine, size: int, monkeypatch: Any) -> None:
-    monkeypatch.setattr("fastimagen.train.proposal.activation_bytes", lambda stage: stage.size * 2**20)
+    pretend_activations(monkeypatch, lambda stage: stage.size * 2**20)
     proposal = propose(seen(), machine, shards="data/mine", run="runs/mine", size=size)
     cascade, _ = plan(config_from_dict(proposal.content))
     assert [stage.size for stage in cascade.stages] == stage_sizes(size)
@@ -90,7 +100,7 @@ def test_every_proposal_is_a_configuration_that_trains(machine: Machine, size: i
 def test_sizes_fit_the_images_and_the_machine(monkeypatch: Any) -> None:
     def final(found: Survey, machine: Machine) -> int:
         with monkeypatch.context() as patch:
-            patch.setattr("fastimagen.train.proposal.activation_bytes", lambda stage: 1)
+            pretend_activations(patch, lambda stage: 1)
             content = propose(found, machine, shards="s", run="r").content
         return content["fastimagen"]["cascade"]["stages"][-1]["size"]
 
@@ -98,7 +108,8 @@ def test_sizes_fit_the_images_and_the_machine(monkeypatch: Any) -> None:
     assert final(seen(shorter_sides=(10, 20, 40, 700)), CPU) == 32
     assert final(seen(shorter_sides=(200,) * 9), Machine(1, 24)) == 128
     assert final(seen(), Machine(1, 24)) == 256
-    small, large = (propose(seen(), Machine(1, gib), shards="s", run="r", size=256) for gib in (10, 80))
+    pretend_activations(monkeypatch, lambda stage: stage.size * 2**20)
+    small, large = (propose(seen(), Machine(1, gib), shards="s", run="r", size=256) for gib in (3, 80))
     batches = [
         [
             stage["deepspeed"]["train_micro_batch_size_per_gpu"]
@@ -107,6 +118,18 @@ def test_sizes_fit_the_images_and_the_machine(monkeypatch: Any) -> None:
         for p in (small, large)
     ]
     assert all(fewer < more for fewer, more in zip(*batches))
+
+
+def test_the_images_at_a_time_fit_by_the_estimate_of_the_dry_run() -> None:
+    stage = minimagen_test(64).stages[0]
+
+    def peak(micro: int) -> int:
+        deepspeed = DEEPSPEED | {"train_micro_batch_size_per_gpu": micro, "train_batch_size": 2 * micro}
+        return plan_stage(stage, deepspeed, 1, Target(1, "cuda")).memory.peak
+
+    usable = USABLE_SHARE * 4 * 2**30
+    micro = micro_batch(stage, 4.0, 1024)
+    assert 1 < micro < 1024 and peak(micro) <= usable < peak(2 * micro)
 
 
 def test_the_command_writes_configuration_and_reasons(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:

@@ -23,6 +23,9 @@ from PIL import Image
 
 from tests.conftest import ROOT
 
+COMMIT = "c0ffee" + 34 * "0"
+"""Of the encoder in the hub's cache: a run and its model name it, because a branch of the hub can change."""
+
 
 def recipe() -> list[list[str]]:
     """The commands of README's section on own images, as words, without the installation."""
@@ -67,6 +70,10 @@ def test_the_recipe_goes_from_a_folder_of_grey_images_to_a_sampled_image(tmp_pat
     assert "40 captions" in printed["embed"]
     image = Image.open(tmp_path / "samples/images/000000.png")
     assert image.size == (64, 64) and image.mode == "L"
+    config, index = (
+        json.loads((tmp_path / file).read_text()) for file in ("runs/mine/config.json", "my_model/model_index.json")
+    )
+    assert config["fastimagen"]["text"]["revision"] == index["text_encoder"]["revision"] == COMMIT
     losses = [json.loads(line) for line in (tmp_path / "runs/mine/metrics.jsonl").read_text().splitlines()]
     assert {record["stage"] for record in losses if "val_loss" in record} == {"base32", "sr64"}
 
@@ -105,11 +112,10 @@ def write_hub_encoder(home: Path, encoder: str, captions: list[str]) -> None:
 
     name, width = T5_NAMES[encoder]
     repository = home / "hub" / f"models--{name.replace('/', '--')}"
-    commit = "c0ffee" + 34 * "0"
-    snapshot = build_tiny_t5(repository / "snapshots" / commit, captions, dim=width, layers=1)
+    snapshot = build_tiny_t5(repository / "snapshots" / COMMIT, captions, dim=width, layers=1)
     (snapshot / "README.md").unlink()
     config = json.loads((snapshot / "config.json").read_text())
     config = {key: value for key, value in config.items() if not key.startswith("fastimagen")}
     (snapshot / "config.json").write_text(json.dumps(config))
     (repository / "refs").mkdir()
-    (repository / "refs/main").write_text(commit)
+    (repository / "refs/main").write_text(COMMIT)

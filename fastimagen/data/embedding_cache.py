@@ -127,7 +127,9 @@ class EmbedReport:
     truncated: int = 0
     """Distinct captions truncated to the encoder's max_length."""
     unknown: int = 0
-    """Distinct captions with unknown tokens."""
+    """Distinct captions with unknown tokens, in the shards that counted them."""
+    uncounted: int = 0
+    """Kept shards of an earlier fastimagen, which did not count unknown tokens."""
     empty: int = 0
     """Samples with an empty caption."""
     tokens: int = 0
@@ -170,7 +172,8 @@ def embed_shards(
             logger.warning("%s: %d of %d captions are empty", shards[index].path, empty, len(captions))
         report.captions += len(keys)
         report.truncated += cache.truncated
-        report.unknown += cache.unknown
+        report.unknown += cache.unknown or 0
+        report.uncounted += cache.unknown is None
         report.empty += empty
         report.tokens += int(cache.offsets[-1])
         if progress:
@@ -241,9 +244,9 @@ class EmbeddingCache:
         return int(self.metadata["truncated"])
 
     @property
-    def unknown(self) -> int:
-        """Distinct captions with tokens that the encoder does not know; 0 in caches that did not count them."""
-        return int(self.metadata.get("unknown", 0))
+    def unknown(self) -> int | None:
+        """Distinct captions with tokens that the encoder does not know; None in caches that did not count them."""
+        return int(self.metadata["unknown"]) if "unknown" in self.metadata else None
 
     def keys(self) -> list[str]:
         """The names of the samples."""

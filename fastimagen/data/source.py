@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..config import CascadeConfig, DataConfig, FastimagenConfig, HeldOutConfig, TextConfig
 from ..text.embeddings import TextEmbeddings
-from ..text.t5 import T5_NAMES, T5Encoder, encoder_identity, is_path, is_random_encoder, text_width
+from ..text.t5 import T5_NAMES, T5Encoder, encoder_identity, hub_commit, is_path, is_random_encoder, text_width
 from ..text.tiny_t5 import build_tiny_t5
 from ..words import counted
 from .embedding_cache import EmbedReport, cache_path, captions_hash, embed_shards, open_cache, write_cache
@@ -292,7 +292,7 @@ def embed_all(config: FastimagenConfig, *, say: Say, rank: int = 0, world_size: 
     say(
         f"embedding cache: {counted(report.written, 'shard')} written, {report.kept} kept, "
         f"{counted(report.captions, 'caption')}, "
-        f"{report.truncated} truncated to {text.max_length} tokens, {report.unknown} with unknown tokens"
+        f"{report.truncated} truncated to {text.max_length} tokens, {_unknown_tokens(report)}"
     )
     return report
 
@@ -324,6 +324,17 @@ def _identity(text: TextConfig) -> dict[str, str]:
     return encoder_identity(text.encoder, revision=text.revision, max_length=text.max_length, encoding=text.encoding)
 
 
+def _unknown_tokens(report: EmbedReport) -> str:
+    """How many captions have unknown tokens, where that was counted."""
+    if not report.uncounted:
+        return f"{report.unknown} with unknown tokens"
+    known = "" if report.uncounted == report.written + report.kept else f"{report.unknown} with unknown tokens, and "
+    return (
+        f"{known}an unknown number in {counted(report.uncounted, 'shard')}, which an earlier fastimagen embedded: remove their "
+        f"caches and rerun the command to count them"
+    )
+
+
 def prepare_shapes(config: FastimagenConfig, *, say: Say) -> None:
     """Render the built-in shapes and build their text encoder, if the configuration asks for them and they are missing.
 
@@ -344,6 +355,17 @@ def prepare_shapes(config: FastimagenConfig, *, say: Say) -> None:
         say(f"{encoder}: building the built-in text encoder (random weights, for the shapes only)")
         captions = [caption for shard in open_shards(config.data.shards) for caption in shard.captions()]
         build_tiny_t5(encoder, captions, dim=TINY_T5_WIDTH)
+
+
+def pin_encoder(config: FastimagenConfig) -> FastimagenConfig:
+    """The same with the commit of a text encoder on the hub as its revision: what it names cannot change.
+
+    Raises ValueError and ImportError as `encoder_identity` does.
+    """
+    commit = hub_commit(config.text.encoder, config.text.revision) if uses_text(config) else None
+    if commit is None:
+        return config
+    return config.model_copy(update={"text": config.text.model_copy(update={"revision": commit})})
 
 
 def is_embedded(config: FastimagenConfig) -> bool:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..diffusion.inpainting import default_strength
 from ..sampling.pipeline import ImagenPipeline
 from ..sampling.settings import Setting, sampling_settings
 from ..text.t5 import is_random_encoder
@@ -167,19 +169,23 @@ def _inputs(pipe: ImagenPipeline) -> tuple[list[gr.components.Component], gr.But
         seed = gr.Number(label="First seed", value=0, precision=0, minimum=0, maximum=MAX_SEED, scale=2)
     draw = gr.Button("Draw", variant="primary", elem_id="draw")
     negative = gr.Textbox(label="Negative caption (optional)", lines=1, max_lines=1, max_length=MAX_CHARACTERS)
+    strength_value = max(0.05, round(20 * _default_strength(pipe)) / 20)
     with gr.Accordion("Start from an image, or fill a part of it in", open=False, elem_id="init"):
         with gr.Row():
             image = _upload("Init image", "init-image")
             mask = _upload("Mask: white is drawn anew, black is kept", "mask")
         strength = gr.Slider(
             label="Strength",
-            info="Share of the steps that run: a small one stays close to the init image.",
-            value=1.0,
+            info=f"Share of the steps that run. Near {strength_value:g} layout and main colours of the image stay; "
+            f"less keeps more of it, and at 1 nothing of it is left, except what a mask keeps.",
+            value=strength_value,
             minimum=0.05,
             maximum=1,
             step=0.05,
             buttons=[],
         )
+        for event, value in ((mask.upload, 1.0), (mask.clear, strength_value)):
+            event(partial(float, value), None, [strength], api_visibility="private", show_progress="hidden")
         resamples = gr.Slider(
             label="Resampling",
             info="With a mask: how often each part is sampled, so that it fits what is kept.",
@@ -194,6 +200,12 @@ def _inputs(pipe: ImagenPipeline) -> tuple[list[gr.components.Component], gr.But
         with gr.Accordion(f"Stage {stage}", open=False):
             controls += [control(setting, getattr(config, setting.name)) for setting in sampling_settings()]
     return [captions, negative, seed, count, image, mask, strength, resamples, *controls], draw
+
+
+def _default_strength(pipe: ImagenPipeline) -> float:
+    """The strength for an init image, which is where the first stage starts."""
+    first = pipe.cascade.stages[0]
+    return default_strength(first.diffusion.schedule, first.config.sampling.steps)
 
 
 def _upload(label: str, elem_id: str) -> gr.Image:

@@ -15,6 +15,11 @@ from ..images import resize
 from .samplers import Callback, Denoise, Noise, Update, take_step
 from .schedule import Schedule
 
+DEFAULT_NOISE = 2.0
+"""Noise level sigma / alpha where sampling from an image starts by default: its layout and main colours remain, its
+details do not. The strength that leads there depends on the noise schedule: 0.7 for the cosine, less for a shifted
+one."""
+
 
 @dataclass(frozen=True)
 class InitImage:
@@ -27,9 +32,10 @@ class InitImage:
     """(B, C, H, H) floating point in [-1, 1]."""
     mask: Tensor | None = None
     """(B, 1, H, H) bool, true where to sample and false in the known region; None samples everywhere."""
-    strength: float = 1.0
+    strength: float | None = None
     """Share of the sampling steps that run, in (0, 1]; SDEdit's t_0 (Meng et al. 2022, section 3). At 1 sampling starts
-    from pure noise."""
+    from pure noise: without a mask nothing of the image is left. None is 1 with a mask, and otherwise the
+    `default_strength` of the stage."""
     num_resamples: int = 5
     """With a mask: how often each interval is sampled, so that the sampled and the known region agree (Lugmayr et al.
     2022, section 4.2)."""
@@ -38,16 +44,19 @@ class InitImage:
     DPM-Solver++ an interval of 5 leaves several of them."""
 
     def __post_init__(self) -> None:
+        if self.strength is None and self.mask is not None:
+            object.__setattr__(self, "strength", 1.0)  # the class is frozen
         shape = tuple(self.image.shape)
         if len(shape) != 4 or shape[2] != shape[3] or not self.image.is_floating_point():
             raise ValueError(f"the init image must be square and floating point (B, C, H, H), got {shape}")
         if not bool((self.image.abs() <= 1).all()):
             raise ValueError("the init image must lie in [-1, 1]")
-        if not 0 < self.strength <= 1:
+        if self.strength is not None and not 0 < self.strength <= 1:
             raise ValueError(f"strength must lie in (0, 1], got {self.strength}")
         if min(self.num_resamples, self.jump_length) < 1:
             raise ValueError(
-                f"num_resamples and jump_length must be at least 1, got {self.num_resamples} and {self.jump_length}"
+                f"num_resamples (--resamples) and jump_length must be at least 1, "
+                f"got {self.num_resamples} and {self.jump_length}"
             )
         if self.mask is not None:
             expected = (shape[0], 1, *shape[2:])
@@ -62,9 +71,9 @@ class InitImage:
     def __len__(self) -> int:
         return len(self.image)
 
-    def settings(self) -> dict[str, float | int | bool]:
-        """What samples.json records."""
-        record: dict[str, float | int | bool] = {"mask": self.mask is not None, "strength": self.strength}
+    def settings(self) -> dict[str, float | int | bool | None]:
+        """What samples.json records. A strength of None is the default."""
+        record: dict[str, float | int | bool | None] = {"mask": self.mask is not None, "strength": self.strength}
         if self.mask is not None:
             record |= {"num_resamples": self.num_resamples, "jump_length": self.jump_length}
         return record
@@ -91,13 +100,20 @@ class InitImage:
         """`denoise` with the known region copied into every x0."""
         return denoise if self.mask is None else KnownRegionDenoiser(denoise, self.image, self.mask)
 
-    def intervals(self, steps: int) -> Iterator[tuple[int, int]]:
+    def intervals(self, steps: int, schedule: Schedule) -> Iterator[tuple[int, int]]:
         """(first, last) step of every interval to sample, in order. A repeated interval starts with added noise."""
-        first = steps - max(1, round(self.strength * steps))
+        strength = default_strength(schedule, steps) if self.strength is None else self.strength
+        first = steps - max(1, round(strength * steps))
         length, times = (self.jump_length, self.num_resamples) if self.mask is not None else (steps, 1)
         for start in range(first, steps, length):
             for _ in range(times):
                 yield start, min(start + length, steps)
+
+
+def default_strength(schedule: Schedule, steps: int) -> float:
+    """The strength with which sampling starts at DEFAULT_NOISE, or at the step below it."""
+    alpha, sigma = schedule.alpha_sigma(schedule.sampling_times(steps)[:-1])  # (steps,), falling noise
+    return max(1, int((sigma <= DEFAULT_NOISE * alpha).sum())) / steps
 
 
 class KnownRegionDenoiser:
@@ -136,7 +152,7 @@ def sample_from_image(
     image, mask = init_image.image, init_image.mask
     draws = count()
     x, x_step = image, -1  # x is at times[x_step] from the first interval on
-    for first, last in init_image.intervals(len(times) - 1):
+    for first, last in init_image.intervals(len(times) - 1, schedule):
         if x_step < 0:
             x = add_noise(image, times[first], noise(-1), schedule)
             if first == 0:  # full strength: no trace of the image where there is something to sample

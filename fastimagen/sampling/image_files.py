@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -31,8 +30,8 @@ def read_init_image(
             )
         mask = center_square(mask)
     image = cropped_with_notice(image, path)
-    chosen: dict[str, Any] = {"strength": strength, "num_resamples": resamples}
-    return InitImage(image, mask, **{name: value for name, value in chosen.items() if value is not None})
+    chosen = {} if resamples is None else {"num_resamples": resamples}
+    return InitImage(image, mask, strength, **chosen)
 
 
 def read_square_image(path: Path) -> Tensor:

@@ -86,6 +86,14 @@ def is_random_encoder(name_or_path: str | Path) -> bool:
     return readme.is_file() and RANDOM_WEIGHTS_README in readme.read_text(encoding="utf-8", errors="replace")
 
 
+def hub_commit(name_or_path: str | Path, revision: str | None = None) -> str | None:
+    """The commit on the hub, or in its cache, that a branch, a tag or None, the main branch, is at; None for a folder.
+
+    Raises as `encoder_identity` does.
+    """
+    return _locate(name_or_path, revision)[2]
+
+
 def encoder_identity(
     name_or_path: str | Path, *, revision: str | None = None, max_length: int = 256, encoding: Encoding = "words"
 ) -> dict[str, str]:

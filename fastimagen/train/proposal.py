@@ -7,23 +7,29 @@ from typing import Any
 
 import torch
 
-from .. import ops
 from ..config import AugmentationConfig, ObjectiveConfig, SamplingConfig, StageConfig
 from ..data.survey import Survey
 from ..network_config import UNetConfig
 from ..networks.build import build_network
 from ..presets import shapes
+from ..text.embeddings import LENGTH_MULTIPLE
 from ..text.t5 import text_width
-from .flops import example_inputs
+from .activations import Peaks, measure
+from .memory import process_memory
 
 SIZES = (32, 64, 128, 256, 512, 1024)
 """Final sizes; `stage_sizes` has the stages of each."""
 
-BYTES_PER_PARAMETER = 30
-"""fp32 weights, gradients, two Adam moments and three averages (28 bytes), and a copy of the weights in bf16."""
+DEEPSPEED: dict[str, Any] = {
+    "optimizer": {"type": "AdamW"},
+    "bf16": {"enabled": True},
+    "zero_optimization": {"stage": 1},
+    "gradient_accumulation_steps": 2,
+}
+"""What the memory of a process depends on, as `_content` sets it; with accumulation, which needs the most."""
 
 USABLE_SHARE = 0.7
-"""Of a GPU's memory: the rest is for the allocator, cuDNN's workspaces and validation."""
+"""Of a GPU's memory: the rest is for CUDA's context, fragmentation, cuDNN's workspaces and validation."""
 
 LARGE_GPU_GIB = 20
 """From here on the larger networks, those of launch/configs/own_images.json."""
@@ -116,38 +122,17 @@ def stage_sizes(final: int) -> list[int]:
 
 
 def micro_batch(stage: StageConfig, gib: float, most: int) -> int:
-    """The largest divisor of `most` images that fits a GPU of `gib` GiB by estimate; at least 1."""
+    """The largest divisor of `most` images that fits a GPU of `gib` GiB, by the dry run's estimate; at least 1."""
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in build_network(stage.unet).parameters())
-    free = USABLE_SHARE * gib * 2**30 - BYTES_PER_PARAMETER * parameters
-    each = activation_bytes(stage)
-    return max(micro for micro in range(1, most + 1) if most % micro == 0 and (micro == 1 or micro * each <= free))
+    one = measure(stage, 1, torch.bfloat16, tokens=LENGTH_MULTIPLE, gpu=True).activations
 
+    def fits(micro: int) -> bool:
+        peaks = Peaks(micro * one, micro * one + 2 * parameters)  # gradients in bf16
+        peak = process_memory(DEEPSPEED, parameters, 0, peaks, processes=1, gpu=True).peak
+        return peak <= USABLE_SHARE * gib * 2**30
 
-def activation_bytes(stage: StageConfig, tokens: int = 64) -> int:
-    """Bytes in bf16 that a training step of one image saves for its backward pass, from PyTorch's reference ops.
-
-    An upper bound: the fused attention does not save its scores.
-    """
-    saved: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if not isinstance(tensor, torch.nn.Parameter):
-            saved[id(tensor.untyped_storage())] = tensor.numel()
-            kept.append(tensor)  # or another tensor could get its id
-        return tensor
-
-    kept: list[torch.Tensor] = []
-    backend = ops.backend()
-    ops.set_backend("torch")
-    try:
-        with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            unet = build_network(stage.unet)
-            x, arguments = example_inputs(stage.unet, 1, stage.crop or stage.size, tokens)
-            unet(x, **arguments)
-    finally:
-        ops.set_backend(backend)
-    return 2 * sum(saved.values())
+    return max(micro for micro in range(1, most + 1) if most % micro == 0 and (micro == 1 or fits(micro)))
 
 
 def _final_size(found: Survey, machine: Machine, size: int | None, reasons: list[tuple[str, str]]) -> int:

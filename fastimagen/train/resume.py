@@ -8,6 +8,7 @@ fields of its StageConfig at the top level, then data, text and train.
 from __future__ import annotations
 
 import json
+import re
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,8 @@ RULES = {
 }
 """By key or section; the longest that fits counts. DeepSpeed's other keys act: it reads them anew at every start."""
 
+COMMIT = re.compile("[0-9a-f]{40}")
+
 OWN_SECTIONS = {*StageConfig.model_fields, "data", "text", "train"}
 """First parts of the keys that are not DeepSpeed's."""
 
@@ -160,6 +163,9 @@ def check_trained(where: Path, stage: str, saved: dict[str, Any], now: dict[str,
 def differences(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
     """A text such as "0.1 -> 0.2" for each key whose values differ."""
     keys = [*now, *(key for key in saved if key not in now)]
+    # An earlier fastimagen did not record the commit, and nobody looks it up when nothing is left to train.
+    if not all(COMMIT.fullmatch(settings.get("text.revision") or "") for settings in (saved, now)):
+        keys = [key for key in keys if key != "text.revision"]
     return {
         key: f"{_show(saved, key)} -> {_show(now, key)}"
         for key in keys

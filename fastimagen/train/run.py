@@ -13,7 +13,7 @@ from typing import Any
 from ..cascade import Stage
 from ..config import Config, StageConfig, StageTrainConfig
 from ..data.shards import Shard
-from ..data.source import Split, count_training_samples, open_data, uses_text
+from ..data.source import Split, count_training_samples, open_data, pin_encoder, uses_text
 from ..words import counted
 from . import checkpoint
 from .deepspeed_config import json_like, resolve_deepspeed, total_batch_size
@@ -126,6 +126,8 @@ class Run:
                 states[config.name] = state
                 self.done[config.name] = state["step"], state["samples"]
                 self.unfinished[config.name] = state["unfinished"]
+        if states:
+            self.pin_text_encoder()
         notices = {
             config.name: self._check_resuming(config, states[config.name]) if config.name in states else []
             for config in self.stages
@@ -140,6 +142,21 @@ class Run:
                 now = without_deepspeed(self.resume_settings(config, {}, None))
                 notices[first] += check_trained(newest, config.name, saved, now, step=state["step"])
         return notices
+
+    def pin_text_encoder(self) -> None:
+        """Let the settings name the commit of a text encoder on the hub, unless nothing is left to train with it."""
+        if not all(map(self.is_trained, self.stages)):
+            self.config = self.config.model_copy(update={"fastimagen": pin_encoder(self.config.fastimagen)})
+
+    def left_to_train(self) -> list[str]:
+        """The stages, besides those of this run, whose checkpoints have not reached their last step."""
+        left = []
+        for config in self._others():
+            newest = checkpoint.newest(self.checkpoints(config))
+            done = checkpoint.read_state(newest)["step"] if newest else 0
+            if done < self.steps(config, self.where.processes):
+                left.append(config.name)
+        return left
 
     def is_trained(self, config: StageConfig) -> bool:
         """Whether nothing of a stage is left to do."""

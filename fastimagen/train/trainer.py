@@ -96,6 +96,7 @@ class Trainer:
         self.token = agree_on_run_directory(self.run_dir)
         on_first_rank(self._prepare_shapes)
         notices = self.run.check_run(self._agree_on_checkpoint)
+        self.run.pin_text_encoder()
         on_first_rank(self.run.write_config)
         for config in self.stages:
             self._print(*notices.pop(config.name))
@@ -358,7 +359,11 @@ class Trainer:
         run, model = shlex.quote(str(self.run_dir)), shlex.quote(f"models/{self.run_dir.resolve().name}")
         self._print(f"sample grids: {self.run_dir / 'samples'}")
         self._print(f"draw its curves: fastimagen plot {run}")
-        self._print(f"export the model: fastimagen export --run {run} --out {model}")
+        left = self.run.left_to_train()
+        if left:
+            self._print(f"still to train: {', '.join(left)} (--stage {left[0]}, or --stage all)")
+        what = "what is trained so far" if left else "the model"
+        self._print(f"export {what}: fastimagen export --run {run} --out {model}")
 
     def _print(self, *lines: str) -> None:
         if self.rank == 0:

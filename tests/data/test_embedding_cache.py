@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from fastimagen.data.embedding_cache import (
+    EmbeddingCache,
     EmbedReport,
     cache_path,
     captions_hash,
@@ -222,6 +223,18 @@ def test_captions_with_unknown_tokens_are_counted_once_each_also_in_kept_shards(
     shards[2].texts[0] = "?"
     reports = [embed_shards(shards, encoder, cache_dir=None, batch_size=3) for _ in range(2)]
     assert [(report.kept, report.unknown) for report in reports] == [(0, 2), (5, 2)]
+
+
+def test_caches_that_did_not_count_unknown_tokens_say_so(tmp_path):
+    shards = shards_in(tmp_path)
+    shards[0].texts[:2] = ["? house", "? home"]
+    embed_shards(shards, StubEncoder(), cache_dir=None, batch_size=3)
+    for name in ("00001", "00003"):  # as an earlier version wrote them
+        path = tmp_path / f"{name}.org--stub.safetensors"
+        metadata = {key: value for key, value in EmbeddingCache(path).metadata.items() if key != "unknown"}
+        save_file(load_file(path), path, metadata)
+    report = embed_shards(shards, StubEncoder(), cache_dir=None, batch_size=3)
+    assert (report.kept, report.unknown, report.uncounted) == (5, 2, 2)
 
 
 def test_embedding_resumes_and_replaces_only_what_changed(tmp_path, caplog):

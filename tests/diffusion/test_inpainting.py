@@ -13,7 +13,7 @@ from fastimagen.cli import main
 from fastimagen.config import ScheduleConfig
 from fastimagen.diffusion.inpainting import InitImage, sample_from_image
 from fastimagen.diffusion.samplers import SAMPLERS
-from fastimagen.diffusion.schedule import make_schedule
+from fastimagen.diffusion.schedule import Cosine, make_schedule
 from fastimagen.images import save_image
 from fastimagen.sampling.output import Output
 from fastimagen.sampling.pipeline import ImagenPipeline
@@ -51,7 +51,9 @@ def left_half(size: int, batch: int = 2) -> Tensor:
 @pytest.mark.parametrize("sampler", sorted(SAMPLERS))
 def test_full_strength_is_sampling_from_pure_noise(sampler: str, pipe: ImagenPipeline, text: TextEmbeddings) -> None:
     plain = pipe(text=text, sampler=sampler, steps=4).images
-    assert torch.equal(pipe(text=text, sampler=sampler, steps=4, init_image=InitImage(image(16))).images, plain)
+    assert torch.equal(
+        pipe(text=text, sampler=sampler, steps=4, init_image=InitImage(image(16), strength=1.0)).images, plain
+    )
 
 
 def test_less_strength_stays_closer_to_the_image(pipe: ImagenPipeline, text: TextEmbeddings) -> None:
@@ -86,6 +88,28 @@ def test_sampling_starts_at_the_noise_level_of_the_strength() -> None:
     alpha, _ = SCHEDULE.alpha_sigma(times[7])
     assert [time for time, _ in seen] == times[7:10].tolist()
     torch.testing.assert_close(seen[0][1], init_image.image * alpha.item(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("shift", [0.5, 1.0, 4.0])
+def test_by_default_the_image_shows_whatever_the_noise_schedule(shift: float) -> None:
+    """The first input has noise at most twice as strong as the image, and about as strong as that."""
+    schedule, seen = Cosine(shift), []
+
+    def denoise(x: Tensor, time: Tensor) -> Tensor:
+        seen.append(time)
+        return x
+
+    sample_from_image(
+        SAMPLERS["ddim"],
+        denoise,
+        InitImage(image(4, batch=1)),
+        schedule.sampling_times(50),
+        schedule=schedule,
+        noise=lambda step: torch.zeros(1, 3, 4, 4),
+    )
+    alpha, sigma = schedule.alpha_sigma(seen[0])
+    assert 1.7 < (sigma / alpha).item() <= 2.0
+    assert InitImage(image(16), left_half(16)).strength == 1.0  # nothing of what the mask covers
 
 
 # ---- inpainting
@@ -208,7 +232,7 @@ def test_images_do_not_depend_on_the_batch_size(pipe: ImagenPipeline, text: Text
         (dict(mask=left_half(16, 1)), "the inpainting mask of an image"),
         (dict(mask=torch.zeros(1, 1, 8, 8)), "must be bool"),
         (dict(mask=torch.zeros(1, 1, 8, 8, dtype=torch.bool)), "is empty"),
-        (dict(num_resamples=0), "num_resamples and jump_length must be at least 1"),
+        (dict(num_resamples=0), r"num_resamples \(--resamples\) and jump_length must be at least 1"),
     ],
 )
 def test_wrong_init_images_are_refused(arguments: dict, message: str) -> None:
@@ -222,7 +246,7 @@ def test_wrong_init_images_are_refused(arguments: dict, message: str) -> None:
         (dict(start_at="top"), 'start_at is the unknown stage "top"; the cascade has base, sr'),
         (dict(stop_at="top"), 'stop_at is the unknown stage "top"'),
         (dict(start_at="sr", stop_at="base", lowres=image(8)), "start_at sr comes after stop_at base"),
-        (dict(start_at="sr"), "stage sr enlarges an image: give lowres"),
+        (dict(start_at="sr"), r"stage sr enlarges an image: give it with lowres \(--lowres\)"),
         (dict(lowres=image(8)), "stage base starts from noise and takes no lowres"),
         (dict(lowres=image(8, batch=3), start_at="sr"), "3 lowres images for 2 images"),
         (dict(lowres=image(8) * 3, start_at="sr"), r"lowres must lie in \[-1, 1\]"),

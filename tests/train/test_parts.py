@@ -348,7 +348,8 @@ def test_a_run_ends_with_the_commands_that_come_next(runs: Path) -> None:
     run = runs / "live"
     assert (
         f"sample grids: {run}/samples\ndraw its curves: fastimagen plot {run}\n"
-        f"export the model: fastimagen export --run {run} --out models/live\n"
+        f"still to train: sr (--stage sr, or --stage all)\n"
+        f"export what is trained so far: fastimagen export --run {run} --out models/live\n"
     ) in (runs / "output").read_text()
 
 

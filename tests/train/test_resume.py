@@ -263,3 +263,12 @@ def test_warm_up_and_decay_are_straight_lines() -> None:
 
 def test_without_a_scheduler_the_rate_is_that_of_the_optimizer() -> None:
     assert set_learning_rate(SimpleNamespace(lr_scheduler=None, get_lr=lambda: [0.25, 0.5]), 3) == 0.25
+
+
+def test_a_text_encoder_at_another_commit_is_refused_unless_the_commit_was_not_recorded() -> None:
+    first, second = ("a" * 40, "b" * 40)
+    now = {"text.encoder": "t5-small", "text.revision": second}
+    for saved in (None, "main"):  # of an earlier fastimagen
+        assert check_resuming(WHERE, "sr", now | {"text.revision": saved}, now, step=500, samples=4000) == []
+    with pytest.raises(ValueError, match=r"text.revision .* \(the network has learned the other text embeddings\)"):
+        check_resuming(WHERE, "sr", now | {"text.revision": first}, now, step=500, samples=4000)

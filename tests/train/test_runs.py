@@ -172,6 +172,7 @@ def test_two_ranks_of_the_deepspeed_launcher_stop_when_it_dies(
     output = finish(start(config, run, "--stage", "base", "--set", steps))
     assert f"resuming from step {state['step']}" in output
     assert list(run.glob(f"checkpoints/base/step-{state['step'] + 1:08d}"))
+    assert "still to train: sr (--stage sr, or --stage all)\nexport what is trained so far: " in output
 
 
 def test_a_second_writer_is_refused(toy_config: dict, write_config: Callable, tmp_path: Path) -> None:
