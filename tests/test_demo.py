@@ -558,6 +558,55 @@ def test_on_a_phone_the_images_come_into_view_and_stop_keeps_them(browser: Any, 
     assert page.complaints == []
 
 
+def test_a_visitor_logs_in_with_the_right_password_only(
+    browser: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import gradio as gr
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    serving, leave = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        serving.set()
+        leave.wait()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastimagen.demo.server.threading", SimpleNamespace(Event=lambda: SimpleNamespace(wait=wait)))
+    monkeypatch.setattr("signal.signal", lambda *arguments: None)  # only the main thread may
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")
+    pipe = ImagenPipeline.from_pretrained(model)
+    server = threading.Thread(target=serve, args=(pipe,), kwargs={"port": port, "auth": "me:a:word"})
+    server.start()
+    try:
+        assert serving.wait(timeout=60)
+        url = f"http://127.0.0.1:{port}/"
+        assert status_of(url, "config") == 401, "what the page consists of is for those who have logged in"
+        tab = browser.new_context(viewport={"width": 390, "height": 664}).new_page()
+        asked: list[str] = []
+        tab.on("request", lambda request: asked.append(request.url))
+        tab.goto(url)
+
+        def log_in(password: str) -> None:
+            tab.get_by_label("username").fill("me")
+            tab.get_by_label("password").fill(password)
+            tab.get_by_role("button", name="Login").click()
+
+        tab.get_by_label("username").wait_for()
+        log_in("a")
+        tab.get_by_text("Incorrect Credentials").wait_for()
+        assert tab.locator("#draw").count() == 0
+        log_in("a:word")
+        tab.wait_for_selector(READY)
+        assert tab.locator("#draw").count() == 1
+        assert [address for address in asked if is_foreign(address, url)] == []
+    finally:
+        leave.set()
+        server.join(timeout=60)
+        gr.close_all()
+
+
 # ---- the end of the server
 
 
