@@ -15,7 +15,7 @@ from .config_file import validate
 from .config_rules import check_sampling
 from .diffusion.draws import Draws, draw
 from .diffusion.guidance import Denoiser, NetworkCall
-from .diffusion.inpainting import InitImage, sample_from_image
+from .diffusion.inpainting import InitImage, default_strength, sample_from_image
 from .diffusion.process import Diffusion
 from .diffusion.samplers import SAMPLERS
 from .diffusion.schedule import make_schedule, sampling_times
@@ -115,6 +115,10 @@ class Stage:
         low, high = self._augmentation_config.train_range
         level = low + (high - low) * draws.level  # (B,)
         return self.lowres_condition(self.shrink(images), level, draws.lowres_noise)
+
+    def default_strength(self) -> float:
+        """The strength of an init image without a mask, if it gives none, for the stage's own number of steps."""
+        return default_strength(self.diffusion.schedule, self.config.sampling.steps)
 
     def noise_levels(self, draws: Draws) -> Tensor:
         """The noise levels (B,) in [0, 1] that `training_loss` makes of `draws`: sigma where alpha^2 + sigma^2 = 1."""

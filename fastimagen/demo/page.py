@@ -9,7 +9,6 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..diffusion.inpainting import default_strength
 from ..sampling.pipeline import ImagenPipeline
 from ..sampling.settings import Setting, sampling_settings
 from ..text.t5 import is_random_encoder
@@ -169,7 +168,7 @@ def _inputs(pipe: ImagenPipeline) -> tuple[list[gr.components.Component], gr.But
         seed = gr.Number(label="First seed", value=0, precision=0, minimum=0, maximum=MAX_SEED, scale=2)
     draw = gr.Button("Draw", variant="primary", elem_id="draw")
     negative = gr.Textbox(label="Negative caption (optional)", lines=1, max_lines=1, max_length=MAX_CHARACTERS)
-    strength_value = max(0.05, round(20 * _default_strength(pipe)) / 20)
+    strength_value = max(0.05, round(20 * pipe.cascade.stages[0].default_strength()) / 20)
     with gr.Accordion("Start from an image, or fill a part of it in", open=False, elem_id="init"):
         with gr.Row():
             image = _upload("Init image", "init-image")
@@ -200,12 +199,6 @@ def _inputs(pipe: ImagenPipeline) -> tuple[list[gr.components.Component], gr.But
         with gr.Accordion(f"Stage {stage}", open=False):
             controls += [control(setting, getattr(config, setting.name)) for setting in sampling_settings()]
     return [captions, negative, seed, count, image, mask, strength, resamples, *controls], draw
-
-
-def _default_strength(pipe: ImagenPipeline) -> float:
-    """The strength for an init image, which is where the first stage starts."""
-    first = pipe.cascade.stages[0]
-    return default_strength(first.diffusion.schedule, first.config.sampling.steps)
 
 
 def _upload(label: str, elem_id: str) -> gr.Image:
