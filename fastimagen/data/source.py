@@ -330,8 +330,8 @@ def _unknown_tokens(report: EmbedReport) -> str:
         return f"{report.unknown} with unknown tokens"
     known = "" if report.uncounted == report.written + report.kept else f"{report.unknown} with unknown tokens, and "
     return (
-        f"{known}an unknown number in {counted(report.uncounted, 'shard')}, which an earlier fastimagen embedded: remove their "
-        f"caches and rerun the command to count them"
+        f"{known}an unknown number in {counted(report.uncounted, 'shard')}, which an earlier fastimagen embedded: "
+        f"remove their caches and rerun the command to count them"
     )
 
 
