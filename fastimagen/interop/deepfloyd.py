@@ -245,6 +245,11 @@ def _pipeline_files(stage: StageConfig) -> dict[str, dict[str, Any]]:
     """The JSON files of a stage's pipeline, by path."""
     unet = stage.unet
     assert isinstance(unet, IFUNetConfig)
+    if not unet.learned_variance:
+        raise ValueError(
+            f'stage "{stage.name}": diffusers\' pipelines of IF split the output into prediction and variance, '
+            f"but unet.learned_variance is false"
+        )
     absent: list[None] = [None, None]
     index: dict[str, Any] = {
         "_class_name": PIPELINES[unet.lowres],

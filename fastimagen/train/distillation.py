@@ -30,7 +30,7 @@ from ..sampling.model_directory import load_weights, read_cascade, read_shapes
 from ..text.embeddings import TextEmbeddings
 from ..text.t5 import T5_NAMES, encoder_identity
 
-FIRST_SUBSTEPS = 4  # of consistency distillation: fixed at 16 from the start was worse than doubling up to it
+FIRST_SUBSTEPS = 4  # of consistency distillation, which doubles them in the training, as in its paper
 STUDENT_STEPS, ENLARGING_STEPS = 4, 2
 """Steps of a student by default; its low-resolution input decides nearly all of a super-resolution stage's image."""
 
@@ -90,6 +90,8 @@ def check_distillation(cascade: CascadeConfig, distill: DistillConfig) -> None:
                 f'{label} must be sampled as it is trained: set sampling.sampler to "ddim" and sampling.guidance to 1, '
                 f"or let `fastimagen distill` write the configuration"
             )
+        if not other.unet.has_null_text:
+            raise ValueError(f'{label}: a network of kind "{other.unet.kind}" cannot be distilled yet')
         for name in ("size", "schedule", "augmentation"):
             if getattr(stage, name) != getattr(other, name):
                 raise ValueError(f"{label} differs from that of {distill.model} in {name}")

@@ -16,6 +16,7 @@ from ..config_file import load_config, validate
 from ..files import require_empty
 from ..presets import resolve
 from ..sampling.model_directory import write_model
+from ..text.t5 import is_path
 from .checkpoint import best, checkpoints, damage, read_average, read_state
 from .model_card import StageFacts, model_card
 from .power_average import MAX_SIGMA_REL
@@ -182,6 +183,10 @@ def _text_encoder(config: Config) -> tuple[dict[str, Any], Path | None]:
     text = config.fastimagen.text
     folder = Path(text.encoder)
     included = folder.is_dir()
+    if not included and is_path(text.encoder):
+        raise ValueError(
+            f"there is no folder {text.encoder} (text.encoder of the run): export from the folder that training ran in"
+        )
     reference = {
         "name": "text_encoder" if included else text.encoder,
         "revision": text.revision,

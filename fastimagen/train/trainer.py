@@ -128,6 +128,7 @@ class Trainer:
         saver = CheckpointWriter(
             self.run.checkpoints(config), self.token, keep=settings.keep_checkpoints, keep_every=settings.keep_every
         )
+        on_first_rank(lambda: snapshots.remove_later(self.run.checkpoints(config), start_step))
         unfinished = self.run.unfinished.get(config.name, [])
         on_first_rank(lambda: metrics.drop_later_records(keep_validation="validation" not in unfinished))
         validator = self._validator(stage, objective_at, metrics, stop)
@@ -256,15 +257,13 @@ class Trainer:
         )
 
     def _agree_on_checkpoint(self, config: StageConfig) -> tuple[Path | None, dict[str, Any] | None]:
-        """The intact checkpoint to resume from and its state, the same on all ranks, after removing what is incomplete
-        or later."""
+        """The intact checkpoint to resume from and its state, the same on all ranks. Removes what is incomplete."""
         folder = self.run.checkpoints(config)
         on_first_rank(lambda: snapshots.clean(folder))
         newest, damaged = agree_on_checkpoint(folder)
         for line in damaged:
             self._print(f"{config.name}: {line}")
         state = decide_on_first_rank(lambda: checkpoint.read_state(newest) if newest else None)
-        on_first_rank(lambda: snapshots.remove_later(folder, state["step"] if state else 0))
         return newest, state
 
     def _state(

@@ -369,6 +369,15 @@ def test_export_takes_the_newest_ema_weights_and_the_text_encoder(
     assert ImagenPipeline.from_pretrained(model)(["a red circle"], guidance=1.0).images.isfinite().all()
 
 
+def test_export_misses_the_folder_of_the_text_encoder(toy_config: dict, tmp_path: Path) -> None:
+    """A relative path, seen from another folder: without this check the model would not sample."""
+    toy_config["fastimagen"]["text"]["encoder"] = "./encoders/t5"
+    write_toy_run(tmp_path / "run", toy_config)
+    with pytest.raises(ValueError, match=r"there is no folder ./encoders/t5 .*: export from the folder that training"):
+        export(tmp_path / "run", tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
 def test_export_takes_a_step_or_the_best_and_the_stages_trained_so_far(toy_config: dict, tmp_path: Path) -> None:
     newest = write_toy_run(tmp_path / "run", toy_config, stages=("base",))["base"]
     lines: list[str] = []
