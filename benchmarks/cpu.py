@@ -178,7 +178,8 @@ def data(bench: Bench) -> None:
     names = {"op": "data loading", "shape": "shapes 64x64, 256 samples", "dtype": "float32", "mode": "loading"}
     with bench.missing_on_error("ours", **names), tempfile.TemporaryDirectory() as folder:
         from fastimagen.config import FastimagenConfig
-        from fastimagen.data.source import embed_all, open_split, prepare_shapes
+        from fastimagen.data.embedding import embed_all
+        from fastimagen.data.source import open_split, prepare_shapes
         from fastimagen.text.t5 import T5Encoder
 
         config = FastimagenConfig.model_validate(

@@ -114,7 +114,12 @@ def parser() -> argparse.ArgumentParser:
 
     shards.add_flags(commands.add_parser("shards", help="pack images and captions into WebDataset shards"))
 
-    embed = command("embed", _embed, "fill the cache of text embeddings; rerun to resume")
+    embed = command(
+        "embed", _embed, "fill the cache of text embeddings, on all processes of a launcher; rerun to resume"
+    )
+    what = embed.add_mutually_exclusive_group()
+    what.add_argument("--check", action="store_true", help="read the cache in full and compare its checksums instead")
+    what.add_argument("--dry-run", action="store_true", help="print the size and an estimate of the time instead")
     embed.add_argument("--config", required=True, help="ds.json")
     embed.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="override a key of the file"
@@ -297,12 +302,9 @@ def _starting_files(options: argparse.Namespace) -> None:
 
 
 def _embed(options: argparse.Namespace) -> None:
-    from .config_file import load_config
-    from .data.source import embed_all, prepare_shapes
+    from .commands.embed import embed
 
-    config = load_config(options.config, options.overrides).fastimagen
-    prepare_shapes(config, say=print)
-    embed_all(config, say=print)
+    embed(options)
 
 
 def _plot(options: argparse.Namespace) -> None:

@@ -280,7 +280,15 @@ class DataConfig(Section):
     threads: int = Field(2, ge=1)
     """Threads that decode images, per process."""
     max_bad_share: float = Field(0.01, ge=0, le=1)
-    """Training stops if a larger share of the samples is unreadable or has no caption."""
+    """Training stops if a larger share of the samples is unreadable, has no caption or is in a shard that is lost."""
+    caption_key: str | None = None
+    """Key in KEY.json with the caption, or with a list of captions, of which every reading takes one; None reads
+    KEY.txt."""
+    where: tuple[str, ...] = ()
+    """Conditions on KEY.json, such as "width >= 256" or "aesthetic > 5"; "side" is the shorter side and "aspect" the
+    longer one divided by it. Samples that do not fulfil all of them are left out and counted as filtered."""
+    flip: bool = False
+    """Mirror half of the training images, except those whose English caption names a side."""
 
 
 class TextConfig(Section):
@@ -300,6 +308,9 @@ class TextConfig(Section):
     """Folder of the embedding cache; None is next to the shards."""
     batch_size: int = Field(64, ge=1)
     """Captions per batch of the encoder."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the encoder when it fills the cache. bfloat16 is several times as fast on a GPU; the cache stores
+    bfloat16 in any case."""
 
 
 class EMAConfig(Section):

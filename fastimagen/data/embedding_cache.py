@@ -3,7 +3,9 @@
 A shard of S samples has U distinct captions. The file contains
     tokens (sum of lengths, E) bfloat16: the tokens of all distinct captions, without padding
     offsets (U + 1,) int64: distinct caption n is tokens[offsets[n]:offsets[n + 1]]
-    rows (S,) int64: the distinct caption of each sample
+    sums (U,) int64: the checksum of each distinct caption's tokens, verified whenever they are read
+    rows (C,) int64: the distinct caption of each of C captions, those of a sample after each other; C = S in general
+    starts (S + 1,) int64: those of sample i begin at starts[i]; only where a sample has several
     keys: the names of the samples, JSON as uint8
 and, in its header, the encoder's identity, the hash of keys and captions, and the schema. Reading a file that differs
 from what is expected is an error.
@@ -11,12 +13,14 @@ from what is expected is an error.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -43,6 +47,8 @@ class Encoder(Protocol):
 
     def encode(self, captions: Sequence[str], batch_size: int) -> TextEmbeddings: ...
 
+    def count_tokens(self, captions: Sequence[str]) -> list[int]: ...
+
     def identity(self) -> dict[str, str]: ...
 
 
@@ -54,6 +60,9 @@ class Shard(Protocol):
 
     @property
     def keys(self) -> list[str]: ...
+
+    @property
+    def counts(self) -> np.ndarray | None: ...
 
     def captions(self) -> list[str]: ...
 
@@ -77,19 +86,29 @@ def cache_path(tar_path: str | Path, identity: Mapping[str, str], cache_dir: str
 
 
 def write_cache(
-    path: str | Path, keys: Sequence[str], captions: Sequence[str], encoder: Encoder, batch_size: int
+    path: str | Path,
+    keys: Sequence[str],
+    captions: Sequence[str],
+    encoder: Encoder,
+    batch_size: int,
+    counts: np.ndarray | None = None,
 ) -> None:
     """Encode the captions of a shard, each distinct one once, and write them to `path` atomically.
 
-    keys, captions: S each. Raises ValueError if their numbers differ or an embedding is not finite.
+    keys: S; captions: as many as `counts` (S,) adds up to, one for each sample by default. Batches hold captions of
+    similar numbers of tokens. Raises ValueError if the numbers differ or an embedding is not finite.
     """
-    if len(keys) != len(captions):
-        raise ValueError(f"{len(keys)} sample keys but {len(captions)} captions for {path}")
+    expected = len(keys) if counts is None else int(counts.sum())
+    if expected != len(captions):
+        raise ValueError(
+            f"{len(keys)} sample keys, {expected} captions expected, but {len(captions)} captions for {path}"
+        )
     rows = {caption: row for row, caption in enumerate(dict.fromkeys(captions))}
     distinct = list(rows)
     tokens: list[Tensor] = [torch.empty(0, encoder.dim)] * len(distinct)
     already_truncated, already_unknown = encoder.truncated, encoder.unknown
-    order = sorted(range(len(distinct)), key=lambda row: len(distinct[row]))  # similar lengths: little padding
+    tokens_of = encoder.count_tokens(distinct)
+    order = sorted(range(len(distinct)), key=lambda row: tokens_of[row])  # similar lengths: little padding
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         encoded = encoder.encode([distinct[row] for row in batch], batch_size)
@@ -102,8 +121,11 @@ def write_cache(
         "tokens": torch.cat([torch.empty(0, encoder.dim, dtype=torch.bfloat16), *tokens]),  # (sum of lengths, E)
         "offsets": torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]),  # (U + 1,)
         "rows": torch.tensor([rows[caption] for caption in captions], dtype=torch.int64),  # (S,)
+        "sums": torch.tensor([_checksum(caption_tokens) for caption_tokens in tokens], dtype=torch.int64),  # (U,)
         "keys": torch.from_numpy(np.frombuffer(json.dumps(list(keys)).encode(), dtype=np.uint8).copy()),
     }
+    if counts is not None:
+        tensors["starts"] = torch.from_numpy(np.concatenate([[0], counts.cumsum(dtype=np.int64)]))  # (S + 1,)
     header = encoder.identity() | {
         "schema": SCHEMA,
         "samples": captions_hash(keys, captions),
@@ -112,6 +134,16 @@ def write_cache(
         "unknown": str(encoder.unknown - already_unknown),
     }
     write_safetensors(path, tensors, header)
+
+
+def _checksum(tokens: Tensor) -> int:
+    """The sum of the bytes, as 64-bit words, modulo 2**64, of contiguous bfloat16 tokens (L, E); signed.
+
+    It finds every changed byte, and costs a fifth of a CRC: a caption of T5-XXL has 100 kB.
+    """
+    words = tokens.contiguous().view(torch.int16).numpy().reshape(-1)
+    words = words.view(np.int64) if words.size % 4 == 0 else words
+    return int(words.sum(dtype=np.int64))
 
 
 @dataclass
@@ -123,7 +155,7 @@ class EmbedReport:
     kept: int = 0
     """Shards whose cache was complete already."""
     captions: int = 0
-    """Samples."""
+    """Captions of all samples."""
     truncated: int = 0
     """Distinct captions truncated to the encoder's max_length."""
     unknown: int = 0
@@ -157,20 +189,28 @@ def embed_shards(
     _refuse_collisions(shards, paths)
     report = EmbedReport()
     own_shards = range(rank, len(shards), world_size)
-    for done, index in enumerate(own_shards, start=1):
-        keys, captions = list(shards[index].keys), list(shards[index].captions())
-        samples_hash = captions_hash(keys, captions)
-        cache = _open_matching(paths[index], identity, keys, samples_hash)
-        if cache is None:
-            write_cache(paths[index], keys, captions, encoder, batch_size)
-            cache = open_cache(paths[index], identity=identity, keys=keys, captions_hash=samples_hash)
-            report.written += 1
-        else:
-            report.kept += 1
+    others = [index for index in range(len(shards)) if index % world_size != rank]
+    for done, index in enumerate([*own_shards, *others], start=1):
+        if done > len(own_shards) and paths[index].exists():
+            continue  # its rank has written it, or will check it
+        with _claim(paths[index]) as free:
+            if not free or (done > len(own_shards) and paths[index].exists()):
+                continue  # another rank encodes it now, because it had nothing left to do or this one is late
+            keys, captions, counts = list(shards[index].keys), list(shards[index].captions()), shards[index].counts
+            samples_hash = captions_hash(keys, captions)
+            cache = _open_matching(paths[index], identity, keys, samples_hash, counts)
+            if cache is None:
+                write_cache(paths[index], keys, captions, encoder, batch_size, counts)
+                cache = open_cache(
+                    paths[index], identity=identity, keys=keys, captions_hash=samples_hash, counts=counts
+                )
+                report.written += 1
+            else:
+                report.kept += 1
         empty = sum(not caption.strip() for caption in captions)
         if empty:
             logger.warning("%s: %d of %d captions are empty", shards[index].path, empty, len(captions))
-        report.captions += len(keys)
+        report.captions += len(captions)
         report.truncated += cache.truncated
         report.unknown += cache.unknown or 0
         report.uncounted += cache.unknown is None
@@ -179,6 +219,29 @@ def embed_shards(
         if progress:
             progress(done, len(own_shards))
     return report
+
+
+@contextmanager
+def _claim(path: Path) -> Iterator[bool]:
+    """Whether this process may write the cache `path`: no other one holds its lock. The kernel releases the lock of a
+    process that dies, and another rank takes the shard."""
+    lock = path.with_name(f".{path.name}.lock")
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        handle = open(lock, "w")  # noqa: SIM115 - closed below
+    except OSError:  # a folder that cannot be written: complete caches in it can be checked all the same
+        yield True
+        return
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def _refuse_collisions(shards: Sequence[Shard], paths: Iterable[Path]) -> None:
@@ -196,13 +259,13 @@ def _refuse_collisions(shards: Sequence[Shard], paths: Iterable[Path]) -> None:
 
 
 def _open_matching(
-    path: Path, identity: Mapping[str, str], keys: Sequence[str], samples_hash: str
+    path: Path, identity: Mapping[str, str], keys: Sequence[str], samples_hash: str, counts: np.ndarray | None
 ) -> EmbeddingCache | None:
     """The cache if it is complete and belongs to these samples; None if it must be written."""
     if not path.exists():
         return None
     try:
-        return open_cache(path, identity=identity, keys=keys, captions_hash=samples_hash)
+        return open_cache(path, identity=identity, keys=keys, captions_hash=samples_hash, counts=counts)
     except ValueError as error:
         logger.info("replacing %s: %s", path, error)
         return None
@@ -228,6 +291,9 @@ class EmbeddingCache:
         self.tokens = file.get_slice("tokens")
         self.offsets: np.ndarray = file.get_tensor("offsets").numpy()
         self.rows: np.ndarray = file.get_tensor("rows").numpy()
+        names = set(file.keys())
+        self.starts: np.ndarray | None = file.get_tensor("starts").numpy() if "starts" in names else None
+        self.sums: np.ndarray | None = file.get_tensor("sums").numpy() if "sums" in names else None
         self._file = file
 
     def __reduce__(self) -> tuple[type[EmbeddingCache], tuple[Path]]:
@@ -253,21 +319,57 @@ class EmbeddingCache:
         return json.loads(self._file.get_tensor("keys").numpy().tobytes())
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.rows) if self.starts is None else len(self.starts) - 1
 
     def __getitem__(self, index: int) -> Tensor:
-        """Embeddings (L, E) of sample `index`, bfloat16, without padding. Raises IndexError beyond the last sample."""
-        row = self.rows[index]
+        """Embeddings (L, E) of sample `index`, bfloat16, without padding; of its first caption. Raises IndexError
+        beyond the last sample, and ValueError if the file's bytes have changed."""
+        return self.caption(index, 0)
+
+    def caption(self, index: int, number: int) -> Tensor:
+        """Embeddings (L, E) of caption `number` of sample `index`. Raises as cache[index]."""
+        return self._distinct(int(self.rows[index if self.starts is None else self.starts[:-1][index] + number]))
+
+    def _distinct(self, row: int) -> Tensor:
         # A copy: pickling a view for another process would pickle the whole file.
-        return self.tokens[int(self.offsets[row]) : int(self.offsets[row + 1])].clone()  # (L, E)
+        tokens = self.tokens[int(self.offsets[row]) : int(self.offsets[row + 1])].clone()  # (L, E)
+        if self.sums is not None and _checksum(tokens) != self.sums[row]:
+            raise ValueError(
+                f"embedding cache {self.path} is damaged: bytes have changed; delete it and rerun fastimagen embed"
+            )
+        return tokens
+
+    def check(self) -> None:
+        """Read everything. Raises ValueError if bytes have changed; caches without checksums are not checked."""
+        for row in range(len(self.offsets) - 1):
+            self._distinct(row)
+
+
+class NoEmbeddings:
+    """The embeddings of a shard that is lost: of no samples."""
+
+    def __len__(self) -> int:
+        return 0
+
+    def __getitem__(self, index: int) -> Tensor:
+        raise IndexError(f"sample {index} of a lost shard")
+
+    def caption(self, index: int, number: int) -> Tensor:
+        """Raises IndexError."""
+        return self[index]
 
 
 def open_cache(
-    path: str | Path, *, identity: Mapping[str, str], keys: Sequence[str], captions_hash: str
+    path: str | Path,
+    *,
+    identity: Mapping[str, str],
+    keys: Sequence[str],
+    captions_hash: str,
+    counts: np.ndarray | None = None,
 ) -> EmbeddingCache:
     """Open a shard's cache after checking that it is complete and belongs to this encoder and these captions.
 
-    identity: `T5Encoder.identity()` or `encoder_identity(...)`; keys, captions_hash: of the shard now. Raises
+    identity: `T5Encoder.identity()` or `encoder_identity(...)`; keys, captions_hash, counts: of the shard now. Raises
     ValueError with one line that says what differs and which command rebuilds the cache.
     """
     from safetensors import SafetensorError
@@ -287,7 +389,7 @@ def open_cache(
     if cache.metadata.get("samples") != captions_hash:
         difference = _difference(cache.keys(), keys)
         raise ValueError(f"embedding cache {path} belongs to other samples: {difference}{ADVICE}")
-    if not _is_consistent(cache):
+    if not _is_consistent(cache, counts):
         raise ValueError(f"embedding cache {path} is damaged: its tensors do not fit together{ADVICE}")
     return cache
 
@@ -302,10 +404,14 @@ def _difference(found: Sequence[str], expected: Sequence[str]) -> str:
     return "captions of the shard have changed"
 
 
-def _is_consistent(cache: EmbeddingCache) -> bool:
+def _is_consistent(cache: EmbeddingCache, counts: np.ndarray | None) -> bool:
     """Whether shapes, dtype and indices of the tensors agree."""
     offsets, rows = cache.offsets, cache.rows
     tokens_fit = cache.tokens.get_shape() == [int(offsets[-1]), cache.dim] and cache.tokens.get_dtype() == "BF16"
     offsets_ascend = offsets[0] == 0 and bool((np.diff(offsets) >= 0).all())
     rows_fit = rows.size == 0 or (rows.min() >= 0 and rows.max() < len(offsets) - 1)
-    return bool(tokens_fit and offsets_ascend and rows_fit)
+    if counts is None or cache.starts is None:
+        counts_fit = (counts is None) == (cache.starts is None)
+    else:
+        counts_fit = np.array_equal(np.diff(cache.starts), counts)
+    return bool(tokens_fit and offsets_ascend and rows_fit and counts_fit)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..config import HeldOutConfig
 from .loader import Embeddings
-from .shards import Shard
+from .shard import Shard
 
 FNV_OFFSET, FNV_PRIME = np.uint64(0xCBF29CE484222325), np.uint64(0x100000001B3)  # FNV-1a, 64 bits
 MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))  # SplitMix64 (Steele et al. 2014)
@@ -63,7 +63,8 @@ def _nth_smallest(hashes: Sequence[np.ndarray], n: int) -> np.uint64:
 
 def select_samples(shard: Shard, mask: np.ndarray) -> Shard:
     """The shard with only the samples of a mask (S,)."""
-    return replace(shard, extents=shard.extents[mask], names=shard.names[mask])
+    arrays = {name: getattr(shard, name) for name in ("extents", "names", "counts", "passes")}
+    return replace(shard, **{name: values[mask] for name, values in arrays.items() if values is not None})
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,3 +79,6 @@ class SelectedEmbeddings:
 
     def __getitem__(self, index: int) -> Tensor:
         return self.embeddings[int(self.indices[index])]  # (L, E)
+
+    def caption(self, index: int, number: int) -> Tensor:
+        return self.embeddings.caption(int(self.indices[index]), number)  # (L, E)

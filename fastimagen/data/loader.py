@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import re
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,8 +25,8 @@ from ..images import from_uint8, open_rgb, resize_and_crop, to_pixels
 from ..network_config import NetworkConfig
 from ..seeds import random_bits
 from ..text.embeddings import TextEmbeddings
-from .order import CROPS, Order
-from .shards import Shard
+from .order import CAPTIONS, CROPS, FLIPS, Order
+from .shard import Shard
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,9 @@ class Embeddings(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Tensor: ...  # (L, E), not padded
+    def __getitem__(self, index: int) -> Tensor: ...  # (L, E), not padded; the first of several captions
+
+    def caption(self, index: int, number: int) -> Tensor: ...  # (L, E), of caption `number` of the sample
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +90,14 @@ class _Sample:
     bad: list[tuple[int, int, str]]  # (shard, index, reason) of the unreadable images that this sample replaces
 
 
+SIDE = re.compile(r"\b(left|right|leftmost|rightmost|(anti|counter)?-?clockwise|east|west)", re.IGNORECASE)
+
+
+def names_side(caption: str) -> bool:
+    """Whether a caption (in English) may be wrong for the mirrored image."""
+    return SIDE.search(caption) is not None
+
+
 Locate = Callable[[int], tuple[int, int]]  # position -> (shard, index)
 
 
@@ -104,8 +115,12 @@ class Loader:
     exceeds it, or when at least MIN_READ images were read and more are bad than max_bad_share explains by chance
     (three standard deviations). The index is not checked for data sets of fewer than MIN_READ samples.
 
+    Of several captions of a sample, (crop_seed, position) chooses one; fixed batches have the first. flip: mirror half
+    of the images, chosen by (crop_seed, position), except those whose caption names a side.
+
     counters: images read (attempts), bad (unreadable) and upscaled (smaller than size) on this rank so far; excluded:
-    samples that the index excludes, in all shards; held_out: samples that validation takes out of them. Raises
+    samples that the index excludes, in all shards; filtered: those that data.where leaves out; held_out: samples that
+    validation takes out of them. Raises
     ValueError for sizes that do not fit together, and if training must stop.
     """
 
@@ -127,6 +142,7 @@ class Loader:
         max_bad_share: float = 0.01,
         pin: bool = False,
         held_out: int = 0,
+        flip: bool = False,
         crop_seed: int,
     ) -> None:
         sizes = order.sizes.tolist()
@@ -146,13 +162,16 @@ class Loader:
         self.global_batch, self.micro_batch = global_batch, micro_batch
         self.rank, self.world_size = rank, world_size
         self.threads, self.prefetch, self.max_bad_share, self.pin = threads, prefetch, max_bad_share, pin
+        self.flip = flip
         self._ends = np.cumsum(order.sizes)
         self._bad: dict[tuple[int, int], str] = {}
         reasons: Counter[str] = Counter()
         for shard in shards:
             reasons.update(shard.excluded)
-        self.counters = {"read": 0, "bad": 0, "upscaled": 0, "excluded": reasons.total(), "held_out": held_out}
-        known = order.total + reasons.total()
+        filtered = sum(sum(shard.filtered.values()) for shard in shards)
+        self.counters = {"read": 0, "bad": 0, "upscaled": 0, "excluded": reasons.total()}
+        self.counters |= {"filtered": filtered, "held_out": held_out}
+        known = order.total + filtered + reasons.total()
         self._excluded_share = reasons.total() / known if known >= MIN_READ else 0.0
         if self._excluded_share > max_bad_share:
             counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
@@ -225,9 +244,31 @@ class Loader:
                 continue
             square = resize_and_crop(image, self.size, crop=self._crop(position))
             pixels[:] = to_pixels(square, self.channels)  # (C, H, W)
-            tokens = None if self.caches is None else self.caches[shard][index]
+            number = self._caption_number(shard, index, position, locate)
+            if locate != self._in_sequence and self._mirrored(shard, index, position, number):
+                pixels[:] = pixels[:, :, ::-1].copy()  # (C, H, W)
+            tokens = self._tokens(shard, index, number)
             return _Sample(self.shards[shard].key(index), (shard, index), tokens, min(image.size) < self.size, bad)
         raise ValueError(f"{len(bad)} images in a row are unreadable, first {self._describe(*bad[0])}")
+
+    def _caption_number(self, shard: int, index: int, position: int, locate: Locate) -> int:
+        """Which of a sample's captions a position has."""
+        captions = self.shards[shard].number_of_captions(index)
+        if captions == 1 or locate == self._in_sequence:
+            return 0
+        return int(random_bits(self.crop_seed, CAPTIONS, (position, 0), 1)[0] % np.uint64(captions))
+
+    def _tokens(self, shard: int, index: int, number: int) -> Tensor | None:
+        """The embeddings (L, E) of a caption."""
+        if self.caches is None:
+            return None
+        return self.caches[shard].caption(index, number) if number else self.caches[shard][index]
+
+    def _mirrored(self, shard: int, index: int, position: int, number: int) -> bool:
+        """Whether the image of a position is mirrored."""
+        if not self.flip or random_bits(self.crop_seed, FLIPS, (position, 0), 1)[0] % np.uint64(2):
+            return False
+        return not names_side(self.shards[shard].captions_of(index)[number])
 
     def _crop(self, position: int) -> Literal["center"] | tuple[int, int, int]:
         if self.crop_size is None:
@@ -273,7 +314,9 @@ class Loader:
     def has_finite_text(self, origin: Origin) -> bool:
         """Whether the embeddings of a sample are finite; True without embeddings."""
         shard, index = origin
-        return self.caches is None or bool(self.caches[shard][index].isfinite().all())
+        numbers = range(self.shards[shard].number_of_captions(index))
+        tokens = [self._tokens(shard, index, number) for number in numbers]
+        return all(bool(caption.isfinite().all()) for caption in tokens if caption is not None)
 
     def describe(self, origin: Origin) -> str:
         """The name of a sample for a message: "KEY" of SHARD."""

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..seeds import random_bits
 
-SHARDS, SAMPLES, CROPS = range(3)
+SHARDS, SAMPLES, CROPS, CAPTIONS, FLIPS = range(5)
 """Streams of random numbers, independent of each other."""
 
 

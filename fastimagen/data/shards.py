@@ -1,210 +1,30 @@
-"""WebDataset tars as random-access collections of (image, caption): an index of offsets, read with pread.
-
-A sample is all files of a tar that share a key, the path up to the first dot of the file's name (webdataset's rule).
-KEY.jpg (or another extension of an image) and KEY.txt make a sample, KEY.json is optional, other files are ignored.
-Keys that do not make a sample are counted by reason. The index of TAR is stored as TAR.index next to it, because
-indexing 10,000 samples takes half a second.
-"""
+"""The shards that a configuration names: folders, globs, ranges and URLs of tars, opened or fetched."""
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import logging
 import os
 import re
 import shutil
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import replace
 from glob import escape, glob, has_magic
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 
 from ..extras import import_extra
-from ..files import atomic_file, first_line, write_safetensors
-from ..images import IMAGE_EXTENSIONS
+from ..files import atomic_file, first_line
 from ..words import counted
-from .tar_headers import OpenFile, decode_name, tar_members
+from .shard import LOST, PLAIN, Reading, Shard
+from .shard_index import index_shard, load_or_build_index, store_index
 
 logger = logging.getLogger(__name__)
 
-INDEX_FORMAT = "fastimagen.shard.1"
-MAX_OPEN_FILES = 128
-"""Open shards; training reads the few shards of a block at a time (order.py)."""
-
 URL = re.compile(r"(?:pipe|file):|[a-zA-Z][a-zA-Z0-9+.-]*://")
-MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)  # key, extension
-PRIVATE = re.compile(r"__[^/]*__($|/)")  # webdataset's metadata inside a tar
-
-
-# ---- one shard
-
-
-@dataclass(frozen=True, eq=False)
-class Shard:
-    """One local tar of S samples; threads may share it.
-
-    path: the tar; stamp: its size and modification time when it was indexed; extents (S, 6) int64: offset and size in
-    bytes of image, caption and json (size 0: no json); names (S,): keys as bytes; excluded: number of keys that do not
-    make a sample, by reason. Reading raises ValueError if the tar has changed.
-    """
-
-    path: str
-    stamp: str
-    extents: np.ndarray
-    names: np.ndarray
-    excluded: dict[str, int]
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    @property
-    def keys(self) -> list[str]:
-        """The keys of all samples, in the order of the tar."""
-        return [decode_name(name) for name in self.names.tolist()]
-
-    def key(self, index: int) -> str:
-        """The key of one sample."""
-        return decode_name(self.names[index])
-
-    def image(self, index: int) -> bytes:
-        """The image file of one sample, as stored."""
-        return self._read(index, 0)
-
-    def caption(self, index: int) -> str:
-        """The caption of one sample, as stored."""
-        return self._read(index, 2).decode("utf-8-sig")
-
-    def captions(self) -> list[str]:
-        """The captions of all samples, read from the tar now."""
-        return [self.caption(index) for index in range(len(self))]
-
-    def metadata(self, index: int) -> dict[str, Any]:
-        """The json of one sample; {} if it has none."""
-        return json.loads(self._read(index, 4) or "{}")
-
-    def _read(self, index: int, column: int) -> bytes:
-        offset, size = self.extents[index, column : column + 2].tolist()
-        file = _open(self.path, self.stamp)  # this reference keeps the file open even if the cache drops it
-        data = file.read(offset, size)
-        if len(data) != size:
-            raise ValueError(f"shard {self.path} has changed since it was indexed")
-        return data
-
-
-@lru_cache(maxsize=MAX_OPEN_FILES)
-def _open(path: str, stamp: str) -> OpenFile:
-    file = OpenFile(path)
-    if file.stamp != stamp:
-        raise ValueError(f"shard {path} has changed since it was indexed")
-    return file
-
-
-# ---- the index
-
-
-def index_shard(path: str | Path) -> Shard:
-    """Index a tar from its headers and captions.
-
-    Not samples, and counted: keys with "no image", "no caption", "empty caption" or a "caption not in UTF-8"; images
-    with a "dot in the key", which webdataset's rule merges into one key; the "duplicate" second image or caption of a
-    key. Raises ValueError, one line, if the file is missing, or as `tar_members` does.
-    """
-    try:
-        file = OpenFile(str(path))
-    except OSError as error:
-        raise ValueError(f"cannot open shard {path}: {error.strerror}") from error
-    samples: dict[str, dict[str, tuple[int, int]]] = {}
-    excluded: Counter[str] = Counter()
-    dotted: Counter[str] = Counter()
-    for name, offset, size in tar_members(file):
-        match = MEMBER.fullmatch(name)
-        if match is None or PRIVATE.match(name):
-            continue
-        key, extension = match[1], match[2].lower()
-        kind = "image" if extension in IMAGE_EXTENSIONS else extension
-        files = samples.setdefault(key, {})
-        if kind in ("image", "txt", "json"):
-            excluded["duplicate"] += kind in files
-            files.setdefault(kind, (offset, size))
-        elif extension.rpartition(".")[2] in IMAGE_EXTENSIONS:
-            dotted[key] += 1
-    extents, names = [], []
-    for key, files in samples.items():
-        reason = _reason_to_exclude(file, files)
-        if reason == "no image" and dotted[key]:
-            excluded["dot in the key"] += dotted[key]
-        elif reason:
-            excluded[reason] += 1
-        else:
-            extents.append((*files["image"], *files["txt"], *files.get("json", (0, 0))))
-            names.append(key.encode("utf-8", "surrogateescape"))
-    return Shard(
-        str(path),
-        file.stamp,
-        np.array(extents, dtype=np.int64).reshape(-1, 6),  # (S, 6)
-        np.array(names, dtype=np.bytes_),
-        {reason: count for reason, count in excluded.items() if count},
-    )
-
-
-def _reason_to_exclude(file: OpenFile, files: dict[str, tuple[int, int]]) -> str | None:
-    """Why the files of one key do not make a sample; None if they do."""
-    if "image" not in files:
-        return "no image"
-    if "txt" not in files:
-        return "no caption"
-    try:
-        caption = file.read(*files["txt"]).decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return "caption not in UTF-8"
-    return None if caption.strip() else "empty caption"
-
-
-def _load_or_build_index(path: str) -> Shard:
-    """The shard with its stored index if that matches the tar, otherwise with a new one."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        stamp = OpenFile(path).stamp
-        with safe_open(f"{path}.index", framework="np") as stored:
-            header = stored.metadata() or {}
-            if (header.get("format"), header.get("tar")) == (INDEX_FORMAT, stamp):
-                names = stored.get_tensor("names")  # (S, longest) uint8
-                names = names.view(f"S{names.shape[1]}").reshape(-1)  # (S,)
-                return Shard(path, stamp, stored.get_tensor("places"), names, json.loads(header["excluded"]))
-    except FileNotFoundError:
-        pass  # no index yet; or no tar, which index_shard reports
-    except (OSError, SafetensorError) as error:
-        logger.warning("rebuilding %s.index: %s", path, error)
-    shard = index_shard(path)
-    _store_index(shard)
-    return shard
-
-
-def _store_index(shard: Shard) -> None:
-    names = shard.names.view(np.uint8).reshape(len(shard), shard.names.itemsize)  # (S, longest)
-    tensors = {"places": torch.from_numpy(shard.extents), "names": torch.from_numpy(names)}
-    header = {"format": INDEX_FORMAT, "tar": shard.stamp, "excluded": json.dumps(shard.excluded)}
-    try:
-        write_safetensors(f"{shard.path}.index", tensors, header)
-    except OSError as error:
-        _warn_index_not_stored(os.path.dirname(shard.path), error.strerror or first_line(error))
-
-
-@lru_cache
-def _warn_index_not_stored(folder: str, reason: str) -> None:
-    """Cached, so that each folder is reported once."""
-    logger.warning("the index of shards in %s cannot be stored (%s): every run rebuilds it", folder, reason)
-
-
-# ---- many shards
 
 
 def list_shards(source: str | Path | Sequence[str | Path]) -> list[str]:
@@ -233,7 +53,7 @@ def list_shards(source: str | Path | Sequence[str | Path]) -> list[str]:
         except braceexpand.UnbalancedBracesError as error:
             raise ValueError(f"shards {pattern}: {error}") from error
         if expanded != [pattern]:
-            return list_shards(expanded)
+            return _expand(expanded)
     if URL.match(pattern) or os.path.isfile(pattern):
         return [pattern]
     shards = sorted(glob(pattern)) if has_magic(pattern) else []
@@ -242,21 +62,57 @@ def list_shards(source: str | Path | Sequence[str | Path]) -> list[str]:
     return shards
 
 
+def _expand(paths: list[str]) -> list[str]:
+    """The shards of the patterns that a {000..999} range stands for. Some files may be missing, not all."""
+    shards, first_problem = [], None
+    for path in paths:
+        try:
+            shards += list_shards(path)
+        except ValueError as problem:
+            if has_magic(path):
+                raise
+            first_problem = first_problem or problem
+            shards.append(path)
+    if first_problem is not None and not any(map(os.path.exists, shards)):
+        raise first_problem
+    return shards
+
+
 def open_shards(
-    source: str | Path | Sequence[str | Path], *, cache: str | Path | None = None, rank: int = 0, world_size: int = 1
+    source: str | Path | Sequence[str | Path],
+    *,
+    cache: str | Path | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    reading: Reading = PLAIN,
+    max_lost: float = 0.0,
 ) -> list[Shard]:
     """All shards of `source` (see `list_shards`), those of URLs fetched into the folder `cache`.
 
     Indices are read from files next to the tars, or written there. Each rank starts at another shard, so that ranks
-    share the work of the first run. Raises ValueError as `list_shards` and `index_shard` do, for a URL without cache,
-    for a failed download, and if there are no samples.
+    share the work of the first run. A shard that is missing, empty or damaged has no samples, and excludes as many
+    "in lost shards" as the others have on average; the log names it. Raises ValueError as `list_shards` does, as
+    `index_shard` does if more than the share `max_lost` of the samples is lost, for a URL without cache, for a failed
+    download, and if there are no samples.
     """
     paths = list_shards(source)
     shards: dict[int, Shard] = {}
+    lost: dict[int, ValueError] = {}
     for step in range(len(paths)):
         index = (step + rank * len(paths) // world_size) % len(paths)
-        path = paths[index]
-        shards[index] = _load_or_build_index(fetch(path, cache) if URL.match(path) else path)
+        path = fetch(paths[index], cache) if URL.match(paths[index]) else paths[index]
+        try:
+            shards[index] = load_or_build_index(path, reading)
+        except ValueError as error:
+            lost[index] = error
+            shards[index] = _lost_shard(path, 0)
+    if lost:
+        mean = sum(map(len, shards.values())) / max(1, len(paths) - len(lost))
+        if len(lost) / len(paths) > max_lost or not mean:
+            raise _too_many_lost(lost, len(paths), max_lost)
+        for index, problem in lost.items():
+            shards[index] = _lost_shard(shards[index].path, round(mean))
+            logger.warning("lost shard, counted with %d samples: %s", round(mean), problem)
     excluded: Counter[str] = Counter()
     for shard in shards.values():
         excluded.update(shard.excluded)
@@ -268,6 +124,22 @@ def open_shards(
     found = f"{counted(samples, 'sample')} in {counted(len(shards), 'shard')}"
     logger.log(level, "%s; excluded: %s", found, reasons)
     return [shards[index] for index in range(len(paths))]
+
+
+def _lost_shard(path: str, samples: int) -> Shard:
+    """A shard without samples, which excludes `samples`."""
+    extents, names = np.empty((0, 6), dtype=np.int64), np.empty(0, dtype=np.bytes_)
+    return Shard(path, LOST, extents, names, {"in lost shards": samples} if samples else {})
+
+
+def _too_many_lost(lost: dict[int, ValueError], total: int, max_lost: float) -> ValueError:
+    first = next(iter(lost.values()))
+    if max_lost == 0 or total == 1:
+        return first
+    return ValueError(
+        f"{len(lost)} of {total} shards cannot be read, more than fastimagen.data.max_bad_share = {max_lost} allows: "
+        f"{first}"
+    )
 
 
 def fetch(url: str, cache: str | Path | None) -> str:
@@ -294,7 +166,7 @@ def fetch(url: str, cache: str | Path | None) -> str:
                 shard = _index_download(temporary)
         except (OSError, ValueError) as error:
             raise ValueError(f"cannot fetch shard {url}: {first_line(error)}") from error
-        _store_index(replace(shard, path=str(target)))
+        store_index(replace(shard, path=str(target)), PLAIN)
     return str(target)
 
 

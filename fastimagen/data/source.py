@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -11,16 +12,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import CascadeConfig, DataConfig, FastimagenConfig, HeldOutConfig, TextConfig
+from ..config import CascadeConfig, DataConfig, FastimagenConfig, HeldOutConfig
 from ..text.embeddings import TextEmbeddings
-from ..text.t5 import T5_NAMES, T5Encoder, encoder_identity, hub_commit, is_path, is_random_encoder, text_width
+from ..text.t5 import T5_NAMES, encoder_identity, hub_commit, is_path, is_random_encoder, text_width
 from ..text.tiny_t5 import build_tiny_t5
-from ..words import counted
-from .embedding_cache import EmbedReport, cache_path, captions_hash, embed_shards, open_cache, write_cache
+from .embedding_cache import (
+    EmbeddingCache,
+    NoEmbeddings,
+    cache_path,
+    captions_hash,
+    open_cache,
+)
 from .held_out import SelectedEmbeddings, choose_held_out, select_samples
 from .loader import Batch, Embeddings, Loader
 from .order import Order
-from .shards import Shard, list_shards, open_shards
+from .shard import LOST, Reading, Shard
+from .shards import list_shards, open_shards
+from .where import parse_conditions
 
 Source = str | tuple[str, ...]
 Say = Callable[[str], None]
@@ -76,6 +84,7 @@ class Split:
             micro_batch=micro_batch,
             threads=config.data.threads,
             max_bad_share=config.data.max_bad_share,
+            flip=config.data.flip,
             crop_seed=crop_seed,
             pin=pin,
         )
@@ -118,7 +127,10 @@ def open_data(config: FastimagenConfig, *, with_text: bool) -> tuple[Split, Spli
 
 def count_training_samples(config: FastimagenConfig) -> int:
     """The number of samples of data.shards without those that validation takes. Reads no captions."""
-    shards, validation = _open_shards(config.data.shards, config), config.data.validation
+    shards, validation = (
+        _apply_where(Split(open_source(config.data.shards, config), None)).shards,
+        config.data.validation,
+    )
     held_out = choose_held_out(shards, validation) if isinstance(validation, HeldOutConfig) else []
     return sum(map(len, shards)) - sum(int(mask.sum()) for mask in held_out)
 
@@ -128,7 +140,7 @@ def _hold_out(everything: Split, config: HeldOutConfig) -> tuple[Split, Split]:
     masks = choose_held_out(everything.shards, config)
     validation = _select(everything, masks)
     # The training split reports what the index excludes, in all shards.
-    validation = replace(validation, shards=[replace(shard, excluded={}) for shard in validation.shards])
+    validation = replace(validation, shards=[replace(shard, excluded={}, filtered={}) for shard in validation.shards])
     return replace(_select(everything, [~mask for mask in masks]), held_out=len(validation)), validation
 
 
@@ -142,25 +154,55 @@ def _select(split: Split, masks: Sequence[np.ndarray]) -> Split:
 
 def open_split(source: Source, config: FastimagenConfig, *, with_text: bool) -> Split:
     """Open shards and caches. Raises ValueError that names the key to change or the command to run."""
-    shards = _open_shards(source, config)
+    shards = open_source(source, config)
     if not with_text:
-        return Split(shards, None)
-    text = config.text
-    identity = _identity(text)
-    caches = [
-        open_cache(
-            cache_path(shard.path, identity, text.cache),
-            identity=identity,
-            keys=shard.keys,
-            captions_hash=captions_hash(shard.keys, shard.captions()),
-        )
-        for shard in shards
+        return _apply_where(Split(shards, None))
+    identity = identity_of(config)
+    caches: list[Embeddings] = [
+        NoEmbeddings() if shard.stamp == LOST else open_embeddings(shard, config, identity) for shard in shards
     ]
-    return Split(shards, caches)
+    return _apply_where(Split(shards, caches))
 
 
-def _open_shards(source: Source, config: FastimagenConfig) -> list[Shard]:
-    """The shards of one of `shard_sources`. Raises ValueError that names the key if there are none."""
+def identity_of(config: FastimagenConfig) -> dict[str, str]:
+    """Of the text encoder: what its embeddings depend on."""
+    text = config.text
+    return encoder_identity(
+        text.encoder, revision=text.revision, max_length=text.max_length, encoding=text.encoding, dtype=text.dtype
+    )
+
+
+def open_embeddings(shard: Shard, config: FastimagenConfig, identity: dict[str, str]) -> EmbeddingCache:
+    """The cache of a shard. Raises ValueError that names the command that writes it."""
+    return open_cache(
+        cache_path(shard.path, identity, config.text.cache),
+        identity=identity,
+        keys=shard.keys,
+        captions_hash=captions_hash(shard.keys, shard.captions()),
+        counts=shard.counts,
+    )
+
+
+def _apply_where(split: Split) -> Split:
+    """The samples that data.where takes."""
+    masks = [shard.passes for shard in split.shards]
+    if all(mask is None for mask in masks):
+        return split
+    kept = [np.ones(len(shard), dtype=bool) if mask is None else mask for shard, mask in zip(split.shards, masks)]
+    if not any(mask.any() for mask in kept):
+        filtered: Counter[str] = Counter()
+        for shard in split.shards:
+            filtered.update(shard.filtered)
+        counts = ", ".join(f"{count} by {condition}" for condition, count in filtered.most_common())
+        raise ValueError(f"fastimagen.data.where leaves no samples: {counts}")
+    return _select(split, kept)
+
+
+def open_source(source: Source, config: FastimagenConfig, *, captions: bool = False) -> list[Shard]:
+    """The shards of one of `shard_sources`. captions: a sample needs one also if no stage is conditioned on text.
+
+    Raises ValueError that names the key if there are none.
+    """
     try:
         list_shards(source)
     except ValueError as error:
@@ -172,7 +214,9 @@ def _open_shards(source: Source, config: FastimagenConfig) -> list[Shard]:
         raise ValueError(
             f"fastimagen.data.shards: {error}; pack a folder of images with: fastimagen shards folder"
         ) from None
-    return open_shards(source, cache=config.data.cache)
+    data = config.data
+    reading = Reading(data.caption_key, data.where, captions=captions or uses_text(config))
+    return open_shards(source, cache=data.cache, reading=reading, max_lost=data.max_bad_share)
 
 
 # ---- which data and text encoder belong together
@@ -184,10 +228,11 @@ def check_data(config: FastimagenConfig) -> None:
     data.shapes renders the built-in shapes, so that data.shards must be these; and only they work with the built-in
     text encoder, whose weights are random. Opens no shards.
     """
+    parse_conditions(config.data.where)
     if config.data.shapes is not None:
         _check_shapes(config.data)
     if uses_text(config):
-        _check_encoder(config)
+        check_encoder(config)
 
 
 def _check_shapes(data: DataConfig) -> None:
@@ -203,7 +248,7 @@ def _check_shapes(data: DataConfig) -> None:
         )
 
 
-def _check_encoder(config: FastimagenConfig) -> None:
+def check_encoder(config: FastimagenConfig) -> None:
     """Raise ValueError if the text encoder is missing, or has random weights and the data are not the shapes."""
     encoder = config.text.encoder
     built_in = _builds_encoder(config) or is_random_encoder(encoder)
@@ -269,32 +314,7 @@ def _builds_encoder(config: FastimagenConfig) -> bool:
     return is_path(config.text.encoder) or Path(config.text.encoder).parent == _shapes_folder(config.data)
 
 
-# ---- embeddings and built-in shapes
-
-
-def embed_all(config: FastimagenConfig, *, say: Say, rank: int = 0, world_size: int = 1) -> EmbedReport:
-    """Fill the embedding caches of training and validation shards; complete ones are kept.
-
-    Raises ValueError as `check_data` does, and for missing shards.
-    """
-    check_data(config)
-    _check_encoder(config)  # also for a cascade without text
-    text = config.text
-    shards = [shard for source in shard_sources(config.data) for shard in _open_shards(source, config)]
-    encoder = T5Encoder(
-        text.encoder, revision=text.revision, max_length=text.max_length, encoding=text.encoding, device=_device()
-    )
-    if rank == 0 and text.encoding == "if":
-        write_cache(_empty_caption(config), ["empty"], [""], encoder, batch_size=1)
-    report = embed_shards(
-        shards, encoder, cache_dir=text.cache, batch_size=text.batch_size, rank=rank, world_size=world_size
-    )
-    say(
-        f"embedding cache: {counted(report.written, 'shard')} written, {report.kept} kept, "
-        f"{counted(report.captions, 'caption')}, "
-        f"{report.truncated} truncated to {text.max_length} tokens, {_unknown_tokens(report)}"
-    )
-    return report
+# ---- the empty caption and the built-in shapes
 
 
 def empty_text(config: FastimagenConfig) -> TextEmbeddings | None:
@@ -305,34 +325,18 @@ def empty_text(config: FastimagenConfig) -> TextEmbeddings | None:
     if config.text.encoding != "if":
         return None
     cache = open_cache(
-        _empty_caption(config),
-        identity=_identity(config.text),
+        empty_caption_path(config),
+        identity=identity_of(config),
         keys=["empty"],
         captions_hash=captions_hash(["empty"], [""]),
     )
     return TextEmbeddings.from_list([cache[0]])
 
 
-def _empty_caption(config: FastimagenConfig) -> Path:
+def empty_caption_path(config: FastimagenConfig) -> Path:
     """Where the embeddings of the empty caption are: with those of the first training shard."""
-    shard = _open_shards(config.data.shards, config)[0]
-    return cache_path(Path(shard.path).parent / "empty_caption.tar", _identity(config.text), config.text.cache)
-
-
-def _identity(text: TextConfig) -> dict[str, str]:
-    """Of the text encoder: what its embeddings depend on."""
-    return encoder_identity(text.encoder, revision=text.revision, max_length=text.max_length, encoding=text.encoding)
-
-
-def _unknown_tokens(report: EmbedReport) -> str:
-    """How many captions have unknown tokens, where that was counted."""
-    if not report.uncounted:
-        return f"{report.unknown} with unknown tokens"
-    known = "" if report.uncounted == report.written + report.kept else f"{report.unknown} with unknown tokens, and "
-    return (
-        f"{known}an unknown number in {counted(report.uncounted, 'shard')}, which an earlier fastimagen embedded: "
-        f"remove their caches and rerun the command to count them"
-    )
+    shard = open_source(config.data.shards, config)[0]
+    return cache_path(Path(shard.path).parent / "empty_caption.tar", identity_of(config), config.text.cache)
 
 
 def prepare_shapes(config: FastimagenConfig, *, say: Say) -> None:
@@ -368,21 +372,6 @@ def pin_encoder(config: FastimagenConfig) -> FastimagenConfig:
     return config.model_copy(update={"text": config.text.model_copy(update={"revision": commit})})
 
 
-def is_embedded(config: FastimagenConfig) -> bool:
-    """Whether the embedding caches are complete; the text encoder is not loaded."""
-    try:
-        for source in shard_sources(config.data):
-            open_split(source, config, with_text=True)
-        empty_text(config)
-    except ValueError:
-        return False
-    return True
-
-
 def encoder_width(config: FastimagenConfig) -> int:
     """Width of the text embeddings; that of the built-in encoder is known before it is built."""
     return TINY_T5_WIDTH if _builds_encoder(config) else text_width(config.text.encoder)
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"

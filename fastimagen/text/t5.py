@@ -95,13 +95,19 @@ def hub_commit(name_or_path: str | Path, revision: str | None = None) -> str | N
 
 
 def encoder_identity(
-    name_or_path: str | Path, *, revision: str | None = None, max_length: int = 256, encoding: Encoding = "words"
+    name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    max_length: int = 256,
+    encoding: Encoding = "words",
+    dtype: str = "float32",
 ) -> dict[str, str]:
     """Everything that an encoder's embeddings depend on, as strings, without loading its weights.
 
     encoder: name on the hub, or the last part of the folder's path (the folder may move); revision: commit on the hub,
-    or sha256 of the folder's weights (reads the whole files); tokenizer: sha256 of its file; preprocessing. Raises
-    ValueError if the encoder is not found, ImportError if transformers is missing for a hub name.
+    or sha256 of the folder's weights (reads the whole files); tokenizer: sha256 of its file; preprocessing; dtype, if
+    it is not float32. Raises ValueError if the encoder is not found, ImportError if transformers is missing for a hub
+    name.
     """
     name, config, commit = _locate(name_or_path, revision)
     if commit is None:
@@ -112,13 +118,14 @@ def encoder_identity(
         commit = f"sha256:{_sha256(weights)}"
     tokenizer = _tokenizer_file(name, config, revision=commit)
     encoder = config.parent.resolve().name if Path(name).is_dir() else name
-    return {
+    identity = {
         "encoder": encoder,
         "revision": commit,
         "max_length": str(max_length),
         "tokenizer": f"sha256:{_sha256([tokenizer])}",
         "preprocessing": PREPROCESSING if encoding == "words" else IF_PREPROCESSING,
     }
+    return identity if dtype == "float32" else identity | {"dtype": dtype}
 
 
 class T5Encoder:
@@ -173,8 +180,9 @@ class T5Encoder:
         """The result of `encoder_identity`, computed once."""
         if self._identity is None:
             name, revision = self._source
+            dtype = str(self.model.dtype).removeprefix("torch.")
             self._identity = encoder_identity(
-                name, revision=revision, max_length=self.max_length, encoding=self.encoding
+                name, revision=revision, max_length=self.max_length, encoding=self.encoding, dtype=dtype
             )
         return dict(self._identity)
 
@@ -197,6 +205,12 @@ class T5Encoder:
                 ids = [*ids[: self.max_length - 1], ids[-1]]
             result.append(ids)
         return result
+
+    def count_tokens(self, captions: Sequence[str]) -> list[int]:
+        """The number of tokens that `encode` gives each caption; counts nothing else."""
+        if self.encoding == "if":
+            return [self.max_length] * len(captions)
+        return [min(len(ids), self.max_length) for _, ids in self._token_ids(captions)]
 
     def caption_warnings(self, captions: Sequence[str]) -> list[str]:
         """One line for each distinct caption that is truncated, and for each that has unknown tokens."""

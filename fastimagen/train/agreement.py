@@ -49,6 +49,21 @@ def decide_on_first_rank(work: Callable[[], T]) -> T:
     return result[0]  # type: ignore[return-value]  # rank 0's
 
 
+def agree_on_samples(samples: str) -> None:
+    """Raise ValueError on all ranks if they do not have the same samples. samples: describes those of this rank.
+
+    A host that cannot read a shard would otherwise train in another order.
+    """
+    found: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(found, samples)
+    for rank, other in enumerate(found):
+        if other != found[0]:
+            raise ValueError(
+                f"the data differ between the processes: process 0 has {found[0]}, process {rank} has {other}; check "
+                f"that every host reads the same shards, and rerun to resume"
+            )
+
+
 def agree_on_run_directory(run_dir: Path) -> str:
     """Check that all ranks see, and can write to, the folder that rank 0 calls `run_dir`. Returns a token: random, the
     same on all ranks. The folder must exist on rank 0.

@@ -13,7 +13,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from ..config import CascadeConfig, DataConfig, FastimagenConfig
-from ..data.shards import index_shard, list_shards
+from ..data.shard_index import index_shard
+from ..data.shards import list_shards
 from ..data.source import shard_sources
 from ..text.t5 import T5_NAMES, is_random_encoder
 

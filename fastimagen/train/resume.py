@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import FastimagenConfig, StageConfig, StageTrainConfig
-from ..data.shards import Shard
+from ..data.shard import Shard
 
 ACTS = "acts"
 NETWORK = "the checkpoint's weights belong to the other network"
@@ -59,12 +59,16 @@ RULES = {
     "data.cache": ACTS,
     "data.threads": ACTS,
     "data.max_bad_share": ACTS,
+    "data.caption_key": ACTS,
+    "data.where": ACTS,
+    "data.flip": ACTS,
     "text.encoder": TEXT,
     "text.revision": TEXT,
     "text.max_length": ACTS,
     "text.encoding": TEXT,
     "text.cache": ACTS,
     "text.batch_size": ACTS,
+    "text.dtype": ACTS,
     # the loop
     "train.run": ACTS,
     "train.seed": DATA,
@@ -120,7 +124,7 @@ def settings_of(
     train["ema"] = (own.ema or config.train.ema).model_dump(mode="json")
     data, text = config.data.model_dump(mode="json"), config.text.model_dump(mode="json")
     if shards is not None:
-        data["samples"] = _describe_samples(shards)
+        data["samples"] = describe_samples(shards)
     text["encoder"] = Path(config.text.encoder).name  # a folder may move; the embedding cache knows its content
     sections = {"data": data, "text": text, "train": train}
     own_fields = stage.model_dump(mode="json") | {"lowres_size": lowres_size}
@@ -223,7 +227,7 @@ def _show(settings: dict[str, Any], key: str) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _describe_samples(shards: list[Shard]) -> str:
+def describe_samples(shards: list[Shard]) -> str:
     """The number of samples, and a hash that changes with names, sizes and order of the shards, wherever they are."""
     digest = blake2b(digest_size=8)
     for shard in shards:

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..cascade import Stage
 from ..config import Config, StageConfig, StageTrainConfig
-from ..data.shards import Shard
+from ..data.shard import Shard
 from ..data.source import Split, count_training_samples, open_data, pin_encoder, uses_text
 from ..words import counted
 from . import checkpoint

@@ -17,12 +17,19 @@ import torch.distributed as dist
 
 from ..cascade import Stage
 from ..config import Config, StageConfig
+from ..data.embedding import embed_all, is_embedded
 from ..data.loader import Loader
-from ..data.source import Split, embed_all, empty_text, is_embedded, prepare_shapes, uses_text
+from ..data.source import Split, empty_text, prepare_shapes, uses_text
 from ..networks.parameters import muon_parameters
 from ..seeds import mix_seed
 from . import checkpoint, snapshots
-from .agreement import agree_on_checkpoint, agree_on_run_directory, decide_on_first_rank, on_first_rank
+from .agreement import (
+    agree_on_checkpoint,
+    agree_on_run_directory,
+    agree_on_samples,
+    decide_on_first_rank,
+    on_first_rank,
+)
 from .averages import Averages
 from .checkpoint_writer import CheckpointWriter
 from .ema import EMA
@@ -37,6 +44,7 @@ from .plan import Target, describe, headline, this_machine
 from .preemption import StopRequest, TrainingInterrupted
 from .profiler import StepProfiler
 from .rendezvous import meet
+from .resume import describe_samples
 from .run import Run
 from .run_lock import shared_lock, stage_lock
 from .skipped import Skipped, explain_skipped
@@ -110,6 +118,7 @@ class Trainer:
         phases.begin_stage(config.name)
         stage = Stage(config, self.cascade.below(config.name), empty_text=empty_text(self.config.fastimagen))
         train_data, _ = self.run.data
+        agree_on_samples(describe_samples(train_data.shards))
         engine, deepspeed = self._make_engine(config)
         dtype = next(engine.module.parameters()).dtype
         objective_at = objectives(stage, settings, steps, self.device, dtype)

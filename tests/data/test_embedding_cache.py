@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import logging
 import pickle
 import subprocess
@@ -8,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -45,6 +47,9 @@ class StubEncoder:
     def identity(self) -> dict[str, str]:
         return dict(self.names)
 
+    def count_tokens(self, captions) -> list[int]:
+        return [len(caption.split()[:7]) + 1 for caption in captions]
+
     def encode(self, captions, batch_size) -> TextEmbeddings:
         assert 0 < len(captions) <= batch_size
         if self.fails_at in captions:
@@ -65,6 +70,7 @@ class StubShard:
     path: Path
     keys: list[str] = field(default_factory=lambda: list(KEYS))
     texts: list[str] = field(default_factory=lambda: list(CAPTIONS))
+    counts: None = None
 
     def captions(self) -> list[str]:
         return list(self.texts)
@@ -141,7 +147,7 @@ def test_an_empty_shard_has_a_cache_too(tmp_path):
 
 def test_wrong_counts_and_infinite_embeddings_are_refused(tmp_path):
     path = tmp_path / "c.safetensors"
-    with pytest.raises(ValueError, match="6 sample keys but 5 captions"):
+    with pytest.raises(ValueError, match="6 captions expected, but 5"):
         write_cache(path, KEYS, CAPTIONS[:5], StubEncoder(), batch_size=2)
 
     class Overflowing(StubEncoder):
@@ -214,6 +220,63 @@ def test_missing_damaged_and_other_files_are_errors_that_say_how_to_rebuild(cach
         assert "\n" not in str(caught.value) and "fastimagen embed" in str(caught.value)
 
 
+# ---- several captions, changed bytes
+
+
+def test_each_of_several_captions_of_a_sample_has_its_embeddings(tmp_path):
+    path, counts = tmp_path / "c.safetensors", np.array([2, 1, 3], dtype=np.int32)
+    write_cache(path, KEYS[:3], CAPTIONS, StubEncoder(), 2, counts)
+    options = {"keys": KEYS[:3], "captions_hash": captions_hash(KEYS[:3], CAPTIONS)}
+    cache = reopen(path, counts=counts, **options)
+    captions = [(0, 0), (0, 1), (1, 0), (2, 0), (2, 1), (2, 2)]
+    assert len(cache) == 3
+    assert [len(cache.caption(*where)) for where in captions] == [min(8, len(text.split()) + 1) for text in CAPTIONS]
+    assert torch.equal(cache[2], cache.caption(2, 2))
+    with pytest.raises(IndexError):
+        cache[3]
+    for other in (None, np.array([1, 2, 3])):
+        with pytest.raises(ValueError, match="do not fit together"):
+            reopen(path, counts=other, **options)
+
+
+def test_changed_bytes_are_never_returned(cached):
+    content = bytearray(cached.read_bytes())
+    start = content.index(StubEncoder().encode(["star"], 1).embeds[0, 0].bfloat16().view(torch.uint8).numpy().tobytes())
+    content[start] ^= 1
+    cached.write_bytes(content)
+    cache = reopen(cached)
+    assert len(cache[0]) == 4
+    with pytest.raises(ValueError, match="bytes have changed; delete it and rerun fastimagen embed"):
+        cache[1]  # "blue" is the first word of four letters
+    with pytest.raises(ValueError, match=str(cached)):
+        cache.check()
+
+
+def test_captions_are_sorted_by_tokens_over_the_whole_shard(tmp_path):
+    """By characters, long words and many words would share a batch."""
+    captions = [" ".join(["w" * (1 + 9 * (i % 2))] * (1 + i % 7)) + f" {i}" for i in range(70)]
+    batches = []
+
+    class Recording(StubEncoder):
+        def encode(self, captions, batch_size):
+            batches.append([len(caption.split()) for caption in captions])
+            return super().encode(captions, batch_size)
+
+    write_cache(tmp_path / "c.safetensors", [str(i) for i in range(70)], captions, Recording(), 10)
+    assert len(batches) == 7 and all(max(batch) - min(batch) <= 1 for batch in batches)
+
+
+def test_a_rank_takes_the_shards_that_another_has_left(tmp_path):
+    shards = shards_in(tmp_path)
+    first = embed_shards(shards[:1], StubEncoder(), cache_dir=None, batch_size=3)
+    assert first.written == 1
+    with open(tmp_path / ".00001.org--stub.safetensors.lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)  # another process encodes this one
+        report = embed_shards(shards, StubEncoder(), cache_dir=None, batch_size=3, rank=0, world_size=2)
+    assert (report.written, report.kept) == (3, 1) and not (tmp_path / "00001.org--stub.safetensors").exists()
+    assert not list(tmp_path.glob(".0000[0234]*.lock"))
+
+
 # ---- many shards
 
 
@@ -265,8 +328,11 @@ def test_embedding_resumes_and_replaces_only_what_changed(tmp_path, caplog):
 def test_ranks_share_the_shards(tmp_path):
     shards = shards_in(tmp_path)
     options = {"cache_dir": tmp_path / "cache", "batch_size": 4}
-    reports = [embed_shards(shards, StubEncoder(), rank=rank, world_size=3, **options) for rank in range(3)]
-    assert [report.written for report in reports] == [2, 2, 1]
+    with ThreadPoolExecutor(3) as pool:
+        reports = pool.map(
+            lambda rank: embed_shards(shards, StubEncoder(), rank=rank, world_size=3, **options), range(3)
+        )
+    assert sum(report.written for report in reports) == 5
     assert embed_shards(shards, StubEncoder(), **options).kept == 5
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from fastimagen.data.loader import Batch, Loader
 from fastimagen.data.order import Order
-from fastimagen.data.shards import index_shard
+from fastimagen.data.shard_index import index_shard
 from fastimagen.images import resize_and_crop
 
 WIDTH = 4
@@ -196,7 +196,7 @@ def test_upscaled_images_are_counted(shards):
     loader = make_loader(shards, size=16)
     (batch,) = take(loader, 0, 1)
     assert batch.images.shape == (12, 3, 16, 16) and loader.counters["upscaled"] == 12
-    assert loader.counters == {"read": 12, "bad": 0, "upscaled": 12, "excluded": 0, "held_out": 0}
+    assert loader.counters == {"read": 12, "bad": 0, "upscaled": 12, "excluded": 0, "filtered": 0, "held_out": 0}
 
 
 # ---- bad samples

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import os
 import tarfile
@@ -15,7 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastimagen.data.order import Order
-from fastimagen.data.shards import index_shard, list_shards, open_shards
+from fastimagen.data.shard import Reading
+from fastimagen.data.shard_index import index_shard
+from fastimagen.data.shards import list_shards, open_shards
+from fastimagen.data.where import parse_conditions
 from fastimagen.seeds import random_bits
 
 
@@ -255,7 +259,7 @@ def test_a_source_without_shards_is_an_error_that_names_it(tmp_path):
     for source, missing in (
         ("none", "none"),
         ("*.tarr", "tarr"),
-        ("{000..001}.tar", "001.tar"),
+        ("{001..002}.tar", "001.tar"),
         ("gone.tar", "gone.tar"),
     ):
         with pytest.raises(ValueError, match=f"no .*{tmp_path}/.*{missing}"):
@@ -330,9 +334,87 @@ def test_shards_in_a_read_only_folder_are_opened_without_storing_the_index(tmp_p
     def refuse(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("fastimagen.data.shards.write_safetensors", refuse)
+    monkeypatch.setattr("fastimagen.data.shard_index.write_safetensors", refuse)
     assert len(open_shards(tmp_path)[0]) == 2
     assert "Permission denied" in caplog.text and not (tmp_path / "0.tar.index").exists()
+
+
+# ---- shards that cannot be read, captions in the json, conditions
+
+
+def test_lost_shards_are_counted_by_name_under_the_ceiling(tmp_path, caplog):
+    for i in range(8):
+        make_tar(tmp_path / f"{i}.tar", sample_files(10, f"{i}/"))
+    (tmp_path / "3.tar").write_bytes((tmp_path / "3.tar").read_bytes()[:3000])
+    (tmp_path / "5.tar").write_bytes(b"")
+    source = f"{tmp_path}/{{0..8}}.tar"  # 8.tar is missing
+    shards = open_shards(source, max_lost=0.4)
+    assert [len(shard) for shard in shards] == [10, 10, 10, 0, 10, 0, 10, 10, 0]
+    assert [sum(shard.excluded.values()) for shard in shards] == [0, 0, 0, 10, 0, 10, 0, 0, 10]
+    for part in ("3.tar is truncated", "5.tar is empty", "8.tar: No such file"):
+        assert "lost shard, counted with 10 samples: " in caplog.text and part in caplog.text
+    with pytest.raises(ValueError, match=r"3 of 9 shards cannot be read, .*max_bad_share = 0.01 allows: .*3.tar"):
+        open_shards(source, max_lost=0.01)
+    (tmp_path / "3.tar").unlink()
+    with pytest.raises(ValueError, match=r"No such file|is not a tar"):
+        open_shards(f"{tmp_path}/{{3..3}}.tar", max_lost=1.0)
+
+
+def test_captions_come_from_a_key_of_the_json(tmp_path):
+    def sample(content, caption=None):
+        return {"jpg": b"x", "json": content, **({"txt": caption} if caption else {})}
+
+    samples = {
+        "a": sample(b'{"caption": "one"}', b"not this"),
+        "b": sample(b'{"caption": ["two", " ", 3, "three"]}'),
+        "c": sample(b'{"other": 1}', b"x"),
+        "d": sample(b"{", b"x"),
+        "e": {"jpg": b"x", "txt": b"x"},
+    }
+    files = {f"{key}.{name}": data for key, sample in samples.items() for name, data in sample.items()}
+    path = make_tar(tmp_path / "0.tar", files)
+    for _ in range(2):  # from the tar, and from the index
+        (shard,) = open_shards(path, reading=Reading(caption_key="caption"))
+        assert [shard.captions_of(i) for i in range(len(shard))] == [["one"], ["two", "three"]]
+        assert shard.captions() == ["one", "two", "three"] and shard.number_of_captions(1) == 2
+        assert shard.excluded == {'no caption under "caption"': 2, "damaged json": 1}
+    assert open_shards(path)[0].captions() == ["not this", "x", "x", "x"]
+
+
+def test_samples_without_captions_are_read_if_none_is_needed(tmp_path):
+    path = make_tar(
+        tmp_path / "0.tar", {"a.jpg": b"x", "b.jpg": b"x", "b.txt": "\u00e9".encode("latin-1"), "c.txt": b"x"}
+    )
+    (shard,) = open_shards(path, reading=Reading(captions=False))
+    assert shard.keys == ["a", "b"] and shard.captions() == ["", ""] and shard.excluded == {"no image": 1}
+
+
+def test_conditions_filter_samples_and_count_why(tmp_path):
+    jsons = [
+        {"width": 300, "height": 100, "nsfw": "UNLIKELY", "score": "6.5"},
+        {"width": 300, "height": 290, "nsfw": "LIKELY", "score": 7},
+        {"width": 300, "height": 290, "nsfw": "UNLIKELY"},
+        {"width": 300, "height": 290, "nsfw": "UNLIKELY", "score": "many"},
+        {"width": 300, "height": 280, "nsfw": "UNLIKELY", "score": "6.5"},
+    ]
+    files = {}
+    for i, metadata in enumerate(jsons):
+        files |= {f"{i}.jpg": b"x", f"{i}.txt": b"x", f"{i}.json": json.dumps(metadata).encode()}
+    path = make_tar(tmp_path / "0.tar", files)
+    reading = Reading(where=("side >= 200", "aspect < 1.5", "nsfw == UNLIKELY", "score > 5"))
+    for _ in range(2):
+        (shard,) = open_shards(path, reading=reading)
+        assert len(shard) == 5 and shard.passes.tolist() == [False] * 4 + [True]
+        assert shard.filtered == {
+            "side >= 200": 1,
+            "nsfw == UNLIKELY": 1,
+            "score > 5 (no score)": 1,
+            "score > 5 (score is not a number)": 1,
+        }
+    assert len(list(tmp_path.glob("*.index"))) == 1
+    for text in ("width", "width > ", "width => 3", "name > x"):
+        with pytest.raises(ValueError, match=r"fastimagen.data.where: "):
+            parse_conditions([text])
 
 
 # ---- the order

@@ -10,7 +10,8 @@ import pytest
 
 from fastimagen.config import FastimagenConfig
 from fastimagen.config_file import config_from_dict
-from fastimagen.data.source import check_data, embed_all, encoder_width, open_split, prepare_shapes
+from fastimagen.data.embedding import embed_all
+from fastimagen.data.source import check_data, encoder_width, open_split, prepare_shapes
 from fastimagen.train.trainer import Trainer
 
 

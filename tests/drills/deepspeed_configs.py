@@ -308,7 +308,8 @@ def main() -> int:
     import deepspeed  # noqa: F401  # once, before the fork of each case
 
     from fastimagen.config import FastimagenConfig
-    from fastimagen.data.source import embed_all, prepare_shapes
+    from fastimagen.data.embedding import embed_all
+    from fastimagen.data.source import prepare_shapes
     from tests.conftest import TOY_STAGES, toy_tree
 
     rows = []

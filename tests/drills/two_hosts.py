@@ -150,7 +150,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="file for the results")
     options = parser.parse_args()
     from fastimagen.config import FastimagenConfig
-    from fastimagen.data.source import embed_all, prepare_shapes
+    from fastimagen.data.embedding import embed_all
+    from fastimagen.data.source import prepare_shapes
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

@@ -20,7 +20,7 @@ from fastimagen.config import (
     TextConfig,
     TrainConfig,
 )
-from fastimagen.data.shards import Shard
+from fastimagen.data.shard import Shard
 from fastimagen.section import Section
 from fastimagen.train.learning_rate import set_learning_rate
 from fastimagen.train.length import steps_of_epochs
