@@ -50,7 +50,7 @@ TRAINING = {
     "starting_files": "",
     "commands": "cascade config config_file data demo diffusion evaluation extras files network_config sampling "
     "section starting_files text train",
-    "cli": "commands config config_file data fastimagen info interop logs sampling starting_files train",
+    "cli": "commands config config_file fastimagen info interop logs sampling starting_files train",
     "__main__": "cli",
 }
 KERNELS = {"fastimagen_kernels": ""}
