@@ -60,9 +60,11 @@ def test_an_ascii_terminal_gets_escapes_and_keeps_the_images(toy_model: Path, tm
 
 def test_train_is_a_command_of_the_package() -> None:
     """What a wheel has; launch/train.py of a clone runs the same."""
-    child = run_module("train", "--config", "ds.json", "--dry-run", "--set", "fastimagen.train.steps=70")
+    child = run_module("train", "--config", "ds.json", "--dry-run", "--set", "fastimagen.train.stages.base.steps=70")
     assert child.returncode == 0, child.stderr
-    assert child.stdout == run_launcher("--config", "ds.json", "--dry-run", "--set", "fastimagen.train.steps=70")
+    assert child.stdout == run_launcher(
+        "--config", "ds.json", "--dry-run", "--set", "fastimagen.train.stages.base.steps=70"
+    )
     assert '"steps": 70' in child.stdout and "WARNING" not in child.stdout
 
 

@@ -90,7 +90,8 @@ def test_a_run_directory_has_records_grids_and_checkpoints(uninterrupted: Path) 
     assert (uninterrupted / "samples/base/step-00000006.png").exists()
     assert (uninterrupted / "samples/sr/step-00000006.png").exists()
     kept = sorted(path.name for path in (uninterrupted / "checkpoints/base").iterdir())
-    assert kept == ["step-00000004", "step-00000006"]  # the last two, none incomplete
+    # The last two, none incomplete, and the averages of the one before.
+    assert kept == ["snapshot-00000002", "step-00000004", "step-00000006"]
     times = [f"time/{name}" for name in ("data", "forward", "backward", "step", "other")]
     for key in ("images_per_s", "memory_gib", *times, "grad_norm", "lr", "bad", "excluded", "skipped_steps"):
         assert len(records(uninterrupted, key)) == 12
