@@ -185,7 +185,8 @@ def _text_encoder(config: Config) -> tuple[dict[str, Any], Path | None]:
     included = folder.is_dir()
     if not included and is_path(text.encoder):
         raise ValueError(
-            f"there is no folder {text.encoder} (text.encoder of the run): export from the folder that training ran in"
+            f"the run's text.encoder is {text.encoder}, but there is no such folder: run export in the directory that "
+            f"training was started in"
         )
     reference = {
         "name": "text_encoder" if included else text.encoder,

@@ -37,9 +37,9 @@ class NumberedEmbeddings:
 @pytest.fixture(scope="module")
 def shard(tmp_path_factory: pytest.TempPathFactory) -> Shard:
     """Images whose left half is white and whose right half is black."""
-    buffer, picture = io.BytesIO(), Image.new("RGB", (8, 8))
-    picture.paste("white", (0, 0, 4, 8))
-    picture.save(buffer, "PNG")
+    buffer, image = io.BytesIO(), Image.new("RGB", (8, 8))
+    image.paste("white", (0, 0, 4, 8))
+    image.save(buffer, "PNG")
     path = tmp_path_factory.mktemp("captions") / "a.tar"
     with tarfile.open(path, "w") as tar:
         for number in range(COUNT):
