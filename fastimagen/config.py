@@ -357,7 +357,10 @@ class StageTrainConfig(Section):
 def _one_length(steps: int | None, epochs: float | None) -> None:
     """Raise ValueError if a training has two lengths."""
     if steps is not None and epochs is not None:
-        raise ValueError(f"steps {steps} and epochs {epochs:g} both set the length of training: remove one of them")
+        raise ValueError(
+            f"steps {steps} and epochs {epochs:g} both set the length of training: remove one of them "
+            "(on the command line with --set KEY=null)"
+        )
 
 
 class TimeoutConfig(Section):

@@ -57,7 +57,14 @@ NO_CEILING = 1e6
 T5_XXL = ("google/t5-v1_1-xxl", 4096)
 """The text encoder of DeepFloyd IF, frozen, and the width of its embeddings."""
 
-CARD = """# {name}
+CARD = """---
+library_name: fastimagen
+pipeline_tag: {task}
+tags: [imagen, diffusion, {task}]
+license: deepfloyd-if-license
+---
+
+# {name}
 
 DeepFloyd IF, converted from diffusers' format by fastimagen {version}.
 
@@ -107,7 +114,8 @@ def import_diffusers(sources: Sequence[str | Path], out: str | Path, *, text_enc
             f"{sum(weight.numel() for weight in weights[stage.name].values()) / 1e6:.2f} M |"
             for stage in stages
         ]
-        card = CARD.format(name=out.name, version=__version__, stages="\n".join(rows), encoder=name)
+        task = "image-to-image" if stages[0].unet.lowres else "text-to-image"
+        card = CARD.format(task=task, name=out.name, version=__version__, stages="\n".join(rows), encoder=name)
         return write_model(out, cascade, weights, text_encoder=encoder, encoder_folder=folder, card=card)
 
 

@@ -36,7 +36,14 @@ _IMAGEN_DEFAULTS: dict[str, Any] = {
     "dynamic_thresholding_percentile": 0.9,
     "only_train_unet_number": None,
 }
-CARD = """# {name}
+CARD = """---
+library_name: fastimagen
+pipeline_tag: text-to-image
+tags: [imagen, diffusion, text-to-image]
+license: unknown
+---
+
+# {name}
 
 A text-to-image cascade trained with MinImagen, converted from `{source}` by fastimagen {version}.
 
@@ -50,6 +57,16 @@ The default sampling settings are those of MinImagen: ancestral sampling with al
 Super-resolution outputs differ from those of MinImagen. In sampling, MinImagen adds the augmentation noise before it
 scales the low-resolution image to [-1, 1]; in training it adds the noise afterwards. fastimagen always adds it
 afterwards, as the paper does.
+
+The licence of the weights is not stated: set `license` at the top of this file before you share the model.
+
+## Sample
+
+In the folder of this file:
+
+```bash
+fastimagen sample --model . {inputs}
+```
 """
 
 
@@ -94,6 +111,7 @@ def import_minimagen(source: str | Path, out: str | Path) -> Path:
         stages="\n".join(rows),
         encoder=encoder["name"] if encoder else "none; sample with text embeddings",
         timesteps=imagen["timesteps"],
+        inputs="--captions 'a happy dog'" if encoder else "--embeddings captions.safetensors",
     )
     return write_model(out, cascade, weights, text_encoder=encoder, encoder_folder=None, card=card)
 

@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 # Defaults of MinImagen's command line.
 _COMMAND = {
     "BATCH_SIZE": "2",
+    "MAX_NUM_WORDS": "64",
     "ACCUM_ITER": "1",
     "EPOCHS": "5",
     "OPTIM_LR": "0.0001",
@@ -61,10 +62,13 @@ def _unet(folder: Path, number: int, encoder: str) -> Any:
     path = only_file(folder, f"unet_{number}_*.json")
     assert path is not None  # its number was found
     arguments = read_json_object(path)
-    for argument, value in (("lowres_cond", number > 0), ("text_embed_dim", T5_NAMES[encoder][1])):
+    for argument, value, why in (
+        ("lowres_cond", number > 0, "which MinImagen trains with"),
+        ("text_embed_dim", T5_NAMES[encoder][1], f"the width of {encoder}"),
+    ):
         if arguments.get(argument, value) != value:
-            message = "unet_%d: %s is %s in %s: taken as %s"
-            logger.warning(message, number, argument, arguments[argument], path.name, value)
+            message = "unet_%d: %s is %s in %s: taken as %s, %s"
+            logger.warning(message, number, argument, arguments[argument], path.name, value, why)
         arguments[argument] = value
     try:
         return minimagen_config(arguments)
@@ -76,6 +80,7 @@ def _content(cascade: CascadeConfig, encoder: str, command: dict[str, str], name
     """The file. Raises ValueError for values of the command line that are not numbers."""
     try:
         batch, accumulation = int(command["BATCH_SIZE"]), int(command["ACCUM_ITER"])
+        tokens = int(command["MAX_NUM_WORDS"])  # MinImagen counts tokens
         epochs, rate, share = (float(command[key]) for key in ("EPOCHS", "OPTIM_LR", "TRAIN_VALID_FRAC"))
         checkpoint = int(command["CHCKPT_NUM"])
         samples = "all" if command["VALID_NUM"] == "None" else int(command["VALID_NUM"])
@@ -89,7 +94,7 @@ def _content(cascade: CascadeConfig, encoder: str, command: dict[str, str], name
         "fastimagen": {
             "cascade": {"stages": [stage.model_dump(mode="json") for stage in cascade.stages]},
             "data": {"shards": f"data/{name}", "validation": {"share": round(1 - share, 6)} if share < 1 else None},
-            "text": {"encoder": encoder},
+            "text": {"encoder": encoder, "max_length": tokens},
             "train": {
                 "run": f"runs/{name}",
                 "epochs": epochs,

@@ -228,7 +228,9 @@ def test_downloads_end_in_bounded_time_with_the_right_reasons(server, tmp_path):
     counts = {path: Failing.requests[f"/{path}/x.jpg"] for path in paths}
     assert counts["404"] == counts["403"] == counts["429"] == 1 and counts["500"] == counts["flaky"] == 2
     assert Failing.most <= 3 + 2  # the handlers of a stalled or slow answer outlive the client's connection
-    assert f"{server}/429/x.jpg, asks to wait 3600 s" in str(report)
+    lines = str(report)
+    assert f"{server}/429/x.jpg: asks to wait 3600 s" in lines
+    assert [url for url in urls if lines.count(url) > 1] == []  # each is named once
     found = contents_by_url(tmp_path / "out")
     assert found[f"{server}/flaky/x.jpg"]["txt"] == "a caption, 10" and f"{server}/good/0.jpg" in found
 

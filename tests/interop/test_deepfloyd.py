@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from fastimagen import cli
@@ -228,6 +229,8 @@ def test_both_stages_become_a_cascade_and_return_bit_by_bit(tmp_path: Path) -> N
         "encoding": "if",
         "included": False,
     }
+    front = yaml.safe_load((tmp_path / "model/README.md").read_text().split("---\n")[1])
+    assert (front["pipeline_tag"], front["license"]) == ("text-to-image", "deepfloyd-if-license")
     lines = export_diffusers(tmp_path / "model", tmp_path / "back")
     assert len(lines) == 2
     for source, stage, kind in (

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors import safe_open
 from torch import Tensor
 
@@ -205,7 +206,15 @@ def test_converted_training_directory_samples(training: Path, tmp_path: Path) ->
     text = TextEmbeddings(torch.randn(2, 5, 32), torch.ones(2, 5, dtype=torch.bool))
     out = pipe(text=text, captions=["one", "two"], steps=4)
     assert out.images.shape == (2, 3, 32, 32) and out.images.isfinite().all()
-    assert "unet_1_state_20220816_165729.pth" in (model / "README.md").read_text()
+    card = (model / "README.md").read_text()
+    assert "unet_1_state_20220816_165729.pth" in card
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert (front["library_name"], front["pipeline_tag"], front["license"]) == (
+        "fastimagen",
+        "text-to-image",
+        "unknown",
+    )
+    assert "--embeddings" in card and "--captions" not in card  # its 32 wide embeddings are those of no T5
 
 
 def test_converted_stages_train_and_sample_like_minimagen(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from fastimagen.cli import main
+from fastimagen.config import TextConfig
 from fastimagen.config_file import load_config
 from fastimagen.presets import minimagen_base_test, minimagen_super_test
 from fastimagen.train.stage_setup import plan
@@ -21,6 +22,7 @@ BASE = {
 SUPER = BASE | {"num_resnet_blocks": [1, 2], "memory_efficient": True}
 IMAGEN = {"image_sizes": [64, 128], "timesteps": 25, "cond_drop_prob": 0.15, "text_encoder_name": "t5_small"}
 COMMAND = "--BATCH_SIZE=4\n--EPOCHS=7\n--TRAIN_VALID_FRAC=0.8\n--VALID_NUM=None\n--CHCKPT_NUM=50\n--OPTIM_LR=0.001\n"
+COMMAND += "--MAX_NUM_WORDS=32\n"
 
 
 def write_parameters(folder: Path, imagen: dict[str, Any] = IMAGEN, command: str = COMMAND) -> Path:
@@ -37,7 +39,7 @@ def test_the_configuration_trains_the_same_cascade(tmp_path: Path, caplog: pytes
     out = tmp_path / "mine.json"
     with caplog.at_level(logging.WARNING):
         assert main(["import-minimagen", str(tmp_path / "training_1"), "--out", str(out)]) == 0
-    assert "unet_1: lowres_cond is False in unet_1_params_1.json: taken as True" in caplog.text
+    assert "unet_1: lowres_cond is False in unet_1_params_1.json: taken as True, which" in caplog.text
     config = load_config(out)
     stages = plan(config)[0].stages
     assert [stage.size for stage in stages] == [64, 128]
@@ -48,7 +50,7 @@ def test_the_configuration_trains_the_same_cascade(tmp_path: Path, caplog: pytes
     assert config.deepspeed["optimizer"] == {"type": "Adam", "params": {"lr": 0.001}}
     ours = config.fastimagen
     assert (ours.train.epochs, ours.train.checkpoint_every, ours.train.validation_samples) == (7, 50, "all")
-    assert ours.data.validation.share == 0.2 and ours.text.encoder == "t5_small"
+    assert ours.data.validation.share == 0.2 and ours.text == TextConfig(encoder="t5_small", max_length=32)
 
 
 def test_the_folder_parameters_alone_is_enough(tmp_path: Path) -> None:

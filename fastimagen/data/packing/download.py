@@ -71,7 +71,7 @@ class Downloader:
         self.pool.clear()
 
     def read(self, item: Item) -> bytes:
-        """The content of an item's image. Raises Unusable with the reason."""
+        """The content of an item's image. Raises Unusable with the reason; the report names the item beside it."""
         if not isinstance(item.image, str):
             return read_local(item)
         for attempt in range(1, self.options.tries + 1):
@@ -79,10 +79,10 @@ class Downloader:
                 return self._get(item.image)
             except _Passing as problem:
                 if attempt == self.options.tries:
-                    raise Unusable(problem.reason, f"{item.image}, {attempt} tries") from None
+                    raise Unusable(problem.reason, f"{attempt} tries") from None
                 pause = problem.pause or self.options.pause * 2 ** (attempt - 1)
                 if pause > self.options.longest_pause:
-                    raise Unusable(problem.reason, f"{item.image}, asks to wait {pause:.0f} s") from None
+                    raise Unusable(problem.reason, f"asks to wait {pause:.0f} s") from None
                 time.sleep(pause)
         raise AssertionError("the last try returns or raises")
 
@@ -92,39 +92,39 @@ class Downloader:
         try:
             response = self.pool.request("GET", url, preload_content=False)
         except errors.MaxRetryError as error:
-            raise _reason(error.reason or error, errors, url) from None
+            raise _reason(error.reason or error, errors) from None
         except errors.HTTPError as error:
-            raise _reason(error, errors, url) from None
+            raise _reason(error, errors) from None
         except (UnicodeError, ValueError) as error:
-            raise Unusable("not a URL", f"{url}: {error}") from None
+            raise Unusable("not a URL", str(error)) from None
         complete = False
         try:
             if response.status in PASSING:
                 raise _Passing(f"HTTP {response.status}", _seconds(response.headers.get("Retry-After")))
             if response.status != 200:
-                raise Unusable(f"HTTP {response.status}", url)
+                raise Unusable(f"HTTP {response.status}")
             directives = {part.strip().lower() for part in response.headers.get("X-Robots-Tag", "").split(",")}
             if directives & FORBIDDING:
-                raise Unusable("the site excludes it (X-Robots-Tag)", url)
-            data = self._body(response, url)
+                raise Unusable("the site excludes it (X-Robots-Tag)")
+            data = self._body(response)
             complete = True
             return data
         except errors.HTTPError as error:
-            raise _reason(error, errors, url) from None
+            raise _reason(error, errors) from None
         finally:
             if not complete:
                 response.close()  # the connection is in the middle of an answer
             response.release_conn()
 
-    def _body(self, response: Any, url: str) -> bytes:
+    def _body(self, response: Any) -> bytes:
         end, parts, size = time.monotonic() + self.options.deadline, [], 0
         while part := response.read1(1 << 16):  # what has arrived: read() would wait for all of it
             parts.append(part)
             size += len(part)
             if size > MAX_BYTES:
-                raise Unusable(f"larger than {MAX_BYTES >> 20} MiB", url)
+                raise Unusable(f"larger than {MAX_BYTES >> 20} MiB")
             if time.monotonic() > end:
-                raise Unusable(f"not complete after {self.options.deadline:g} s", url)
+                raise Unusable(f"not complete after {self.options.deadline:g} s")
         return b"".join(parts)
 
 
@@ -141,16 +141,16 @@ def _seconds(value: str | None) -> float | None:
     return float(value) if value is not None and value.strip().isdigit() else None
 
 
-def _reason(error: BaseException, errors: Any, url: str) -> Exception:
+def _reason(error: BaseException, errors: Any) -> Exception:
     """What a failed request is reported as."""
     if isinstance(error, errors.NameResolutionError):
-        return Unusable("host not found", url)
+        return Unusable("host not found")
     if isinstance(error, (errors.LocationParseError, errors.URLSchemeUnknown, errors.LocationValueError)):
-        return Unusable("not a URL", url)
+        return Unusable("not a URL")
     if isinstance(error, errors.SSLError):
-        return Unusable("TLS error", f"{url}: {error}")
+        return Unusable("TLS error", str(error))
     if isinstance(error, errors.ResponseError):  # too many redirects
-        return Unusable("too many redirects", url)
+        return Unusable("too many redirects")
     if isinstance(error, errors.NewConnectionError):  # a kind of TimeoutError to urllib3
         return _Passing("no connection")
     if isinstance(error, errors.TimeoutError):
