@@ -19,7 +19,9 @@ SILENCE = 10.0  # seconds of waiting after which a process says what it waits fo
 def set_launcher_defaults() -> None:
     """Set the variables of a launcher that are missing to those of one process.
 
-    Raises ValueError if several processes have no port in common."""
+    One process alone takes any free port: that of its launcher may be in use by another run on this host. Raises
+    ValueError if several processes have no port in common.
+    """
     for name, value in (
         ("RANK", "0"),
         ("LOCAL_RANK", "0"),
@@ -28,7 +30,10 @@ def set_launcher_defaults() -> None:
         ("MASTER_PORT", "0"),
     ):
         os.environ.setdefault(name, value)
-    if os.environ["WORLD_SIZE"] != "1" and os.environ["MASTER_PORT"] == "0":
+    if os.environ["WORLD_SIZE"] == "1":
+        if not _agent_has_store():
+            os.environ["MASTER_PORT"] = "0"
+    elif os.environ["MASTER_PORT"] == "0":
         raise ValueError("MASTER_PORT 0 means any free port, which several processes cannot guess alike: name one")
 
 
@@ -93,7 +98,7 @@ def _open_store(me: Member, deadline: float, timeout: float) -> Any:
     from torch.distributed import PrefixStore, TCPStore
 
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    serves = me.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    serves = me.rank == 0 and not _agent_has_store()
     if not serves:
         _wait_for_port(me, host, port, deadline, timeout)
     try:
@@ -114,6 +119,11 @@ def _open_store(me: Member, deadline: float, timeout: float) -> Any:
     # torchrun's agent keeps its store when it restarts the processes.
     attempt = f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     return PrefixStore(f"fastimagen/{attempt}", store)
+
+
+def _agent_has_store() -> bool:
+    """Whether torchrun's agent serves the store, at the port that it names."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _wait_for_port(me: Member, host: str, port: int, deadline: float, timeout: float) -> None:

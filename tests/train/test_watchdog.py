@@ -135,6 +135,17 @@ def test_a_failed_rendezvous_names_address_and_ranks(rank: int, message: str, mo
     assert str(variables["MASTER_PORT"]) in str(refused.value) and "\n" not in str(refused.value)
 
 
+def test_one_process_does_not_need_the_port_of_its_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`deepspeed` takes port 29500 unless told otherwise: a second run on the same host finds it in use."""
+    with socket.create_server(("127.0.0.1", 0)) as other_run:
+        port = other_run.getsockname()[1]
+        for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, str(value))
+        rendezvous.set_launcher_defaults()
+        store, rank, world_size = next(dist.rendezvous("env://"))
+        assert (rank, world_size) == (0, 1) and store.port != port
+
+
 def test_the_interface_towards_an_address_is_found() -> None:
     assert rendezvous.interface_towards("127.0.0.1", 80) == "lo"
 
