@@ -74,8 +74,18 @@ def _unknown_key_line(section: type[Section], location: tuple[int | str, ...], w
     return f"unknown key {'.'.join([where, *path])}; {hint(path[-1], valid, 'valid keys')}"
 
 
-OTHER_NAMES = {"guidance_scale": "guidance", "num_inference_steps": "steps"}
-"""What other libraries call our settings, where the nearest name is another setting."""
+OTHER_NAMES = {
+    "guidance_scale": "guidance",
+    "num_inference_steps": "steps",
+    "prompt": "captions",
+    "negative_prompt": "negative",
+    "num_images_per_prompt": "count",
+    "generator": "seed",
+    "image": "init_image",
+    "mask_image": "init_image",
+    "callback_on_step_end": "callback",
+}
+"""What other libraries call our settings and arguments, where the nearest name is not the right one."""
 
 
 def hint(name: str, valid: Iterable[str], label: str) -> str:

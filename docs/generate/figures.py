@@ -141,13 +141,14 @@ def noise(model: Model, out: Path) -> None:
 
 
 def schedule(model: Model, out: Path) -> None:
-    """log-SNR of three schedules over time."""
+    """log-SNR of four schedules over time."""
     times = torch.linspace(0.001, 0.999, 400, dtype=torch.float64)
     figure, axis = pyplot.subplots(figsize=(5.2, 3), layout="constrained")
     curves = [
         ("linear, 1000 steps", ScheduleConfig(name="linear", timesteps=1000), GREY),
         ("cosine", ScheduleConfig(), BLUE),
         ("cosine, shift 4", ScheduleConfig(shift=4.0), ORANGE),
+        ("flow", ScheduleConfig(name="flow"), GREEN),
     ]
     for name, config, color in curves:
         item = make_schedule(config)

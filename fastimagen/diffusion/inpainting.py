@@ -46,6 +46,12 @@ class InitImage:
     def __post_init__(self) -> None:
         if self.strength is None and self.mask is not None:
             object.__setattr__(self, "strength", 1.0)  # the class is frozen
+        for name, value in (("init image", self.image), ("inpainting mask", self.mask)):
+            if value is not None and not isinstance(value, Tensor):
+                raise ValueError(
+                    f"the {name} is of type {type(value).__name__}, but must be a tensor (B, C, H, H); "
+                    f"fastimagen.sampling.image_files.read_init_image reads both from files"
+                )
         shape = tuple(self.image.shape)
         if len(shape) != 4 or shape[2] != shape[3] or not self.image.is_floating_point():
             raise ValueError(f"the init image must be square and floating point (B, C, H, H), got {shape}")

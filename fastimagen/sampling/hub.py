@@ -31,7 +31,7 @@ def locate_model(name_or_path: str | Path, revision: str | None = None) -> tuple
     hub = _import_hub(f"there is no folder {name}; a model from the hub")
     try:
         folder = Path(hub.snapshot_download(name, revision=revision))
-    except (OSError, ValueError) as error:  # the hub's errors for repositories, revisions, networks and names
+    except (OSError, ValueError, hub.errors.HTTPError) as error:  # of repositories, revisions, names and networks
         at = f' at revision "{revision}"' if revision else ""
         raise ValueError(
             f"there is no folder {name}, and {name}{at} cannot be read from the Hugging Face hub or its cache: "
@@ -58,7 +58,7 @@ def push_model(folder: str | Path, name: str, *, private: bool = False, revision
         commit = api.upload_folder(
             repo_id=name, folder_path=folder, revision=revision, commit_message="Upload a model of fastimagen"
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, hub.errors.HTTPError) as error:
         raise ValueError(f"cannot upload {folder} as {name}: {first_line(error)}") from None
     return str(commit.commit_url)
 

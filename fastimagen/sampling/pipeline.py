@@ -28,7 +28,7 @@ from .hub import locate_model, push_model
 from .model_directory import load_weights, read_model, write_model
 from .output import Output
 from .request import SamplingRequest
-from .settings import Offload
+from .settings import Offload, require_known
 
 logger = logging.getLogger(__name__)
 
@@ -224,6 +224,7 @@ class ImagenPipeline:
         settings: fields of SamplingConfig (steps, sampler, guidance, ...), each with one value for all stages or a
         mapping by stage name; what is not given keeps the model's value. The other arguments: see SamplingRequest.
         """
+        require_known(settings, ("captions", *(self.__call__.__kwdefaults__ or ())))
         request = SamplingRequest.of(
             captions,
             text=text,

@@ -50,6 +50,7 @@ class SamplingRequest:
     missing or None keeps the model's value."""
 
     def __post_init__(self) -> None:
+        _check_kinds(self)
         captions = None if self.captions is None else _strings(self.captions, "captions")
         seeds = _integers(self.seeds)
         by_priority = [rows for rows in (self.text, captions, seeds) if rows is not None]
@@ -203,9 +204,26 @@ class SamplingRequest:
         return cls(captions=captions, seeds=seeds, negative=negative, stop_at=stop_at, settings=settings)
 
 
+KINDS: dict[str, tuple[type, str]] = {
+    "text": (TextEmbeddings, "TextEmbeddings"),
+    "init_image": (InitImage, "an InitImage; fastimagen.sampling.image_files.read_init_image reads one from a file"),
+    "lowres": (Tensor, "a tensor; fastimagen.sampling.image_files.read_square_image reads one from a file"),
+}
+"""Fields that take no list, and what they take."""
+
+
+def _check_kinds(request: SamplingRequest) -> None:
+    for name, (kind, wanted) in KINDS.items():
+        value = getattr(request, name)
+        if value is not None and not isinstance(value, kind):
+            raise ValueError(f"{name} is of type {type(value).__name__}, but must be {wanted}")
+
+
 def _strings(captions: Iterable[str], what: str) -> list[str]:
     if isinstance(captions, str):
         raise ValueError(f"{what} must be a list of strings, got one string; write [{captions!r}]")
+    if not isinstance(captions, Iterable):
+        raise ValueError(f"{what} must be a list of strings, got {captions!r}")
     captions = list(captions)
     if wrong := [caption for caption in captions if not isinstance(caption, str)]:
         raise ValueError(f"{what} must be a list of strings, got {wrong[0]!r}")

@@ -6,7 +6,7 @@ fields, so a new field appears in all three. Imports without torch, because `fas
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -102,9 +102,14 @@ def _kind(annotation: Any) -> type:
     return tuple if get_origin(annotation) is tuple else str
 
 
-def require_known(settings: Mapping[str, Any]) -> None:
-    """Raise ValueError that names the nearest setting if one of `settings` is not a field of SamplingConfig."""
+def require_known(settings: Mapping[str, Any], arguments: Iterable[str] = ()) -> None:
+    """Raise ValueError that names the nearest setting if one of `settings` is not a field of SamplingConfig.
+
+    arguments: other names that the caller takes, among which the nearest may be.
+    """
     for name in settings:
         if name not in SamplingConfig.model_fields:
-            known = hint(name, SamplingConfig.model_fields, "valid settings")
+            known = hint(
+                name, [*arguments, *SamplingConfig.model_fields], "valid names" if arguments else "valid settings"
+            )
             raise ValueError(f'unknown sampling setting "{name}"; {known}')

@@ -17,7 +17,7 @@ from fastimagen.sampling.pipeline import ImagenPipeline
 from tests.conftest import ROOT
 from tests.hub_server import Hub, running_hub
 
-pytest.importorskip("huggingface_hub")
+huggingface_hub = pytest.importorskip("huggingface_hub")
 
 # Shares a model under two revisions, loads both by name, and loads one again without a network. In a process of its
 # own, because huggingface_hub reads the address of the hub when it is imported.
@@ -119,6 +119,18 @@ def test_without_huggingface_hub_the_error_says_what_to_install(
         f"error: there is no folder runs/mine; a model from the hub needs huggingface_hub: {command}",
         f"error: sharing a model on the hub needs huggingface_hub: {command}",
     ]
+
+
+def test_without_a_network_the_error_is_one_line(
+    toy_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*arguments: object, **keywords: object) -> None:
+        raise huggingface_hub.errors.HTTPError("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", fail)
+    assert main(["push", "--model", str(toy_model), "--to", "someone/toy"]) == 1
+    expected = f"error: cannot upload {toy_model} as someone/toy: Name or service not known\n"
+    assert capsys.readouterr().err == expected
 
 
 def test_only_model_directories_and_full_names_are_shared(
