@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
@@ -54,7 +55,8 @@ def student_trainer(options: argparse.Namespace, overrides: list[str]) -> Traine
     """The trainer of the students. Raises ValueError for a teacher that the configuration does not fit."""
     from ..train.trainer import Trainer
 
-    config = student_config(load_config(options.config, overrides), options)
+    teacher = f"fastimagen.train.distill.model={json.dumps(options.model)}"  # before the keys that --set adds to it
+    config = student_config(load_config(options.config, [teacher, *overrides]), options)
     return Trainer(config, run_directory(options), stage=options.stage)
 
 

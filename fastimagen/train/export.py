@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from ..config import CascadeConfig, Config, StageConfig
+from ..config import CascadeConfig, Config, StageConfig, StageTrainConfig
 from ..config_file import load_config, validate
 from ..files import require_empty
 from ..presets import resolve
@@ -61,7 +61,10 @@ def export(
         else:
             weights[name], average = read_average(chosen[name]), ""
         parameters = sum(weight.numel() for weight in weights[name].values())
-        facts.append(StageFacts(name, stages[-1].size, parameters, state["step"]))
+        train = config.fastimagen.train
+        ema = train.stages.get(name, StageTrainConfig()).ema or train.ema
+        averaged = f"length {lengths[name]:g}" if name in lengths else f"decay {ema.decay:g}"
+        facts.append(StageFacts(name, stages[-1].size, parameters, state["step"], averaged))
         if average:
             lines.append(f"{name}: step {state['step']}, average of {average}")
         else:

@@ -32,8 +32,8 @@ license: unknown
 
 {purpose} {made} with fastimagen {version}.
 {grid}
-| stage | size | parameters | steps |
-| --- | --- | --- | --- |
+| stage | size | parameters | steps | average of the weights |
+| --- | --- | --- | --- | --- |
 {stages}
 {sampling}
 Training data: {data}.
@@ -71,6 +71,8 @@ class StageFacts:
     size: int
     parameters: int
     steps: int
+    average: str
+    """Of the weights over the steps: "decay 0.9999" (exponential) or "length 0.07" (power function)."""
 
 
 def model_card(
@@ -105,7 +107,8 @@ def model_card(
         version=__version__,
         grid="\n![sampled during training](samples.png)\n" if has_grid else "",
         stages="\n".join(
-            f"| {stage.name} | {stage.size}x{stage.size} | {stage.parameters / 1e6:.2f} M | {stage.steps} |"
+            f"| {stage.name} | {stage.size}x{stage.size} | {stage.parameters / 1e6:.2f} M | {stage.steps} "
+            f"| {stage.average} |"
             for stage in stages
         ),
         data=f"{'captioned images' if conditional else 'images'} from {_sources(config.data)}",

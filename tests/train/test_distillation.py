@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from fastimagen.cascade import Stage
-from fastimagen.cli import parser
+from fastimagen.cli import main, parser
 from fastimagen.commands.distill import student_config
 from fastimagen.config import CascadeConfig, Config, DistillConfig
 from fastimagen.config_file import config_from_dict
@@ -166,6 +167,15 @@ def test_the_command_writes_a_configuration_that_trains_students(toy_data: Path,
 def test_the_dry_run_names_teacher_and_cost(toy_data: Path, trained: Path, tmp_path: Path) -> None:
     text = Trainer(configured(toy_data, trained), tmp_path / "run").describe()
     assert f"base: learns 4 steps from {trained}, progressive, 8 substeps each; its frozen teacher adds 0." in text
+
+
+def test_its_settings_are_set_without_naming_the_teacher_twice(
+    toy_data: Path, trained: Path, write_config: Callable, capsys: pytest.CaptureFixture
+) -> None:
+    config = write_config(toy_tree(toy_data))
+    arguments = ["distill", "--model", str(trained), "--out", "student", "--config", str(config)]
+    assert main([*arguments, "--set", "fastimagen.train.distill.substeps=3", "--dry-run"]) == 0
+    assert "learns 4 steps" in (text := capsys.readouterr().out) and "3 substeps each" in text
 
 
 @pytest.mark.parametrize(

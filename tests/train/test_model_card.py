@@ -32,7 +32,7 @@ def card_of(
         tree["text"] = {"encoder": encoder}
     config = FastimagenConfig.model_validate(tree)
     assert isinstance(config.cascade, CascadeConfig)
-    facts = [StageFacts(stage.name, stage.size, 1_500_000, 20) for stage in config.cascade.stages]
+    facts = [StageFacts(stage.name, stage.size, 1_500_000, 20, "decay 0.5") for stage in config.cascade.stages]
     return model_card("mine", config, config.cascade, facts, includes_encoder=encoder is None, has_grid=grid)
 
 

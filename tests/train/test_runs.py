@@ -255,6 +255,24 @@ def test_gradients_that_stay_non_finite_end_the_run(toy_config: dict, write_conf
     assert "not finite in 3 consecutive steps" in output.splitlines()[-1]
 
 
+def test_an_export_has_the_average_that_was_asked_for_and_its_card_names_it(
+    tmp_path: Path, uninterrupted: Path, capsys: pytest.CaptureFixture
+) -> None:
+    from safetensors.torch import load_file
+
+    from fastimagen.cli import main
+
+    for out, flags in {"decay": [], "length": ["--ema", "base=0.1"]}.items():
+        assert main(["export", "--run", str(uninterrupted), "--out", str(tmp_path / out), *flags]) == 0
+    assert "average of length 0.1" in capsys.readouterr().err
+    rows = [line for line in (tmp_path / "length/README.md").read_text().splitlines() if line.startswith("| ")]
+    decay = json.loads((uninterrupted / "config.json").read_text())["fastimagen"]["train"]["ema"]["decay"]
+    assert [row.split(" | ")[-1] for row in rows[2:]] == ["length 0.1 |", f"decay {decay:g} |"]
+    for stage, same in {"base": False, "sr": True}.items():
+        ours, theirs = (load_file(tmp_path / out / stage / "model.safetensors") for out in ("decay", "length"))
+        assert all(ours[name].equal(theirs[name]) for name in ours) == same
+
+
 def test_a_run_starts_from_exported_weights(
     toy_config: dict, write_config: Callable, tmp_path: Path, uninterrupted: Path
 ) -> None:
