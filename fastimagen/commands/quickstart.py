@@ -42,22 +42,30 @@ def quickstart(options: argparse.Namespace) -> int:
     RUN.mkdir(parents=True, exist_ok=True)
     for old in (MODEL, IMAGES, EVALUATION):  # written again from the checkpoints
         shutil.rmtree(old, ignore_errors=True)
-    seconds = {}
+    seconds, cpu_seconds = {}, {}
     for name, command in commands:
         print(f"\n== {name}\n$ {shlex.join(['python', *command])}", flush=True)
-        began = time.perf_counter()
+        began, cpu_began = time.perf_counter(), _children_cpu_seconds()
         status = _run([sys.executable, "-u", *command])
         if status:
             print(f"quickstart: {name} ended with status {status}; rerun the command to resume", file=sys.stderr)
             return status
         seconds[name] = round(time.perf_counter() - began, 1)
+        cpu_seconds[name] = round(_children_cpu_seconds() - cpu_began, 1)
     evaluation = json.loads((EVALUATION / "report.json").read_text())
-    report = {"seconds": seconds, "total_seconds": round(sum(seconds.values()), 1), **evaluation}
+    report = {"seconds": seconds, "cpu_seconds": cpu_seconds, "total_seconds": round(sum(seconds.values()), 1)}
+    report |= evaluation
     write_json(RUN / "report.json", report)
     shutil.copy(IMAGES / "grid.png", RUN / "grid.png")
     minutes = report["total_seconds"] / 60
     print(f"\nDone in {minutes:.1f} minutes. Look at {RUN / 'grid.png'}; figures are in {RUN / 'report.json'}.")
     return 0
+
+
+def _children_cpu_seconds() -> float:
+    """CPU seconds of all processes that this one has started and waited for, and of theirs."""
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 def _run(command: list[str]) -> int:
