@@ -179,7 +179,8 @@ def data(bench: Bench) -> None:
     with bench.missing_on_error("ours", **names), tempfile.TemporaryDirectory() as folder:
         from fastimagen.config import FastimagenConfig
         from fastimagen.data.embedding import embed_all
-        from fastimagen.data.source import open_split, prepare_shapes
+        from fastimagen.data.prepare import prepare_shapes
+        from fastimagen.data.source import open_split
         from fastimagen.text.t5 import T5Encoder
 
         config = FastimagenConfig.model_validate(
@@ -195,7 +196,7 @@ def data(bench: Bench) -> None:
         )
         prepare_shapes(config, say=lambda _: None)
         embed_all(config, say=lambda _: None)
-        loader = open_split(config.data.shards, config, with_text=True).loader(
+        loader = open_split(config.data.training[0], config, with_text=True).loader(
             config, size=64, crop=None, global_batch=64, rank=0, world_size=1, micro_batch=64, seed=0, crop_seed=0
         )
         with closing(loader.batches(0)) as batches:  # one for all repetitions: what it read ahead is used in the next

@@ -208,7 +208,18 @@ def parser() -> argparse.ArgumentParser:
     to_diffusers.add_argument("model", type=Path, help="model directory with stages of DeepFloyd IF")
     to_diffusers.add_argument("--out", type=Path, required=True, help="new folder, with a folder for each stage")
 
-    command("info", _info, "print versions, devices and active kernels for a bug report")
+    info = command(
+        "info", _info, "print versions, devices and active kernels for a bug report; with --data what a run will see"
+    )
+    info.add_argument(
+        "--data",
+        metavar="CONFIG|SHARDS",
+        help="ds.json, or a folder of shards: print counts, sizes, aspect ratios and caption lengths instead, and draw "
+        "the first training images as the network gets them, with their captions",
+    )
+    info.add_argument(
+        "--out", type=Path, metavar="PNG", default=Path("data.png"), help="the images (default: data-STAGE.png)"
+    )
     return top
 
 
@@ -376,6 +387,11 @@ def _export_diffusers(options: argparse.Namespace) -> None:
 
 
 def _info(options: argparse.Namespace) -> None:
+    if options.data is not None:
+        from .commands.info_data import info_data
+
+        info_data(options.data, options.out)
+        return
     from .info import report
 
     print(report())

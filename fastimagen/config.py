@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from . import config_rules
+from .data_config import DataConfig, TextConfig
 from .network_config import AnyNetworkConfig
 from .section import Section
 
@@ -226,91 +227,6 @@ class CascadeChanges(Section):
         if (self.preset is None) == (self.model is None):
             raise ValueError('give one of "preset" and "model", or "stages" as a list with all stages in full')
         return self
-
-
-class ShapesConfig(Section):
-    """The built-in captioned shapes, which training renders if data.shards is missing."""
-
-    count: int = Field(20000, ge=1)
-    """Number of training images."""
-    size: int = Field(64, ge=16)
-    """Height and width of the images."""
-    seed: int = Field(0, ge=0)
-    """Random seed of the images."""
-
-
-class HeldOutConfig(Section):
-    """Validation samples out of data.shards, chosen by a hash of their keys: new or reordered shards do not move them.
-
-    Training leaves them out. Give one of the two.
-    """
-
-    share: float | None = Field(None, gt=0, lt=1)
-    """Share of the samples. Whether a sample is held out depends on its key alone."""
-    count: int | None = Field(None, ge=1)
-    """Number of samples: those with the smallest hashes. New shards never move a training sample into validation."""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> HeldOutConfig:
-        if (self.share is None) == (self.count is None):
-            raise ValueError('give one of "share" and "count", e.g. {"share": 0.01}')
-        return self
-
-
-def _kind_of_validation(value: Any) -> str:
-    """The tag of the form that data.validation is given in."""
-    return "<held_out>" if isinstance(value, (dict, HeldOutConfig)) else "<shards>"
-
-
-class DataConfig(Section):
-    """Images and captions."""
-
-    shards: str | tuple[str, ...] = "data/shapes/train"
-    """WebDataset tars: a folder, a glob, a {000..999} range or a list; local paths or URLs."""
-    validation: Annotated[
-        Annotated[str | tuple[str, ...] | None, Tag("<shards>")] | Annotated[HeldOutConfig, Tag("<held_out>")],
-        Discriminator(_kind_of_validation),
-    ] = "data/shapes/val"
-    """Validation tars; or {"share": 0.01} or {"count": 500} of the samples of data.shards, which training leaves out;
-    None trains without validation."""
-    shapes: ShapesConfig | None = None
-    """Render the built-in shapes into the parent folder of data.shards if they are missing."""
-    cache: str | None = None
-    """Folder for downloaded shards; required for remote shards."""
-    threads: int = Field(2, ge=1)
-    """Threads that decode images, per process."""
-    max_bad_share: float = Field(0.01, ge=0, le=1)
-    """Training stops if a larger share of the samples is unreadable, has no caption or is in a shard that is lost."""
-    caption_key: str | None = None
-    """Key in KEY.json with the caption, or with a list of captions, of which every reading takes one; None reads
-    KEY.txt."""
-    where: tuple[str, ...] = ()
-    """Conditions on KEY.json, such as "width >= 256" or "aesthetic > 5"; "side" is the shorter side and "aspect" the
-    longer one divided by it. Samples that do not fulfil all of them are left out and counted as filtered."""
-    flip: bool = False
-    """Mirror half of the training images, except those whose English caption names a side."""
-
-
-class TextConfig(Section):
-    """The text encoder and its embedding cache."""
-
-    encoder: str = "data/shapes/text_encoder"
-    """Hugging Face name or folder of a T5 encoder, or one of the short names (t5_small ... xxl1.1)."""
-    revision: str | None = None
-    """Revision of the encoder on the hub."""
-    max_length: int = Field(256, ge=2)
-    """Largest number of tokens of a caption, with the end mark; further tokens are cut off. At most the max_text_length
-    of the U-Nets."""
-    encoding: Literal["words", "if"] = "words"
-    """"words": the tokens of a caption. "if": as DeepFloyd IF reads captions, in lower case and always max_length
-    tokens, of which the network sees the padding too."""
-    cache: str | None = None
-    """Folder of the embedding cache; None is next to the shards."""
-    batch_size: int = Field(64, ge=1)
-    """Captions per batch of the encoder."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the encoder when it fills the cache. bfloat16 is several times as fast on a GPU; the cache stores
-    bfloat16 in any case."""
 
 
 class EMAConfig(Section):

@@ -52,7 +52,7 @@ def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with shards of 16x16 shapes, their text encoder and their embedding cache."""
     from fastimagen.config import FastimagenConfig
     from fastimagen.data.embedding import embed_all
-    from fastimagen.data.source import prepare_shapes
+    from fastimagen.data.prepare import prepare_shapes
 
     folder = tmp_path_factory.mktemp("toy") / "shapes"
     config = FastimagenConfig.model_validate(toy_tree(folder)["fastimagen"])

@@ -19,7 +19,8 @@ SAMPLER = {  # what sampling needs: runs with the core dependencies and reaches 
     "fastimagen": "",
     "section": "",
     "network_config": "config_rules section",
-    "config": "config_rules network_config section",
+    "data_config": "section",
+    "config": "config_rules data_config network_config section",
     "config_rules": "config network_config respacing section",
     "respacing": "",
     "files": "",
@@ -40,16 +41,16 @@ SAMPLER = {  # what sampling needs: runs with the core dependencies and reaches 
     "sampling": "cascade config config_file diffusion extras fastimagen files images text",
 }
 TRAINING = {
-    "data": "config network_config extras fastimagen files images seeds text words",
-    "train": "cascade config config_file data diffusion extras fastimagen files images network_config networks ops "
-    "presets sampling seeds text words",
+    "data": "config data_config network_config extras fastimagen files images seeds text words",
+    "train": "cascade config config_file data data_config diffusion extras fastimagen files images network_config "
+    "networks ops presets sampling seeds text words",
     "evaluation": "data fastimagen files images sampling",
     "interop": "cascade config config_file network_config fastimagen files networks presets sampling text",
     "info": "fastimagen ops",
     "demo": "cascade files images sampling text",
     "starting_files": "",
-    "commands": "cascade config config_file data demo diffusion evaluation extras files network_config sampling "
-    "section starting_files text train",
+    "commands": "cascade config config_file data data_config demo diffusion evaluation extras files network_config "
+    "sampling section starting_files text train",
     "cli": "commands config config_file fastimagen info interop logs sampling starting_files train",
     "__main__": "cli",
 }
@@ -69,6 +70,7 @@ CORE = "einops numpy PIL pydantic safetensors torch"
 THIRD_PARTY = {
     "fastimagen": "",
     "config": "pydantic",
+    "data_config": "pydantic",
     "config_file": "pydantic",
     "config_rules": "",
     "respacing": "",

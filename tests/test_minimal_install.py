@@ -115,7 +115,7 @@ def test_sampling_needs_only_the_core_dependencies(toy_model: Path, tmp_path: Pa
     pipe.encode(captions).save(text, captions)
     child = run_python(SAMPLE, json.dumps(minimal()), str(toy_model), str(text), str(tmp_path), folder=tmp_path)
 
-    needs_text = "the T5 text encoder needs transformers: pip install --editable '.[text]'"
+    needs_text = "the text encoder needs transformers: pip install --editable '.[text]'"
     assert needs_text in child.stdout.splitlines()
     assert child.stderr.splitlines() == [f"error: {needs_text}"]
     assert not (tmp_path / "none").exists()

@@ -6,7 +6,7 @@ import argparse
 
 from ..config_file import load_config
 from ..data.embedding import check_embeddings, embed_all, plan_embedding
-from ..data.source import prepare_shapes
+from ..data.prepare import prepare_encoder, prepare_shapes
 from ..sampling.distributed import rank_and_world_size
 
 
@@ -27,6 +27,7 @@ def embed(options: argparse.Namespace) -> None:
         return
     if rank == 0 or world_size == 1:
         prepare_shapes(config, say=say)
+        prepare_encoder(config, say=say)
     elif config.data.shapes is not None:
         raise ValueError("fastimagen.data.shapes renders the built-in shapes: embed them with one process")
     embed_all(config, say=say, rank=rank, world_size=world_size)

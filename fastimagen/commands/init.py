@@ -11,18 +11,17 @@ from typing import Any
 
 from ..config import (
     AugmentationConfig,
-    DataConfig,
     ObjectiveConfig,
     SamplingConfig,
     ScheduleConfig,
     StageConfig,
     StageTrainConfig,
-    TextConfig,
     TrainConfig,
 )
 from ..config_file import config_from_dict
 from ..data.packing.rows import is_table
 from ..data.survey import Survey, survey
+from ..data_config import DataConfig, TextConfig
 from ..files import atomic_file
 from ..network_config import UNetConfig
 from ..section import Section

@@ -11,11 +11,10 @@ from ..config import FastimagenConfig
 from ..text.t5 import T5Encoder
 from ..words import counted
 from .embedding_cache import EmbedReport, embed_shards, write_cache
+from .prepare import check_data, check_encoder, refuse_unreadable
 from .shard import LOST, Shard
 from .source import (
     Say,
-    check_data,
-    check_encoder,
     empty_caption_path,
     empty_text,
     identity_of,
@@ -39,6 +38,7 @@ def embed_all(config: FastimagenConfig, *, say: Say, rank: int = 0, world_size: 
     text = config.text
     shards = _sources(config)
     encoder = _encoder(config)
+    refuse_unreadable(config, shards, encoder.tokens)
     if rank == 0 and text.encoding == "if":
         write_cache(empty_caption_path(config), ["empty"], [""], encoder, batch_size=1)
     report = embed_shards(

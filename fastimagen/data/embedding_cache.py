@@ -42,8 +42,12 @@ class Encoder(Protocol):
     """The part of a text encoder that the cache uses; T5Encoder is one."""
 
     dim: int
-    truncated: int
-    unknown: int
+
+    @property
+    def truncated(self) -> int: ...
+
+    @property
+    def unknown(self) -> int: ...
 
     def encode(self, captions: Sequence[str], batch_size: int) -> TextEmbeddings: ...
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import Tensor
 
-from ..config import HeldOutConfig
+from ..data_config import HeldOutConfig
 from .loader import Embeddings
 from .shard import Shard
 

@@ -25,6 +25,7 @@ from ..images import from_uint8, open_rgb, resize_and_crop, to_pixels
 from ..network_config import NetworkConfig
 from ..seeds import random_bits
 from ..text.embeddings import TextEmbeddings
+from .mixture import Mixture
 from .order import CAPTIONS, CROPS, FLIPS, Order
 from .shard import Shard
 
@@ -128,7 +129,7 @@ class Loader:
         self,
         shards: Sequence[Shard],
         caches: Sequence[Embeddings] | None,
-        order: Order,
+        order: Order | Mixture,
         *,
         size: int,
         crop_size: int | None = None,
@@ -165,11 +166,12 @@ class Loader:
         self.flip = flip
         self._ends = np.cumsum(order.sizes)
         self._bad: dict[tuple[int, int], str] = {}
+        self._delivered: Counter[str] = Counter()  # samples of each data set of a mixture
         reasons: Counter[str] = Counter()
         for shard in shards:
             reasons.update(shard.excluded)
         filtered = sum(sum(shard.filtered.values()) for shard in shards)
-        self.counters = {"read": 0, "bad": 0, "upscaled": 0, "excluded": reasons.total()}
+        self.counters: dict[str, float] = {"read": 0, "bad": 0, "upscaled": 0, "excluded": reasons.total()}
         self.counters |= {"filtered": filtered, "held_out": held_out}
         known = order.total + filtered + reasons.total()
         self._excluded_share = reasons.total() / known if known >= MIN_READ else 0.0
@@ -297,6 +299,8 @@ class Loader:
             self.counters["read"] += 1 + len(sample.bad)
             self.counters["bad"] += len(sample.bad)
             self.counters["upscaled"] += sample.upscaled
+            if isinstance(self.order, Mixture):
+                self._delivered[self.order.name_of(sample.origin[0])] += 1
             for shard, index, reason in sample.bad:
                 if (shard, index) not in self._bad:
                     self._bad[shard, index] = self._describe(shard, index, reason)
@@ -310,6 +314,24 @@ class Loader:
                 f"{self.max_bad_share} allows: {first}{' ...' if len(self._bad) > 3 else ''}"
             )
         return batch
+
+    def captions(self, batch: Batch) -> list[str]:
+        """The captions of a batch of `batches`, each the one whose embeddings the sample has."""
+        return [
+            self.shards[shard].captions_of(index)[self._caption_number(shard, index, position, self.order.__getitem__)]
+            for (shard, index), position in zip(batch.origins, batch.positions.tolist())
+        ]
+
+    def mixture_values(self, position: int) -> dict[str, float]:
+        """For the record at a position in a mixture: each data set's share of the samples of this rank since the start
+        of the process, and how often its samples have been read; {} for one data set."""
+        if not isinstance(self.order, Mixture):
+            return {}
+        values, delivered = {}, self._delivered.total()
+        for name, epochs in self.order.epochs(position).items():
+            values[f"share/{name}"] = round(self._delivered[name] / max(1, delivered), 4)
+            values[f"epochs/{name}"] = round(epochs, 4)
+        return values
 
     def has_finite_text(self, origin: Origin) -> bool:
         """Whether the embeddings of a sample are finite; True without embeddings."""

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..seeds import random_bits
 
-SHARDS, SAMPLES, CROPS, CAPTIONS, FLIPS = range(5)
+SHARDS, SAMPLES, CROPS, CAPTIONS, FLIPS, SOURCES = range(6)
 """Streams of random numbers, independent of each other."""
 
 

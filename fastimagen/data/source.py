@@ -1,4 +1,4 @@
-"""The data that a configuration names: shards, their embedding caches, and the built-in shapes, rendered on demand."""
+"""The data that a configuration names: shards and their embedding caches, for training and validation."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import CascadeConfig, DataConfig, FastimagenConfig, HeldOutConfig
+from ..config import CascadeConfig, FastimagenConfig
+from ..data_config import DataConfig, HeldOutConfig
 from ..text.embeddings import TextEmbeddings
-from ..text.t5 import T5_NAMES, encoder_identity, hub_commit, is_path, is_random_encoder, text_width
-from ..text.tiny_t5 import build_tiny_t5
+from ..text.t5 import encoder_identity, hub_commit
+from ..words import counted
 from .embedding_cache import (
     EmbeddingCache,
     NoEmbeddings,
@@ -25,31 +26,46 @@ from .embedding_cache import (
 )
 from .held_out import SelectedEmbeddings, choose_held_out, select_samples
 from .loader import Batch, Embeddings, Loader
+from .mixture import Mixture, Part
 from .order import Order
 from .shard import LOST, Reading, Shard
 from .shards import list_shards, open_shards
-from .where import parse_conditions
 
 Source = str | tuple[str, ...]
 Say = Callable[[str], None]
-
-TINY_T5_WIDTH = 64
-TRAINED_T5 = f"a trained T5 ({next(iter(T5_NAMES))} ... {list(T5_NAMES)[-1]}, or a folder)"
 
 
 @dataclass(frozen=True)
 class Split:
     """Open shards and, for text-conditioned cascades, their embedding caches (else None).
 
-    held_out: number of samples that were taken out of these shards for validation.
+    held_out: number of samples that were taken out of these shards for validation; mixture: the data sets that the
+    shards belong to, in this order, if there are several with weights.
     """
 
     shards: list[Shard]
     caches: Sequence[Embeddings] | None
     held_out: int = 0
+    mixture: Sequence[Part] = ()
 
     def __len__(self) -> int:
         return sum(len(shard) for shard in self.shards)
+
+    def order(self, seed: int) -> Order | Mixture:
+        """The order of the samples. Raises ValueError if a data set of the mixture has none."""
+        sizes = [len(shard) for shard in self.shards]
+        return Mixture(self.mixture, sizes, seed) if self.mixture else Order(sizes, seed)
+
+    def describe_mixture(self) -> list[str]:
+        """A line for each data set of a mixture: its share and its samples."""
+        lines, shards, weights = [], iter(self.shards), sum(part.weight for part in self.mixture)
+        for part in self.mixture:
+            samples = sum(map(len, islice(shards, part.shards)))
+            lines.append(
+                f"{part.name}: {part.weight / weights:.1%} of the samples, out of {samples} in "
+                f"{counted(part.shards, 'shard')}"
+            )
+        return lines
 
     def loader(
         self,
@@ -69,11 +85,10 @@ class Split:
 
         seed: of the order; crop_seed: of the crops, which differ between stages. pin: in pinned memory, which only a
         process with a GPU can allocate."""
-        order = Order([len(shard) for shard in self.shards], seed)
         return Loader(
             self.shards,
             self.caches,
-            order,
+            self.order(seed),
             held_out=self.held_out,
             size=size,
             crop_size=crop,
@@ -119,18 +134,32 @@ def open_data(config: FastimagenConfig, *, with_text: bool) -> tuple[Split, Spli
 
     Raises ValueError as `open_split`, and if holding samples out leaves one of them empty.
     """
-    everything, validation = open_split(config.data.shards, config, with_text=with_text), config.data.validation
+    everything, validation = _open_training(config, with_text=with_text), config.data.validation
     if isinstance(validation, HeldOutConfig):
         return _hold_out(everything, validation)
     return everything, None if validation is None else open_split(validation, config, with_text=with_text)
 
 
+def _open_training(config: FastimagenConfig, *, with_text: bool) -> Split:
+    """The samples of data.shards; of all data sets of a mixture."""
+    splits = [open_split(source, config, with_text=with_text) for source in config.data.training]
+    mixture = [
+        Part(source.name, source.weight, len(split.shards)) for source, split in zip(config.data.mixture, splits)
+    ]
+    if not mixture:
+        return splits[0]
+    shards = [shard for split in splits for shard in split.shards]
+    path, count = Counter(shard.path for shard in shards).most_common(1)[0]
+    if count > 1:
+        raise ValueError(f"fastimagen.data.shards: shard {path} is in two data sets of the mixture")
+    caches = [cache for split in splits for cache in split.caches or ()]
+    return Split(shards, caches if with_text else None, mixture=mixture)
+
+
 def count_training_samples(config: FastimagenConfig) -> int:
     """The number of samples of data.shards without those that validation takes. Reads no captions."""
-    shards, validation = (
-        _apply_where(Split(open_source(config.data.shards, config), None)).shards,
-        config.data.validation,
-    )
+    splits = [_apply_where(Split(open_source(source, config), None)) for source in config.data.training]
+    shards, validation = [shard for split in splits for shard in split.shards], config.data.validation
     held_out = choose_held_out(shards, validation) if isinstance(validation, HeldOutConfig) else []
     return sum(map(len, shards)) - sum(int(mask.sum()) for mask in held_out)
 
@@ -149,7 +178,8 @@ def _select(split: Split, masks: Sequence[np.ndarray]) -> Split:
     caches = split.caches and [
         SelectedEmbeddings(cache, np.flatnonzero(mask)) for cache, mask in zip(split.caches, masks)
     ]
-    return Split([select_samples(shard, mask) for shard, mask in zip(split.shards, masks)], caches)
+    shards = [select_samples(shard, mask) for shard, mask in zip(split.shards, masks)]
+    return Split(shards, caches, mixture=split.mixture)
 
 
 def open_split(source: Source, config: FastimagenConfig, *, with_text: bool) -> Split:
@@ -219,51 +249,6 @@ def open_source(source: Source, config: FastimagenConfig, *, captions: bool = Fa
     return open_shards(source, cache=data.cache, reading=reading, max_lost=data.max_bad_share)
 
 
-# ---- which data and text encoder belong together
-
-
-def check_data(config: FastimagenConfig) -> None:
-    """Raise ValueError, with one line that says what to change, if data and text encoder do not belong together.
-
-    data.shapes renders the built-in shapes, so that data.shards must be these; and only they work with the built-in
-    text encoder, whose weights are random. Opens no shards.
-    """
-    parse_conditions(config.data.where)
-    if config.data.shapes is not None:
-        _check_shapes(config.data)
-    if uses_text(config):
-        check_encoder(config)
-
-
-def _check_shapes(data: DataConfig) -> None:
-    own_images = f"set fastimagen.data.shapes to null and fastimagen.text.encoder to {TRAINED_T5}"
-    if not isinstance(data.shards, str) or Path(data.shards).name != "train":
-        raise ValueError(
-            f"fastimagen.data.shapes renders the built-in shapes into FOLDER/train, but fastimagen.data.shards is "
-            f"{data.shards!r}: set it to FOLDER/train, or, for your own images, {own_images}"
-        )
-    if Path(data.shards).exists() and not _are_shapes(data.shards):
-        raise ValueError(
-            f"fastimagen.data.shapes renders the built-in shapes, but {data.shards} contains other shards: {own_images}"
-        )
-
-
-def check_encoder(config: FastimagenConfig) -> None:
-    """Raise ValueError if the text encoder is missing, or has random weights and the data are not the shapes."""
-    encoder = config.text.encoder
-    built_in = _builds_encoder(config) or is_random_encoder(encoder)
-    if not built_in and is_path(encoder) and not Path(encoder).is_dir():
-        raise ValueError(f"fastimagen.text.encoder: there is no folder {encoder}: set it to {TRAINED_T5}")
-    if not built_in:
-        return
-    for source in _sources(config):
-        if not _are_shapes(source) and not _renders(source, config.data):
-            raise ValueError(
-                f"the text encoder {encoder} has random weights and works with the built-in shapes only, not with "
-                f"{source}: set fastimagen.text.encoder to {TRAINED_T5}"
-            )
-
-
 def uses_text(config: FastimagenConfig) -> bool:
     """Whether a stage is conditioned on text; all presets are. Cascades with changes count as such until resolved."""
     if not isinstance(config.cascade, CascadeConfig):
@@ -276,45 +261,14 @@ def image_channels(config: FastimagenConfig) -> int:
     return config.cascade.channels if isinstance(config.cascade, CascadeConfig) else 3
 
 
-def _sources(config: FastimagenConfig) -> list[str]:
-    """Where the training and validation shards are."""
-    return [path for source in shard_sources(config.data) for path in ([source] if isinstance(source, str) else source)]
-
-
 def shard_sources(data: DataConfig) -> list[Source]:
-    """data.shards, and data.validation where it names shards of its own."""
+    """The data sets of data.shards, and data.validation where it names shards of its own."""
     if data.validation is None or isinstance(data.validation, HeldOutConfig):
-        return [data.shards]
-    return [data.shards, data.validation]
+        return data.training
+    return [*data.training, data.validation]
 
 
-def _are_shapes(source: str) -> bool:
-    """Whether shards are built-in shapes: shapes.json is written beside the folders of their splits."""
-    folder = Path(source)
-    if not folder.is_dir():  # a tar or a pattern
-        folder = folder.parent
-    return (folder.parent / "shapes.json").is_file()
-
-
-def _renders(source: str, data: DataConfig) -> bool:
-    """Whether `prepare_shapes` will write these shards."""
-    return data.shapes is not None and Path(source).parent == _shapes_folder(data) and not Path(source).exists()
-
-
-def _shapes_folder(data: DataConfig) -> Path:
-    """The folder that contains the built-in shapes, for a configuration that `_check_shapes` accepts."""
-    assert isinstance(data.shards, str)
-    return Path(data.shards).parent
-
-
-def _builds_encoder(config: FastimagenConfig) -> bool:
-    """Whether `prepare_shapes` will build the built-in text encoder: text.encoder is a folder that is missing."""
-    if config.data.shapes is None or not uses_text(config) or Path(config.text.encoder).exists():
-        return False
-    return is_path(config.text.encoder) or Path(config.text.encoder).parent == _shapes_folder(config.data)
-
-
-# ---- the empty caption and the built-in shapes
+# ---- text
 
 
 def empty_text(config: FastimagenConfig) -> TextEmbeddings | None:
@@ -335,30 +289,8 @@ def empty_text(config: FastimagenConfig) -> TextEmbeddings | None:
 
 def empty_caption_path(config: FastimagenConfig) -> Path:
     """Where the embeddings of the empty caption are: with those of the first training shard."""
-    shard = open_source(config.data.shards, config)[0]
+    shard = open_source(config.data.training[0], config)[0]
     return cache_path(Path(shard.path).parent / "empty_caption.tar", identity_of(config), config.text.cache)
-
-
-def prepare_shapes(config: FastimagenConfig, *, say: Say) -> None:
-    """Render the built-in shapes and build their text encoder, if the configuration asks for them and they are missing.
-
-    Raises ValueError if the folder contains other files.
-    """
-    from .shapes import has_shards, write_shards
-
-    shapes = config.data.shapes
-    if shapes is None:
-        return
-    check_data(config)
-    folder, encoder = _shapes_folder(config.data), config.text.encoder
-    build_encoder = _builds_encoder(config)
-    if not has_shards(folder, shapes.count, shapes.size, shapes.seed):
-        say(f"{folder}: rendering {shapes.count} captioned shapes of {shapes.size}x{shapes.size}")
-        write_shards(folder, shapes.count, shapes.size, shapes.seed)
-    if build_encoder:
-        say(f"{encoder}: building the built-in text encoder (random weights, for the shapes only)")
-        captions = [caption for shard in open_shards(config.data.shards) for caption in shard.captions()]
-        build_tiny_t5(encoder, captions, dim=TINY_T5_WIDTH)
 
 
 def pin_encoder(config: FastimagenConfig) -> FastimagenConfig:
@@ -370,8 +302,3 @@ def pin_encoder(config: FastimagenConfig) -> FastimagenConfig:
     if commit is None:
         return config
     return config.model_copy(update={"text": config.text.model_copy(update={"revision": commit})})
-
-
-def encoder_width(config: FastimagenConfig) -> int:
-    """Width of the text embeddings; that of the built-in encoder is known before it is built."""
-    return TINY_T5_WIDTH if _builds_encoder(config) else text_width(config.text.encoder)

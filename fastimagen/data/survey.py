@@ -83,7 +83,7 @@ def survey(source: str | Path) -> Survey:
         )
     shards = open_shards(str(source))
     where = [(shard, index) for shard in shards for index in range(len(shard))]
-    chosen = _spread(where, MAX_HEADERS)
+    chosen = spread(where, MAX_HEADERS)
     readers = [partial(shard.image, index) for shard, index in chosen]
     captions = [shard.caption(index) for shard, index in chosen]
     excluded = sum(sum(shard.excluded.values()) for shard in shards)
@@ -125,12 +125,12 @@ def _survey(
     readers: Sequence[Read], captions: Sequence[str], uncaptioned: int = 0, *, packed: bool, count: int | None = None
 ) -> Survey:
     """The figures of images that `readers` read, with their captions. count: if these are only a part."""
-    sizes = [size for size in map(_size, _spread(readers, MAX_HEADERS)) if size is not None]
+    sizes = [size for size in map(image_size, spread(readers, MAX_HEADERS)) if size is not None]
     if not sizes:
         raise ValueError(f"none of {len(readers)} images can be read; the formats are {', '.join(FORMATS)}")
     shorter = np.array([min(size) for size in sizes])
     longer = np.array([max(size) for size in sizes])
-    letters = [letter for caption in _spread(captions, MAX_HEADERS) for letter in caption if letter.isalpha()]
+    letters = [letter for caption in spread(captions, MAX_HEADERS) for letter in caption if letter.isalpha()]
     foreign = sum("LATIN" not in unicodedata.name(letter, "") for letter in letters)
     return Survey(
         packed=packed,
@@ -139,20 +139,20 @@ def _survey(
         shorter_sides=tuple(sorted(shorter.tolist())),
         square_share=float((shorter == longer).mean()),
         kept_area=float((shorter / longer).mean()),
-        grey=all(map(_is_grey, _spread(readers, MAX_DECODED))),
+        grey=all(map(_is_grey, spread(readers, MAX_DECODED))),
         caption=" ".join(captions[0].split()),
         most_words=max((len(caption.split()) for caption in captions), default=0),
         foreign_letters=foreign / max(1, len(letters)),
     )
 
 
-def _spread(items: Sequence[T], most: int) -> list[T]:
+def spread(items: Sequence[T], most: int) -> list[T]:
     """At most `most` items, evenly spread."""
     step = max(1, -(-len(items) // most))
     return list(items[::step])
 
 
-def _size(read: Read) -> tuple[int, int] | None:
+def image_size(read: Read) -> tuple[int, int] | None:
     """Width and height from the file's header; None if it is not an image."""
     try:
         with Image.open(io.BytesIO(read()), formats=FORMATS) as image:

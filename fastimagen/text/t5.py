@@ -1,26 +1,23 @@
-"""Captions -> T5 embeddings (Imagen, section 2.1: a frozen text encoder). The tokens of a caption include T5's </s>."""
+"""Captions -> embeddings of a frozen text encoder (Imagen, section 2.1): T5, or another encoder of transformers.
+
+The tokens of a caption include the special ones, such as T5's </s>.
+"""
 
 from __future__ import annotations
 
 import difflib
 import hashlib
-import logging
-import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 import torch
 
 from ..extras import import_extra
 from ..files import first_line, read_json_object
 from .embeddings import TextEmbeddings
-
-if TYPE_CHECKING:
-    from transformers import T5EncoderModel
-
-logger = logging.getLogger(__name__)
+from .tokens import CaptionTokens
 
 PREPROCESSING = "nfc-strip-1"
 """Version of `preprocess` and of the treatment of special tokens; part of every encoder's identity."""
@@ -37,6 +34,9 @@ RANDOM_WEIGHTS = "fastimagen_random_weights"
 
 RANDOM_WEIGHTS_README = "**Its weights are random"
 
+TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "vocab.txt", "vocab.json")
+"""What defines a tokenizer: the first one that a text encoder has."""
+
 T5_NAMES: dict[str, tuple[str, int]] = {
     "t5_small": ("google-t5/t5-small", 512),
     "t5_base": ("google-t5/t5-base", 768),
@@ -50,11 +50,6 @@ T5_NAMES: dict[str, tuple[str, int]] = {
     "xxl1.1": ("google/t5-v1_1-xxl", 4096),
 }
 """MinImagen's short names -> (name on the Hugging Face hub, width of the embeddings)."""
-
-
-def preprocess(caption: str) -> str:
-    """What the tokenizer sees of a caption: Unicode NFC, without white space at its ends."""
-    return unicodedata.normalize("NFC", caption).strip()
 
 
 def is_path(name_or_path: str | Path) -> bool:
@@ -129,11 +124,12 @@ def encoder_identity(
 
 
 class T5Encoder:
-    """A frozen T5 encoder: a name on the Hugging Face hub, a folder, or a short name of T5_NAMES.
+    """A frozen text encoder: a T5 by its name on the Hugging Face hub, as a folder, or by a short name of T5_NAMES; or
+    any other encoder that transformers knows as one (ByT5, umT5, T5Gemma, BERT, ...), with its own tokenizer.
 
     dtype: float32, bfloat16 or float64; not float16, in which T5 overflows. truncated: number of captions truncated to
     max_length tokens so far; unknown: number of captions with unknown tokens. The first of each is logged. Raises
-    ValueError for an encoder that is not found or not a T5, ImportError without transformers.
+    ValueError for an encoder that is not found or not a text encoder, ImportError without transformers.
     """
 
     def __init__(
@@ -148,33 +144,24 @@ class T5Encoder:
     ) -> None:
         if dtype not in (torch.float32, torch.bfloat16, torch.float64):
             raise ValueError(f"T5 overflows in {dtype}: use torch.bfloat16 or torch.float32")
-        if max_length < 2:
-            raise ValueError(f"max_length is {max_length}, but must be at least 2: one token is </s>")
-        transformers = import_for_text("transformers")
+        self.tokens = load_tokens(name_or_path, revision=revision, max_length=max_length, encoding=encoding)
         name, config, commit = _locate(name_or_path, revision)
-        if _tokenizer_file(name, config, revision=commit).suffix == ".model":
-            for module in ("sentencepiece", "google.protobuf"):  # transformers converts the file with them
-                import_for_text(module)
         dim = _width(config)
         self._source = (name_or_path, commit)
         self._identity: dict[str, str] | None = None
-        try:
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(name, revision=commit)
-            model, info = transformers.T5EncoderModel.from_pretrained(
-                name, revision=commit, dtype=dtype, output_loading_info=True
-            )
-        except (OSError, ValueError) as error:
-            raise ValueError(f"text encoder {name} cannot be loaded: {first_line(error)}") from error
-        if info["missing_keys"]:
-            missing = ", ".join(sorted(info["missing_keys"]))
-            raise ValueError(f"the weights of text encoder {name} are incomplete, missing: {missing:.200}")
-        self.model: T5EncoderModel = model.eval().requires_grad_(False).to(device)
+        self.model = _load_model(name, config, commit, dtype, max_length).to(device)
         self.dim = dim
         self.max_length, self.encoding = max_length, encoding
-        self.truncated = 0
-        self.unknown = 0
-        added = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-        self._special = (added | set(self.tokenizer.all_special_ids)) - {self.tokenizer.unk_token_id}
+
+    @property
+    def truncated(self) -> int:
+        """Captions truncated so far."""
+        return self.tokens.truncated
+
+    @property
+    def unknown(self) -> int:
+        """Captions with unknown tokens so far."""
+        return self.tokens.unknown
 
     def identity(self) -> dict[str, str]:
         """The result of `encoder_identity`, computed once."""
@@ -186,68 +173,25 @@ class T5Encoder:
             )
         return dict(self._identity)
 
-    def tokenize(self, captions: Sequence[str]) -> list[list[int]]:
-        """Token ids of each caption with the final </s>, truncated to max_length; counts `truncated` and `unknown`.
-
-        A literal </s>, <pad> or <extra_id_0> in a caption becomes <unk>: a caption cannot end itself.
-        """
-        result = []
-        for text, ids in self._token_ids(captions):
-            if self._has_unknown(ids):
-                if not self.unknown:
-                    logger.warning("text encoder: %s (further ones are not logged)", _unknown_warning(text))
-                self.unknown += 1
-            if len(ids) > self.max_length:
-                if not self.truncated:
-                    warning = _truncation_warning(text, len(ids), self.max_length)
-                    logger.warning("text encoder: %s (further ones are not logged)", warning)
-                self.truncated += 1
-                ids = [*ids[: self.max_length - 1], ids[-1]]
-            result.append(ids)
-        return result
-
     def count_tokens(self, captions: Sequence[str]) -> list[int]:
         """The number of tokens that `encode` gives each caption; counts nothing else."""
         if self.encoding == "if":
             return [self.max_length] * len(captions)
-        return [min(len(ids), self.max_length) for _, ids in self._token_ids(captions)]
+        return [min(length, self.max_length) for length in self.tokens.lengths(captions)]
 
     def caption_warnings(self, captions: Sequence[str]) -> list[str]:
         """One line for each distinct caption that is truncated, and for each that has unknown tokens."""
-        warnings = []
-        for text, ids in self._token_ids(list(dict.fromkeys(captions))):
-            if self._has_unknown(ids):
-                warnings.append(_unknown_warning(text))
-            if len(ids) > self.max_length:
-                warnings.append(_truncation_warning(text, len(ids), self.max_length))
-        return warnings
-
-    def _token_ids(self, captions: Sequence[str]) -> list[tuple[str, list[int]]]:
-        """The text of each caption after `preprocess`, and all its token ids with the final </s>."""
-        if isinstance(captions, str) or not all(isinstance(caption, str) for caption in captions):
-            raise ValueError(f"captions must be a list of strings, got {captions!r:.80}")
-        if not captions:
-            return []
-        texts = [preprocess(caption) for caption in captions]
-        if self.encoding == "if":
-            texts = [text.lower() for text in texts]
-        unk, eos = self.tokenizer.unk_token_id, self.tokenizer.eos_token_id
-        rows = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        # split_special_tokens=True is not enough: in T5's unigram model </s> and <pad> are ordinary pieces too.
-        rows = [[unk if token in self._special else token for token in row] for row in rows]
-        return [(text, [*row, eos]) for text, row in zip(texts, rows)]
-
-    def _has_unknown(self, ids: list[int]) -> bool:
-        return self.tokenizer.unk_token_id in ids
+        return self.tokens.warnings(captions)
 
     def encode(self, captions: Sequence[str], batch_size: int = 32) -> TextEmbeddings:
-        """Embeddings of captions on the encoder's device, in its dtype. Padding is zero; an empty caption is its </s>.
+        """Embeddings of captions on the encoder's device, in its dtype. Padding is zero; an empty caption is its
+        special tokens.
 
         With the encoding "if" there is no padding: all max_length tokens count.
         batch_size: captions of similar length per forward pass. Raises ValueError if `captions` is empty or contains
         anything but strings.
         """
-        rows = self.tokenize(captions)
+        rows = self.tokens.rows(captions)
         if not rows:
             raise ValueError("no captions to encode")
         device = self.model.device
@@ -259,7 +203,7 @@ class T5Encoder:
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]  # b captions, of up to l tokens
             longest = self.max_length if self.encoding == "if" else len(rows[batch[0]])
-            padded = [rows[i] + [0] * (longest - len(rows[i])) for i in batch]
+            padded = [rows[i] + [self.tokens.padding] * (longest - len(rows[i])) for i in batch]
             ids, real = torch.tensor(padded, device=device), mask[batch, :longest]  # (b, l), (b, l)
             with torch.inference_mode():  # only around the model: autograd cannot save inference tensors for backward
                 hidden = self.model(input_ids=ids, attention_mask=real.long()).last_hidden_state  # (b, l, E)
@@ -267,21 +211,48 @@ class T5Encoder:
         return TextEmbeddings(embeds, torch.ones_like(mask) if self.encoding == "if" else mask)
 
 
+def load_tokens(
+    name_or_path: str | Path, *, revision: str | None = None, max_length: int = 256, encoding: Encoding = "words"
+) -> CaptionTokens:
+    """The tokenizer of a text encoder, without its weights. Raises ValueError and ImportError as T5Encoder."""
+    transformers = import_for_text("transformers")
+    name, config, commit = _locate(name_or_path, revision)
+    if _tokenizer_file(name, config, revision=commit).suffix == ".model":
+        for module in ("sentencepiece", "google.protobuf"):  # transformers converts the file with them
+            import_for_text(module)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, revision=commit)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"text encoder {name} cannot be loaded: {first_line(error)}") from error
+    return CaptionTokens(tokenizer, max_length, lower=encoding == "if")
+
+
+def _load_model(name: str, config_file: Path, commit: str | None, dtype: torch.dtype, max_length: int) -> Any:
+    """The encoder of transformers, frozen. Raises ValueError for a model of another kind and for missing weights."""
+    transformers = import_for_text("transformers")
+    try:
+        config = transformers.AutoConfig.from_pretrained(name, revision=commit)
+        config.is_encoder_decoder = False  # of an encoder-decoder the encoder alone is read
+        if type(config) not in transformers.MODEL_FOR_TEXT_ENCODING_MAPPING:
+            kinds = ", ".join(sorted(kind.model_type for kind in transformers.MODEL_FOR_TEXT_ENCODING_MAPPING))
+            raise ValueError(f'{config_file} describes a model of type "{config.model_type}", not one of {kinds}')
+        longest = getattr(config, "max_position_embeddings", None) or max_length
+        if max_length > longest:
+            raise ValueError(f"it reads at most {longest} tokens, but fastimagen.text.max_length is {max_length}")
+        model, info = transformers.AutoModelForTextEncoding.from_pretrained(
+            name, revision=commit, config=config, dtype=dtype, output_loading_info=True
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"text encoder {name} cannot be loaded: {first_line(error)}") from error
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))  # it is not used
+    if missing:
+        raise ValueError(f"the weights of text encoder {name} are incomplete, missing: {', '.join(missing):.200}")
+    return model.eval().requires_grad_(False)
+
+
 def import_for_text(module: str) -> ModuleType:
     """Import a dependency of the text encoder. Raises ImportError that says how to install it."""
-    return import_extra(module, user="the T5 text encoder", extra="text")
-
-
-def _unknown_warning(text: str) -> str:
-    return f"caption with unknown tokens: {_quoted(text)}"
-
-
-def _truncation_warning(text: str, tokens: int, max_length: int) -> str:
-    return f"caption truncated from {tokens} to {max_length} tokens: {_quoted(text)}"
-
-
-def _quoted(text: str) -> str:
-    return f'"{text}"' if len(text) <= 60 else f'"{text[:60]}..."'
+    return import_extra(module, user="the text encoder", extra="text")
 
 
 def _locate(name_or_path: str | Path, revision: str | None) -> tuple[str, Path, str | None]:
@@ -334,23 +305,31 @@ def _hub_file(name: str, file: str, revision: str | None) -> Path:
 
 
 def _tokenizer_file(name: str, config: Path, *, revision: str | None) -> Path:
-    """The file that AutoTokenizer reads: tokenizer.json where there is one, else the sentencepiece model."""
-    for file in ("tokenizer.json", "spiece.model"):
-        if (config.parent / file).is_file():
-            return config.parent / file
-        if not Path(name).is_dir():
+    """The file that AutoTokenizer reads: tokenizer.json where there is one, else the sentencepiece model or a list of
+    words. ByT5 reads bytes, and has its settings alone."""
+    for file in (*TOKENIZER_FILES, "tokenizer_config.json"):
+        path = config.parent / file
+        if not path.is_file():
+            if Path(name).is_dir():
+                continue
             try:
-                return _hub_file(name, file, revision)
+                path = _hub_file(name, file, revision)
             except OSError:
-                continue  # try the other file
-    raise ValueError(f"text encoder {name} has no tokenizer (tokenizer.json or spiece.model)")
+                continue  # try the next file
+        if file in TOKENIZER_FILES or read_json_object(path).get("tokenizer_class") == "ByT5Tokenizer":
+            return path
+    raise ValueError(f"text encoder {name} has no tokenizer ({' or '.join(TOKENIZER_FILES)})")
 
 
 def _width(config: Path) -> int:
+    """Width of the embeddings, by the name that models of this type have for it."""
     content = read_json_object(config)
-    if content.get("model_type") != "t5":
-        raise ValueError(f'{config} describes a model of type "{content.get("model_type")}", not "t5"')
-    return content["d_model"]
+    encoder = content.get("encoder")  # T5Gemma has a section for each half
+    for section in (content, encoder if isinstance(encoder, dict) else {}):
+        for key in ("d_model", "hidden_size", "dim"):
+            if isinstance(section.get(key), int):
+                return section[key]
+    raise ValueError(f'{config} describes a model of type "{content.get("model_type")}", which is not a text encoder')
 
 
 def _sha256(files: Sequence[Path]) -> str:

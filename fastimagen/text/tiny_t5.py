@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..files import atomic_folder, require_empty
-from .t5 import RANDOM_WEIGHTS, RANDOM_WEIGHTS_README, import_for_text, preprocess
+from .t5 import RANDOM_WEIGHTS, RANDOM_WEIGHTS_README, import_for_text
+from .tokens import preprocess
 
 if TYPE_CHECKING:
     from transformers import T5EncoderModel

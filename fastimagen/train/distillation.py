@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..cascade import Stage, encode_halves
-from ..config import CascadeConfig, DistillConfig, ObjectiveConfig, SamplingConfig, StageConfig, TextConfig
+from ..config import CascadeConfig, DistillConfig, ObjectiveConfig, SamplingConfig, StageConfig
 from ..config_file import validate
+from ..data_config import TextConfig
 from ..diffusion.distillation import Predict, Segments
 from ..diffusion.draws import Draws
 from ..diffusion.guidance import guided

@@ -12,7 +12,8 @@ from torch import nn
 
 from ..cascade import Stage
 from ..config import CascadeConfig, FastimagenConfig, StageConfig, TrainConfig
-from ..data.source import encoder_width, uses_text
+from ..data.prepare import encoder_width
+from ..data.source import uses_text
 from ..networks.build import build_network
 from ..sampling.model_directory import check_shapes, read_shapes
 from .distillation import check_distillation

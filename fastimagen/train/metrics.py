@@ -108,6 +108,9 @@ def console_line(head: str, values: dict[str, Any]) -> str:
     ):
         if values.get(key) is not None:
             parts.append(text.format(values[key]))
+    shares = [(key.removeprefix("share/"), share) for key, share in values.items() if key.startswith("share/")]
+    if shares:
+        parts.append(", ".join(f"{name} {share:.0%}" for name, share in shares))
     if "eta_s" in values:
         parts.append(f"{duration(values['eta_s'])} left")
     if values.get("slowest_rank_lag", 0) >= MIN_LAG:

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from ..config import CascadeConfig, DataConfig, FastimagenConfig
+from ..config import CascadeConfig, FastimagenConfig
 from ..data.shard_index import index_shard
 from ..data.shards import list_shards
 from ..data.source import shard_sources
+from ..data_config import DataConfig
 from ..text.t5 import T5_NAMES, is_random_encoder
 
 NUM_EXAMPLES = 4
@@ -137,8 +138,8 @@ def _widget(captions: Sequence[str]) -> str:
 
 def _sources(data: DataConfig) -> str:
     """Where the training data came from, without what only the trainer's machine knows: paths, commands, passwords."""
-    sources = [data.shards] if isinstance(data.shards, str) else data.shards
-    names = ", ".join(f"`{_public_name(source)}`" for source in sources)
+    sources = [path for source in data.training for path in ([source] if isinstance(source, str) else source)]
+    names = ", ".join(f"`{_public_name(path)}`" for path in sources)
     return f"{names} (the built-in captioned shapes)" if data.shapes else names
 
 

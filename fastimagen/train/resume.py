@@ -54,6 +54,7 @@ RULES = {
     # data and text
     "data.samples": DATA,
     "data.shards": ACTS,
+    "data.weights": DATA,
     "data.validation": ACTS,
     "data.shapes": DATA,
     "data.cache": ACTS,
@@ -63,6 +64,7 @@ RULES = {
     "data.where": ACTS,
     "data.flip": ACTS,
     "text.encoder": TEXT,
+    "text.random_weights": ACTS,
     "text.revision": TEXT,
     "text.max_length": ACTS,
     "text.encoding": TEXT,
@@ -125,6 +127,8 @@ def settings_of(
     data, text = config.data.model_dump(mode="json"), config.text.model_dump(mode="json")
     if shards is not None:
         data["samples"] = describe_samples(shards)
+    if config.data.mixture:
+        data["weights"] = {source.name: source.weight for source in config.data.mixture}
     text["encoder"] = Path(config.text.encoder).name  # a folder may move; the embedding cache knows its content
     sections = {"data": data, "text": text, "train": train}
     own_fields = stage.model_dump(mode="json") | {"lowres_size": lowres_size}

@@ -55,6 +55,11 @@ class Run:
         epochs = planned_epochs(self.settings, config.name)
         if epochs is None:
             return planned_steps(self.settings, config.name)
+        if mixture := self.config.fastimagen.data.mixture:
+            raise ValueError(
+                f"{config.name}: epochs {epochs:g} have no meaning for a mixture of {len(mixture)} data sets, each of "
+                f"which has epochs of its own (records of training have them): give fastimagen.train.steps instead"
+            )
         if self.samples is None:
             self.samples = count_training_samples(self.config.fastimagen)
         override = self.stage_settings(config).deepspeed

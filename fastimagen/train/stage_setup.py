@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ..config import CascadeChanges, CascadeConfig, Config, StageConfig, StageTrainConfig
-from ..data.source import check_data, encoder_width
+from ..data.prepare import check_data, encoder_width
 from ..files import read_safetensors
 from ..networks.build import build_network
 from ..networks.network import Network

@@ -7,7 +7,7 @@ itself of (seed, position): a run computes the same on any number of ranks, and 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from ..cascade import Stage
 from ..config import Config, StageConfig
 from ..data.embedding import embed_all, is_embedded
 from ..data.loader import Loader
-from ..data.source import Split, empty_text, prepare_shapes, uses_text
+from ..data.prepare import prepare_shapes
+from ..data.source import Split, empty_text, uses_text
 from ..networks.parameters import muon_parameters
 from ..seeds import mix_seed
 from . import checkpoint, snapshots
@@ -119,6 +120,7 @@ class Trainer:
         stage = Stage(config, self.cascade.below(config.name), empty_text=empty_text(self.config.fastimagen))
         train_data, _ = self.run.data
         agree_on_samples(describe_samples(train_data.shards))
+        self._print(*train_data.describe_mixture())
         engine, deepspeed = self._make_engine(config)
         dtype = next(engine.module.parameters()).dtype
         objective_at = objectives(stage, settings, steps, self.device, dtype)
@@ -187,7 +189,8 @@ class Trainer:
                 every = (settings.log_every, settings.validate_every, settings.sample_every, settings.checkpoint_every)
                 log, validate, preview, save = (step == steps or step % interval == 0 for interval in every)
                 if log:
-                    counters = {**loader.counters, "checkpoint_failures": saver.failures}
+                    counters = loader.counters | loader.mixture_values(samples)
+                    counters["checkpoint_failures"] = saver.failures
                     self._log(metrics, averages, speed, step, engine, counters, lr)
                     averages = Averages(self.device)
                 due: dict[Part, bool] = {"validation": validate, "samples": preview}
@@ -334,7 +337,7 @@ class Trainer:
         speed: Speed,
         step: int,
         engine: Any,
-        counters: dict[str, int],
+        counters: Mapping[str, float],
         lr: float,
     ) -> None:
         """Write the record of the steps since the last one. All ranks call it."""

@@ -14,13 +14,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastimagen.config import FastimagenConfig, HeldOutConfig
+from fastimagen.config import FastimagenConfig
 from fastimagen.config_file import config_from_dict
 from fastimagen.data.held_out import choose_held_out, hash_keys
 from fastimagen.data.loader import Loader
 from fastimagen.data.shard import Shard
 from fastimagen.data.shard_index import index_shard
 from fastimagen.data.source import Split, count_training_samples, open_data
+from fastimagen.data_config import HeldOutConfig
 
 
 def shard(*keys: str) -> Shard:

@@ -11,7 +11,8 @@ import pytest
 from fastimagen.config import FastimagenConfig
 from fastimagen.config_file import config_from_dict
 from fastimagen.data.embedding import embed_all
-from fastimagen.data.source import check_data, encoder_width, open_split, prepare_shapes
+from fastimagen.data.prepare import check_data, encoder_width, prepare_shapes
+from fastimagen.data.source import open_split
 from fastimagen.train.trainer import Trainer
 
 

@@ -309,7 +309,7 @@ def main() -> int:
 
     from fastimagen.config import FastimagenConfig
     from fastimagen.data.embedding import embed_all
-    from fastimagen.data.source import prepare_shapes
+    from fastimagen.data.prepare import prepare_shapes
     from tests.conftest import TOY_STAGES, toy_tree
 
     rows = []

@@ -151,7 +151,7 @@ def main() -> None:
     options = parser.parse_args()
     from fastimagen.config import FastimagenConfig
     from fastimagen.data.embedding import embed_all
-    from fastimagen.data.source import prepare_shapes
+    from fastimagen.data.prepare import prepare_shapes
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

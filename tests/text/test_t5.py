@@ -58,15 +58,15 @@ def test_truncated_captions_are_counted_and_the_first_is_logged(tiny, caplog):
     assert encoder.truncated == 2
     assert len(caplog.records) == 1
     assert f'caption truncated from 12 to 6 tokens: "{CAPTIONS[0]}"' in caplog.text
-    eos = encoder.tokenizer.eos_token_id
-    assert [row[-1] for row in encoder.tokenize(CAPTIONS[:2])] == [eos, eos]
+    eos = encoder.tokens.tokenizer.eos_token_id
+    assert [row[-1] for row in encoder.tokens.rows(CAPTIONS[:2])] == [eos, eos]
     with pytest.raises(ValueError, match="at least 2"):
         T5Encoder(tiny, max_length=1)
 
 
 @pytest.mark.parametrize("caption", ["</s>", "a red</s> circle", "<pad> circle", "a </s></s><pad>", "</s"])
 def test_a_caption_cannot_inject_special_tokens(encoder, caption):
-    row = encoder.tokenize([caption])[0]
+    row = encoder.tokens.rows([caption])[0]
     assert row[-1] == 1 and not {0, 1} & set(row[:-1])
 
 
@@ -90,8 +90,8 @@ def test_each_truncated_caption_and_each_with_unknown_tokens_has_a_warning(tiny)
 
 def test_captions_are_stripped_and_normalized_to_nfc(encoder):
     decomposed, composed = "caf\u0065\u0301", "caf\u00e9"
-    assert encoder.tokenize([f"  {decomposed} \n"]) == encoder.tokenize([composed])
-    assert encoder.tokenize(["\t a red circle\n"]) == encoder.tokenize(["a red circle"])
+    assert encoder.tokens.rows([f"  {decomposed} \n"]) == encoder.tokens.rows([composed])
+    assert encoder.tokens.rows(["\t a red circle\n"]) == encoder.tokens.rows(["a red circle"])
 
 
 @pytest.mark.parametrize("captions", ["a red circle", [], [None], ["a", 3]])
@@ -121,9 +121,10 @@ def test_a_missing_file_or_package_is_a_one_line_error(tiny, tmp_path, monkeypat
     cases = [("./no/such/folder", "no such folder"), (tmp_path / "empty", "no config.json")]
     (broken / "tokenizer.json").unlink()
     cases.append((broken, "no tokenizer"))
-    bert = Path(shutil.copytree(tiny, tmp_path / "bert"))
-    (bert / "config.json").write_text('{"model_type": "bert", "hidden_size": 64}')
-    cases.append((bert, 'type "bert"'))
+    resnet = Path(shutil.copytree(tiny, tmp_path / "resnet"))
+    (resnet / "config.json").write_text('{"model_type": "resnet", "hidden_sizes": [64]}')
+    shutil.copy(tiny / "tokenizer.json", resnet)
+    cases.append((resnet, 'type "resnet"'))
     for name, message in cases:
         with pytest.raises(ValueError, match=message) as caught:
             T5Encoder(name)

@@ -28,9 +28,9 @@ def test_embeddings_distinguish_object_colour_from_background_colour(encoder):
 
 def test_known_words_are_one_token_and_others_are_characters(encoder):
     words = sorted({word for caption in CAPTIONS for word in caption.split()})
-    assert [len(row) for row in encoder.tokenize(words)] == [2] * len(words)
-    ids = encoder.tokenize(["a Reddish circle, large"])[0]
-    tokens = encoder.tokenizer.convert_ids_to_tokens(ids)
+    assert [len(row) for row in encoder.tokens.rows(words)] == [2] * len(words)
+    ids = encoder.tokens.rows(["a Reddish circle, large"])[0]
+    tokens = encoder.tokens.tokenizer.convert_ids_to_tokens(ids)
     assert tokens == ["▁a", "▁", *"Reddish", "▁circle", ",", "▁large", "</s>"]
 
 
@@ -40,7 +40,7 @@ def test_building_is_reproducible_and_keeps_the_global_random_state(tiny, tmp_pa
     other = build_tiny_t5(tmp_path / "other", CAPTIONS[:200], dim=32, layers=1, seed=1, vocab_size=120)
     assert torch.equal(torch.get_rng_state(), before)
     assert encoder_identity(again) == encoder_identity(tiny)
-    assert text_width(other) == 32 and len(T5Encoder(other).tokenizer) <= 120
+    assert text_width(other) == 32 and len(T5Encoder(other).tokens.tokenizer) <= 120
     assert "never trained" in (other / "README.md").read_text()
 
 

@@ -12,15 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from fastimagen.config import (
-    DataConfig,
-    FastimagenConfig,
-    StageConfig,
-    StageTrainConfig,
-    TextConfig,
-    TrainConfig,
-)
+from fastimagen.config import FastimagenConfig, StageConfig, StageTrainConfig, TrainConfig
 from fastimagen.data.shard import Shard
+from fastimagen.data_config import DataConfig, TextConfig
 from fastimagen.section import Section
 from fastimagen.train.learning_rate import set_learning_rate
 from fastimagen.train.length import steps_of_epochs
@@ -68,7 +62,7 @@ def test_the_settings_of_a_stage_are_resolved() -> None:
 
 
 def test_no_rule_is_for_a_key_that_does_not_exist() -> None:
-    known = [*KEYS, "data.samples", "processes", "optimizer.type"]
+    known = [*KEYS, "data.samples", "data.weights", "processes", "optimizer.type"]
     unknown = [rule for rule in RULES if not any(key == rule or key.startswith(f"{rule}.") for key in known)]
     assert unknown == []
 

@@ -1,0 +1,219 @@
+"""Images from a shard to batches on one core: ours beside webdataset with PIL; how exact the fast path is; memory.
+
+    python -m benchmarks.studies.decode --out benchmarks/results/cpu/decode.json
+
+Speed: CPU milliseconds an image, the least of ROUNDS rounds that alternate between the two, both in this process with
+one thread. webdataset decodes with PIL, and its images are scaled (bicubic, antialiased), cropped and made float
+tensors; ours are what a training step gets, made float as well. Exactness: RMS difference of the pixels, of 255, to a
+full decode with bicubic scaling. Memory: the highest of a process that has nothing but its loader, with 10,000 images
+in the shard, the first one of 8192x8192.
+The photograph comes with matplotlib, the other images are noise with the spectrum of photographs, and disks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+import torch
+from PIL import Image
+
+from fastimagen.data.loader import Loader
+from fastimagen.data.order import Order
+from fastimagen.data.shard_index import index_shard
+from fastimagen.files import write_json
+from fastimagen.images import open_rgb, resize_and_crop
+
+from ..harness.checkout import ROOT
+
+SIZE = 256
+SOURCES = (512, 1024)
+IMAGES, ROUNDS = 24, 5
+MEMORY_SAMPLES, LARGEST = 10_000, 8192
+
+
+def photograph(side: int) -> Image.Image:
+    """Part of a photograph of 512x600 pixels, enlarged if need be."""
+    import matplotlib
+
+    path = Path(matplotlib.__file__).parent / "mpl-data/sample_data/grace_hopper.jpg"
+    return Image.open(path).convert("RGB").resize((side, side), Image.Resampling.LANCZOS, box=(0, 60, 512, 572))
+
+
+def synthetic(side: int, seed: int) -> Image.Image:
+    """Coloured noise whose amplitudes fall with the frequency, as in photographs, and disks with sharp edges."""
+    rng = np.random.default_rng(seed)
+    frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(side), np.fft.fftfreq(side)))
+    frequency[0, 0] = np.inf
+    luma, *chroma = (
+        np.fft.ifft2(np.fft.fft2(rng.standard_normal((side, side))) / frequency**1.1).real for _ in range(4)
+    )
+    pixels = np.stack([luma / luma.std() + 0.3 * part / part.std() for part in chroma], axis=-1)  # (H, W, 3)
+    y, x = np.mgrid[:side, :side] / side
+    for _ in range(12):
+        left, top, radius = rng.random(3) * [1, 1, 0.2]
+        disk = np.hypot(x - left, y - top) < radius
+        pixels[disk] = 0.3 * pixels[disk] + rng.standard_normal(3)
+    return Image.fromarray((45 * pixels + 120).clip(0, 255).astype(np.uint8))
+
+
+def jpeg(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def write_shard(path: Path, images: list[tuple[str, bytes]]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for number, (extension, content) in enumerate(images):
+            for suffix, data in ((extension, content), ("txt", b"a caption")):
+                member = tarfile.TarInfo(f"{number:06d}.{suffix}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+
+def loader(path: Path, batch: int) -> Loader:
+    shard = index_shard(path)
+    order = Order([len(shard)], 0)
+    return Loader([shard], None, order, size=SIZE, global_batch=batch, micro_batch=batch, threads=1, crop_seed=0)
+
+
+def webdataset_images(path: Path) -> Iterator[torch.Tensor]:
+    """The shard again and again."""
+    import webdataset
+
+    def prepare(sample: tuple[Image.Image, str]) -> torch.Tensor:
+        image = sample[0].convert("RGB")
+        side = SIZE / min(image.size)
+        width, height = round(image.width * side), round(image.height * side)
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        left, top = (width - SIZE) // 2, (height - SIZE) // 2
+        pixels = np.asarray(image.crop((left, top, left + SIZE, top + SIZE)))
+        return torch.from_numpy(pixels.transpose(2, 0, 1).copy()).float().div(127.5).sub(1)  # (3, H, W)
+
+    while True:
+        data = webdataset.WebDataset(str(path), shardshuffle=False).decode("pil").to_tuple("jpg", "txt").map(prepare)
+        yield from data
+
+
+def cpu_ms(work: Callable[[], Any]) -> float:
+    """CPU milliseconds for each of IMAGES images, of all threads."""
+    began = time.process_time()
+    work()
+    return 1e3 * (time.process_time() - began) / IMAGES
+
+
+def speed(side: int, folder: Path) -> dict[str, Any]:
+    """CPU milliseconds an image of both, and the ratio."""
+    path = folder / f"{side}.tar"
+    write_shard(
+        path, [("jpg", jpeg(synthetic(side, seed))) for seed in range(IMAGES - 1)] + [("jpg", jpeg(photograph(side)))]
+    )
+    theirs, batch = webdataset_images(path), IMAGES // 4
+    rounds: list[tuple[float, float]] = []
+    with closing(loader(path, batch).batches(0)) as ours:
+
+        def own() -> None:
+            for _ in range(IMAGES // batch):
+                next(ours).images_for(torch.device("cpu"))
+            time.sleep(1)  # costs nothing, and its thread prepares what the next round takes: as much as this one took
+
+        for _ in range(ROUNDS + 1):
+            rounds.append((cpu_ms(own), cpu_ms(lambda: torch.stack([next(theirs) for _ in range(IMAGES)]))))
+    fastest = [min(values) for values in zip(*rounds[1:])]
+    return {
+        "jpeg": side,
+        "to": SIZE,
+        "fastimagen_ms": round(fastest[0], 2),
+        "webdataset_pil_ms": round(fastest[1], 2),
+        "ratio": round(fastest[1] / fastest[0], 2),
+    }
+
+
+def exactness(side: int) -> dict[str, Any]:
+    """RMS difference, of 255, between what training gets and a full decode with bicubic, antialiased scaling."""
+    row: dict[str, Any] = {"jpeg": side, "to": SIZE}
+    for name, image in (("photograph", photograph(side)), ("synthetic", synthetic(side, 0))):
+        data = jpeg(image)
+        exact = Image.open(io.BytesIO(data)).convert("RGB").resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+        fast = resize_and_crop(open_rgb(data, at_least=SIZE), SIZE)
+        row[f"{name}_rms"] = round(
+            float(np.sqrt(np.mean((np.asarray(fast, float) - np.asarray(exact, float)) ** 2))), 2
+        )
+    return row
+
+
+def memory(folder: Path, extension: str) -> dict[str, Any]:
+    """MiB of a process of its own that reads a shard with a large image in it."""
+    path = folder / f"large-{extension}.tar"
+    buffer = io.BytesIO()
+    large = Image.fromarray(
+        np.kron(np.arange(256, dtype=np.uint8).reshape(16, 16, 1), np.ones((512, 512, 3), np.uint8))
+    )
+    large.save(buffer, {"jpg": "JPEG", "png": "PNG"}[extension])
+    small = jpeg(synthetic(64, 0))
+    write_shard(path, [(extension, buffer.getvalue()), *[("jpg", small)] * (MEMORY_SAMPLES - 1)])
+    command = [sys.executable, "-m", "benchmarks.studies.decode", "--read", str(path)]
+    child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if child.returncode:
+        sys.exit(child.stderr)
+    return {"samples": MEMORY_SAMPLES, "largest": f"{LARGEST}x{LARGEST} {extension}", **json.loads(child.stdout)}
+
+
+def read(path: Path) -> None:
+    """Print the peak memory before and after reading the large image and others."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = loader(path, 4)
+    found.fixed_batch(range(64))
+    with closing(found.batches(0)) as batches:
+        for _ in range(100):
+            next(batches)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(json.dumps({"imports_mib": round(before / 1024), "peak_mib": round(peak / 1024)}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--read", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.read:
+        read(options.read)
+        return
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        result = {
+            "command": "python -m benchmarks.studies.decode",
+            "timer": f"CPU ms an image on one core, the least of {ROUNDS} rounds of {IMAGES} images",
+            "speed": [speed(side, folder) for side in SOURCES],
+            "exactness": [exactness(side) for side in (320, 384, *SOURCES)],
+            "memory": [memory(folder, extension) for extension in ("jpg", "png")],
+            "versions": {"pillow": PIL.__version__, "torch": torch.__version__, "python": platform.python_version()},
+            "machine": platform.machine(),
+            "date": date.today().isoformat(),
+        }
+    print(json.dumps(result, indent=1))
+    if options.out:
+        write_json(options.out, result)
+
+
+if __name__ == "__main__":
+    main()

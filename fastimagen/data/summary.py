@@ -1,0 +1,166 @@
+"""What a run will see: counts, sizes, captions, and a contact sheet. `fastimagen info --data` prints and draws it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..config import FastimagenConfig, StageConfig
+from ..files import first_line
+from ..images import grid
+from ..seeds import mix_seed
+from ..text.t5 import load_tokens
+from ..words import counted
+from .shard import Shard
+from .source import Split, uses_text
+from .survey import MAX_HEADERS, image_size, spread
+
+MAX_CAPTIONS = 10_000
+"""Captions that are looked at, evenly spread over all."""
+
+SHEET_IMAGES = 16
+"""Images of a contact sheet: those of the first positions of training."""
+
+SHEET_SIZE = 256
+"""Side of the images of a contact sheet of shards without a configuration."""
+
+ASPECTS = ((1, 3), (9, 16), (2, 3), (3, 4), (1, 1), (4, 3), (3, 2), (16, 9), (3, 1))
+"""Width and height in proportion; an image counts for the nearest."""
+
+
+def describe_data(
+    train: Split, validation: Split | None, config: FastimagenConfig, stages: Sequence[StageConfig]
+) -> list[str]:
+    """The lines about training data, each data set of a mixture by itself, and validation data.
+
+    Sizes are those of MAX_HEADERS images, lengths those of MAX_CAPTIONS captions. stages: none for shards alone, whose
+    text encoder is not known.
+    """
+    lines, shards = [], iter(train.shards)
+    for part, heading in zip(train.mixture, train.describe_mixture()):
+        lines += [heading, *_describe(list(islice(shards, part.shards)), config, stages)]
+    if not train.mixture:
+        lines += ["training", *_describe(train.shards, config, stages)]
+    if train.held_out:
+        lines.append(f"validation: {train.held_out} of these samples, held out")
+    elif validation is not None:
+        lines += ["validation", *_describe(validation.shards, config, stages)]
+    else:
+        lines.append("validation: none")
+    return lines
+
+
+def contact_sheet(train: Split, config: FastimagenConfig, stage: StageConfig | None) -> Image.Image:
+    """The images of the first positions of a stage's training as the network gets them, with their captions.
+
+    stage: None shows the central squares. Raises ValueError as Loader does.
+    """
+    size, crop = (SHEET_SIZE, None) if stage is None else (stage.size, stage.crop)
+    count, seed = min(SHEET_IMAGES, len(train)), config.train.seed
+    loader = train.loader(
+        config,
+        size=size,
+        crop=crop,
+        global_batch=count,
+        micro_batch=count,
+        rank=0,
+        world_size=1,
+        seed=seed,
+        crop_seed=mix_seed(seed, stage.name if stage else "", "crops"),
+    )
+    batches = loader.batches(0)
+    batch = next(batches)
+    batches.close()
+    return grid(batch.images_for(torch.device("cpu")), loader.captions(batch))
+
+
+def _describe(shards: Sequence[Shard], config: FastimagenConfig, stages: Sequence[StageConfig]) -> list[str]:
+    """The lines about one data set."""
+    excluded: Counter[str] = Counter()
+    filtered: Counter[str] = Counter()
+    for shard in shards:
+        excluded.update(shard.excluded)
+        filtered.update(shard.filtered)
+    rows = [("samples", f"{sum(map(len, shards))} in {counted(len(shards), 'shard')}")]
+    rows += [("excluded", _counts(excluded))] if excluded else []
+    rows += [("filtered", _counts(filtered))] if filtered else []
+    where = [(shard, index) for shard in shards for index in range(len(shard))]
+    looked_at = spread(where, MAX_HEADERS)
+    sizes = [size for shard, index in looked_at if (size := image_size(partial(shard.image, index)))]
+    if len(sizes) < len(looked_at):
+        rows.append(("not an image", f"{len(looked_at) - len(sizes)} of {len(looked_at)} looked at"))
+    if sizes:
+        rows += _describe_sizes(np.array(sizes, dtype=np.float64), stages)
+    captions = [caption for shard, index in spread(where, MAX_CAPTIONS) for caption in shard.captions_of(index)]
+    rows += _describe_captions(captions)
+    rows += _describe_tokens(captions, config) if stages else []
+    width = max(len(name) for name, _ in rows)
+    return [f"  {name:<{width}}  {text}" for name, text in rows]
+
+
+def _describe_sizes(sizes: np.ndarray, stages: Sequence[StageConfig]) -> list[tuple[str, str]]:
+    """Rows about images of these sizes, (n, 2): width, height."""
+    shorter, aspect = sizes.min(axis=1), sizes[:, 0] / sizes[:, 1]  # (n,), (n,)
+    rows = [("shorter side", f"{_quantiles(shorter)} pixels")]
+    for stage in stages:
+        if share := float((shorter < stage.size).mean()):
+            rows.append((f"  {stage.name}", f"{share:.1%} are smaller than its {stage.size} pixels and enlarged"))
+    logarithms = np.log([width / height for width, height in ASPECTS])
+    nearest = np.abs(np.log(aspect)[:, None] - logarithms).argmin(axis=1)  # (n,)
+    shares = np.bincount(nearest, minlength=len(ASPECTS)) / len(aspect)
+    parts = [f"{width}:{height} {share:.1%}" for (width, height), share in zip(ASPECTS, shares) if share]
+    rows.append(("width to height", f"about {', '.join(parts)}"))
+    kept = float((shorter / sizes.max(axis=1)).mean())
+    rows.append(("central square", f"keeps {kept:.1%} of the area"))
+    return rows
+
+
+def _describe_captions(captions: Sequence[str]) -> list[tuple[str, str]]:
+    if not captions:
+        return []
+    empty, distinct = sum(not caption.strip() for caption in captions), len({*captions})
+    characters = f"{_quantiles([len(caption) for caption in captions])} characters"
+    return [("captions", f"{characters}; {empty} empty, {len(captions) - distinct} repeated, of {len(captions)}")]
+
+
+def _describe_tokens(captions: Sequence[str], config: FastimagenConfig) -> list[tuple[str, str]]:
+    """What the tokenizer of the text encoder makes of captions."""
+    text = config.text
+    if not captions or not uses_text(config):
+        return [("tokens", "none: no stage is conditioned on text")]
+    try:
+        tokens = load_tokens(text.encoder, revision=text.revision, max_length=text.max_length, encoding=text.encoding)
+    except (ValueError, ImportError) as error:
+        return [("tokens", f"not counted: {first_line(error)}")]
+    lengths = np.array(tokens.lengths(captions))
+    unreadable = tokens.unreadable(captions)
+    cut = int((lengths > text.max_length).sum())
+    shown = f", such as {unreadable[0]!r:.60}" if unreadable else ""
+    return [
+        ("tokens", f"{_quantiles(lengths)}, on average {lengths.mean():.1f}; {cut} cut to {text.max_length}"),
+        ("unknown tokens", f"in {len(unreadable)}{shown}"),
+    ]
+
+
+def _quantiles(values: Iterable[float]) -> str:
+    """The range of values, with their middle."""
+    low, tenth, middle, ninety, high = np.quantile(np.array(list(values)), [0, 0.1, 0.5, 0.9, 1]).tolist()
+    if low == high:
+        return f"{low:g}"
+    return f"{low:g} to {high:g}, median {middle:g}, 80% between {tenth:g} and {ninety:g}"
+
+
+def _counts(counts: Counter[str]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
+
+
+def sheet_path(out: Path, stage: StageConfig | None) -> Path:
+    """The file of a stage's contact sheet: data.png becomes data-base.png."""
+    return out if stage is None else out.with_name(f"{out.stem}-{stage.name}{out.suffix}")
