@@ -116,7 +116,7 @@ deepspeed launch/train.py \\
     --config ds.json --stage bsae
 python launch/trian.py
 fastimagen embed --config lost.json
-python -m fastimagen.cli info --now
+python -m fastimagen.cli info --xyz
 torchrun --nproc_per_node 8 -m fastimagen.cli sample --model m --captions my_captions.txt --out samples
 .venv/bin/python -m pytest tests/test_lost.py -k word
 ```
@@ -173,7 +173,7 @@ def test_faults_of_commands_are_found() -> None:
         'no stage "bsae"; the cascade has base, sr',
         "there is no launch/trian.py",
         "cannot read lost.json: No such file or directory",
-        "unknown flag --now; -h lists all flags",
+        "unknown flag --xyz; -h lists all flags",
         "there is no tests/test_lost.py",
     ]
     assert endings_match(found, expected), found
