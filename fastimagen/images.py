@@ -246,8 +246,10 @@ def resize_and_crop(
 ) -> Image.Image:
     """Scale the smaller side to `size`, keeping the aspect ratio, and crop a square. Never mirrors.
 
-    crop: "center" is the (size, size) square in the middle; (top, left, side) is a crop of that square. Bicubic, with
-    antialiasing when shrinking. Smaller images are enlarged. Raises ValueError for a crop outside of the square.
+    crop: "center" is the (size, size) square in the middle; (top, left, side) is a crop of that square. Areas are
+    averaged by the whole number in the factor, as `resize` does for the low-resolution images of the cascade, and as
+    ADM prepares its data (Dhariwal and Nichol 2021); the rest is bicubic and antialiased. Smaller images are enlarged.
+    Raises ValueError for a crop outside of the square.
     """
     top, left, side = (0, 0, size) if crop == "center" else crop
     if size < 1 or side < 1 or min(top, left) < 0 or max(top, left) + side > size:
@@ -257,6 +259,10 @@ def resize_and_crop(
     if smallest == size:  # whole pixels: no resampling
         x, y = (width - size) // 2 + left, (height - size) // 2 + top
         return image if (width, height) == (side, side) else image.crop((x, y, x + side, y + side))
+    if (factor := smallest // size) > 1:  # less than `factor` pixels at the edges are left out
+        columns, rows = width // factor * factor, height // factor * factor
+        x, y = (width - columns) // 2, (height - rows) // 2
+        return resize_and_crop(image.reduce(factor, (x, y, x + columns, y + rows)), size, crop=crop)
     pixel = smallest / size  # source pixels per pixel of the result
     x0, y0 = (width - smallest) / 2 + left * pixel, (height - smallest) / 2 + top * pixel
     box = (x0, y0, min(x0 + side * pixel, width), min(y0 + side * pixel, height))  # min against rounding errors

@@ -26,7 +26,7 @@ from fastimagen.network_config import UNetConfig
 from fastimagen.networks.build import build_network
 from fastimagen.networks.network import Network
 from fastimagen.presets import PRESETS
-from fastimagen.text.embeddings import TextEmbeddings
+from fastimagen.text.embeddings import PackedEmbeddings, TextEmbeddings
 from tests.host_synchronisations import GPU, Generator, recorded
 
 REPEATED = ("jit-l", "jit-h", "jit-unet-1024", "if-l", "if-xl")
@@ -155,8 +155,8 @@ def test_work_on_the_gpu_is_not_recorded() -> None:
 
 
 def test_a_batch_is_three_copies_that_do_not_block() -> None:
-    """Images, embeddings and mask; where there is a GPU, the loader has them in pinned memory."""
-    text = TextEmbeddings.from_list([torch.zeros(length, 64) for length in (3, 9)])
+    """Images, embeddings and lengths; where there is a GPU, the loader has them in pinned memory."""
+    text = PackedEmbeddings.from_list([torch.zeros(length, 64) for length in (3, 9)])
     batch = Batch(torch.zeros(2, 3, 16, 16, dtype=torch.uint8), text, torch.arange(2), ["a", "b"])
     with recorded() as found:
         batch.images_for(GPU)

@@ -265,6 +265,14 @@ def test_window_is_a_part_of_the_square(height, width):
     assert np.abs(window - square[10:42, 30:62]).max() <= (0 if height == 64 else 1)
 
 
+@pytest.mark.parametrize("factor, rest", [(2, 0), (3, 2)])
+def test_shrinking_by_whole_numbers_averages_pixels(factor, rest):
+    pixels = np.random.default_rng(0).integers(0, 256, (10 * factor + rest, 16 * factor, 3), dtype=np.uint8)
+    result = values(resize_and_crop(Image.fromarray(pixels), 10))
+    rows = pixels[rest // 2 : rest // 2 + 10 * factor].reshape(10, factor, 16, factor, 3)
+    assert np.abs(result - rows.mean(axis=(1, 3))[:, 3:13]).max() <= 0.6
+
+
 def test_fitting_images_are_not_resampled():
     image = smooth(32, 47)
     assert (values(resize_and_crop(image, 32)) == values(image)[:, 7:39]).all()

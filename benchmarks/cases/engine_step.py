@@ -84,7 +84,7 @@ class Engine:
 def ragged_batches(network: Network, batch: int, *, pin: bool) -> Iterator[Batch]:
     """Micro-batches without end: random images and captions, the longest of each of another length."""
     from fastimagen.data.loader import Batch
-    from fastimagen.text.embeddings import TextEmbeddings
+    from fastimagen.text.embeddings import PackedEmbeddings
 
     generator = torch.Generator().manual_seed(0)
     width, made = network.stage().config.unet.text_dim, []
@@ -94,8 +94,8 @@ def ragged_batches(network: Network, batch: int, *, pin: bool) -> Iterator[Batch
         lengths = torch.randint(8, MAX_TOKENS + 1, (batch,), generator=generator)  # (B,)
         text = None
         if width:
-            embeds = torch.randn(batch, int(lengths.max()), width, generator=generator).bfloat16()  # (B, L, E)
-            text = TextEmbeddings(embeds, torch.arange(embeds.shape[1]) < lengths[:, None])
+            tokens = torch.randn(int(lengths.sum()), width, generator=generator).bfloat16()  # (sum of lengths, E)
+            text = PackedEmbeddings(tokens, lengths)
         if pin:
             images, text = images.pin_memory(), text and text.pin_memory()
         made.append(Batch(images, text, torch.arange(batch), [str(index) for index in range(batch)]))

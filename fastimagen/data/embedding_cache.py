@@ -292,7 +292,7 @@ class EmbeddingCache:
         self.metadata: dict[str, str] = file.metadata() or {}
         if self.metadata.get("schema") != SCHEMA:
             raise ValueError(f"{self.path} is not an embedding cache of schema {SCHEMA}")
-        self.tokens = file.get_slice("tokens")
+        self.tokens: Tensor = file.get_tensor("tokens")  # (sum of lengths, E), a view of the mapped file
         self.offsets: np.ndarray = file.get_tensor("offsets").numpy()
         self.rows: np.ndarray = file.get_tensor("rows").numpy()
         names = set(file.keys())
@@ -328,15 +328,14 @@ class EmbeddingCache:
     def __getitem__(self, index: int) -> Tensor:
         """Embeddings (L, E) of sample `index`, bfloat16, without padding; of its first caption. Raises IndexError
         beyond the last sample, and ValueError if the file's bytes have changed."""
-        return self.caption(index, 0)
+        return self.caption(index, 0).clone()  # pickling a view for another process would pickle the whole file
 
     def caption(self, index: int, number: int) -> Tensor:
-        """Embeddings (L, E) of caption `number` of sample `index`. Raises as cache[index]."""
+        """Embeddings (L, E) of caption `number` of sample `index`, a view of the file. Raises as cache[index]."""
         return self._distinct(int(self.rows[index if self.starts is None else self.starts[:-1][index] + number]))
 
     def _distinct(self, row: int) -> Tensor:
-        # A copy: pickling a view for another process would pickle the whole file.
-        tokens = self.tokens[int(self.offsets[row]) : int(self.offsets[row + 1])].clone()  # (L, E)
+        tokens = self.tokens[int(self.offsets[row]) : int(self.offsets[row + 1])]  # (L, E)
         if self.sums is not None and _checksum(tokens) != self.sums[row]:
             raise ValueError(
                 f"embedding cache {self.path} is damaged: bytes have changed; delete it and rerun fastimagen embed"
@@ -411,7 +410,7 @@ def _difference(found: Sequence[str], expected: Sequence[str]) -> str:
 def _is_consistent(cache: EmbeddingCache, counts: np.ndarray | None) -> bool:
     """Whether shapes, dtype and indices of the tensors agree."""
     offsets, rows = cache.offsets, cache.rows
-    tokens_fit = cache.tokens.get_shape() == [int(offsets[-1]), cache.dim] and cache.tokens.get_dtype() == "BF16"
+    tokens_fit = cache.tokens.shape == (int(offsets[-1]), cache.dim) and cache.tokens.dtype == torch.bfloat16
     offsets_ascend = offsets[0] == 0 and bool((np.diff(offsets) >= 0).all())
     rows_fit = rows.size == 0 or (rows.min() >= 0 and rows.max() < len(offsets) - 1)
     if counts is None or cache.starts is None:

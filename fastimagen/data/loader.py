@@ -24,7 +24,7 @@ from torch import Tensor
 from ..images import from_uint8, open_rgb, resize_and_crop, to_pixels
 from ..network_config import NetworkConfig
 from ..seeds import random_bits
-from ..text.embeddings import TextEmbeddings
+from ..text.embeddings import PackedEmbeddings, TextEmbeddings
 from .mixture import Mixture
 from .order import CAPTIONS, CROPS, FLIPS, Order
 from .shard import Shard
@@ -43,27 +43,30 @@ class Embeddings(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Tensor: ...  # (L, E), not padded; the first of several captions
-
-    def caption(self, index: int, number: int) -> Tensor: ...  # (L, E), of caption `number` of the sample
+    def caption(self, index: int, number: int) -> Tensor: ...  # (L, E), not padded, of caption `number` of the sample
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
     """B samples.
 
-    images (B, C, H, W): uint8; text: None if the loader has no embeddings; positions (B,): int64, in the
+    images (B, C, H, W): uint8; packed: None if the loader has no embeddings; positions (B,): int64, in the
     data order; keys: of the samples, or of the replacement if an image was unreadable; origins: where these are.
     """
 
     images: Tensor
-    text: TextEmbeddings | None
+    packed: PackedEmbeddings | None
     positions: Tensor
     keys: list[str]
     origins: Sequence[Origin] = ()
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    @property
+    def text(self) -> TextEmbeddings | None:
+        """The embeddings on the CPU, padded to the longest caption."""
+        return None if self.packed is None else self.packed.unpacked(torch.device("cpu"))
 
     def images_for(self, device: torch.device) -> Tensor:
         """The images (B, C, H, W) on `device`, float32 in [-1, 1]. uint8 is a quarter of the bytes to copy, and copies
@@ -77,9 +80,8 @@ class Batch:
         """
         if unet.text_dim is None:
             return None
-        assert self.text is not None, "a text-conditioned U-Net needs a loader with embeddings"
-        text = self.text.to(device=device, non_blocking=True)
-        return text if device.type == "cpu" else text.padded(unet.max_text_length)
+        assert self.packed is not None, "a text-conditioned U-Net needs a loader with embeddings"
+        return self.packed.unpacked(device, None if device.type == "cpu" else unet.max_text_length)
 
 
 @dataclass(frozen=True, eq=False)
@@ -262,9 +264,7 @@ class Loader:
 
     def _tokens(self, shard: int, index: int, number: int) -> Tensor | None:
         """The embeddings (L, E) of a caption."""
-        if self.caches is None:
-            return None
-        return self.caches[shard].caption(index, number) if number else self.caches[shard][index]
+        return None if self.caches is None else self.caches[shard].caption(index, number)
 
     def _mirrored(self, shard: int, index: int, position: int, number: int) -> bool:
         """Whether the image of a position is mirrored."""
@@ -285,7 +285,7 @@ class Loader:
         samples = [future.result() for future in futures]
         text = None
         if self.caches is not None:
-            text = TextEmbeddings.from_list([sample.tokens for sample in samples if sample.tokens is not None])
+            text = PackedEmbeddings.from_list([sample.tokens for sample in samples if sample.tokens is not None])
             assert len(text) == len(samples)
             if self.pin:
                 text = text.pin_memory()

@@ -95,9 +95,7 @@ class TextEmbeddings:
 
         The mask, and so the lengths, say the same as before. Longer text is returned unchanged.
         """
-        length = self.embeds.shape[1]
-        rounded = -(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
-        return self._padded_to(max(length, min(rounded, max_length)))
+        return self._padded_to(padded_length(self.embeds.shape[1], max_length))
 
     def _padded_to(self, length: int) -> TextEmbeddings:
         missing = length - self.embeds.shape[1]
@@ -172,3 +170,44 @@ def _open_saved(path: str | Path) -> Any:
     if (file.metadata() or {}).get("format") != "fastimagen.text":
         raise ValueError(f"{path} was not written by TextEmbeddings.save")
     return file
+
+
+@dataclass(frozen=True, eq=False)
+class PackedEmbeddings:
+    """Embedded captions without padding, on the CPU: tokens (sum of L_i, E), lengths (B,) int64.
+
+    One long caption makes most of a batch padding, which is neither written here nor copied to a GPU.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+
+    @classmethod
+    def from_list(cls, captions: Sequence[Tensor]) -> PackedEmbeddings:
+        """From one (L_i, E) per caption, all of the same E and dtype."""
+        assert len({(tokens.shape[1], tokens.dtype) for tokens in captions}) == 1, "captions of several encoders"
+        return cls(torch.cat(list(captions)), torch.tensor([len(tokens) for tokens in captions]))
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def pin_memory(self) -> PackedEmbeddings:
+        """The same captions in page-locked memory of the CPU."""
+        return PackedEmbeddings(self.tokens.pin_memory(), self.lengths.pin_memory())
+
+    def unpacked(self, device: torch.device, max_length: int | None = None) -> TextEmbeddings:
+        """The captions on `device`, padded with zeros to the longest; with max_length as by TextEmbeddings.padded."""
+        length = int(self.lengths.max())
+        if max_length is not None:
+            length = padded_length(length, max_length)
+        lengths = self.lengths.to(device, non_blocking=True)  # (B,)
+        steps = torch.arange(length, device=device)
+        mask = steps < lengths[:, None]  # (B, L)
+        rows = (lengths.cumsum(0) - lengths)[:, None] + steps  # (B, L), beyond the caption where it is padding
+        tokens = self.tokens.to(device, non_blocking=True)[rows.clamp_(max=len(self.tokens) - 1)]  # (B, L, E)
+        return TextEmbeddings._derive(tokens.masked_fill_(~mask[..., None], 0), mask)
+
+
+def padded_length(length: int, max_length: int) -> int:
+    """A number of tokens rounded up to a multiple of LENGTH_MULTIPLE, but to no more than max_length."""
+    return max(length, min(-(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, max_length))

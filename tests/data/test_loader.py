@@ -48,10 +48,18 @@ def make_shards(folder, sizes, bad=(), side=8):
     return [shard for shard in shards if shard is not None]
 
 
+class Numbered(list):
+    """Embeddings of samples with one caption each."""
+
+    def caption(self, index, number):
+        assert number == 0
+        return self[index]
+
+
 def embeddings(shards):
     """One to three tokens for each sample, all of them its number."""
     return [
-        [torch.full((1 + int(key) % 3, WIDTH), float(key), dtype=torch.bfloat16) for key in shard.keys]
+        Numbered(torch.full((1 + int(key) % 3, WIDTH), float(key), dtype=torch.bfloat16) for key in shard.keys)
         for shard in shards
     ]
 
@@ -284,7 +292,7 @@ def test_decoding_threads_end_with_the_iterator(shards):
 
 
 def test_errors_in_decoding_threads_reach_the_consumer(shards):
-    class Broken(list):
+    class Broken(Numbered):
         def __getitem__(self, index):
             raise OSError("disk failure")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastimagen.text.embeddings import TextEmbeddings
+from fastimagen.text.embeddings import PackedEmbeddings, TextEmbeddings
 
 
 @pytest.mark.parametrize(
@@ -83,3 +83,12 @@ def test_loading_another_file_is_a_one_line_error_that_names_it(tmp_path, tiny):
         with pytest.raises(ValueError, match=message) as caught:
             TextEmbeddings.load(path)
         assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_packed_captions_are_those_of_from_list_padded_where_they_are_needed():
+    rows = [torch.randn(length, 8).bfloat16() for length in (3, 1, 70, 70, 2)]
+    packed, padded = PackedEmbeddings.from_list(rows), TextEmbeddings.from_list(rows)
+    assert len(packed) == 5 and packed.tokens.shape == (146, 8)
+    for max_length, expected in ((None, padded), (256, padded.padded(256)), (100, padded.padded(100))):
+        found = packed.unpacked(torch.device("cpu"), max_length)
+        assert torch.equal(found.embeds, expected.embeds) and torch.equal(found.mask, expected.mask)

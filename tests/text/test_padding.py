@@ -16,7 +16,7 @@ from fastimagen.data.loader import Batch
 from fastimagen.network_config import UNetConfig
 from fastimagen.networks.unet import UNet
 from fastimagen.sampling.pipeline import ImagenPipeline
-from fastimagen.text.embeddings import LENGTH_MULTIPLE, TextEmbeddings
+from fastimagen.text.embeddings import LENGTH_MULTIPLE, PackedEmbeddings, TextEmbeddings
 from tests.conftest import TOY_UNET, toy_cascade, write_toy_model
 
 META, CPU = torch.device("meta"), torch.device("cpu")
@@ -31,7 +31,8 @@ def captions(*lengths: int) -> TextEmbeddings:
 
 def batch(text: TextEmbeddings) -> Batch:
     count = len(text)
-    return Batch(torch.zeros(count, 3, 8, 8), text, torch.arange(count), [str(index) for index in range(count)])
+    packed = PackedEmbeddings.from_list(text.unpadded())
+    return Batch(torch.zeros(count, 3, 8, 8), packed, torch.arange(count), [str(index) for index in range(count)])
 
 
 # ---- lengths

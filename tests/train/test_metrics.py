@@ -202,8 +202,8 @@ def test_a_skipped_step_names_the_samples_with_bad_embeddings(toy_config: dict[s
         def __len__(self) -> int:
             return len(clean)
 
-        def __getitem__(self, number: int) -> torch.Tensor:
-            return clean[number] * (torch.nan if number == index else 1)
+        def caption(self, row: int, number: int) -> torch.Tensor:
+            return clean.caption(row, number) * (torch.nan if row == index else 1)
 
     loader.caches = [Damaged() if number == shard else cache for number, cache in enumerate(loader.caches)]  # type: ignore[arg-type]
     found = explain_skipped([good, (second.origins, nan)], loader, engine(fp16=True))
