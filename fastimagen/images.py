@@ -89,7 +89,8 @@ def open_rgb(data: bytes, *, at_least: int | None = None) -> Image.Image:
     Grey, palette and CMYK are converted (CMYK by formula; ICC profiles are not applied). Transparent pixels are blended
     with white. 16-bit grey is scaled to 8 bits. The EXIF orientation is applied. An animation gives its first frame.
     at_least: a JPEG whose sides are at least 3, 6 or 12 times this is decoded at 1/2, 1/4 or 1/8 of its size. For
-    `resize_and_crop` to this size that is about twice as fast and differs by less than 1/255 (RMS).
+    `resize_and_crop` to this size that is about twice as fast and differs by less than 1 of 255 (RMS;
+    benchmarks/studies/decode.py).
     Raises ValueError with one line for data that is damaged, truncated, too large (MAX_PIXELS) or not an image.
     """
     try:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import shutil
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 from fastimagen.config import FastimagenConfig
 from fastimagen.config_file import config_from_dict
 from fastimagen.data.embedding import embed_all
-from fastimagen.data.prepare import check_data, encoder_width, prepare_shapes
+from fastimagen.data.prepare import check_data, encoder_width, prepare_encoder, prepare_shapes
 from fastimagen.data.source import open_split
 from fastimagen.train.trainer import Trainer
 
@@ -141,3 +143,27 @@ def test_missing_shards_name_the_key_and_the_command_that_packs_them(
         ValueError, match=r"fastimagen.data.shards: no shards: .*; pack .* with: fastimagen shards folder"
     ):
         open_split(data["shards"], section(toy_config), with_text=False)
+
+
+def test_random_weights_are_built_from_own_captions_and_refuse_what_they_cannot_read(
+    toy_config: dict[str, Any], toy_data: Path, tmp_path: Path
+) -> None:
+    tree = own_data(toy_config, toy_data, tmp_path / "mine")
+    tree["fastimagen"]["data"] |= {"shapes": None, "validation": None}
+    tree["fastimagen"]["text"] = {"encoder": str(tmp_path / "encoder"), "random_weights": True}
+    said: list[str] = []
+    prepare_encoder(section(tree), say=said.append)
+    prepare_encoder(section(tree), say=said.append)  # it is there
+    assert len(said) == 1 and "building a text encoder from 64 captions (random weights)" in said[0]
+    report = embed_all(section(tree), say=said.append)
+    assert report.captions == 64 and report.unknown == 0
+    Trainer(config_from_dict(tree), tmp_path / "run")
+    with tarfile.open(tmp_path / "mine/train/other.tar", "w") as tar:
+        for name, content in (("a.png", b"rubbish"), ("a.txt", "ein roter Kreis, 象".encode())):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    with pytest.raises(
+        ValueError, match=r"no tokens for characters of 1 of 65 captions, such as 'ein roter Kreis, 象'"
+    ):
+        embed_all(section(tree), say=said.append)
