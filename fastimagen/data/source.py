@@ -169,7 +169,8 @@ def _hold_out(everything: Split, config: HeldOutConfig) -> tuple[Split, Split]:
     masks = choose_held_out(everything.shards, config)
     validation = _select(everything, masks)
     # The training split reports what the index excludes, in all shards.
-    validation = replace(validation, shards=[replace(shard, excluded={}, filtered={}) for shard in validation.shards])
+    shards = [replace(shard, excluded={}, filtered={}) for shard in validation.shards]
+    validation = replace(validation, shards=shards, mixture=())  # a fixed sequence, of whatever data set
     return replace(_select(everything, [~mask for mask in masks]), held_out=len(validation)), validation
 
 

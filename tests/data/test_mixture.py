@@ -80,7 +80,7 @@ def config(toy_config: dict[str, Any], toy_data: Path, tmp_path: Path) -> dict[s
             {"name": "train", "shards": str(tmp_path / "data/train"), "weight": 3},
             {"name": "other", "shards": [str(tmp_path / "data/val")], "weight": 1},
         ],
-        "validation": {"count": 5},
+        "validation": {"count": 5},  # all of them may be of one data set
     }
     return toy_config
 
@@ -103,6 +103,7 @@ def test_a_mixture_resumes_on_other_ranks_and_reports_its_shares(config: dict[st
     section = config_from_dict(config).fastimagen
     train, validation = open_data(section, with_text=True)
     assert validation is not None and len(validation) == 5
+    assert len(validation.fixed_batch(section, range(5), size=16, crop=None)) == 5
     assert train.describe_mixture()[0].startswith("train: 75.0% of the samples, out of ")
     everything = read(section, 0, 12)
     more_threads = section.model_copy(update={"data": section.data.model_copy(update={"threads": 3})})
