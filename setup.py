@@ -27,7 +27,7 @@ PACKAGES = [
 
 TEXT = ["transformers>=5.0", "sentencepiece>=0.2", "protobuf"]
 KERNELS = ["triton>=3.6; platform_system == 'Linux'"]
-DATA = ["webdataset>=1.0", "pyarrow>=18", "urllib3>=2.6"]
+DATA = ["webdataset>=1.0", "pyarrow>=18", "urllib3>=2.6", "fsspec>=2025.3"]
 HUB = ["huggingface_hub>=1.0"]
 TRAIN = [*TEXT, *KERNELS, *DATA, "deepspeed>=0.19.8", "tensorboard", "tqdm", "psutil"]
 PLOT = ["matplotlib>=3.9"]

@@ -120,10 +120,15 @@ def parser() -> argparse.ArgumentParser:
     what = embed.add_mutually_exclusive_group()
     what.add_argument("--check", action="store_true", help="read the cache in full and compare its checksums instead")
     what.add_argument("--dry-run", action="store_true", help="print the size and an estimate of the time instead")
-    embed.add_argument("--config", required=True, help="ds.json")
-    embed.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="override a key of the file"
+    _config_flags(embed)
+
+    index = command(
+        "index", _index, "write the manifests of the shards, on all processes of a launcher; rerun to resume"
     )
+    index.add_argument(
+        "--check", action="store_true", help="read the shards in full and compare them with their manifests instead"
+    )
+    _config_flags(index)
 
     add_flags(command("train", train, "train the stages of a cascade; rerun to resume"))
 
@@ -223,6 +228,13 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def _config_flags(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--config", required=True, help="ds.json")
+    sub.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="override a key of the file"
+    )
+
+
 def _sample_flags(sample: argparse.ArgumentParser) -> None:
     """Flags without a default here are None if not given, so that --settings can refuse them."""
     source = sample.add_mutually_exclusive_group()
@@ -316,6 +328,12 @@ def _embed(options: argparse.Namespace) -> None:
     from .commands.embed import embed
 
     embed(options)
+
+
+def _index(options: argparse.Namespace) -> None:
+    from .commands.index import index
+
+    index(options)
 
 
 def _plot(options: argparse.Namespace) -> None:

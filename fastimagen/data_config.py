@@ -60,6 +60,21 @@ def _kind_of_shards(value: Any) -> str:
     return "<mixture>" if any(isinstance(item, (dict, SourceConfig)) for item in listed) else "<shards>"
 
 
+class RemoteConfig(Section):
+    """Patience with the servers of remote shards."""
+
+    timeout: float = Field(30.0, gt=0)
+    """Seconds until a server answers, and between two parts of its answer."""
+    tries: int = Field(6, ge=1)
+    """Tries in a row that fail for a passing reason (no answer, broken off, HTTP 429 or 5xx), after which a shard is
+    lost. The first pause between them has `pause` seconds, each further one twice as many, none more than
+    `longest_pause`."""
+    pause: float = Field(1.0, gt=0)
+    """Seconds before the second try."""
+    longest_pause: float = Field(30.0, gt=0)
+    """Seconds of the longest pause, also if the server asks for more."""
+
+
 class DataConfig(Section):
     """Images and captions."""
 
@@ -78,7 +93,12 @@ class DataConfig(Section):
     shapes: ShapesConfig | None = None
     """Render the built-in shapes into the parent folder of data.shards if they are missing."""
     cache: str | None = None
-    """Folder for downloaded shards; required for remote shards."""
+    """Folder for downloaded shards, on a disk of each node; required for remote shards."""
+    cache_gb: float | None = Field(100.0, gt=0)
+    """Size of that folder in GB (1e9 bytes): the least recently used shards are removed for new ones; None keeps
+    all."""
+    remote: RemoteConfig = RemoteConfig()
+    """Time-outs and tries of downloads."""
     threads: int = Field(2, ge=1)
     """Threads that decode images, per process."""
     max_bad_share: float = Field(0.01, ge=0, le=1)

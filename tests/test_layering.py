@@ -88,7 +88,7 @@ THIRD_PARTY = {
 # The third-party packages that may also be imported inside functions.
 DEFERRED = {
     "commands": "psutil torch",
-    "data": "braceexpand pyarrow urllib3 webdataset",
+    "data": "braceexpand fsspec pyarrow urllib3 webdataset",
     "demo": "gradio starlette",
     "files": "safetensors torch",
     "info": "torch",

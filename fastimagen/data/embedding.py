@@ -11,14 +11,14 @@ from ..config import FastimagenConfig
 from ..text.t5 import T5Encoder
 from ..words import counted
 from .embedding_cache import EmbedReport, embed_shards, write_cache
+from .listed import ListedShard
+from .listed_embeddings import list_embeddings
 from .prepare import check_data, check_encoder, refuse_unreadable
-from .shard import LOST, Shard
 from .source import (
     Say,
     empty_caption_path,
     empty_text,
     identity_of,
-    open_embeddings,
     open_source,
     open_split,
     shard_sources,
@@ -36,7 +36,7 @@ def embed_all(config: FastimagenConfig, *, say: Say, rank: int = 0, world_size: 
     check_data(config)
     check_encoder(config)  # also for a cascade without text
     text = config.text
-    shards = _sources(config)
+    shards = _sources(config, rank, world_size)
     encoder = _encoder(config)
     refuse_unreadable(config, shards, encoder.tokens)
     if rank == 0 and text.encoding == "if":
@@ -61,7 +61,7 @@ def check_embeddings(config: FastimagenConfig, *, say: Say) -> None:
     identity = identity_of(config)
     for shard in _sources(config):
         try:
-            cache = open_embeddings(shard, config, identity)
+            cache = list_embeddings(shard, identity, config.text.cache, trust=True).opened()
             cache.check()
         except ValueError as error:
             problems.append(str(error).partition(";")[0])
@@ -90,7 +90,7 @@ def plan_embedding(config: FastimagenConfig, *, say: Say) -> None:
     check_data(config)
     check_encoder(config)
     shards = _sources(config)
-    total = sum(len(shard) if shard.counts is None else int(shard.counts.sum()) for shard in shards)
+    total = sum(shard.row.entry.captions for shard in shards)
     captions = [
         caption
         for shard in shards[: MAX_PLANNED // 100]
@@ -135,10 +135,14 @@ def _unknown_tokens(report: EmbedReport) -> str:
     )
 
 
-def _sources(config: FastimagenConfig) -> list[Shard]:
+def _sources(config: FastimagenConfig, rank: int = 0, world_size: int = 1) -> list[ListedShard]:
     """The shards of training and validation that can be read."""
-    shards = [shard for source in shard_sources(config.data) for shard in open_source(source, config, captions=True)]
-    return [shard for shard in shards if shard.stamp != LOST]
+    shards = [
+        shard
+        for source in shard_sources(config.data)
+        for shard in open_source(source, config, captions=True, rank=rank, world_size=world_size)
+    ]
+    return [shard for shard in shards if not shard.lost]
 
 
 def _encoder(config: FastimagenConfig) -> T5Encoder:

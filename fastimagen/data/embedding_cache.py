@@ -197,7 +197,7 @@ def embed_shards(
     for done, index in enumerate([*own_shards, *others], start=1):
         if done > len(own_shards) and paths[index].exists():
             continue  # its rank has written it, or will check it
-        with _claim(paths[index]) as free:
+        with claim(paths[index]) as free:
             if not free or (done > len(own_shards) and paths[index].exists()):
                 continue  # another rank encodes it now, because it had nothing left to do or this one is late
             keys, captions, counts = list(shards[index].keys), list(shards[index].captions()), shards[index].counts
@@ -226,7 +226,7 @@ def embed_shards(
 
 
 @contextmanager
-def _claim(path: Path) -> Iterator[bool]:
+def claim(path: Path) -> Iterator[bool]:
     """Whether this process may write the cache `path`: no other one holds its lock. The kernel releases the lock of a
     process that dies, and another rank takes the shard."""
     lock = path.with_name(f".{path.name}.lock")
@@ -346,20 +346,6 @@ class EmbeddingCache:
         """Read everything. Raises ValueError if bytes have changed; caches without checksums are not checked."""
         for row in range(len(self.offsets) - 1):
             self._distinct(row)
-
-
-class NoEmbeddings:
-    """The embeddings of a shard that is lost: of no samples."""
-
-    def __len__(self) -> int:
-        return 0
-
-    def __getitem__(self, index: int) -> Tensor:
-        raise IndexError(f"sample {index} of a lost shard")
-
-    def caption(self, index: int, number: int) -> Tensor:
-        """Raises IndexError."""
-        return self[index]
 
 
 def open_cache(

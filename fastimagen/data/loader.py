@@ -15,7 +15,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import torch
@@ -25,9 +25,11 @@ from ..images import from_uint8, open_rgb, resize_and_crop, to_pixels
 from ..network_config import NetworkConfig
 from ..seeds import random_bits
 from ..text.embeddings import PackedEmbeddings, TextEmbeddings
+from .ahead import Ahead
 from .mixture import Mixture
 from .order import CAPTIONS, CROPS, FLIPS, Order
-from .shard import Shard
+from .samples import Embeddings, Samples
+from .transfer import TransferError
 
 logger = logging.getLogger(__name__)
 
@@ -36,14 +38,6 @@ Origin = tuple[int, int]
 
 MIN_READ = 100
 """Images read before the share of bad ones is checked. As many unreadable images in a row also stop the run."""
-
-
-class Embeddings(Protocol):
-    """The text embeddings of a shard's samples; EmbeddingCache is one."""
-
-    def __len__(self) -> int: ...
-
-    def caption(self, index: int, number: int) -> Tensor: ...  # (L, E), not padded, of caption `number` of the sample
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +105,8 @@ class Loader:
     centre square of the scaled image; crop_size: of a random crop of it, which depends on (crop_seed, position).
     channels: 3 for colour, 1 for grey; other files are converted.
     global_batch: samples per optimizer step on all ranks, a multiple of world_size * micro_batch. threads: that decode
-    images; prefetch: micro-batches prepared in advance; pin: in pinned memory, for copies to a GPU.
+    images; prefetch: micro-batches prepared in advance; ahead: downloads remote shards before they are read; pin: in
+    pinned memory, for copies to a GPU.
 
     An unreadable image is replaced by the next readable sample of the order, and logged once. Training stops if the
     share of bad samples (unreadable, or excluded by the index) exceeds max_bad_share: at once if the index alone
@@ -123,13 +118,13 @@ class Loader:
 
     counters: images read (attempts), bad (unreadable) and upscaled (smaller than size) on this rank so far; excluded:
     samples that the index excludes, in all shards; filtered: those that data.where leaves out; held_out: samples that
-    validation takes out of them. Raises
-    ValueError for sizes that do not fit together, and if training must stop.
+    validation takes out of them; lost: positions whose shard could not be downloaded, replaced like those of unreadable
+    images. Raises ValueError for sizes that do not fit together, and if training must stop.
     """
 
     def __init__(
         self,
-        shards: Sequence[Shard],
+        shards: Sequence[Samples],
         caches: Sequence[Embeddings] | None,
         order: Order | Mixture,
         *,
@@ -142,6 +137,7 @@ class Loader:
         world_size: int = 1,
         threads: int = 2,
         prefetch: int = 2,
+        ahead: Ahead | None = None,
         max_bad_share: float = 0.01,
         pin: bool = False,
         held_out: int = 0,
@@ -165,17 +161,20 @@ class Loader:
         self.global_batch, self.micro_batch = global_batch, micro_batch
         self.rank, self.world_size = rank, world_size
         self.threads, self.prefetch, self.max_bad_share, self.pin = threads, prefetch, max_bad_share, pin
-        self.flip = flip
+        self.flip, self.ahead = flip, ahead
         self._ends = np.cumsum(order.sizes)
         self._bad: dict[tuple[int, int], str] = {}
         self._delivered: Counter[str] = Counter()  # samples of each data set of a mixture
+        self._lost: dict[int, str] = {}  # shards that could not be downloaded, and why
+        self._reported: set[int] = set()  # of them
         reasons: Counter[str] = Counter()
         for shard in shards:
             reasons.update(shard.excluded)
         filtered = sum(sum(shard.filtered.values()) for shard in shards)
         self.counters: dict[str, float] = {"read": 0, "bad": 0, "upscaled": 0, "excluded": reasons.total()}
-        self.counters |= {"filtered": filtered, "held_out": held_out}
+        self.counters |= {"filtered": filtered, "held_out": held_out, "lost": 0}
         known = order.total + filtered + reasons.total()
+        self._known = known
         self._excluded_share = reasons.total() / known if known >= MIN_READ else 0.0
         if self._excluded_share > max_bad_share:
             counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
@@ -193,10 +192,14 @@ class Loader:
         pending: deque[Future[tuple[Batch, list[_Sample]]]] = deque()
         try:
             for positions in self._schedule(start):
+                if self.ahead is not None:
+                    self.ahead.reach(positions[0])
                 pending.append(self._submit(pool, positions, self.order.__getitem__))
                 if len(pending) > self.prefetch:
                     yield self._count(*pending.popleft().result())
         finally:
+            if self.ahead is not None:
+                self.ahead.close()
             pool.shutdown(wait=True, cancel_futures=True)
 
     def fixed_batch(self, indices: Sequence[int]) -> Batch:
@@ -240,7 +243,14 @@ class Loader:
         bad = []
         for candidate in range(position, position + MIN_READ):
             shard, index = locate(candidate)
-            data = self.shards[shard].image(index)
+            try:
+                data = self.shards[shard].image(index)
+                number = self._caption_number(shard, index, position, locate)
+                tokens = self._tokens(shard, index, number)
+            except TransferError as error:
+                self._lost[shard] = str(error)
+                bad.append((shard, index, str(error)))
+                continue
             try:
                 image = open_rgb(data, at_least=self.size)
             except ValueError as error:
@@ -248,10 +258,8 @@ class Loader:
                 continue
             square = resize_and_crop(image, self.size, crop=self._crop(position))
             pixels[:] = to_pixels(square, self.channels)  # (C, H, W)
-            number = self._caption_number(shard, index, position, locate)
             if locate != self._in_sequence and self._mirrored(shard, index, position, number):
                 pixels[:] = pixels[:, :, ::-1].copy()  # (C, H, W)
-            tokens = self._tokens(shard, index, number)
             return _Sample(self.shards[shard].key(index), (shard, index), tokens, min(image.size) < self.size, bad)
         raise ValueError(f"{len(bad)} images in a row are unreadable, first {self._describe(*bad[0])}")
 
@@ -296,13 +304,17 @@ class Loader:
     def _count(self, batch: Batch, samples: list[_Sample]) -> Batch:
         """Count the samples of a batch; runs in the consumer's thread. Raises ValueError if too many were bad."""
         for sample in samples:
+            lost = sum(shard in self._lost for shard, _, _ in sample.bad)
             self.counters["read"] += 1 + len(sample.bad)
-            self.counters["bad"] += len(sample.bad)
+            self.counters["bad"] += len(sample.bad) - lost
+            self.counters["lost"] += lost
             self.counters["upscaled"] += sample.upscaled
             if isinstance(self.order, Mixture):
                 self._delivered[self.order.name_of(sample.origin[0])] += 1
             for shard, index, reason in sample.bad:
-                if (shard, index) not in self._bad:
+                if shard in self._lost:
+                    self._count_lost(shard, reason)
+                elif (shard, index) not in self._bad:
                     self._bad[shard, index] = self._describe(shard, index, reason)
                     logger.warning("replaced sample %s", self._bad[shard, index])
         read, bad = self.counters["read"], self.counters["bad"]
@@ -333,6 +345,19 @@ class Loader:
             values[f"epochs/{name}"] = round(epochs, 4)
         return values
 
+    def _count_lost(self, shard: int, reason: str) -> None:
+        """Report a shard that could not be downloaded. Raises ValueError if too many samples are in such shards."""
+        if shard in self._reported:
+            return
+        self._reported.add(shard)
+        logger.warning("lost shard, its %d samples are replaced: %s", len(self.shards[shard]), reason)
+        samples = sum(len(self.shards[other]) for other in self._reported)
+        if samples > (self.max_bad_share - self._excluded_share) * self._known:
+            raise ValueError(
+                f"{samples} of {self._known} samples are in shards that cannot be downloaded, more than "
+                f"fastimagen.data.max_bad_share = {self.max_bad_share} allows: {reason}"
+            )
+
     def has_finite_text(self, origin: Origin) -> bool:
         """Whether the embeddings of a sample are finite; True without embeddings."""
         shard, index = origin
@@ -346,4 +371,4 @@ class Loader:
         return f'"{self.shards[shard].key(index)}" of {self.shards[shard].path}'
 
     def _describe(self, shard: int, index: int, reason: str) -> str:
-        return f"{self.describe((shard, index))}: {reason}"
+        return reason if shard in self._lost else f"{self.describe((shard, index))}: {reason}"

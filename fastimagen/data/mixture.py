@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
+from itertools import zip_longest
 from typing import NamedTuple
 
 import numpy as np
@@ -60,6 +61,17 @@ class Mixture:
         part = int(numbers[offset])
         shard, index = self._orders[part][int(positions[offset])]
         return int(self._starts[part]) + shard, index
+
+    def ahead(self, position: int, count: int) -> list[int]:
+        """As Order.ahead: the shards that the parts come to next, by turns, each part with its share of `count`."""
+        block, offset = divmod(position, BLOCK)
+        numbers, _ = self._block(block)
+        counts = self._counts(block) + np.bincount(numbers[:offset], minlength=len(self.parts))  # (parts,)
+        found = [
+            [int(start) + shard for shard in order.ahead(int(own), -(-count // len(self.parts)))]
+            for start, order, own in zip(self._starts, self._orders, counts)
+        ]
+        return [shard for turn in zip_longest(*found) for shard in turn if shard is not None]
 
     def name_of(self, shard: int) -> str:
         """The part that a shard belongs to."""

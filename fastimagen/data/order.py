@@ -47,6 +47,21 @@ class Order:
         offset = offset_in_epoch - int(starts[block])
         return int(shards[offset]), int(indices[offset])
 
+    def ahead(self, position: int, count: int) -> list[int]:
+        """The shards of the block that a position is in, and of the blocks after it: at least `count`, unless there are
+        fewer. In the order in which they are needed."""
+        epoch, offset_in_epoch = divmod(position, self.total)
+        block = int(np.searchsorted(self._shards(epoch)[1], offset_in_epoch, side="right")) - 1
+        found: dict[int, None] = {}  # a set that keeps its order
+        while len(found) < min(count, len(self.sizes)):
+            shards = self._shards(epoch)[0][block * self.block : (block + 1) * self.block]
+            if not len(shards):
+                epoch, block = epoch + 1, 0
+                continue
+            found.update(dict.fromkeys(shards.tolist()))
+            block += 1
+        return list(found)
+
     def _permute_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The shards of an epoch in order, and the position in the epoch at which each block starts."""
         shards = np.argsort(random_bits(self.seed, SHARDS, (epoch, 0), len(self.sizes)), kind="stable")

@@ -11,7 +11,7 @@ from ..text.t5 import T5_NAMES, is_path, is_random_encoder, text_width
 from ..text.tiny_t5 import build_tiny_t5
 from ..text.tokens import CaptionTokens
 from ..words import counted
-from .shard import Shard
+from .listed import ListedShard
 from .shards import open_shards
 from .source import Say, open_source, shard_sources, uses_text
 from .where import parse_conditions
@@ -142,7 +142,7 @@ def prepare_encoder(config: FastimagenConfig, *, say: Say) -> None:
     build_tiny_t5(encoder, captions, dim=TINY_T5_WIDTH, vocab_size=MAX_PIECES)
 
 
-def refuse_unreadable(config: FastimagenConfig, shards: Sequence[Shard], tokens: CaptionTokens) -> None:
+def refuse_unreadable(config: FastimagenConfig, shards: Sequence[ListedShard], tokens: CaptionTokens) -> None:
     """Raise ValueError if an encoder with random weights has unknown tokens in captions: different ones would have the
     same embeddings."""
     if not config.text.random_weights or not is_random_encoder(config.text.encoder):

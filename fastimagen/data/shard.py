@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
+from .key_hash import hash_keys
 from .tar_headers import OpenFile, decode_name
 
 MAX_OPEN_FILES = 128
 """Open shards; training reads the few shards of a block at a time (order.py)."""
-
-LOST = "lost"
-"""The stamp of a shard that cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +33,12 @@ class Reading:
     captions: bool = True
 
     @property
-    def index_suffix(self) -> str:
-        """Of the file of the index: other readings have other indices."""
+    def suffix(self) -> str:
+        """Of the files of indices and manifests: other readings have others. "" for PLAIN."""
         if self == PLAIN:
-            return ".index"
+            return ""
         text = json.dumps([self.caption_key, self.where, self.captions])
-        return f".{hashlib.sha256(text.encode()).hexdigest()[:8]}.index"
+        return f".{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 PLAIN = Reading()
@@ -55,7 +53,8 @@ class Shard:
     size in bytes of image, caption and json (size 0: none); names (S,): keys as bytes; excluded: number of keys that do
     not make a sample, by reason; caption_key: of the captions in the json, None for those in the .txt; counts (S,):
     captions of each sample, None for one; passes (S,) bool: whether data.where takes the sample; filtered: those it
-    does not take, by condition.
+    does not take, by condition; samples_hash: of all keys and captions of the tar (embedding_cache.captions_hash), ""
+    if captions are not read; file: the open tar, which may be deleted while it is read; None opens it when it is read.
     Reading raises ValueError if the tar has changed.
     """
 
@@ -68,9 +67,21 @@ class Shard:
     counts: np.ndarray | None = None
     passes: np.ndarray | None = None
     filtered: dict[str, int] = field(default_factory=dict)
+    samples_hash: str = ""
+    file: OpenFile | None = None
 
     def __len__(self) -> int:
         return len(self.names)
+
+    @property
+    def hashes(self) -> np.ndarray:
+        """The hash of each key, (S,) uint64."""
+        return hash_keys(self.names)
+
+    @property
+    def ends(self) -> tuple[str, ...]:
+        """The first and the last key."""
+        return (self.key(0), self.key(len(self) - 1)) if len(self) else ()
 
     @property
     def keys(self) -> list[str]:
@@ -107,9 +118,14 @@ class Shard:
         """The json of one sample; {} if it has none."""
         return json.loads(self._read(index, 4) or "{}")
 
+    def select(self, mask: np.ndarray) -> Shard:
+        """The shard with only the samples of a mask (S,)."""
+        arrays = {name: getattr(self, name) for name in ("extents", "names", "counts", "passes")}
+        return replace(self, **{name: values[mask] for name, values in arrays.items() if values is not None})
+
     def _read(self, index: int, column: int) -> bytes:
         offset, size = self.extents[index, column : column + 2].tolist()
-        file = _open(self.path, self.stamp)  # this reference keeps the file open even if the cache drops it
+        file = self.file or _open(self.path, self.stamp)  # stays open while it is referred to
         data = file.read(offset, size)
         if len(data) != size:
             raise ValueError(f"shard {self.path} has changed since it was indexed")

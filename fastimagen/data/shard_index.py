@@ -21,13 +21,14 @@ import torch
 
 from ..files import first_line, write_safetensors
 from ..images import IMAGE_EXTENSIONS
+from .embedding_cache import captions_hash
 from .shard import PLAIN, Reading, Shard, captions_in
-from .tar_headers import OpenFile, tar_members
+from .tar_headers import OpenFile, decode_name, tar_members
 from .where import Condition, parse_conditions
 
 logger = logging.getLogger(__name__)
 
-INDEX_FORMAT = "fastimagen.shard.2"
+INDEX_FORMAT = "fastimagen.shard.3"
 MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)  # key, extension
 PRIVATE = re.compile(r"__[^/]*__($|/)")  # webdataset's metadata inside a tar
 
@@ -58,7 +59,7 @@ def index_shard(path: str | Path, reading: Reading = PLAIN) -> Shard:
             files.setdefault(kind, (offset, size))
         elif extension.rpartition(".")[2] in IMAGE_EXTENSIONS:
             dotted[key] += 1
-    extents, names, counts, passes = [], [], [], []
+    extents, names, counts, passes, texts = [], [], [], [], []
     filtered: Counter[str] = Counter()
     conditions = parse_conditions(reading.where)
     for key, files in samples.items():
@@ -70,7 +71,8 @@ def index_shard(path: str | Path, reading: Reading = PLAIN) -> Shard:
         else:
             extents.append((*files["image"], *files.get("txt", (0, 0)), *files.get("json", (0, 0))))
             names.append(key.encode("utf-8", "surrogateescape"))
-            counts.append(captions)
+            counts.append(len(captions))
+            texts += captions
             passes.append(refused is None)
             filtered.update([] if refused is None else [refused])
     return Shard(
@@ -83,15 +85,16 @@ def index_shard(path: str | Path, reading: Reading = PLAIN) -> Shard:
         np.array(counts, dtype=np.int32) if max(counts, default=1) > 1 else None,
         np.array(passes, dtype=bool) if reading.where else None,
         dict(filtered),
+        captions_hash([decode_name(name) for name in names], texts) if reading.captions else "",
     )
 
 
 def _examine(
     file: OpenFile, files: dict[str, tuple[int, int]], reading: Reading, conditions: Sequence[Condition]
-) -> tuple[str | None, int, str | None]:
+) -> tuple[str | None, list[str], str | None]:
     """(why the files of one key do not make a sample or None, captions, condition that leaves it out or None)."""
     if "image" not in files:
-        return "no image", 0, None
+        return "no image", [], None
     metadata: Any = {}
     if "json" in files and (conditions or (reading.caption_key and reading.captions)):
         try:
@@ -99,57 +102,65 @@ def _examine(
         except (ValueError, RecursionError):
             metadata = None
         if not isinstance(metadata, dict):
-            return "damaged json", 0, None
-    number = 1
+            return "damaged json", [], None
+    captions = [""]
     if reading.captions and reading.caption_key is not None:
-        number = len(captions_in(metadata, reading.caption_key))
-        if not number:
-            return f'no caption under "{reading.caption_key}"', 0, None
+        captions = captions_in(metadata, reading.caption_key)
+        if not captions:
+            return f'no caption under "{reading.caption_key}"', [], None
     elif reading.captions:
         if "txt" not in files:
-            return "no caption", 0, None
+            return "no caption", [], None
         try:
-            caption = file.read(*files["txt"]).decode("utf-8-sig")
+            captions = [file.read(*files["txt"]).decode("utf-8-sig")]
         except UnicodeDecodeError:
-            return "caption not in UTF-8", 0, None
-        if not caption.strip():
-            return "empty caption", 0, None
+            return "caption not in UTF-8", [], None
+        if not captions[0].strip():
+            return "empty caption", [], None
     elif "txt" in files:
         files["txt"] = (0, 0)  # not read, so that it may be anything
     refused = next(filter(None, (condition.problem(metadata) for condition in conditions)), None)
-    return None, number, refused
+    return None, captions, refused
 
 
 def load_or_build_index(path: str, reading: Reading) -> Shard:
     """The shard with its stored index if that matches the tar, otherwise with a new one."""
+    shard = load_index(path, reading)
+    if shard is None:
+        shard = index_shard(path, reading)
+        store_index(shard, reading)
+    return shard
+
+
+def load_index(path: str, reading: Reading) -> Shard | None:
+    """The shard with its stored index, memory-mapped; None if there is none, or it belongs to another tar."""
     from safetensors import SafetensorError, safe_open
 
     try:
         stamp = OpenFile(path).stamp
-        with safe_open(f"{path}{reading.index_suffix}", framework="np") as stored:
+        with safe_open(f"{path}{reading.suffix}.index", framework="pt") as stored:
             header = stored.metadata() or {}
-            if (header.get("format"), header.get("tar")) == (INDEX_FORMAT, stamp):
-                names = stored.get_tensor("names")  # (S, longest) uint8
-                names = names.view(f"S{names.shape[1]}").reshape(-1)  # (S,)
-                tensors = set(stored.keys())
-                return Shard(
-                    path,
-                    stamp,
-                    stored.get_tensor("places"),
-                    names,
-                    json.loads(header["excluded"]),
-                    reading.caption_key if reading.captions else None,
-                    stored.get_tensor("counts") if "counts" in tensors else None,
-                    stored.get_tensor("passes") if "passes" in tensors else None,
-                    json.loads(header["filtered"]),
-                )
+            if (header.get("format"), header.get("tar")) != (INDEX_FORMAT, stamp):
+                return None
+            arrays = {name: stored.get_tensor(name).numpy() for name in stored.keys()}  # noqa: SIM118 - not a dict
     except FileNotFoundError:
-        pass  # no index yet; or no tar, which index_shard reports
+        return None  # no index yet; or no tar, which index_shard reports
     except (OSError, SafetensorError) as error:
-        logger.warning("rebuilding %s%s: %s", path, reading.index_suffix, first_line(error))
-    shard = index_shard(path, reading)
-    store_index(shard, reading)
-    return shard
+        logger.warning("rebuilding %s%s.index: %s", path, reading.suffix, first_line(error))
+        return None
+    names = arrays["names"]  # (S, longest) uint8
+    return Shard(
+        path,
+        stamp,
+        arrays["places"],
+        names.view(f"S{names.shape[1]}").reshape(-1),  # (S,)
+        json.loads(header["excluded"]),
+        reading.caption_key if reading.captions else None,
+        arrays.get("counts"),
+        arrays.get("passes"),
+        json.loads(header["filtered"]),
+        header["samples"],
+    )
 
 
 def store_index(shard: Shard, reading: Reading) -> None:
@@ -159,15 +170,15 @@ def store_index(shard: Shard, reading: Reading) -> None:
     for name in ("counts", "passes"):
         if (values := getattr(shard, name)) is not None:
             tensors[name] = torch.from_numpy(values)
-    header = {"format": INDEX_FORMAT, "tar": shard.stamp}
+    header = {"format": INDEX_FORMAT, "tar": shard.stamp, "samples": shard.samples_hash}
     header |= {"excluded": json.dumps(shard.excluded), "filtered": json.dumps(shard.filtered)}
     try:
-        write_safetensors(f"{shard.path}{reading.index_suffix}", tensors, header)
+        write_safetensors(f"{shard.path}{reading.suffix}.index", tensors, header)
     except OSError as error:
-        _warn_index_not_stored(os.path.dirname(shard.path), error.strerror or first_line(error))
+        warn_not_stored(os.path.dirname(shard.path), error.strerror or first_line(error))
 
 
 @lru_cache
-def _warn_index_not_stored(folder: str, reason: str) -> None:
+def warn_not_stored(folder: str, reason: str) -> None:
     """Cached, so that each folder is reported once."""
     logger.warning("the index of shards in %s cannot be stored (%s): every run rebuilds it", folder, reason)

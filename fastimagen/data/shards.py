@@ -1,30 +1,23 @@
-"""The shards that a configuration names: folders, globs, ranges and URLs of tars, opened or fetched."""
+"""The shards that a configuration names: folders, globs, ranges and URLs of tars, as their manifests know them."""
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import logging
 import os
-import re
-import shutil
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from glob import escape, glob, has_magic
 from pathlib import Path
 
-import numpy as np
-
 from ..extras import import_extra
-from ..files import atomic_file, first_line
 from ..words import counted
-from .shard import LOST, PLAIN, Reading, Shard
-from .shard_index import index_shard, load_or_build_index, store_index
+from .listed import ListedShard
+from .listing import list_local, list_remote, lost_shard
+from .remote_cache import RemoteCache
+from .shard import PLAIN, Reading
+from .transfer import URL, shown
 
 logger = logging.getLogger(__name__)
-
-URL = re.compile(r"(?:pipe|file):|[a-zA-Z][a-zA-Z0-9+.-]*://")
 
 
 def list_shards(source: str | Path | Sequence[str | Path]) -> list[str]:
@@ -81,37 +74,38 @@ def _expand(paths: list[str]) -> list[str]:
 def open_shards(
     source: str | Path | Sequence[str | Path],
     *,
-    cache: str | Path | None = None,
+    cache: RemoteCache | None = None,
     rank: int = 0,
     world_size: int = 1,
     reading: Reading = PLAIN,
     max_lost: float = 0.0,
-) -> list[Shard]:
-    """All shards of `source` (see `list_shards`), those of URLs fetched into the folder `cache`.
+    trust: bool = False,
+) -> list[ListedShard]:
+    """All shards of `source` (see `list_shards`), known from the manifests of their folders. cache: for those of URLs.
 
-    Indices are read from files next to the tars, or written there. Each rank starts at another shard, so that ranks
-    share the work of the first run. A shard that is missing, empty or damaged has no samples, and excludes as many
-    "in lost shards" as the others have on average; the log names it. Raises ValueError as `list_shards` does, as
-    `index_shard` does if more than the share `max_lost` of the samples is lost, for a URL without cache, for a failed
-    download, and if there are no samples.
+    What a manifest does not know is indexed, and the manifest written by rank 0. Each rank starts at another shard, so
+    that ranks share the work of the first run. trust: do not compare the manifest with the tars, because another
+    process has. A shard that is missing, empty or damaged has no samples, and excludes as many "in lost shards" as the
+    others have on average; the log names it. Raises ValueError as `list_shards` does, as `index_shard` does if more
+    than the share `max_lost` of the samples is lost, for a URL without cache, and if there are no samples.
     """
     paths = list_shards(source)
-    shards: dict[int, Shard] = {}
-    lost: dict[int, ValueError] = {}
-    for step in range(len(paths)):
-        index = (step + rank * len(paths) // world_size) % len(paths)
-        path = fetch(paths[index], cache) if URL.match(paths[index]) else paths[index]
-        try:
-            shards[index] = load_or_build_index(path, reading)
-        except ValueError as error:
-            lost[index] = error
-            shards[index] = _lost_shard(path, 0)
+    urls = [path for path in paths if URL.match(path)]
+    shards, lost = list_local([path for path in paths if not URL.match(path)], reading, rank, world_size, trust=trust)
+    if urls:
+        if cache is None:
+            raise ValueError(
+                f"shard {shown(urls[0])} is remote: set fastimagen.data.cache to a folder for downloaded shards"
+            )
+        remote, also_lost = list_remote(urls, cache, reading, rank, world_size)
+        shards, lost = shards | remote, lost | also_lost
     if lost:
-        mean = sum(map(len, shards.values())) / max(1, len(paths) - len(lost))
+        mean = sum(map(len, shards.values())) / max(1, len(shards))
         if len(lost) / len(paths) > max_lost or not mean:
             raise _too_many_lost(lost, len(paths), max_lost)
-        for index, problem in lost.items():
-            shards[index] = _lost_shard(shards[index].path, round(mean))
+        for path, problem in lost.items():
+            place = cache.place(path) if cache is not None and URL.match(path) else path
+            shards[path] = lost_shard(str(place), round(mean))
             logger.warning("lost shard, counted with %d samples: %s", round(mean), problem)
     excluded: Counter[str] = Counter()
     for shard in shards.values():
@@ -123,16 +117,10 @@ def open_shards(
     level = logging.WARNING if excluded else logging.INFO
     found = f"{counted(samples, 'sample')} in {counted(len(shards), 'shard')}"
     logger.log(level, "%s; excluded: %s", found, reasons)
-    return [shards[index] for index in range(len(paths))]
+    return [shards[path] for path in paths]
 
 
-def _lost_shard(path: str, samples: int) -> Shard:
-    """A shard without samples, which excludes `samples`."""
-    extents, names = np.empty((0, 6), dtype=np.int64), np.empty(0, dtype=np.bytes_)
-    return Shard(path, LOST, extents, names, {"in lost shards": samples} if samples else {})
-
-
-def _too_many_lost(lost: dict[int, ValueError], total: int, max_lost: float) -> ValueError:
+def _too_many_lost(lost: dict[str, ValueError], total: int, max_lost: float) -> ValueError:
     first = next(iter(lost.values()))
     if max_lost == 0 or total == 1:
         return first
@@ -140,39 +128,3 @@ def _too_many_lost(lost: dict[int, ValueError], total: int, max_lost: float) -> 
         f"{len(lost)} of {total} shards cannot be read, more than fastimagen.data.max_bad_share = {max_lost} allows: "
         f"{first}"
     )
-
-
-def fetch(url: str, cache: str | Path | None) -> str:
-    """Download a shard, once, with webdataset's gopen into the folder `cache`; returns its path.
-
-    The file appears when it is complete and indexed. If several processes need the same shard, one downloads it.
-    Raises ValueError if there is no cache folder, the download fails or the tar is damaged.
-    """
-    if cache is None:
-        raise ValueError(f"shard {url} is remote: set fastimagen.data.cache to a folder for downloaded shards")
-    webdataset = import_extra("webdataset", user="downloading shards", extra="data")
-    stem = (re.findall(r"[\w.-]+\.tar\b", url) or ["shard.tar"])[-1]
-    target = Path(cache) / f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{stem}"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with open(target.with_name(f".{target.name}.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if target.exists():
-            return str(target)
-        logger.info("downloading %s", url)
-        try:
-            with atomic_file(target) as temporary:
-                with webdataset.gopen(url) as stream, open(temporary, "wb") as file:
-                    shutil.copyfileobj(stream, file, 1 << 20)
-                shard = _index_download(temporary)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"cannot fetch shard {url}: {first_line(error)}") from error
-        store_index(replace(shard, path=str(target)), PLAIN)
-    return str(target)
-
-
-def _index_download(temporary: Path) -> Shard:
-    """As `index_shard`; errors do not name the temporary file."""
-    try:
-        return index_shard(temporary)
-    except ValueError as error:
-        raise ValueError(str(error).replace(f"shard {temporary}", "it")) from None

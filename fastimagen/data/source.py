@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,18 +17,16 @@ from ..data_config import DataConfig, HeldOutConfig
 from ..text.embeddings import TextEmbeddings
 from ..text.t5 import encoder_identity, hub_commit
 from ..words import counted
-from .embedding_cache import (
-    EmbeddingCache,
-    NoEmbeddings,
-    cache_path,
-    captions_hash,
-    open_cache,
-)
-from .held_out import SelectedEmbeddings, choose_held_out, select_samples
-from .loader import Batch, Embeddings, Loader
+from .ahead import Ahead
+from .embedding_cache import cache_path, captions_hash, open_cache
+from .held_out import choose_held_out
+from .listed import ListedShard
+from .listed_embeddings import ListedEmbeddings, list_embeddings
+from .loader import Batch, Loader
 from .mixture import Mixture, Part
 from .order import Order
-from .shard import LOST, Reading, Shard
+from .remote_cache import RemoteCache
+from .shard import Reading
 from .shards import list_shards, open_shards
 
 Source = str | tuple[str, ...]
@@ -37,14 +35,14 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Split:
-    """Open shards and, for text-conditioned cascades, their embedding caches (else None).
+    """Shards and, for text-conditioned cascades, their embeddings (else None); both are opened when they are read.
 
     held_out: number of samples that were taken out of these shards for validation; mixture: the data sets that the
     shards belong to, in this order, if there are several with weights.
     """
 
-    shards: list[Shard]
-    caches: Sequence[Embeddings] | None
+    shards: list[ListedShard]
+    caches: Sequence[ListedEmbeddings] | None
     held_out: int = 0
     mixture: Sequence[Part] = ()
 
@@ -85,10 +83,11 @@ class Split:
 
         seed: of the order; crop_seed: of the crops, which differ between stages. pin: in pinned memory, which only a
         process with a GPU can allocate."""
+        order = self.order(seed)
         return Loader(
             self.shards,
             self.caches,
-            self.order(seed),
+            order,
             held_out=self.held_out,
             size=size,
             crop_size=crop,
@@ -102,6 +101,7 @@ class Split:
             flip=config.data.flip,
             crop_seed=crop_seed,
             pin=pin,
+            ahead=Ahead(self.shards, self.caches, order) if any(shard.remote for shard in self.shards) else None,
         )
 
     def fixed_batch(self, config: FastimagenConfig, indices: Sequence[int], *, size: int, crop: int | None) -> Batch:
@@ -129,20 +129,24 @@ class Split:
         return list(captions), batch.text, batch.images_for(torch.device("cpu"))
 
 
-def open_data(config: FastimagenConfig, *, with_text: bool) -> tuple[Split, Split | None]:
+def open_data(config: FastimagenConfig, *, with_text: bool, trust: bool = False) -> tuple[Split, Split | None]:
     """The training split and the validation split, None without validation.
 
-    Raises ValueError as `open_split`, and if holding samples out leaves one of them empty.
+    trust: take what manifests say, because another process has compared them with the shards. Raises ValueError as
+    `open_split`, and if holding samples out leaves one of them empty.
     """
-    everything, validation = _open_training(config, with_text=with_text), config.data.validation
+    everything = _open_training(config, with_text=with_text, trust=trust)
+    validation = config.data.validation
     if isinstance(validation, HeldOutConfig):
         return _hold_out(everything, validation)
-    return everything, None if validation is None else open_split(validation, config, with_text=with_text)
+    if validation is None:
+        return everything, None
+    return everything, open_split(validation, config, with_text=with_text, trust=trust)
 
 
-def _open_training(config: FastimagenConfig, *, with_text: bool) -> Split:
+def _open_training(config: FastimagenConfig, *, with_text: bool, trust: bool) -> Split:
     """The samples of data.shards; of all data sets of a mixture."""
-    splits = [open_split(source, config, with_text=with_text) for source in config.data.training]
+    splits = [open_split(source, config, with_text=with_text, trust=trust) for source in config.data.training]
     mixture = [
         Part(source.name, source.weight, len(split.shards)) for source, split in zip(config.data.mixture, splits)
     ]
@@ -156,43 +160,36 @@ def _open_training(config: FastimagenConfig, *, with_text: bool) -> Split:
     return Split(shards, caches if with_text else None, mixture=mixture)
 
 
-def count_training_samples(config: FastimagenConfig) -> int:
-    """The number of samples of data.shards without those that validation takes. Reads no captions."""
-    splits = [_apply_where(Split(open_source(source, config), None)) for source in config.data.training]
-    shards, validation = [shard for split in splits for shard in split.shards], config.data.validation
-    held_out = choose_held_out(shards, validation) if isinstance(validation, HeldOutConfig) else []
-    return sum(map(len, shards)) - sum(int(mask.sum()) for mask in held_out)
+def count_training_samples(config: FastimagenConfig, *, trust: bool = False) -> int:
+    """The number of samples of data.shards without those that validation takes. Opens no shards."""
+    everything, validation = _open_training(config, with_text=False, trust=trust), config.data.validation
+    return len(_hold_out(everything, validation)[0] if isinstance(validation, HeldOutConfig) else everything)
 
 
 def _hold_out(everything: Split, config: HeldOutConfig) -> tuple[Split, Split]:
     """Divide a split into training and validation samples."""
-    masks = choose_held_out(everything.shards, config)
-    validation = _select(everything, masks)
+    largest = choose_held_out(everything.shards, config)
     # The training split reports what the index excludes, in all shards.
-    shards = [replace(shard, excluded={}, filtered={}) for shard in validation.shards]
-    validation = replace(validation, shards=shards, mixture=())  # a fixed sequence, of whatever data set
-    return replace(_select(everything, [~mask for mask in masks]), held_out=len(validation)), validation
+    validation = _select(everything, largest=largest, held_out=True, reports=False)
+    validation = replace(validation, mixture=())  # a fixed sequence, of whatever data set
+    return replace(_select(everything, largest=largest), held_out=len(validation)), validation
 
 
-def _select(split: Split, masks: Sequence[np.ndarray]) -> Split:
-    """The samples of a mask (S,) for each shard."""
-    caches = split.caches and [
-        SelectedEmbeddings(cache, np.flatnonzero(mask)) for cache, mask in zip(split.caches, masks)
-    ]
-    shards = [select_samples(shard, mask) for shard, mask in zip(split.shards, masks)]
-    return Split(shards, caches, mixture=split.mixture)
+def _select(split: Split, *, reports: bool = True, **changes: Any) -> Split:
+    """Some of the samples. reports: whether the shards keep their counts; changes: of the shards' Selection."""
+    shards = [shard.select(replace(shard.selection, **changes), reports=reports) for shard in split.shards]
+    caches = split.caches and [cache.select(shard) for cache, shard in zip(split.caches, shards)]
+    return replace(split, shards=shards, caches=caches)
 
 
-def open_split(source: Source, config: FastimagenConfig, *, with_text: bool) -> Split:
-    """Open shards and caches. Raises ValueError that names the key to change or the command to run."""
-    shards = open_source(source, config)
+def open_split(source: Source, config: FastimagenConfig, *, with_text: bool, trust: bool = False) -> Split:
+    """List shards and embeddings. trust: as in `open_data`. Raises ValueError that names the key to change or the
+    command to run."""
+    shards = open_source(source, config, trust=trust)
     if not with_text:
         return _apply_where(Split(shards, None))
-    identity = identity_of(config)
-    caches: list[Embeddings] = [
-        NoEmbeddings() if shard.stamp == LOST else open_embeddings(shard, config, identity) for shard in shards
-    ]
-    return _apply_where(Split(shards, caches))
+    identity, folder = identity_of(config), config.text.cache
+    return _apply_where(Split(shards, [list_embeddings(shard, identity, folder, trust=trust) for shard in shards]))
 
 
 def identity_of(config: FastimagenConfig) -> dict[str, str]:
@@ -203,34 +200,31 @@ def identity_of(config: FastimagenConfig) -> dict[str, str]:
     )
 
 
-def open_embeddings(shard: Shard, config: FastimagenConfig, identity: dict[str, str]) -> EmbeddingCache:
-    """The cache of a shard. Raises ValueError that names the command that writes it."""
-    return open_cache(
-        cache_path(shard.path, identity, config.text.cache),
-        identity=identity,
-        keys=shard.keys,
-        captions_hash=captions_hash(shard.keys, shard.captions()),
-        counts=shard.counts,
-    )
-
-
 def _apply_where(split: Split) -> Split:
     """The samples that data.where takes."""
-    masks = [shard.passes for shard in split.shards]
-    if all(mask is None for mask in masks):
+    if all(shard.passes is None for shard in split.shards):
         return split
-    kept = [np.ones(len(shard), dtype=bool) if mask is None else mask for shard, mask in zip(split.shards, masks)]
-    if not any(mask.any() for mask in kept):
+    kept = _select(split, where=True)
+    if not len(kept):
         filtered: Counter[str] = Counter()
         for shard in split.shards:
             filtered.update(shard.filtered)
         counts = ", ".join(f"{count} by {condition}" for condition, count in filtered.most_common())
         raise ValueError(f"fastimagen.data.where leaves no samples: {counts}")
-    return _select(split, kept)
+    return kept
 
 
-def open_source(source: Source, config: FastimagenConfig, *, captions: bool = False) -> list[Shard]:
-    """The shards of one of `shard_sources`. captions: a sample needs one also if no stage is conditioned on text.
+def open_source(
+    source: Source,
+    config: FastimagenConfig,
+    *,
+    captions: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
+    trust: bool = False,
+) -> list[ListedShard]:
+    """The shards of one of `shard_sources`. captions: a sample needs one also if no stage is conditioned on text; rank,
+    world_size, trust: as in `open_shards`.
 
     Raises ValueError that names the key if there are none.
     """
@@ -245,9 +239,27 @@ def open_source(source: Source, config: FastimagenConfig, *, captions: bool = Fa
         raise ValueError(
             f"fastimagen.data.shards: {error}; pack a folder of images with: fastimagen shards folder"
         ) from None
-    data = config.data
-    reading = Reading(data.caption_key, data.where, captions=captions or uses_text(config))
-    return open_shards(source, cache=data.cache, reading=reading, max_lost=data.max_bad_share)
+    return open_shards(
+        source,
+        cache=remote_cache(config.data),
+        reading=reading_of(config, captions=captions),
+        max_lost=config.data.max_bad_share,
+        rank=rank,
+        world_size=world_size,
+        trust=trust,
+    )
+
+
+def reading_of(config: FastimagenConfig, *, captions: bool = False) -> Reading:
+    """What counts as a sample. captions: as in `open_source`."""
+    return Reading(config.data.caption_key, config.data.where, captions=captions or uses_text(config))
+
+
+def remote_cache(data: DataConfig) -> RemoteCache | None:
+    """Where remote shards are downloaded to; None if no folder is given."""
+    if data.cache is None:
+        return None
+    return RemoteCache(data.cache, None if data.cache_gb is None else int(data.cache_gb * 1e9), data.remote)
 
 
 def uses_text(config: FastimagenConfig) -> bool:
@@ -279,8 +291,12 @@ def empty_text(config: FastimagenConfig) -> TextEmbeddings | None:
     """
     if config.text.encoding != "if":
         return None
+    path = empty_caption_path(config)
+    shard = open_source(config.data.training[0], config, trust=True)[0]
+    if shard.remote is not None and not path.exists():
+        path = shard.remote.fetch_beside(path.name)
     cache = open_cache(
-        empty_caption_path(config),
+        path,
         identity=identity_of(config),
         keys=["empty"],
         captions_hash=captions_hash(["empty"], [""]),
@@ -290,7 +306,7 @@ def empty_text(config: FastimagenConfig) -> TextEmbeddings | None:
 
 def empty_caption_path(config: FastimagenConfig) -> Path:
     """Where the embeddings of the empty caption are: with those of the first training shard."""
-    shard = open_source(config.data.training[0], config)[0]
+    shard = open_source(config.data.training[0], config, trust=True)[0]
     return cache_path(Path(shard.path).parent / "empty_caption.tar", identity_of(config), config.text.cache)
 
 

@@ -18,7 +18,7 @@ from ..images import grid
 from ..seeds import mix_seed
 from ..text.t5 import load_tokens
 from ..words import counted
-from .shard import Shard
+from .listed import ListedShard
 from .source import Split, uses_text
 from .survey import MAX_HEADERS, image_size, spread
 
@@ -81,7 +81,7 @@ def contact_sheet(train: Split, config: FastimagenConfig, stage: StageConfig | N
     return grid(batch.images_for(torch.device("cpu")), loader.captions(batch))
 
 
-def _describe(shards: Sequence[Shard], config: FastimagenConfig, stages: Sequence[StageConfig]) -> list[str]:
+def _describe(shards: Sequence[ListedShard], config: FastimagenConfig, stages: Sequence[StageConfig]) -> list[str]:
     """The lines about one data set."""
     excluded: Counter[str] = Counter()
     filtered: Counter[str] = Counter()

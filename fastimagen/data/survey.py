@@ -20,7 +20,8 @@ from .packing.rows import is_table, read_table
 from .packing.samples import Item, Unusable, read_local
 from .packing.table import table_items
 from .packing.writer import PackOptions
-from .shards import URL, list_shards, open_shards
+from .shards import list_shards, open_shards
+from .transfer import URL
 
 T = TypeVar("T")
 Read = Callable[[], bytes]

@@ -19,7 +19,7 @@ class OpenFile:
         self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         stat = os.fstat(self.fd)
         self.size = stat.st_size
-        self.stamp = f"{stat.st_size} bytes of {stat.st_mtime_ns} ns"
+        self.stamp = _stamp(stat)
         """Changes when the file is replaced or written to."""
 
     def __del__(self) -> None:
@@ -29,6 +29,18 @@ class OpenFile:
     def read(self, offset: int, size: int) -> bytes:
         """Up to `size` bytes from `offset`; threads may call it at the same time."""
         return os.pread(self.fd, size, offset)
+
+
+def stamp_of(path: str) -> str | None:
+    """OpenFile.stamp of a file without opening it; None if there is none."""
+    try:
+        return _stamp(os.stat(path))
+    except OSError:
+        return None
+
+
+def _stamp(stat: os.stat_result) -> str:
+    return f"{stat.st_size} bytes of {stat.st_mtime_ns} ns"
 
 
 def decode_name(name: bytes) -> str:

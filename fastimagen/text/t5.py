@@ -6,7 +6,6 @@ The tokens of a caption include the special ones, such as T5's </s>.
 from __future__ import annotations
 
 import difflib
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +15,7 @@ import torch
 
 from ..extras import import_extra
 from ..files import first_line, read_json_object
+from .checksums import remembered_sha256, sha256_of
 from .embeddings import TextEmbeddings
 from .tokens import CaptionTokens
 
@@ -100,7 +100,7 @@ def encoder_identity(
     """Everything that an encoder's embeddings depend on, as strings, without loading its weights.
 
     encoder: name on the hub, or the last part of the folder's path (the folder may move); revision: commit on the hub,
-    or sha256 of the folder's weights (reads the whole files); tokenizer: sha256 of its file; preprocessing; dtype, if
+    or sha256 of the folder's weights (checksums.py); tokenizer: sha256 of its file; preprocessing; dtype, if
     it is not float32. Raises ValueError if the encoder is not found, ImportError if transformers is missing for a hub
     name.
     """
@@ -110,14 +110,14 @@ def encoder_identity(
         weights = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
         if not weights:
             raise ValueError(f"text encoder folder {name} has no model*.safetensors or pytorch_model*.bin")
-        commit = f"sha256:{_sha256(weights)}"
+        commit = f"sha256:{remembered_sha256(weights)}"
     tokenizer = _tokenizer_file(name, config, revision=commit)
     encoder = config.parent.resolve().name if Path(name).is_dir() else name
     identity = {
         "encoder": encoder,
         "revision": commit,
         "max_length": str(max_length),
-        "tokenizer": f"sha256:{_sha256([tokenizer])}",
+        "tokenizer": f"sha256:{sha256_of([tokenizer])}",
         "preprocessing": PREPROCESSING if encoding == "words" else IF_PREPROCESSING,
     }
     return identity if dtype == "float32" else identity | {"dtype": dtype}
@@ -330,12 +330,3 @@ def _width(config: Path) -> int:
             if isinstance(section.get(key), int):
                 return section[key]
     raise ValueError(f'{config} describes a model of type "{content.get("model_type")}", which is not a text encoder')
-
-
-def _sha256(files: Sequence[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in files:
-        with open(path, "rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-    return digest.hexdigest()

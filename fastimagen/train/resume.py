@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from ..config import FastimagenConfig, StageConfig, StageTrainConfig
+from ..data.listed import ListedShard
 from ..data.shard import Shard
 
 ACTS = "acts"
@@ -58,6 +60,8 @@ RULES = {
     "data.validation": ACTS,
     "data.shapes": DATA,
     "data.cache": ACTS,
+    "data.cache_gb": ACTS,
+    "data.remote": ACTS,
     "data.threads": ACTS,
     "data.max_bad_share": ACTS,
     "data.caption_key": ACTS,
@@ -113,7 +117,7 @@ def settings_of(
     lowres_size: int | None,
     deepspeed: dict[str, Any],
     processes: int,
-    shards: list[Shard] | None,
+    shards: Sequence[Shard | ListedShard] | None,
 ) -> dict[str, Any]:
     """All that the training of a stage depends on, as JSON values by dotted key.
 
@@ -231,10 +235,9 @@ def _show(settings: dict[str, Any], key: str) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def describe_samples(shards: list[Shard]) -> str:
+def describe_samples(shards: Sequence[Shard | ListedShard]) -> str:
     """The number of samples, and a hash that changes with names, sizes and order of the shards, wherever they are."""
     digest = blake2b(digest_size=8)
     for shard in shards:
-        ends = [shard.key(0), shard.key(len(shard) - 1)] if len(shard) else []
-        digest.update(json.dumps([Path(shard.path).name, len(shard), *ends]).encode())
+        digest.update(json.dumps([Path(shard.path).name, len(shard), *shard.ends]).encode())
     return f"{sum(map(len, shards))} in {len(shards)} shards, {digest.hexdigest()}"

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..cascade import Stage
 from ..config import Config, StageConfig, StageTrainConfig
-from ..data.shard import Shard
+from ..data.listed import ListedShard
 from ..data.source import Split, count_training_samples, open_data, pin_encoder, uses_text
 from ..words import counted
 from . import checkpoint
@@ -46,6 +46,7 @@ class Run:
         self.where = this_machine()
         """The processes of the run. Who trains, or plans for other machines, sets it first."""
         self.samples: int | None = None  # training samples, counted when a stage is given in epochs
+        self.trust_manifests = False  # whether a process of this run has compared them with the shards
         self.newest: dict[str, Path | None] = {}  # by stage: the checkpoint to resume from
         self.done: dict[str, tuple[int, int]] = {}  # by stage: its steps and the samples that they have read
         self.unfinished: dict[str, list[Part]] = {}  # by stage: what its last step still has to do
@@ -61,7 +62,7 @@ class Run:
                 f"which has epochs of its own (records of training have them): give fastimagen.train.steps instead"
             )
         if self.samples is None:
-            self.samples = count_training_samples(self.config.fastimagen)
+            self.samples = count_training_samples(self.config.fastimagen, trust=self.trust_manifests)
         override = self.stage_settings(config).deepspeed
         batch_size = total_batch_size(self.config.deepspeed, override, world_size)
         return steps_of_epochs(epochs, self.samples, batch_size, done=self.done.get(config.name, (0, 0)))
@@ -108,9 +109,18 @@ class Run:
     @cached_property
     def data(self) -> tuple[Split, Split | None]:
         """The training and validation samples of all stages."""
-        return open_data(self.config.fastimagen, with_text=uses_text(self.config.fastimagen))
+        config = self.config.fastimagen
+        return open_data(config, with_text=uses_text(config), trust=self.trust_manifests)
 
-    def _training_shards(self) -> list[Shard] | None:
+    def has_data(self) -> bool:
+        """Open the data, which compares manifests with shards and embeddings. False if that fails: who needs them says
+        why, and nobody does if all stages are trained."""
+        try:
+            return bool(self.data)
+        except (ValueError, OSError, ImportError):
+            return False
+
+    def _training_shards(self) -> list[ListedShard] | None:
         """None for built-in shapes that are not rendered yet, which a dry run does not do."""
         try:
             return self.data[0].shards
@@ -192,7 +202,7 @@ class Run:
         return [f"{name}: resuming from step {step}{still and f', with its {still}'}", *lines]
 
     def resume_settings(
-        self, config: StageConfig, deepspeed: dict[str, Any], shards: list[Shard] | None
+        self, config: StageConfig, deepspeed: dict[str, Any], shards: list[ListedShard] | None
     ) -> dict[str, Any]:
         """What a checkpoint keeps to compare with. shards: of the training samples; None leaves them out."""
         return settings_of(

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from ..cascade import Stage
 from ..config import Config, StageConfig
 from ..data.embedding import embed_all, is_embedded
+from ..data.indexing import index_share
 from ..data.loader import Loader
 from ..data.prepare import prepare_shapes
 from ..data.source import Split, empty_text, uses_text
@@ -30,6 +31,7 @@ from .agreement import (
     agree_on_samples,
     decide_on_first_rank,
     on_first_rank,
+    raise_together,
 )
 from .averages import Averages
 from .checkpoint_writer import CheckpointWriter
@@ -104,6 +106,7 @@ class Trainer:
     def _fit_stages(self, stop: StopRequest) -> None:
         self.token = agree_on_run_directory(self.run_dir)
         on_first_rank(self._prepare_shapes)
+        self._index_shards()
         notices = self.run.check_run(self._agree_on_checkpoint)
         self.run.pin_text_encoder()
         on_first_rank(self.run.write_config)
@@ -252,6 +255,14 @@ class Trainer:
                 prepare_shapes(config, say=print)
                 if uses_text(config) and not is_embedded(config):
                     embed_all(config, say=print)
+
+    def _index_shards(self) -> None:
+        """Bring the manifests of the shards up to date, all ranks together; the first one compares them all."""
+        config = self.config.fastimagen
+        if self.world_size > 1:
+            index_share(config, self.rank, self.world_size)
+            raise_together(None)  # waits for the others
+        self.run.trust_manifests = decide_on_first_rank(self.run.has_data)
 
     def _loader(self, data: Split, config: StageConfig, deepspeed: dict[str, Any]) -> Loader:
         """The training batches of this rank."""

@@ -272,50 +272,6 @@ def test_a_source_without_shards_is_an_error_that_names_it(tmp_path):
         list_shards("http://host/{000..001.tar")
 
 
-@pytest.mark.parametrize("scheme", ["file:{}", "file://{}", "pipe:cat {}"])
-def test_remote_shards_are_downloaded_once(tmp_path, scheme):
-    path = make_tar(tmp_path / "00007.tar", sample_files(4))
-    url, cache = scheme.format(path), tmp_path / "cache"
-    (shard,) = open_shards(url, cache=cache)
-    assert os.path.dirname(shard.path) == str(cache) and shard.path.endswith("00007.tar")
-    assert shard.captions() == index_shard(path).captions()
-    path.unlink()
-    assert open_shards([url], cache=cache)[0].image(3) == shard.image(3)
-    assert not [name for name in os.listdir(cache) if name.endswith(".tmp")]
-
-
-def test_urls_with_the_same_file_name_are_different_shards(tmp_path):
-    urls = []
-    for i in range(2):
-        (tmp_path / str(i)).mkdir()
-        urls.append(f"file:{make_tar(tmp_path / str(i) / '0.tar', sample_files(1, start=i))}")
-    shards = open_shards(urls, cache=tmp_path / "cache")
-    assert [shard.keys for shard in shards] == [["00000"], ["00001"]]
-
-
-@pytest.mark.parametrize(
-    "command, message",
-    [
-        ("pipe:cat {}/gone.tar", "exit 1"),
-        ("pipe:head -c 3000 {}/00000.tar", "it is truncated"),
-        ("file:{}/gone.tar", "No such file"),
-        ("nonsense://{}/0.tar", "no gopen handler"),
-    ],
-)
-def test_failed_downloads_leave_no_file(tmp_path, command, message, capfd):
-    make_tar(tmp_path / "00000.tar", sample_files(20))
-    url, cache = command.format(tmp_path), tmp_path / "cache"
-    with pytest.raises(ValueError, match=f"cannot fetch shard .*{message}") as error:
-        open_shards(url, cache=cache)
-    assert "\n" not in str(error.value)
-    assert all(name.endswith(".lock") for name in os.listdir(cache))
-
-
-def test_remote_shards_without_a_cache_folder_are_refused():
-    with pytest.raises(ValueError, match=r"data.cache"):
-        open_shards("http://host/0.tar")
-
-
 def test_opening_logs_how_many_samples_are_excluded(tmp_path, caplog):
     for i in range(3):
         make_tar(tmp_path / f"{i}.tar", sample_files(2) | {"lonely.jpg": b"x"})
@@ -335,6 +291,7 @@ def test_shards_in_a_read_only_folder_are_opened_without_storing_the_index(tmp_p
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("fastimagen.data.shard_index.write_safetensors", refuse)
+    monkeypatch.setattr("fastimagen.data.manifest.write_safetensors", refuse)
     assert len(open_shards(tmp_path)[0]) == 2
     assert "Permission denied" in caplog.text and not (tmp_path / "0.tar.index").exists()
 

@@ -1,0 +1,114 @@
+"""Manifests brought up to date: by `fastimagen index`, and by training before it opens its data."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+
+from ..config import FastimagenConfig
+from ..words import counted
+from .embedding_cache import claim
+from .listed import ListedShard
+from .listing import index_some, manifest_part, store_manifest
+from .manifest import manifest_path, read_manifest, row_of, write_manifest
+from .remote_shard import checksum
+from .shards import list_shards
+from .source import Say, open_source, reading_of, remote_cache, shard_sources
+
+LOOK_AGAIN = 0.2
+"""Seconds after which the first process looks whether the others have finished."""
+
+
+def index_share(config: FastimagenConfig, rank: int, world_size: int) -> None:
+    """Index this rank's share of the shards that manifests do not know. Problems are left to who opens the data."""
+    for source in shard_sources(config.data):
+        with suppress(ValueError, OSError, ImportError):
+            index_some(list_shards(source)[rank::world_size], remote_cache(config.data), reading_of(config))
+
+
+def index_all(config: FastimagenConfig, *, say: Say, rank: int = 0, world_size: int = 1) -> None:
+    """Write the manifests of all shards, with checksums, for which every tar is read in full once.
+
+    The processes share the shards and need no network between them; the first one waits for the others, and writes.
+    Raises ValueError as `open_source`.
+    """
+    shards = _shards(config, rank, world_size)
+    new = [shard for shard in shards if shard.row.entry.checksum is None]
+    start = rank * len(new) // world_size
+    left = new[start:] + new[:start]
+    while left:
+        left = [shard for shard in left if not _add_checksum(shard, config)]
+        if left and rank:
+            return  # others are at them
+        time.sleep(LOOK_AGAIN if left else 0)
+    if rank:
+        return
+    for folder in {Path(shard.path).parent for shard in shards}:
+        rows = read_manifest(manifest_path(folder, reading_of(config)))
+        parts = {shard.path: _part(shard, config) for shard in new if Path(shard.path).parent == folder}
+        rows |= {Path(path).name: row for path, part in parts.items() for row in read_manifest(part).values()}
+        store_manifest(folder, reading_of(config), rows)
+        for part in parts.values():
+            part.unlink(missing_ok=True)
+        say(f"{manifest_path(folder, reading_of(config))}: {counted(len(rows), 'shard')}")
+    excluded: Counter[str] = Counter()
+    for shard in shards:
+        excluded.update(shard.excluded)
+    reasons = ", ".join(f"{count} {reason}" for reason, count in excluded.most_common()) or "nothing"
+    say(f"{counted(sum(map(len, shards)), 'sample')} in {counted(len(shards), 'shard')}; excluded: {reasons}")
+
+
+def check_index(config: FastimagenConfig, *, say: Say, rank: int = 0, world_size: int = 1) -> None:
+    """Read this process's share of the shards in full, and compare them with their manifests.
+
+    Raises ValueError that names what differs.
+    """
+    shards = _shards(config)[rank::world_size]
+    problems, unchecked = [], 0
+    for shard in shards:
+        try:
+            entry, whole = shard.row.entry, shard.opener()
+            tar = Path(shard.path)
+            if row_of(whole).entry.samples_hash != entry.samples_hash or len(whole) != entry.samples:
+                raise ValueError(f"shard {tar} has other samples than its manifest says")
+            unchecked += entry.checksum is None
+            if entry.checksum is not None and checksum(tar) != entry.checksum:
+                raise ValueError(f"shard {tar} is damaged: its checksum is not that of the manifest")
+        except (ValueError, OSError) as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError(
+            f"{len(problems)} of {counted(len(shards), 'shard')} not intact: {'; '.join(problems[:5])}"
+            f"{' ...' if len(problems) > 5 else ''}"
+        )
+    without = f"; {unchecked} of them without a checksum: run fastimagen index" if unchecked else ""
+    say(f"{counted(len(shards), 'shard')} intact{without}")
+
+
+def _shards(config: FastimagenConfig, rank: int = 0, world_size: int = 1) -> list[ListedShard]:
+    """The shards of training and validation that can be read, each once."""
+    listed = {
+        shard.path: shard
+        for source in shard_sources(config.data)
+        for shard in open_source(source, config, rank=rank, world_size=world_size)
+    }
+    return [shard for shard in listed.values() if not shard.lost]
+
+
+def _part(shard: ListedShard, config: FastimagenConfig) -> Path:
+    return manifest_part(Path(shard.path), reading_of(config))
+
+
+def _add_checksum(shard: ListedShard, config: FastimagenConfig) -> bool:
+    """Write the shard's row with its checksum, unless that is done. False if another process is at it."""
+    part = _part(shard, config)
+    with claim(part) as free:
+        if not free:
+            return False
+        known = [row for row in read_manifest(part).values() if row.entry.checksum is not None]
+        if not known or known[0].entry.stamp != shard.row.entry.stamp:
+            whole = shard.opener()
+            write_manifest(part, {Path(shard.path).name: row_of(whole, checksum(whole.path))})
+    return True
