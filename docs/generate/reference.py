@@ -61,7 +61,7 @@ def configuration() -> str:
     """A table for each section, in the order of the tree."""
     parts, titles = [CONFIGURATION], set()
     for section, paths in sections(FastimagenConfig).items():
-        title = re.sub(r"^.*\.(?!STAGE)", "", paths[0])  # the last part, or stages.STAGE
+        title = re.sub(r"^.*\.(?!STAGE|NAME)", "", paths[0])  # the last part, or stages.STAGE, shards.NAME
         title += f", {section.__name__}" if title in titles else ""
         titles.add(title)
         places = " and ".join(f"`{path}`" for path in paths)
@@ -96,7 +96,8 @@ def _children(annotation: Any, path: str) -> Iterator[tuple[type[Section], str]]
         return
     contains = get_origin(annotation) in (tuple, list, dict)
     for argument in get_args(annotation):
-        yield from _children(argument, f"{path}.STAGE" if contains else path)
+        element = "STAGE" if path.endswith("stages") else "NAME"
+        yield from _children(argument, f"{path}.{element}" if contains else path)
 
 
 def _row(name: str, field: FieldInfo) -> str:
