@@ -361,7 +361,7 @@ class Cascade(nn.Module):
     def settings(self, **overrides: Any) -> dict[str, SamplingConfig]:
         """Sampling settings by stage, with overrides of single fields.
 
-        An override is one value for all stages that have a use for it (`_has_use_for`), a mapping from stage names to
+        An override is one value for all stages that have a use for it (`has_use_for`), a mapping from stage names to
         values, or None, which keeps the stage's own value. Raises ValueError for unknown stages, values out of range
         and values that contradict a stage.
         """
@@ -369,7 +369,7 @@ class Cascade(nn.Module):
         by_stage: dict[str, dict[str, Any]] = {name: {} for name in names}
         for field, value in overrides.items():
             if not isinstance(value, Mapping):
-                users = [stage.name for stage in self.stages if _has_use_for(stage.config, field)]
+                users = [stage.name for stage in self.stages if has_use_for(stage.config, field)]
                 value = dict.fromkeys(users or names, value)  # if nothing uses it, the checks below say why
             for name, own in value.items():
                 if name not in by_stage:
@@ -384,8 +384,8 @@ class Cascade(nn.Module):
         return settings
 
 
-def _has_use_for(stage: StageConfig, field: str) -> bool:
-    """Whether a sampling setting that is given once for all stages is meant for this one too."""
+def has_use_for(stage: StageConfig, field: str) -> bool:
+    """Whether a stage takes a sampling setting: one value for all stages is meant for those that do."""
     if field in ("guidance", "guidance_range"):
         return stage.unet.text_dim is not None
     if field == "augmentation_level":

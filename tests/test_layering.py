@@ -47,7 +47,7 @@ TRAINING = {
     "evaluation": "data fastimagen files images sampling",
     "interop": "cascade config config_file network_config fastimagen files networks presets sampling text",
     "info": "fastimagen ops",
-    "demo": "cascade files images sampling text",
+    "demo": "cascade config files images sampling text",
     "starting_files": "",
     "commands": "cascade config config_file data data_config demo diffusion evaluation extras files network_config "
     "sampling section starting_files text train",

@@ -9,6 +9,8 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..cascade import has_use_for
+from ..config import StageConfig
 from ..sampling.pipeline import ImagenPipeline
 from ..sampling.settings import Setting, sampling_settings
 from ..text.t5 import is_random_encoder
@@ -195,9 +197,9 @@ def _inputs(pipe: ImagenPipeline) -> tuple[list[gr.components.Component], gr.But
             buttons=[],
         )
     controls = []
-    for stage, config in pipe.cascade.settings().items():
-        with gr.Accordion(f"Stage {stage}", open=False):
-            controls += [control(setting, getattr(config, setting.name)) for setting in sampling_settings()]
+    for stage in pipe.cascade.config.stages:
+        with gr.Accordion(f"Stage {stage.name}", open=False):
+            controls += stage_controls(stage)
     return [captions, negative, seed, count, image, mask, strength, resamples, *controls], draw
 
 
@@ -230,6 +232,15 @@ def _outputs() -> tuple[list[gr.components.Component], gr.Button]:
         record = gr.JSON(show_label=False, elem_id="record")
     download = gr.DownloadButton("Download settings", interactive=False)
     return [gallery, status, record, download], stop
+
+
+def stage_controls(stage: StageConfig) -> list[gr.components.Component]:
+    """A control for every sampling setting, in order; those that the stage does not take are not shown."""
+    controls = []
+    for setting in sampling_settings():
+        controls.append(control(setting, getattr(stage.sampling, setting.name)))
+        controls[-1].visible = has_use_for(stage, setting.name)
+    return controls
 
 
 def control(setting: Setting, value: Any) -> gr.components.Component:

@@ -17,6 +17,7 @@ from fastimagen.diffusion.inpainting import InitImage
 from fastimagen.sampling.request import SamplingRequest
 from fastimagen.sampling.settings import Setting, sampling_settings
 from fastimagen.text.embeddings import TextEmbeddings
+from tests.conftest import toy_cascade
 
 CAPTIONS = ["a", "b", "c"]
 TEXT = TextEmbeddings(torch.arange(3.0)[:, None, None].expand(3, 2, 4).clone(), torch.ones(3, 2, dtype=torch.bool))
@@ -213,6 +214,16 @@ def test_every_setting_is_a_control_of_the_page() -> None:
     values = (*OTHERS.values(), *(setting.default for setting in sampling_settings()))
     request = page_request(["base", "sr"], "a", "", 0, 1, (None, None, 1.0, 5), values)
     assert {name: by_stage["base"] for name, by_stage in request.settings.items()} == OTHERS
+
+
+def test_the_page_shows_the_controls_of_what_a_stage_takes() -> None:
+    pytest.importorskip("gradio")
+    from fastimagen.demo.page import stage_controls
+
+    hidden = [
+        {control.label for control in stage_controls(stage) if not control.visible} for stage in toy_cascade().stages
+    ]
+    assert hidden == [{"Augmentation level"}, set()]
 
 
 def test_every_setting_is_in_the_record(tmp_path: Path) -> None:
