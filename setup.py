@@ -97,6 +97,7 @@ setup(
             *HUB,
             *PLOT,
             "diffusers",  # to compare DeepFloyd IF with
+            "peft",  # with which diffusers loads adapters
             "pytest",
             "pytest-benchmark",
             "pytest-xdist",

@@ -20,6 +20,7 @@ from .diffusion.process import Diffusion
 from .diffusion.samplers import SAMPLERS
 from .diffusion.schedule import make_schedule, sampling_times
 from .diffusion.tiling import in_tiles
+from .diffusion.variance import hybrid_term
 from .images import enlarge_by_corners, resize
 from .networks.build import build_network
 from .networks.conditioning import TextState
@@ -89,7 +90,18 @@ class Stage:
         x_t = self.diffusion.add_noise(images, draws.noise, time)  # (B, C, H, W)
         output = unet(self.diffusion.network_input(x_t, time), self.diffusion.schedule.network_time(time), **condition)
         prediction = output[:, : images.shape[1]]  # (B, C, H, W), without a variance behind it
-        return self.diffusion.loss(prediction, self.diffusion.target(images, draws.noise, time), time)  # (B,)
+        losses = self.diffusion.loss(prediction, self.diffusion.target(images, draws.noise, time), time)  # (B,)
+        if self.config.objective.variance == "hybrid":
+            losses = losses + self._variance_loss(images, x_t, output, time)
+        return losses
+
+    def _variance_loss(self, images: Tensor, x_t: Tensor, output: Tensor, time: Tensor) -> Tensor:
+        """What the variance adds to the loss (B,); output (B, 2 C, H, W) of the network."""
+        prediction, variance = output.chunk(2, dim=1)  # (B, C, H, W) each
+        predicted = self.diffusion.x0(prediction.detach().float(), x_t, time)  # (B, C, H, W)
+        timesteps = self.config.schedule.timesteps
+        assert timesteps is not None  # StageConfig demands it
+        return hybrid_term(self.diffusion.schedule, timesteps, images, predicted, variance, time)
 
     def _with_dropped(self, text: TextEmbeddings, keep: Tensor) -> dict[str, Any]:
         """The network's arguments for captions of which only those with keep (B,) bool are kept."""

@@ -167,6 +167,12 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights (default: %(default)s)"
     )
+    export.add_argument(
+        "--adapters",
+        action="store_true",
+        help="only what train.stages.NAME.lora has trained: OUT/STAGE/pytorch_lora_weights.safetensors, which "
+        "diffusers loads for DeepFloyd IF",
+    )
 
     push = command("push", _push, "share a model directory on the Hugging Face hub")
     push.add_argument("--model", type=Path, required=True, help="model directory")
@@ -343,11 +349,16 @@ def _plot(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from .train.export import export
+    from .train.export import export, export_adapters
 
     def say(line: str) -> None:
         print(line, file=sys.stderr)
 
+    if options.adapters:
+        if options.dtype != "float32":
+            raise ValueError("--adapters are written in float32: leave out --dtype")
+        print(export_adapters(options.run, options.out, step=options.step, ema=options.ema, say=say))
+        return
     print(export(options.run, options.out, step=options.step, ema=options.ema, dtype=options.dtype, say=say))
 
 

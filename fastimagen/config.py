@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag,
 
 from . import config_rules
 from .data_config import DataConfig, TextConfig
-from .network_config import AnyNetworkConfig
+from .network_config import AnyNetworkConfig, LoraConfig
 from .section import Section
 
 
@@ -69,6 +69,9 @@ class ObjectiveConfig(Section):
     """Standard deviation of the logit-normal times."""
     sigma_data: float = Field(0.5, gt=0)
     """Standard deviation of the images, for the scalings of the prediction "edm"."""
+    variance: Literal["frozen", "hybrid"] = "frozen"
+    """The predicted variance of a network that has one (unet.learned_variance): "frozen" gives it no gradient, "hybrid"
+    adds the term of Nichol and Dhariwal 2021, eq. 16, to the loss."""
     caption_dropout: float = Field(0.1, ge=0, le=1)
     """Probability of dropping a caption in training, for classifier-free guidance (Imagen, section 2.2)."""
 
@@ -263,6 +266,8 @@ class StageTrainConfig(Section):
     """EMA of this stage; None takes train.ema."""
     init_from: str | None = None
     """Model directory with the initial weights of this stage."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters of the initial weights, which stay as they are; None trains the whole network."""
 
     @model_validator(mode="after")
     def _consistent(self) -> StageTrainConfig:

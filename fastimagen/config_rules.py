@@ -181,7 +181,20 @@ def check_stage(stage: StageConfig) -> None:
         raise ValueError(
             f"{label}: objective.caption_dropout 1 drops every caption: lower it, or set unet.text_dim to null"
         )
+    if stage.objective.variance == "hybrid":
+        _check_hybrid(stage)
     check_sampling(stage, stage.sampling)
+
+
+def _check_hybrid(stage: StageConfig) -> None:
+    """The variance is that of the steps of a discrete schedule, and its term is estimated from uniform times."""
+    label = f'stage "{stage.name}": objective.variance "hybrid"'
+    if stage.unet.out_channels == stage.unet.channels:
+        raise ValueError(f"{label} trains a variance, but the network predicts none: remove it")
+    if stage.schedule.timesteps is None:
+        raise ValueError(f"{label} needs a discrete schedule, with timesteps: squaredcos or linear")
+    if stage.objective.times != "uniform":
+        raise ValueError(f'{label} needs "times": "uniform"')
 
 
 def check_sampling(stage: StageConfig, sampling: SamplingConfig) -> None:

@@ -29,6 +29,8 @@ class SourceConfig(Section):
     """Its tars, as in data.shards."""
     weight: float = Field(gt=0)
     """Its share of the samples, relative to the weights of the others."""
+    loss_weight: float = Field(1.0, gt=0)
+    """Factor on the loss of its samples, as of the images that preserve what a fine-tuned model can do already."""
 
 
 class HeldOutConfig(Section):

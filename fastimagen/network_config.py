@@ -251,6 +251,22 @@ class IFUNetConfig(NetworkConfig):
         return 2 * self.channels if self.learned_variance else self.channels
 
 
+class LoraConfig(Section):
+    """Low-rank adapters of linear layers, trained in place of the network, which stays as it is (Hu et al. 2021)."""
+
+    rank: int = Field(16, ge=1)
+    """Rank of the matrix that is added to a layer's weight."""
+    alpha: float | None = Field(None, gt=0)
+    """The added matrix is multiplied by alpha / rank; None takes the rank, as diffusers' training scripts do."""
+    targets: tuple[str, ...] | None = Field(None, min_length=1)
+    """Linear layers that get adapters, by the end of their names, such as "to_q"; None takes all of attention."""
+
+    @property
+    def scale(self) -> float:
+        """Factor on the added matrix."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+
 def _kind_of_network(value: Any) -> str:
     """The tag of a network's section: its kind. Sections without one are U-Nets, as in files from before there were
     kinds."""

@@ -386,6 +386,14 @@ def deepfloyd(base_width: int, super_width: int, text_dim: int = 4096) -> Cascad
     return CascadeConfig(stages=(base, super_resolution))
 
 
+def deepfloyd_1024(text_dim: int = 4096) -> CascadeConfig:
+    """IF-I-XL, IF-II-L, and the paper's U-Net from 256 to 1024 behind them: the third stage of DeepFloyd IF was never
+    released. It is trained on the same embeddings."""
+    linear = ScheduleConfig(name="linear", timesteps=1000)
+    sr1024 = paper_stage("sr1024", 1024, paper_sr1024(text_dim), guidance=8.0, schedule=linear, crop=256)
+    return CascadeConfig(stages=(*deepfloyd(704, 160, text_dim).stages, sr1024))
+
+
 PRESETS: dict[str, Callable[..., CascadeConfig]] = {
     "shapes": shapes,
     "minimagen": minimagen,
@@ -401,6 +409,7 @@ PRESETS: dict[str, Callable[..., CascadeConfig]] = {
     "if-m": partial(deepfloyd, 192, 96),
     "if-l": partial(deepfloyd, 320, 160),
     "if-xl": partial(deepfloyd, 704, 160),
+    "if-xl-1024": deepfloyd_1024,
 }
 
 

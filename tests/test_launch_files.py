@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.conftest import ROOT
 
@@ -44,6 +46,52 @@ def test_configurations_pass_the_dry_run(name: str, monkeypatch: pytest.MonkeyPa
         )
     assert config.deepspeed["optimizer"]["params"]["lr"] == 1e-4
     assert config.deepspeed["scheduler"]["params"]["warmup_num_steps"] == 10_000
+
+
+def write_sparse_model(folder: Path, preset: str) -> None:
+    """A model directory of a preset whose weights take no space: their files have a header and a hole."""
+    from fastimagen.networks.build import build_network
+    from fastimagen.presets import resolve
+
+    cascade = resolve(preset)
+    folder.mkdir(parents=True)
+    index = {"format": "fastimagen.model.1", "stages": [stage.name for stage in cascade.stages], "text_encoder": None}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    for stage in cascade.stages:
+        (folder / stage.name).mkdir()
+        (folder / stage.name / "config.json").write_text(stage.model_dump_json())
+        with torch.device("meta"):
+            weights = build_network(stage.unet).state_dict()
+        header, end = {}, 0
+        for name, weight in weights.items():
+            start, end = end, end + 4 * weight.numel()
+            header[name] = {"dtype": "F32", "shape": list(weight.shape), "data_offsets": [start, end]}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with open(folder / stage.name / "model.safetensors", "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(8 + len(text) + end)
+
+
+@pytest.mark.parametrize(
+    ("name", "processes", "images", "trained"),
+    [("deepfloyd_lora_24gb", 1, 16, "of them in adapters"), ("deepfloyd_full_80gb", 8, 64, "parameters, 20000 steps")],
+)
+def test_configurations_for_deepfloyd_pass_the_dry_run(
+    name: str, processes: int, images: int, trained: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastimagen.config_file import load_config
+    from fastimagen.train.activations import Peaks
+    from fastimagen.train.trainer import Trainer
+
+    monkeypatch.setattr("fastimagen.train.plan.measure", lambda *_, **__: Peaks(0, 0))
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    monkeypatch.chdir(tmp_path)
+    write_sparse_model(tmp_path / "models/if", "if-xl")
+    described = Trainer(load_config(ROOT / f"launch/configs/{name}.json", [])).describe()
+    for stage in ("base64", "sr256"):
+        line = next(line for line in described.splitlines() if line.startswith(f"{stage}: "))
+        assert f"steps of {images} images on {processes} x" in line and trained in line
 
 
 @pytest.mark.parametrize("status", [75, 69])

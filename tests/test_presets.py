@@ -200,6 +200,13 @@ def test_deepfloyd_networks_have_the_published_sizes(name: str, base: int, super
     assert sizes == [base, super_resolution]
 
 
+def test_the_third_stage_of_deepfloyd_is_ours_on_the_same_text() -> None:
+    """What an imported model has two stages of takes its weights; the third one is trained."""
+    first, second, third = resolve("if-xl-1024").stages
+    assert (first, second) == resolve("if-xl").stages and third.unet == presets.paper_sr1024()
+    assert third.unet.max_text_length >= first.unet.max_text_length and third.unet.text_dim == first.unet.text_dim
+
+
 # ---- names
 
 

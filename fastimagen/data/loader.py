@@ -45,7 +45,8 @@ class Batch:
     """B samples.
 
     images (B, C, H, W): uint8; packed: None if the loader has no embeddings; positions (B,): int64, in the
-    data order; keys: of the samples, or of the replacement if an image was unreadable; origins: where these are.
+    data order; keys: of the samples, or of the replacement if an image was unreadable; origins: where these are;
+    loss_weights (B,): factors on their losses, None if all are 1.
     """
 
     images: Tensor
@@ -53,6 +54,7 @@ class Batch:
     positions: Tensor
     keys: list[str]
     origins: Sequence[Origin] = ()
+    loss_weights: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -66,6 +68,12 @@ class Batch:
         """The images (B, C, H, W) on `device`, float32 in [-1, 1]. uint8 is a quarter of the bytes to copy, and copies
         from pinned memory do not block."""
         return from_uint8(self.images.to(device, non_blocking=True))
+
+    def weighted(self, losses: Tensor) -> Tensor:
+        """The losses (B,) with the weights of the samples' data sets."""
+        if self.loss_weights is None:
+            return losses
+        return losses * self.loss_weights.to(losses.device, losses.dtype, non_blocking=True)
 
     def text_for(self, unet: NetworkConfig, device: torch.device) -> TextEmbeddings | None:
         """The embeddings on `device`, or None for a U-Net without text path.
@@ -299,7 +307,14 @@ class Loader:
                 text = text.pin_memory()
         order_positions = torch.tensor(list(positions), dtype=torch.int64)  # (B,)
         keys, origins = [sample.key for sample in samples], [sample.origin for sample in samples]
-        return Batch(images, text, order_positions, keys, origins), samples
+        return Batch(images, text, order_positions, keys, origins, self._loss_weights(origins)), samples
+
+    def _loss_weights(self, origins: Sequence[Origin]) -> Tensor | None:
+        """Factors (B,) on the losses of samples of a mixture; None if all of its data sets have 1."""
+        if not isinstance(self.order, Mixture) or all(part.loss_weight == 1 for part in self.order.parts):
+            return None
+        weights = torch.tensor([self.order.part_of(shard).loss_weight for shard, _ in origins])  # (B,)
+        return weights.pin_memory() if self.pin else weights
 
     def _count(self, batch: Batch, samples: list[_Sample]) -> Batch:
         """Count the samples of a batch; runs in the consumer's thread. Raises ValueError if too many were bad."""
@@ -310,7 +325,7 @@ class Loader:
             self.counters["lost"] += lost
             self.counters["upscaled"] += sample.upscaled
             if isinstance(self.order, Mixture):
-                self._delivered[self.order.name_of(sample.origin[0])] += 1
+                self._delivered[self.order.part_of(sample.origin[0]).name] += 1
             for shard, index, reason in sample.bad:
                 if shard in self._lost:
                     self._count_lost(shard, reason)

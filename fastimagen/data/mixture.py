@@ -23,11 +23,12 @@ BLOCK = 1024
 
 
 class Part(NamedTuple):
-    """A data set of a mixture: its name, its weight, and its number of shards."""
+    """A data set of a mixture: name, weight, number of shards, and the factor on the loss of its samples."""
 
     name: str
     weight: float
     shards: int
+    loss_weight: float = 1.0
 
 
 class Mixture:
@@ -73,9 +74,9 @@ class Mixture:
         ]
         return [shard for turn in zip_longest(*found) for shard in turn if shard is not None]
 
-    def name_of(self, shard: int) -> str:
+    def part_of(self, shard: int) -> Part:
         """The part that a shard belongs to."""
-        return self.parts[int(np.searchsorted(self._starts, shard, side="right")) - 1].name
+        return self.parts[int(np.searchsorted(self._starts, shard, side="right")) - 1]
 
     def epochs(self, position: int) -> dict[str, float]:
         """How often the samples of each part have been read at a position."""

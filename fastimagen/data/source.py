@@ -59,9 +59,10 @@ class Split:
         lines, shards, weights = [], iter(self.shards), sum(part.weight for part in self.mixture)
         for part in self.mixture:
             samples = sum(map(len, islice(shards, part.shards)))
+            factor = "" if part.loss_weight == 1 else f", with {part.loss_weight:g} times their loss"
             lines.append(
                 f"{part.name}: {part.weight / weights:.1%} of the samples, out of {samples} in "
-                f"{counted(part.shards, 'shard')}"
+                f"{counted(part.shards, 'shard')}{factor}"
             )
         return lines
 
@@ -148,7 +149,8 @@ def _open_training(config: FastimagenConfig, *, with_text: bool, trust: bool) ->
     """The samples of data.shards; of all data sets of a mixture."""
     splits = [open_split(source, config, with_text=with_text, trust=trust) for source in config.data.training]
     mixture = [
-        Part(source.name, source.weight, len(split.shards)) for source, split in zip(config.data.mixture, splits)
+        Part(source.name, source.weight, len(split.shards), source.loss_weight)
+        for source, split in zip(config.data.mixture, splits)
     ]
     if not mixture:
         return splits[0]

@@ -18,7 +18,8 @@ def muon_parameters(network: Network) -> set[str]:
     Muon orthogonalizes updates, which is meant for matrices that map one feature space to another (Jordan et al.
     2024, "Muon: an optimizer for hidden layers"). Adam updates all other parameters: biases, norms, null tokens, null
     keys and values, pooled queries and scales per channel. Like the embedding layers of that source, the layers that
-    act on the time embedding and on the pooled text also stay with Adam: their input is one vector per sample."""
+    act on the time embedding and on the pooled text also stay with Adam: their input is one vector per sample. Frozen
+    parameters are in no optimizer."""
     vector_layers: set[nn.Module] = set()
     for module in network.modules():
         if isinstance(module, (TimeEmbedding, TimeVector, Film, EmbeddingMLP, TextVector)):
@@ -28,5 +29,7 @@ def muon_parameters(network: Network) -> set[str]:
     return {
         f"{name}.weight"
         for name, module in network.named_modules()
-        if isinstance(module, (nn.Linear, MatrixWeights)) and module not in vector_layers
+        if isinstance(module, (nn.Linear, MatrixWeights))
+        and module not in vector_layers
+        and module.weight.requires_grad
     }

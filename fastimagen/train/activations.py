@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..config import StageConfig
+from ..network_config import LoraConfig
 from ..networks.build import build_network
 from ..ops.dispatch import meta_is_gpu
 from .flops import example_inputs
@@ -60,15 +61,25 @@ class _LiveBytes(TorchDispatchMode):
         self.live[tensor.untyped_storage()._cdata] = 0
 
 
-def measure(stage: StageConfig, micro_batch: int, dtype: torch.dtype, *, tokens: int, gpu: bool) -> Peaks:
+def measure(
+    stage: StageConfig, micro_batch: int, dtype: torch.dtype, *, tokens: int, gpu: bool, lora: LoraConfig | None = None
+) -> Peaks:
     """Peak memory of a micro-batch of the stage's training images in `dtype`.
 
-    gpu: the ops take the path of a GPU with the kernels, and otherwise that of a CPU.
+    gpu: the ops take the path of a GPU with the kernels, and otherwise that of a CPU. lora: train adapters alone.
     """
-    return Peaks(*(_peak(stage, micro_batch, dtype, tokens, gpu, keep) for keep in (False, True)))
+    return Peaks(*(_peak(stage, micro_batch, dtype, tokens, gpu, lora, keep) for keep in (False, True)))
 
 
-def _peak(stage: StageConfig, micro_batch: int, dtype: torch.dtype, tokens: int, gpu: bool, keep: bool) -> int:
+def _peak(
+    stage: StageConfig,
+    micro_batch: int,
+    dtype: torch.dtype,
+    tokens: int,
+    gpu: bool,
+    lora: LoraConfig | None,
+    keep: bool,
+) -> int:
     from torch._subclasses.fake_tensor import FakeTensorMode  # reads files when it is imported
 
     with ExitStack() as stack:
@@ -77,13 +88,13 @@ def _peak(stage: StageConfig, micro_batch: int, dtype: torch.dtype, tokens: int,
             stack.enter_context(meta_is_gpu())
         else:
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        unet = build_network(stage.unet)
+        unet = build_network(stage.unet, lora)
         if gpu:
             unet.to(dtype)  # on a CPU training is in fp32
         counter = _LiveBytes()
         for parameter in unet.parameters():
             counter.known(parameter)
-            if not keep:
+            if parameter.requires_grad and not keep:
                 parameter.register_post_accumulate_grad_hook(_drop_gradient)
         with counter:
             images, arguments = example_inputs(stage.unet, micro_batch, stage.crop or stage.size, tokens)

@@ -92,7 +92,7 @@ def _set_default_timeout(timeout: timedelta) -> None:
 
 
 def make_engine(model: nn.Module, deepspeed_config: dict[str, Any], muon: set[str]) -> Any:
-    """A DeepSpeedEngine around `model`.
+    """A DeepSpeedEngine around `model`, which trains the parameters that are not frozen.
 
     muon: names of the parameters that the optimizer Muon updates; other optimizers ignore it. Raises ValueError with
     one line for what DeepSpeed refuses.
@@ -101,8 +101,9 @@ def make_engine(model: nn.Module, deepspeed_config: dict[str, Any], muon: set[st
 
     try:
         with _tagged_for_muon(model, muon):
+            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             engine, *_ = deepspeed.initialize(
-                model=model, model_parameters=list(model.parameters()), config=copy.deepcopy(deepspeed_config)
+                model=model, model_parameters=trained, config=copy.deepcopy(deepspeed_config)
             )
     except Exception as error:  # DeepSpeed raises all kinds, down to AssertionError, for what it does not support
         if isinstance(error, torch.OutOfMemoryError) or is_of_collectives(error):

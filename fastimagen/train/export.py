@@ -5,22 +5,41 @@ Without `ema` it is the average of the configured decay, on which val_loss, --st
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
-from ..config import CascadeConfig, Config, StageConfig, StageTrainConfig
+from ..config import CascadeConfig, Config, StageConfig, StageTrainConfig, TrainConfig
 from ..config_file import load_config, validate
-from ..files import require_empty
+from ..files import atomic_folder, read_safetensors, require_empty
 from ..presets import resolve
 from ..sampling.model_directory import write_model
 from ..text.t5 import is_path
+from .adapters import ADAPTER_FILE, base_weights, merge_into_base, saved_lora, write_adapters
 from .checkpoint import best, checkpoints, damage, read_average, read_state
 from .model_card import StageFacts, model_card
 from .power_average import MAX_SIGMA_REL
 from .reconstruct import average_of_length
+
+
+class Trained(NamedTuple):
+    """A stage of a run. weights: averaged, as in its checkpoint; those of adapters where it trained adapters.
+
+    averaged: how, for the model card. line: for the user.
+    """
+
+    config: StageConfig
+    state: dict[str, Any]
+    weights: dict[str, Tensor]
+    averaged: str
+    line: str
+
+    @property
+    def has_adapters(self) -> bool:
+        return saved_lora(self.state.get("settings", {})) is not None
 
 
 def export(
@@ -32,44 +51,33 @@ def export(
     dtype: Literal["float32", "bfloat16"] = "float32",
     say: Callable[[str], object] = lambda line: None,
 ) -> Path:
-    """Write the model directory of a run, with weights of `dtype`.
+    """Write the model directory of a run, with weights of `dtype`. Adapters are merged into the weights under them.
 
-    step: "newest", "best" (smallest validation loss) or a number, for all stages or for each, as in "base=500,sr=best".
-    ema: length sigma_rel of the average, for all stages or for each, as in "base=0.05" (reconstruct.py). say: gets a
-    line for each stage, exported or not trained yet. Raises ValueError if no stage is trained, if there is no such
-    checkpoint or it is damaged, if the length cannot be made, and if `out` is not empty.
+    A stage that is not trained is that of its init_from, or is left out. step: "newest", "best" (smallest validation
+    loss) or a number, for all stages or for each, as in "base=500,sr=best". ema: length sigma_rel of the average, for
+    all stages or for each, as in "base=0.05" (reconstruct.py). say: gets a line for each stage. Raises ValueError if no
+    stage is trained, if there is no such checkpoint or it is damaged, if the length cannot be made, if the weights
+    under adapters are gone, and if `out` is not empty.
     """
     run = Path(run)
-    if not (run / "config.json").exists():
-        raise ValueError(f"{run} is not a run directory: it has no config.json")
     require_empty(Path(out))
-    config = load_config(run / "config.json")
-    planned = resolve(config.fastimagen.cascade).stages
-    wanted = _steps(str(step), [stage.name for stage in planned])
-    lengths = _lengths(ema, [stage.name for stage in planned])
-    chosen = {
-        stage.name: path
-        for stage in planned
-        if (path := _choose(run / "checkpoints" / stage.name, wanted[stage.name], say)) is not None
-    }
+    config, planned = _planned(run)
+    trained = _read(run, planned, config.fastimagen.train, step, ema, say)
+    untrained = _starting_points(config, [stage for stage in planned if trained and stage.name not in trained])
     stages, weights, facts, lines = [], {}, [], []
-    for name in _contiguous(run, [stage.name for stage in planned], chosen, say):
-        state = read_state(chosen[name])
-        stages.append(validate(StageConfig, state["stage"], f"stage {name}"))
-        if name in lengths:
-            weights[name], average = average_of_length(chosen[name], lengths[name], say)
+    for name in _contiguous(run, [stage.name for stage in planned], {*trained, *untrained}, say):
+        if name in trained:
+            stage = trained[name]
+            stages.append(stage.config)
+            weights[name] = _merged(name, stage)
+            steps, averaged = stage.state["step"], stage.averaged
+            lines.append(stage.line)
         else:
-            weights[name], average = read_average(chosen[name]), ""
+            stages.append(next(stage for stage in planned if stage.name == name))
+            weights[name], steps, averaged = read_safetensors(untrained[name]), 0, "none"
+            lines.append(f"{name}: not trained, as in {untrained[name].parent}")
         parameters = sum(weight.numel() for weight in weights[name].values())
-        train = config.fastimagen.train
-        ema = train.stages.get(name, StageTrainConfig()).ema or train.ema
-        averaged = f"length {lengths[name]:g}" if name in lengths else f"decay {ema.decay:g}"
-        facts.append(StageFacts(name, stages[-1].size, parameters, state["step"], averaged))
-        if average:
-            lines.append(f"{name}: step {state['step']}, average of {average}")
-        else:
-            loss = "" if state.get("val_loss") is None else f", val_loss {state['val_loss']:.4g}"
-            lines.append(f"{name}: step {state['step']}{loss}")
+        facts.append(StageFacts(name, stages[-1].size, parameters, steps, averaged))
     first = [stage.name for stage in planned].index(stages[0].name)
     if first:  # the stage below is not trained: this one still enlarges its size
         stages[0] = stages[0].model_copy(update={"lowres_size": planned[first - 1].size})
@@ -96,6 +104,86 @@ def export(
     for line in lines:
         say(line)
     return model
+
+
+def export_adapters(
+    run: str | Path,
+    out: str | Path,
+    *,
+    step: str | int = "newest",
+    ema: str | float | None = None,
+    say: Callable[[str], object] = lambda line: None,
+) -> Path:
+    """Write OUT/STAGE/pytorch_lora_weights.safetensors for every stage of a run that trained adapters.
+
+    diffusers loads those of DeepFloyd IF's networks. step, ema, say, errors: as `export`.
+    """
+    run = Path(run)
+    require_empty(Path(out))
+    config, planned = _planned(run)
+    trained = _read(run, planned, config.fastimagen.train, step, ema, say)
+    adapted = {name: stage for name, stage in trained.items() if stage.has_adapters}
+    if not adapted:
+        raise ValueError(f"{run}: no stage has trained adapters (train.stages.NAME.lora): leave out --adapters")
+    with atomic_folder(out) as temporary:
+        for name, stage in adapted.items():
+            (temporary / name).mkdir()
+            write_adapters(temporary / name / ADAPTER_FILE, stage.state, stage.weights)
+    for stage in adapted.values():
+        say(stage.line)
+    return Path(out)
+
+
+def _planned(run: Path) -> tuple[Config, tuple[StageConfig, ...]]:
+    """The configuration of a run, and its stages, trained or not."""
+    if not (run / "config.json").exists():
+        raise ValueError(f"{run} is not a run directory: it has no config.json")
+    config = load_config(run / "config.json")
+    return config, resolve(config.fastimagen.cascade).stages
+
+
+def _read(
+    run: Path,
+    planned: Sequence[StageConfig],
+    train: TrainConfig,
+    step: str | int,
+    ema: str | float | None,
+    say: Callable[[str], object],
+) -> dict[str, Trained]:
+    """The trained stages by name, with the chosen average of the chosen checkpoint."""
+    names = [stage.name for stage in planned]
+    wanted, lengths = _steps(str(step), names), _lengths(ema, names)
+    chosen = {name: _choose(run / "checkpoints" / name, wanted[name], say) for name in names}
+    trained = {}
+    for name, path in chosen.items():
+        if path is None:
+            continue
+        state = read_state(path)
+        config = validate(StageConfig, state["stage"], f"stage {name}")
+        if name in lengths:
+            weights, average = average_of_length(path, lengths[name], say)
+            what, averaged = f", average of {average}", f"length {lengths[name]:g}"
+        else:
+            weights = read_average(path)
+            averaged = f"decay {(train.stages.get(name, StageTrainConfig()).ema or train.ema).decay:g}"
+            what = "" if state.get("val_loss") is None else f", val_loss {state['val_loss']:.4g}"
+        trained[name] = Trained(config, state, weights, averaged, f"{name}: step {state['step']}{what}")
+    return trained
+
+
+def _merged(name: str, stage: Trained) -> dict[str, Tensor]:
+    return merge_into_base(name, stage.state, stage.weights) if stage.has_adapters else stage.weights
+
+
+def _starting_points(config: Config, stages: Sequence[StageConfig]) -> dict[str, Path]:
+    """The files with the weights that untrained stages would start from; a few-step student is none without
+    training."""
+    settings = config.fastimagen.train
+    if settings.distill is not None:
+        return {}
+    own = {stage.name: settings.stages.get(stage.name, StageTrainConfig()) for stage in stages}
+    found = {name: base_weights(value, name) for name, value in own.items() if value.init_from is not None}
+    return {name: path for name, path in found.items() if path.is_file()}
 
 
 def _by_stage(flag: str, value: str, names: list[str]) -> dict[str, str]:
@@ -160,8 +248,8 @@ def _choose(folder: Path, wanted: str, say: Callable[[str], object]) -> Path | N
     return path
 
 
-def _contiguous(run: Path, names: list[str], chosen: dict[str, Path], say: Callable[[str], object]) -> list[str]:
-    """The trained stages, in order. Raises ValueError if there are none, or one between them is not trained."""
+def _contiguous(run: Path, names: list[str], chosen: Collection[str], say: Callable[[str], object]) -> list[str]:
+    """The stages that there are, in order. Raises ValueError if there are none, or one between them is not trained."""
     trained = [name for name in names if name in chosen]
     if not trained:
         raise ValueError(f"{run}: no stage has a checkpoint yet; train it first")

@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from ..cascade import Stage
-from ..config import CascadeConfig, FastimagenConfig, StageConfig, TrainConfig
+from ..config import CascadeConfig, FastimagenConfig, StageConfig, StageTrainConfig, TrainConfig
 from ..data.prepare import encoder_width
 from ..data.source import uses_text
 from ..networks.build import build_network
 from ..sampling.model_directory import check_shapes, read_shapes
+from .adapters import check_adapters
 from .distillation import check_distillation
 from .length import has_own_length
 
@@ -46,9 +47,10 @@ def check_fields(config: FastimagenConfig) -> None:
             Stage(stage, cascade.below(stage.name))  # raises for noise schedules that are out of reach
         except ValueError as error:
             raise ValueError(f'stage "{stage.name}": {error}') from None
-        settings = config.train.stages.get(stage.name)
-        if settings is not None and settings.init_from is not None:
+        settings = config.train.stages.get(stage.name, StageTrainConfig())
+        if settings.init_from is not None:
             _check_initial_weights(stage, settings.init_from)
+        check_adapters(stage, settings, distilled=config.train.distill is not None)
 
 
 def _check_text(config: FastimagenConfig, cascade: CascadeConfig) -> None:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..networks.convolution import is_partitioned
 from .fragments import Fragment
 
 all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch 2.13 renamed it
@@ -37,13 +38,15 @@ class FlatWeights:
 
     shards: the master weights of this process, flat. fragments: what each shard has of the parameters, without
     DeepSpeed's padding. The methods take `values` of the same shapes: the master weights or their average. P is the
-    number of processes, n the size of a shard.
+    number of processes, n the size of a shard. Frozen parameters are in no shard.
     """
 
     def __init__(self, engine: Any) -> None:
         self.device: torch.device = engine.device
         self.shards = _shards(engine.optimizer)
-        parameters = dict(engine.module.named_parameters())
+        named = dict(engine.module.named_parameters())
+        parameters = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
+        self.frozen = {name: parameter for name, parameter in named.items() if not parameter.requires_grad}
         self.shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in parameters.items()}
         self.locations = _partitioned(engine, parameters) or _flattened(engine, parameters, self.shards)
         assert self.locations.keys() == self.shapes.keys(), "a parameter is not in DeepSpeed's optimizer"
@@ -51,7 +54,8 @@ class FlatWeights:
 
     @torch.no_grad()
     def all_gather(self, values: list[Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-        """All parameters by name in `dtype`, on the device of every process; they may share memory with `values`."""
+        """All parameters by name in `dtype`, on the device of every process; they may share memory with `values`, and
+        the frozen ones with the engine's module."""
         parameters: dict[str, Tensor] = {}
         for index, value in enumerate(values):
             own = value.to(self.device, dtype)  # (n,)
@@ -60,7 +64,16 @@ class FlatWeights:
                 whole = own.new_empty(dist.get_world_size(), len(own))  # (P, n)
                 all_gather(whole.flatten(), own)
             parameters |= self._parameters(index, whole)
-        return {name: parameters[name] for name in self.shapes}
+        return {name: parameters[name] for name in self.shapes} | self._gather_frozen(dtype)
+
+    def _gather_frozen(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The frozen parameters, which ZeRO 3 partitions like the others."""
+        if not any(map(is_partitioned, self.frozen.values())):
+            return {name: parameter.detach().to(dtype) for name, parameter in self.frozen.items()}
+        from deepspeed.zero import GatheredParameters
+
+        with GatheredParameters(list(self.frozen.values())):
+            return {name: parameter.detach().to(dtype, copy=True) for name, parameter in self.frozen.items()}
 
     def _own_fragments(self, index: int) -> list[Fragment]:
         """The fragments of shard number `index`."""

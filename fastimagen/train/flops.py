@@ -8,7 +8,7 @@ import torch
 
 from .. import ops
 from ..config import StageConfig
-from ..network_config import NetworkConfig
+from ..network_config import LoraConfig, NetworkConfig
 from ..networks.build import build_network
 from ..text.embeddings import LENGTH_MULTIPLE, TextEmbeddings
 
@@ -25,19 +25,24 @@ class Flops(NamedTuple):
     recomputed: int
 
 
-def stage_flops(stage: StageConfig, tokens: int = LENGTH_MULTIPLE) -> Flops:
-    """The FLOPs of a stage for one training image, a crop if the stage trains on crops, with `tokens` text tokens."""
-    return unet_flops(stage.unet, stage.crop or stage.size, tokens)
+def stage_flops(stage: StageConfig, tokens: int = LENGTH_MULTIPLE, lora: LoraConfig | None = None) -> Flops:
+    """The FLOPs of a stage for one training image, a crop if the stage trains on crops, with `tokens` text tokens.
+
+    lora: train adapters alone, without gradients of the other weights.
+    """
+    return unet_flops(stage.unet, stage.crop or stage.size, tokens, lora)
 
 
-def unet_flops(config: NetworkConfig, side: int, tokens: int = LENGTH_MULTIPLE) -> Flops:
+def unet_flops(
+    config: NetworkConfig, side: int, tokens: int = LENGTH_MULTIPLE, lora: LoraConfig | None = None
+) -> Flops:
     """The FLOPs of a network for one image of side x side pixels."""
-    forward, training = _count(config.model_copy(update={"checkpoint_levels": ()}), side, tokens)
-    recomputed = _count(config, side, tokens)[1] - training if config.checkpoint_levels else 0
+    forward, training = _count(config.model_copy(update={"checkpoint_levels": ()}), side, tokens, lora)
+    recomputed = _count(config, side, tokens, lora)[1] - training if config.checkpoint_levels else 0
     return Flops(forward, training, recomputed)
 
 
-def _count(config: NetworkConfig, side: int, tokens: int) -> tuple[int, int]:
+def _count(config: NetworkConfig, side: int, tokens: int, lora: LoraConfig | None) -> tuple[int, int]:
     """FLOPs of the forward pass, and of forward and backward together as they would run."""
     from torch.nn.attention import SDPBackend, sdpa_kernel  # these two read files when they are imported
     from torch.utils.flop_counter import FlopCounterMode
@@ -46,7 +51,7 @@ def _count(config: NetworkConfig, side: int, tokens: int) -> tuple[int, int]:
     ops.set_backend("torch")  # the counter knows the products of PyTorch's attention, and not the kernels'
     try:
         with torch.device("meta"), sdpa_kernel(SDPBackend.MATH):
-            unet = build_network(config)
+            unet = build_network(config, lora)
             x, arguments = example_inputs(config, 1, side, tokens)
             with FlopCounterMode(display=False) as counter:
                 output = unet(x, **arguments)

@@ -1,6 +1,6 @@
 """Memory of a process of a training run, by what needs it. The formulas follow DeepSpeed 0.19.8.
 
-docs/benchmarks.md compares them with measured peaks. P is the number of parameters, N the number of processes.
+docs/benchmarks.md compares them with measured peaks. P is the number of trained parameters, N the number of processes.
 """
 
 from __future__ import annotations
@@ -70,17 +70,25 @@ def accumulates_apart(deepspeed: dict[str, Any]) -> bool:
 
 
 def process_memory(
-    deepspeed: dict[str, Any], parameters: int, muon_parameters: int, peaks: Peaks, *, processes: int, gpu: bool
+    deepspeed: dict[str, Any],
+    parameters: int,
+    muon_parameters: int,
+    peaks: Peaks,
+    *,
+    processes: int,
+    gpu: bool,
+    frozen: int = 0,
 ) -> Memory:
     """What one of the processes needs.
 
-    deepspeed: the resolved configuration. peaks: of one micro-batch, in the dtype of the weights.
+    deepspeed: the resolved configuration. parameters: those that are trained; frozen: the others. peaks: of one
+    micro-batch, in the dtype of the weights.
     """
     zero, width = deepspeed["zero_optimization"], weight_bytes(deepspeed)
     stage, share = zero["stage"], -(-parameters // processes)
     is_muon = deepspeed["optimizer"]["type"].lower() == "muon"
     kept_moments = MOMENTS["adam"] if is_muon else moments_per_weight(deepspeed, parameters, muon_parameters)
-    weights, master, moments = width * parameters, 4 * share, round(4 * share * kept_moments)
+    weights, master, moments = width * (parameters + frozen), 4 * share, round(4 * share * kept_moments)
     ema = 4 * AVERAGES * share
     buffers, gradients = 0, width * parameters
     bucket = width * zero.get("reduce_bucket_size", BUCKET_SIZE)
@@ -100,9 +108,10 @@ def process_memory(
     elif deepspeed["gradient_accumulation_steps"] > 1:
         backward += width * share  # the sum of the micro-batches before
     if stage == 3:
-        whole = min(parameters, zero.get("stage3_max_live_parameters", MAX_LIVE)) if processes > 1 else 0
+        live = zero.get("stage3_max_live_parameters", MAX_LIVE)
+        whole = min(parameters + frozen, live) if processes > 1 else 0
         arriving = min(whole, zero.get("stage3_prefetch_bucket_size", PREFETCH))
-        weights = width * (share + whole + arriving)
+        weights = width * (share + -(-frozen // processes) + whole + arriving)
         buffers += width * share + bucket  # the partition of the gradients, and the bucket
     if offload_device(deepspeed) == "none":
         host = 0

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..config import StageConfig
+from ..network_config import LoraConfig
 from ..networks.build import build_network
 from ..networks.parameters import muon_parameters
 from ..text.embeddings import LENGTH_MULTIPLE
@@ -63,7 +64,8 @@ def target(gpus: int | None, gpu: str | None) -> Target:
 
 
 class StagePlan(NamedTuple):
-    """What a stage needs. traffic: bytes that a process sends in a step, to reduce gradients and to gather weights.
+    """What a stage needs. trained: parameters that are not frozen. reduced, gathered: bytes that a process sends in a
+    step, to reduce gradients and to gather weights.
 
     checkpoint, snapshots: bytes on the disk, of one checkpoint and of all snapshots. seconds: of a step, None without
     rates of the device.
@@ -71,6 +73,7 @@ class StagePlan(NamedTuple):
 
     name: str
     parameters: int
+    trained: int
     flops: Flops
     steps: int
     deepspeed: dict[str, Any]
@@ -82,29 +85,44 @@ class StagePlan(NamedTuple):
     seconds: float | None
 
 
-def plan_stage(stage: StageConfig, deepspeed: dict[str, Any], steps: int, where: Target) -> StagePlan:
-    """Count and measure a stage. Seconds for the largest U-Nets; nothing is computed."""
+def plan_stage(
+    stage: StageConfig, deepspeed: dict[str, Any], steps: int, where: Target, lora: LoraConfig | None = None
+) -> StagePlan:
+    """Count and measure a stage, of which `lora` trains adapters alone. Seconds for the largest U-Nets; nothing is
+    computed."""
     with torch.device("meta"):
-        unet = build_network(stage.unet)
-    sizes = {name: parameter.numel() for name, parameter in unet.named_parameters()}
+        unet = build_network(stage.unet, lora)
+    sizes = {name: weight.numel() for name, weight in unet.named_parameters() if weight.requires_grad}
     parameters, muon = sum(sizes.values()), sum(sizes[name] for name in muon_parameters(unet))
+    frozen = sum(weight.numel() for weight in unet.parameters() if not weight.requires_grad)
     tokens = min(LENGTH_MULTIPLE, stage.unet.max_text_length)
     width, gpu = weight_bytes(deepspeed), where.device == "cuda"
     dtype = torch.bfloat16 if width == 2 else torch.float32
-    peaks = measure(stage, deepspeed["train_micro_batch_size_per_gpu"], dtype, tokens=tokens, gpu=gpu)
-    memory = process_memory(deepspeed, parameters, muon, peaks, processes=where.processes, gpu=gpu)
+    peaks = measure(stage, deepspeed["train_micro_batch_size_per_gpu"], dtype, tokens=tokens, gpu=gpu, lora=lora)
+    memory = process_memory(deepspeed, parameters, muon, peaks, processes=where.processes, gpu=gpu, frozen=frozen)
     sent = (where.processes - 1) / where.processes  # of a ring, for each byte
     accumulation, zero_stage = deepspeed["gradient_accumulation_steps"], deepspeed["zero_optimization"]["stage"]
     reductions = accumulation if zero_stage > 1 else 1
     gathers = 2 * accumulation if zero_stage == 3 else 1
     reduced = round((4 if accumulates_apart(deepspeed) else width) * parameters * reductions * sent)
-    gathered = round(width * parameters * gathers * sent)
+    gathered = round(width * (parameters + (frozen if zero_stage == 3 else 0)) * gathers * sent)
     snapshots = 4 * parameters * len(TRACKED) * MAX_SNAPSHOTS
     checkpoint = round(4 * parameters * (1 + AVERAGES + moments_per_weight(deepspeed, parameters, muon)))
-    flops = stage_flops(stage, tokens)
+    flops = stage_flops(stage, tokens, lora)
     seconds = _step_seconds(flops, deepspeed, parameters, reduced, gathered, where)
     return StagePlan(
-        stage.name, parameters, flops, steps, deepspeed, memory, reduced, gathered, checkpoint, snapshots, seconds
+        stage.name,
+        parameters + frozen,
+        parameters,
+        flops,
+        steps,
+        deepspeed,
+        memory,
+        reduced,
+        gathered,
+        checkpoint,
+        snapshots,
+        seconds,
     )
 
 
@@ -132,28 +150,38 @@ def _link(where: Target) -> float:
 # ---- output
 
 
-def describe(stages: list[StageConfig], where: Target, resolve: Resolve, steps: Callable) -> list[str]:
+def describe(
+    stages: list[StageConfig],
+    where: Target,
+    resolve: Resolve,
+    steps: Callable,
+    lora: Callable[[StageConfig], LoraConfig | None],
+) -> list[str]:
     """The lines of a dry run before the configuration: each stage with what is decided, and what it needs.
 
-    steps(stage, processes): the stage's optimizer steps.
+    steps(stage, processes): the stage's optimizer steps. lora(stage): its adapters.
     """
     lines, plans = [], []
     for stage in stages:
         deepspeed, notices = resolve(stage, where.processes, where.device)
-        found = plan_stage(stage, deepspeed, steps(stage, where.processes), where)
+        found = plan_stage(stage, deepspeed, steps(stage, where.processes), where, lora(stage))
         plans.append(found)
-        lines.append(headline(stage, found.parameters, found.steps, deepspeed, where.processes, where.device))
+        counts = found.parameters, found.trained
+        lines.append(headline(stage, counts, found.steps, deepspeed, where.processes, where.device))
         lines += [f"{stage.name}: {notice}" for notice in notices]
         lines.append(f"{stage.name}: DeepSpeed {json.dumps(deepspeed)}")
     return [*lines, "", *table(plans, where), ""]
 
 
 def headline(
-    stage: StageConfig, parameters: int, steps: int, deepspeed: dict[str, Any], processes: int, device: str
+    stage: StageConfig, counts: tuple[int, int], steps: int, deepspeed: dict[str, Any], processes: int, device: str
 ) -> str:
-    """A stage in one line."""
+    """A stage in one line. counts: of its parameters, and of those that are trained."""
+    parameters, trained = counts
+    adapters = "" if trained == parameters else f" ({trained / 1e6:.2f} M of them in adapters, which alone are trained)"
     return (
-        f"{stage.name}: {stage.size}x{stage.size}, {parameters / 1e6:.2f} M parameters, {counted(steps, 'step')} of "
+        f"{stage.name}: {stage.size}x{stage.size}, {parameters / 1e6:.2f} M parameters{adapters}, "
+        f"{counted(steps, 'step')} of "
         f"{counted(deepspeed['train_batch_size'], 'image')} on {processes} x {device}"
     )
 
@@ -167,6 +195,8 @@ def table(plans: list[StagePlan], where: Target) -> list[str]:
         rows.append((label, [cells(plan) for plan in plans]))
 
     row("parameters", lambda plan: f"{plan.parameters / 1e6:.1f} M")
+    if any(plan.trained < plan.parameters for plan in plans):
+        row("  trained", lambda plan: f"{plan.trained / 1e6:.1f} M")
     row("TFLOP per image, forward", lambda plan: f"{plan.flops.forward / 1e12:.4g}")
     row("  training", lambda plan: f"{plan.flops.training / 1e12:.4g}")
     if any(plan.flops.recomputed for plan in plans):

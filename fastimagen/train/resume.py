@@ -17,6 +17,7 @@ from typing import Any
 from ..config import FastimagenConfig, StageConfig, StageTrainConfig
 from ..data.listed import ListedShard
 from ..data.shard import Shard
+from .adapters import settings_of_adapters
 
 ACTS = "acts"
 NETWORK = "the checkpoint's weights belong to the other network"
@@ -24,6 +25,7 @@ PROCESS = "the network has learned the other diffusion process"
 TEXT = "the network has learned the other text embeddings"
 DATA = "positions in the data would mean other samples"
 START = "it acts on initial weights only"
+ADAPTERS = "the checkpoint has the adapters of the other settings, or of other weights under them"
 OPTIMIZER = "the optimizer's state belongs to the other type"
 
 RULES = {
@@ -47,6 +49,7 @@ RULES = {
     "objective.logit_mean": ACTS,
     "objective.logit_std": ACTS,
     "objective.sigma_data": PROCESS,
+    "objective.variance": ACTS,
     "objective.caption_dropout": ACTS,
     "augmentation.schedule": PROCESS,
     "augmentation.train_range": ACTS,
@@ -82,6 +85,7 @@ RULES = {
     "train.epochs": ACTS,
     "train.ema": ACTS,
     "train.init_from": START,
+    "train.lora": ADAPTERS,
     "train.distill": ACTS,
     "train.log_every": ACTS,
     "train.checkpoint_every": ACTS,
@@ -126,7 +130,7 @@ def settings_of(
     """
     own = config.train.stages.get(stage.name, StageTrainConfig())
     train = config.train.model_dump(mode="json", exclude={"stages"})
-    train |= {"steps": steps, "epochs": epochs, "init_from": own.init_from}
+    train |= {"steps": steps, "epochs": epochs, "init_from": own.init_from, **settings_of_adapters(stage.name, own)}
     train["ema"] = (own.ema or config.train.ema).model_dump(mode="json")
     data, text = config.data.model_dump(mode="json"), config.text.model_dump(mode="json")
     if shards is not None:

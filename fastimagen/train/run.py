@@ -14,6 +14,7 @@ from ..cascade import Stage
 from ..config import Config, StageConfig, StageTrainConfig
 from ..data.listed import ListedShard
 from ..data.source import Split, count_training_samples, open_data, pin_encoder, uses_text
+from ..network_config import LoraConfig
 from ..words import counted
 from . import checkpoint
 from .deepspeed_config import json_like, resolve_deepspeed, total_batch_size
@@ -101,6 +102,10 @@ class Run:
     def stage_settings(self, config: StageConfig) -> StageTrainConfig:
         """train.stages.NAME."""
         return self.settings.stages.get(config.name, StageTrainConfig())
+
+    def lora(self, config: StageConfig) -> LoraConfig | None:
+        """The adapters that a stage trains; None if it trains its whole network."""
+        return self.stage_settings(config).lora
 
     def checkpoints(self, config: StageConfig) -> Path:
         """The folder of a stage's checkpoints."""

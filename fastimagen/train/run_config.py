@@ -13,6 +13,7 @@ from typing import Any
 
 from ..config import CascadeConfig, Config, EMAConfig, StageConfig, StageTrainConfig, TrainConfig
 from ..files import atomic_file
+from .adapters import saved_lora
 from .length import has_own_length, planned_epochs, planned_steps
 from .run_lock import shared_lock
 
@@ -45,7 +46,7 @@ def as_trained(config: Config, trained: Mapping[str, dict[str, Any]]) -> Config:
 def _settings_of(name: str, train: TrainConfig, saved: dict[str, Any]) -> StageTrainConfig:
     """train.stages.NAME with what the stage was trained with, by dotted key."""
     own = train.stages.get(name, StageTrainConfig())
-    update: dict[str, Any] = {"init_from": saved["train.init_from"]}
+    update: dict[str, Any] = {"init_from": saved["train.init_from"], "lora": saved_lora(saved)}
     steps, epochs = saved["train.steps"], saved["train.epochs"]
     if epochs is not None and epochs != planned_epochs(train, name):
         update |= {"steps": None, "epochs": epochs}

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..config import StageConfig
+from ..network_config import LoraConfig
 from .devices import Precision, device_by_cuda_name
 from .flops import stage_flops
 
@@ -29,6 +30,7 @@ class Speed:
         device: torch.device,
         precision: Precision,
         say: Callable[[str], None],
+        lora: LoraConfig | None = None,
     ) -> None:
         self.batch_size = batch_size
         self.peak_images_per_s: float | None = None
@@ -37,7 +39,7 @@ class Speed:
         if known is None:
             say(f"{config.name}: no share of the peak rate (mfu) in the records: that of this {name} is unknown")
         else:
-            self.peak_images_per_s = world_size * known.peak(precision) / stage_flops(config).training
+            self.peak_images_per_s = world_size * known.peak(precision) / stage_flops(config, lora=lora).training
 
     def values(self, steps: int, seconds: float) -> dict[str, float]:
         """images_per_s and, where it is known, mfu, for `steps` steps in `seconds`."""

@@ -9,7 +9,9 @@ import torch
 from ..config import CascadeChanges, CascadeConfig, Config, StageConfig, StageTrainConfig
 from ..data.prepare import check_data, encoder_width
 from ..files import read_safetensors
+from ..network_config import LoraConfig
 from ..networks.build import build_network
+from ..networks.lora import add_lora
 from ..networks.network import Network
 from ..presets import change, resolve
 from ..sampling.model_directory import load_weights, read_cascade
@@ -59,17 +61,29 @@ def plan(config: Config, stage: str = "all") -> tuple[CascadeConfig, list[StageC
     return cascade, list(cascade.stages) if stage == "all" else [cascade.stage(stage)]
 
 
-def initial_unet(config: StageConfig, *, seed: int, init_from: str | None = None) -> Network:
+def initial_unet(
+    config: StageConfig, *, seed: int, init_from: str | None = None, lora: LoraConfig | None = None
+) -> Network:
     """A U-Net with seeded random weights, the same on all ranks, or with the weights of an exported model.
 
-    Raises ValueError when the exported weights are of another architecture.
+    lora: freeze it, and add adapters with seeded random weights. Raises ValueError when the exported weights are of
+    another architecture.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        unet = build_network(config.unet)
-    if init_from is not None:
+    if init_from is None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            unet = build_network(config.unet)
+    else:
         path = Path(init_from) / config.name / "model.safetensors"
         if not path.exists():
             raise ValueError(f"init_from {init_from}: there is no {path}")
-        load_weights(unet, read_safetensors(path), str(path))
+        with torch.device("meta"):  # random weights would take as much memory again, and for billions of them minutes
+            unet = build_network(config.unet)
+        # Copies: what is read is the file itself, in memory, and must not change with it.
+        weights = {name: weight.to(torch.float32, copy=True) for name, weight in read_safetensors(path).items()}
+        load_weights(unet, weights, str(path), assign=True)
+    if lora is not None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            add_lora(unet, lora)
     return unet

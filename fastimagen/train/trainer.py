@@ -81,7 +81,7 @@ class Trainer:
         """
         self.run.where = where or this_machine()
         resuming = [line for lines in self.run.check_run(self.run.look_for_checkpoint).values() for line in lines]
-        lines = describe(self.stages, self.run.where, self.run.resolve, self.run.steps)
+        lines = describe(self.stages, self.run.where, self.run.resolve, self.run.steps, self.run.lora)
         return "\n".join([*resuming, *lines, self.config.to_json()])
 
     def fit(self) -> None:
@@ -169,7 +169,7 @@ class Trainer:
                     draws = stage.draw(settings.seed, batch.positions.tolist(), images)
                     losses = objective.training_loss(engine, images, text, draws)  # (B,)
                     phases.enter("backward")
-                    engine.backward(losses.mean())
+                    engine.backward(batch.weighted(losses).mean())
                     phases.enter("step")
                     engine.step()  # an optimizer step after the last micro-batch
                     averages.add(losses, objective.noise_levels(draws))
@@ -316,10 +316,12 @@ class Trainer:
         """The stage's DeepSpeed engine and its resolved DeepSpeed configuration."""
         deepspeed, notices = self.run.resolve(config, self.world_size, self.device.type)
         seed = mix_seed(self.settings.seed, config.name, "weights")
-        unet = initial_unet(config, seed=seed, init_from=self.run.stage_settings(config).init_from)
-        parameters = sum(parameter.numel() for parameter in unet.parameters())
+        own = self.run.stage_settings(config)
+        unet = initial_unet(config, seed=seed, init_from=own.init_from, lora=own.lora)
+        sizes = [(weight.numel(), weight.requires_grad) for weight in unet.parameters()]
+        counts = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
         steps = self.run.steps(config, self.world_size)
-        self._print(headline(config, parameters, steps, deepspeed, self.world_size, self.device.type))
+        self._print(headline(config, counts, steps, deepspeed, self.world_size, self.device.type))
         for notice in notices:
             self._print(f"{config.name}: {notice}")
         muon = muon_parameters(unet)
@@ -339,6 +341,7 @@ class Trainer:
             device=self.device,
             precision=engine_precision(engine),
             say=metrics.say,
+            lora=self.run.lora(config),
         )
 
     def _log(

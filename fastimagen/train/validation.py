@@ -15,10 +15,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..cascade import Stage
-from ..config import Config, SamplingConfig, StageConfig
+from ..config import Config, SamplingConfig, StageConfig, StageTrainConfig
 from ..data.source import Split
 from ..files import atomic_file, first_line
 from ..images import grid
+from ..network_config import LoraConfig
 from ..networks.build import build_network
 from ..networks.network import Network
 from ..seeds import mix_seed
@@ -73,6 +74,7 @@ class Validator:
         self.objective_at = objective_at
         self.training_data, self.validation_data = data
         self.metrics, self.phases, self.stop = metrics, phases, stop
+        self._lora = config.fastimagen.train.stages.get(stage.name, StageTrainConfig()).lora
 
     def run(self, step: int, parts: Sequence[Part], weights: FlatWeights, ema: EMA, dtype: torch.dtype) -> Validated:
         """Do these parts, validation first. All ranks call it.
@@ -83,7 +85,7 @@ class Validator:
         if not parts:
             return Validated()
         self.phases.enter(parts[0])
-        unet, val_loss = ema_unet(self.stage, weights, ema, dtype), None
+        unet, val_loss = ema_unet(self.stage, weights, ema, dtype, self._lora), None
         for index, part in enumerate(parts):
             self.phases.enter(part)
             try:
@@ -114,10 +116,14 @@ class Validator:
             raise Stopped(reason)
 
 
-def ema_unet(stage: Stage, weights: FlatWeights, ema: EMA, dtype: torch.dtype) -> Network:
-    """A separate U-Net with the EMA weights in `dtype`. All ranks call it. Valid until the next training step."""
+def ema_unet(
+    stage: Stage, weights: FlatWeights, ema: EMA, dtype: torch.dtype, lora: LoraConfig | None = None
+) -> Network:
+    """A separate U-Net with the EMA weights in `dtype`. All ranks call it. Valid until the next training step.
+
+    lora: its adapters, of which these are the averages; the network under them is the engine's."""
     with torch.device("meta"):
-        unet = build_network(stage.config.unet)
+        unet = build_network(stage.config.unet, lora)
     unet.load_state_dict(weights.all_gather(ema.average, dtype), assign=True)
     return unet.eval()
 

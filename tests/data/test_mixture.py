@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -34,7 +35,7 @@ def test_each_data_set_has_its_own_epochs_without_loss_or_repetition() -> None:
     read = take(mixture, 0, 3 * BLOCK)
     for name, shards, total in (("a", (0, 1), 5), ("b", (2,), 7), ("c", (3, 4), 13)):
         own = [origin for origin in read if origin[0] in shards]
-        assert {mixture.name_of(shard) for shard, _ in own} == {name}
+        assert {mixture.part_of(shard).name for shard, _ in own} == {name}
         for epoch in range(len(own) // total):
             assert len({*own[epoch * total : (epoch + 1) * total]}) == total
     assert mixture.epochs(1000)["b"] == sum(shard == 2 for shard, _ in read[:1000]) / 7
@@ -56,7 +57,7 @@ def test_shares_follow_the_weights_wherever_a_run_resumes(weights: list[float], 
 
 def test_data_sets_are_mixed_within_a_batch_and_the_seed_chooses_how() -> None:
     mixture = Mixture(PARTS, SIZES, seed=3)
-    names = [mixture.name_of(shard) for shard, _ in take(mixture, 0, BLOCK)]
+    names = [mixture.part_of(shard).name for shard, _ in take(mixture, 0, BLOCK)]
     batches = [Counter(names[start : start + 64]) for start in range(0, BLOCK, 64)]
     assert all(35 <= batch["a"] <= 55 for batch in batches) and len({batch["a"] for batch in batches}) > 3
     assert take(mixture, 0, 100) == take(Mixture(PARTS, SIZES, seed=3), 0, 100)
@@ -123,6 +124,26 @@ def test_a_mixture_resumes_on_other_ranks_and_reports_its_shares(config: dict[st
     assert values["epochs/train"] * sum(map(len, own)) == pytest.approx(96 * values["share/train"], abs=0.01)
     assert "train 7" in console_line("base 1/2", values) and "other 2" in console_line("base 1/2", values)
     assert set(map(str, validation.shards[0].keys)).isdisjoint(everything.values())
+
+
+def test_a_factor_on_the_loss_of_a_data_set_preserves_what_a_model_can_do(config: dict[str, Any]) -> None:
+    """The loss of DreamBooth: that of the new images plus a factor times that of the others."""
+    config["fastimagen"]["data"]["shards"][1]["loss_weight"] = 0.5
+    section = config_from_dict(config).fastimagen
+    train, _ = open_data(section, with_text=True)
+    assert train.describe_mixture()[1].endswith(", with 0.5 times their loss")
+    batches, kinds = loader(section).batches(16), set()
+    for batch in islice(batches, 3):
+        losses = torch.arange(1.0, len(batch) + 1)  # (B,)
+        preserved = torch.tensor([Path(train.shards[shard].path).parent.name == "val" for shard, _ in batch.origins])
+        torch.testing.assert_close(batch.weighted(losses), torch.where(preserved, 0.5 * losses, losses))
+        kinds.update(preserved.tolist())
+    batches.close()
+    assert kinds == {True, False}
+    config["fastimagen"]["data"]["shards"][1]["loss_weight"] = 1.0
+    batches = loader(config_from_dict(config).fastimagen).batches(0)
+    assert next(batches).weighted(losses) is losses
+    batches.close()
 
 
 def test_changed_weights_epochs_and_shared_shards_are_refused(config: dict[str, Any], tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ KEYS = [
     *leaves(TextConfig, "text."),
     *(key for key in leaves(TrainConfig, "train.") if not key.startswith("train.stages.")),  # resolved for the stage
     "train.init_from",
+    "train.lora",
 ]
 
 
@@ -58,7 +59,7 @@ def test_every_key_of_the_configuration_has_a_rule(key: str) -> None:
 
 def test_the_settings_of_a_stage_are_resolved() -> None:
     """settings_of reads these fields by name."""
-    assert set(StageTrainConfig.model_fields) == {"steps", "epochs", "deepspeed", "ema", "init_from"}
+    assert set(StageTrainConfig.model_fields) == {"steps", "epochs", "deepspeed", "ema", "init_from", "lora"}
 
 
 def test_no_rule_is_for_a_key_that_does_not_exist() -> None:
