@@ -7,13 +7,11 @@ Text padding is not masked: the network was trained to read the text encoder's o
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from .. import ops
 from ..network_config import IFUNetConfig
@@ -308,44 +306,28 @@ class IFUNet(Network):
         attentions = sorted((m for m in self.modules() if isinstance(m, Attention)), key=lambda module: module.slot)
         return TextState(self.add_embedding(embeds), None, tuple(module.project_text(tokens) for module in attentions))
 
-    def forward(
-        self,
-        x: Tensor,
-        time: Tensor,
-        *,
-        text: TextEmbeddings | TextState | None = None,
-        lowres: Tensor | None = None,
-        lowres_time: Tensor | None = None,
-        keep_text: Tensor | None = None,
+    def denoise(
+        self, x: Tensor, time: Tensor, text: TextState | None, lowres: Tensor | None, lowres_time: Tensor | None
     ) -> Tensor:
-        """See Network.forward; text is required."""
-        self.check_inputs(x, text, keep_text, lowres, lowres_time)
         if text is None:
             raise ValueError("this network has no path without text: give the embeddings of the empty caption")
-        state = self.encode_text(text, keep_text) if isinstance(text, TextEmbeddings) else text
         vector = self.time_embedding(time)  # (B, T)
         if lowres is not None:
             assert self.class_embedding is not None and lowres_time is not None
             vector = vector + self.class_embedding(lowres_time)
             x = torch.cat([x, lowres], dim=1)  # (B, 2 C, H, W)
-        vector = F.gelu(vector + state.vector)  # (B, T): every block modulates from it
+        vector = F.gelu(vector + text.vector)  # (B, T): every block modulates from it
         x = x.to(self.conv_out.weight.dtype).contiguous(memory_format=torch.channels_last)
         x = self.conv_in(x)  # (B, dims[0], H, W)
         skips = [x]
         for index, level in enumerate(self.down_blocks):
-            x, level_skips = self._run(index, level, x, vector, state.kv)
+            x, level_skips = self.run_level(index, level, x, vector, text.kv)
             skips += level_skips
-        x = self.mid_block(x, vector, state.kv)
+        x = self.mid_block(x, vector, text.kv)
         for index, level in zip(reversed(range(len(self.up_blocks))), self.up_blocks):
             assert isinstance(level, UpLevel)
-            x = self._run(index, level, x, vector, state.kv, [skips.pop() for _ in level.resnets])
+            x = self.run_level(index, level, x, vector, text.kv, [skips.pop() for _ in level.resnets])
         return self.conv_out(self.conv_norm_out(x))  # (B, C or 2 C, H, W)
-
-    def _run(self, index: int, level: nn.Module, *inputs: Any) -> Any:
-        """Call a level, with activation checkpointing if the configuration asks for it."""
-        if index in self.config.checkpoint_levels and self.training:
-            return checkpoint(level, *inputs, use_reentrant=False)
-        return level(*inputs)
 
 
 def _heads(y: Tensor, heads: int) -> Tensor:

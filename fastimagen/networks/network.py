@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..network_config import NetworkConfig
 from ..text.embeddings import TextEmbeddings
@@ -41,7 +42,21 @@ class Network(nn.Module):
         caption. text=None does not use the text path at all. Raises ValueError if the inputs do not fit the
         configuration.
         """
+        self.check_inputs(x, text, keep_text, lowres, lowres_time)
+        state = self.encode_text(text, keep_text) if isinstance(text, TextEmbeddings) else text
+        return self.denoise(x, time, state, lowres, lowres_time)
+
+    def denoise(
+        self, x: Tensor, time: Tensor, text: TextState | None, lowres: Tensor | None, lowres_time: Tensor | None
+    ) -> Tensor:
+        """`forward`, for inputs that fit the configuration and text that is encoded."""
         raise NotImplementedError
+
+    def run_level(self, index: int, level: nn.Module, *inputs: Any) -> Any:
+        """Call a level or block, with activation checkpointing if checkpoint_levels has its index."""
+        if index in self.config.checkpoint_levels and self.training:
+            return checkpoint(level, *inputs, use_reentrant=False)
+        return level(*inputs)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """nn.Module.compile, with each call of einops as one node of the graph.

@@ -14,7 +14,6 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from .. import ops
 from ..network_config import PixelTransformerConfig
@@ -211,26 +210,16 @@ class PixelTransformer(Network):
         readers = [block.text_attention for block in self._blocks() if block.text_attention is not None]
         return TextState(vector, lengths, tuple(reader.project_text(tokens) for reader in readers))
 
-    def forward(
-        self,
-        x: Tensor,
-        time: Tensor,
-        *,
-        text: TextEmbeddings | TextState | None = None,
-        lowres: Tensor | None = None,
-        lowres_time: Tensor | None = None,
-        keep_text: Tensor | None = None,
+    def denoise(
+        self, x: Tensor, time: Tensor, text: TextState | None, lowres: Tensor | None, lowres_time: Tensor | None
     ) -> Tensor:
-        """See Network.forward."""
-        self.check_inputs(x, text, keep_text, lowres, lowres_time)
         vector = self.time_embedding(time)  # (B, T)
         if lowres is not None:
             assert self.lowres_time_embedding is not None
             vector = vector + self.lowres_time_embedding(lowres_time)
             x = torch.cat([x, lowres], dim=1)  # (B, 2 C, H, W)
-        state = self.encode_text(text, keep_text) if isinstance(text, TextEmbeddings) else text
-        if state is not None:
-            vector = vector + state.vector
+        if text is not None:
+            vector = vector + text.vector
         vector = F.silu(vector)  # (B, T)
         # One vector per film: their gradients are added in one sum and not one after the other.
         *vectors, final_vector = vector.expand(len(self.blocks) + 1, -1, -1).unbind()  # (B, T) each
@@ -241,7 +230,7 @@ class PixelTransformer(Network):
         if self.positional_projection is not None:
             encoding = positional_encoding(rows, columns, NUM_FREQS, tokens)  # (1, 4 NUM_FREQS, rows, columns)
             tokens = tokens + self.positional_projection(rearrange(encoding, "1 f h w -> (h w) f"))
-        tokens = self._run_blocks(tokens, vectors, state, rows, columns)  # (B, N, C)
+        tokens = self._run_blocks(tokens, vectors, text, rows, columns)  # (B, N, C)
         scale, shift = ops.halves(self.embedding_to_film(final_vector), dim=1)  # (B, C) each
         patches = self.to_patch(ops.modulated_norm(tokens, scale, shift))  # (B, N, C P P)
         return rearrange(
@@ -261,11 +250,7 @@ class PixelTransformer(Network):
                 x = torch.cat([state.tokens, x], dim=1)  # (B, L + N, C)
                 turn = torch.cat([without_position(num_text, turn), turn])  # (L + N, 1, D / 2, 2)
             kv = text_kv.popleft() if text_kv and block.text_attention is not None else None
-            inputs = (x, vector, turn, num_text, lengths, kv)
-            if index in config.checkpoint_levels and self.training:
-                x = checkpoint(block, *inputs, use_reentrant=False)
-            else:
-                x = block(*inputs)
+            x = self.run_level(index, block, x, vector, turn, num_text, lengths, kv)
         return x[:, num_text:]  # (B, N, C)
 
     def _blocks(self) -> list[Block]:

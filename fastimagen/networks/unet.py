@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from ..network_config import UNetConfig
 from ..text.embeddings import TextEmbeddings
@@ -137,18 +135,9 @@ class UNet(Network):
         kv = [readers[slot].project_text(tokens) for slot in range(len(readers))]  # 2 x (B, L, A_kv, D) each
         return TextState(vector, lengths, tuple(kv))
 
-    def forward(
-        self,
-        x: Tensor,
-        time: Tensor,
-        *,
-        text: TextEmbeddings | TextState | None = None,
-        lowres: Tensor | None = None,
-        lowres_time: Tensor | None = None,
-        keep_text: Tensor | None = None,
+    def denoise(
+        self, x: Tensor, time: Tensor, text: TextState | None, lowres: Tensor | None, lowres_time: Tensor | None
     ) -> Tensor:
-        """See Network.forward."""
-        self.check_inputs(x, text, keep_text, lowres, lowres_time)
         vector, tokens = self.time_embedding(time)  # (B, T), (B, R, K)
         if lowres is not None:
             assert self.lowres_time_embedding is not None
@@ -156,10 +145,9 @@ class UNet(Network):
             vector = vector + lowres_vector
             tokens = torch.cat([tokens, lowres_tokens], dim=1)  # (B, 2 R, K)
             x = torch.cat([x, lowres], dim=1)  # (B, 2 C, H, W)
-        state = self.encode_text(text, keep_text) if isinstance(text, TextEmbeddings) else text
-        if state is not None:
-            vector = vector + state.vector
-        context = Context(self.norm_cond(tokens), state.lengths if state else None, state.kv if state else ())
+        if text is not None:
+            vector = vector + text.vector
+        context = Context(self.norm_cond(tokens), text.lengths if text else None, text.kv if text else ())
         vector = F.silu(vector)  # (B, T): every block modulates from silu(vector)
         # One vector per block: their gradients are added in one sum and not one after the other.
         vectors = deque(vector.expand(self._num_blocks, -1, -1).unbind())  # (B, T) each
@@ -177,7 +165,7 @@ class UNet(Network):
         for index, level in enumerate(self.downs):
             assert isinstance(level, DownLevel)
             level_vectors = [vectors.popleft() for _ in level.blocks]
-            x, level_skips = self._run(index, level, x, level_vectors, context)
+            x, level_skips = self.run_level(index, level, x, level_vectors, context)
             skips.append(level_skips)
         x = self.middle1(x, vectors.popleft(), context)
         if self.middle_attention is not None:
@@ -186,14 +174,8 @@ class UNet(Network):
         for index, level in enumerate(self.ups):
             assert isinstance(level, UpLevel)
             level_vectors = [vectors.popleft() for _ in level.blocks]
-            x = self._run(len(self.ups) - 1 - index, level, x, level_vectors, context, skips.pop())
+            x = self.run_level(len(self.ups) - 1 - index, level, x, level_vectors, context, skips.pop())
         x = self.final_block(x, vectors.popleft(), context, full_resolution)  # (B, dim, H / P, W / P)
         has_lowres = full_resolution is not None and lowres is not None
         x = self.final_conv(x, patches[:, patches.shape[1] // 2 :] if has_lowres else None)  # (B, C P P, H / P, W / P)
         return F.pixel_shuffle(x, self.config.stem_stride)  # (B, C, H, W)
-
-    def _run(self, index: int, level: nn.Module, *inputs: Any) -> Any:
-        """Call a level, with activation checkpointing if the configuration asks for it."""
-        if index in self.config.checkpoint_levels and self.training:
-            return checkpoint(level, *inputs, use_reentrant=False)
-        return level(*inputs)
