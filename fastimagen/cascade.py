@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import AugmentationConfig, CascadeConfig, SamplingConfig, StageConfig
+from .config import CascadeConfig, SamplingConfig, StageConfig
 from .config_file import validate
 from .config_rules import check_sampling
 from .diffusion.draws import Draws, draw
@@ -21,6 +21,7 @@ from .diffusion.samplers import SAMPLERS
 from .diffusion.schedule import make_schedule, sampling_times
 from .diffusion.tiling import in_tiles
 from .diffusion.variance import hybrid_term
+from .diffusion_config import AugmentationConfig
 from .images import enlarge_by_corners, resize
 from .networks.build import build_network
 from .networks.conditioning import TextState
@@ -78,10 +79,16 @@ class Stage:
         *,
         drop_captions: bool = True,
     ) -> Tensor:
-        """Weighted loss per sample (B,) for images (B, C, H, W) in [-1, 1].
+        """Weighted loss per sample (B,) for images (B, C, H, W) in [-1, 1], without perceptual losses.
 
         `draws` decides times, noise, augmentation and caption dropout.
         """
+        return self.losses(images, draws, *self.denoise(unet, images, text, draws, drop_captions=drop_captions))
+
+    def denoise(
+        self, unet: nn.Module, images: Tensor, text: TextEmbeddings | None, draws: Draws, *, drop_captions: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Noisy images x_t (B, C, H, W), their times (B,), and the network's output (B, C or 2 C, H, W) from them."""
         time = self.diffusion.training_times(draws.time)  # (B,)
         condition: dict[str, Any] = self.training_lowres(images, draws)
         if text is not None:
@@ -89,6 +96,10 @@ class Stage:
             condition |= self._with_dropped(text, draws.caption >= dropout)
         x_t = self.diffusion.add_noise(images, draws.noise, time)  # (B, C, H, W)
         output = unet(self.diffusion.network_input(x_t, time), self.diffusion.schedule.network_time(time), **condition)
+        return x_t, time, output
+
+    def losses(self, images: Tensor, draws: Draws, x_t: Tensor, time: Tensor, output: Tensor) -> Tensor:
+        """The weighted loss (B,) of what `denoise` returns for images (B, C, H, W)."""
         prediction = output[:, : images.shape[1]]  # (B, C, H, W), without a variance behind it
         losses = self.diffusion.loss(prediction, self.diffusion.target(images, draws.noise, time), time)  # (B,)
         if self.config.objective.variance == "hybrid":

@@ -14,14 +14,8 @@ from typing import TYPE_CHECKING, Any
 from .respacing import respaced
 
 if TYPE_CHECKING:
-    from .config import (
-        AugmentationConfig,
-        CascadeConfig,
-        ObjectiveConfig,
-        SamplingConfig,
-        ScheduleConfig,
-        StageConfig,
-    )
+    from .config import CascadeConfig, SamplingConfig, StageConfig
+    from .diffusion_config import AugmentationConfig, ObjectiveConfig, PerceptualConfig, ScheduleConfig
     from .network_config import IFUNetConfig, PixelTransformerConfig, UNetConfig
     from .section import Section
 
@@ -30,6 +24,9 @@ RESERVED_NAMES = {
     "text_encoder": "model directories have a folder of that name",
 }
 """Names that no stage can have, and why."""
+
+MIN_LPIPS = 16
+"""Pixels: VGG16 halves an image four times before the last features of LPIPS."""
 
 
 def check_unet(unet: UNetConfig) -> None:
@@ -135,6 +132,12 @@ def check_objective(objective: ObjectiveConfig) -> None:
         _require_defaults(objective, ("sigma_data",), 'for "prediction": "edm"')
 
 
+def check_perceptual(perceptual: PerceptualConfig) -> None:
+    """Perceptual losses without a network to compare features in are none."""
+    if perceptual.lpips is None and perceptual.dino is None:
+        raise ValueError('give "lpips" or "dino", or set "perceptual" to null')
+
+
 def check_augmentation(augmentation: AugmentationConfig) -> None:
     """Rules between the fields of the noise conditioning augmentation."""
     low, high = augmentation.train_range
@@ -183,6 +186,9 @@ def check_stage(stage: StageConfig) -> None:
         )
     if stage.objective.variance == "hybrid":
         _check_hybrid(stage)
+    side = stage.crop or stage.size
+    if stage.objective.perceptual is not None and stage.objective.perceptual.lpips is not None and side < MIN_LPIPS:
+        raise ValueError(f"{label} trains on {side} pixels, but objective.perceptual.lpips needs {MIN_LPIPS} or more")
     check_sampling(stage, stage.sampling)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
@@ -130,3 +131,18 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (OSError, SafetensorError) as error:
         raise ValueError(f"cannot read weights {path}: {first_line(error)}") from None
+
+
+def read_pth(path: str | Path) -> dict[str, Tensor]:
+    """All tensors of a .pth file by name, on the CPU; nothing else in it is executed. Raises ValueError that names the
+    file if it is damaged or holds anything else."""
+    import torch
+    from torch import Tensor
+
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:  # what a damaged file may raise
+        raise ValueError(f"cannot read weights {path}: {first_line(error)}") from None
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError(f"{path} must hold a state dict: tensors by parameter name")
+    return content

@@ -6,16 +6,9 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from .config import (
-    AugmentationConfig,
-    CascadeChanges,
-    CascadeConfig,
-    ObjectiveConfig,
-    SamplingConfig,
-    ScheduleConfig,
-    StageConfig,
-)
+from .config import CascadeChanges, CascadeConfig, SamplingConfig, StageConfig
 from .config_file import hint, validate
+from .diffusion_config import AugmentationConfig, ObjectiveConfig, ScheduleConfig
 from .network_config import IFUNetConfig, PixelTransformerConfig, UNetConfig
 from .transformer_presets import jit_1024, jit_b, jit_base256, jit_h, jit_l
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .config import AugmentationConfig, CascadeConfig, ObjectiveConfig, SamplingConfig, ScheduleConfig, StageConfig
+from .config import CascadeConfig, SamplingConfig, StageConfig
+from .diffusion_config import AugmentationConfig, ObjectiveConfig, ScheduleConfig
 from .network_config import PixelTransformerConfig
 
 

@@ -16,7 +16,7 @@ import yaml
 
 import fastimagen
 from docs.generate import reference
-from fastimagen import cli, config, data_config, network_config
+from fastimagen import cli, config, data_config, diffusion_config, network_config
 from fastimagen.presets import shapes
 from fastimagen.section import Section
 from tests.conftest import ROOT, write_toy_model
@@ -45,7 +45,7 @@ def test_every_key_of_the_configuration_is_in_the_reference_with_its_meaning() -
     found = {
         re.search(r"#(\w+) }$", title)[1]: rows(text) for title, text in parts("reference/configuration.md").items()
     }
-    sections = vars(config) | vars(data_config) | vars(network_config)
+    sections = vars(config) | vars(data_config) | vars(diffusion_config) | vars(network_config)
     expected = {name.lower(): list(item.model_fields) for name, item in sections.items() if is_section(item)}
     assert {name: list(fields) for name, fields in found.items()} == expected
     assert [f"{name}.{key}" for name, fields in found.items() for key, cells in fields.items() if "" in cells] == []

@@ -20,8 +20,9 @@ SAMPLER = {  # what sampling needs: runs with the core dependencies and reaches 
     "section": "",
     "network_config": "config_rules section",
     "data_config": "section",
-    "config": "config_rules data_config network_config section",
-    "config_rules": "config network_config respacing section",
+    "diffusion_config": "config_rules section",
+    "config": "config_rules data_config diffusion_config network_config section",
+    "config_rules": "config diffusion_config network_config respacing section",
     "respacing": "",
     "files": "",
     "extras": "",
@@ -31,27 +32,27 @@ SAMPLER = {  # what sampling needs: runs with the core dependencies and reaches 
     "words": "",
     "logs": "",
     "config_file": "config files section",
-    "presets": "config config_file network_config transformer_presets",
-    "transformer_presets": "config network_config",
+    "presets": "config config_file diffusion_config network_config transformer_presets",
+    "transformer_presets": "config diffusion_config network_config",
     "ops": "extras",
     "networks": "network_config ops text.embeddings",
-    "diffusion": "config images ops respacing",
+    "diffusion": "config diffusion_config images ops respacing",
     "text": "extras files",
-    "cascade": "config config_file config_rules diffusion images networks seeds text",
+    "cascade": "config config_file config_rules diffusion diffusion_config images networks seeds text",
     "sampling": "cascade config config_file diffusion extras fastimagen files images text",
 }
 TRAINING = {
     "data": "config data_config network_config extras fastimagen files images seeds text words",
-    "train": "cascade config config_file data data_config diffusion extras fastimagen files images network_config "
-    "networks ops presets sampling seeds text words",
+    "train": "cascade config config_file data data_config diffusion diffusion_config extras fastimagen files images "
+    "network_config networks ops presets sampling seeds text words",
     "evaluation": "data fastimagen files images sampling",
     "interop": "cascade config config_file network_config fastimagen files networks presets sampling text",
     "info": "fastimagen ops",
     "demo": "cascade config files images sampling text",
     "starting_files": "",
-    "commands": "cascade config config_file data data_config demo diffusion evaluation extras files network_config "
-    "sampling section starting_files text train",
-    "cli": "commands config config_file fastimagen info interop logs sampling starting_files train",
+    "commands": "cascade config config_file data data_config demo diffusion diffusion_config evaluation extras files "
+    "network_config sampling section starting_files text train",
+    "cli": "commands config_file fastimagen info interop logs sampling starting_files train",
     "__main__": "cli",
 }
 KERNELS = {"fastimagen_kernels": ""}
@@ -95,7 +96,7 @@ DEFERRED = {
     "ops": "fastimagen_kernels xformers",
     "sampling": "huggingface_hub",
     "text": "huggingface_hub transformers",
-    "train": "deepspeed matplotlib psutil tqdm wandb",
+    "train": "deepspeed matplotlib psutil tqdm transformers wandb",
 }
 ONLY_DEFERRED = ("cli", "launch")  # import fastimagen inside functions only, so that --help does not import torch
 

@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastimagen.config import ScheduleConfig
 from fastimagen.diffusion.samplers import SAMPLERS
 from fastimagen.diffusion.schedule import Schedule, make_schedule
+from fastimagen.diffusion_config import ScheduleConfig
 
 from ..harness.checkout import ROOT
 

@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from fastimagen import ImagenPipeline
-from fastimagen.config import ScheduleConfig
 from fastimagen.data.shapes import caption, parse, render
 from fastimagen.diffusion.schedule import make_schedule
+from fastimagen.diffusion_config import ScheduleConfig
 from fastimagen.images import resize, to_tensor, to_uint8
 from fastimagen.networks.attention import QK_SCALE, Context, CrossAttention
 from fastimagen.seeds import image_noise

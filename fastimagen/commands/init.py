@@ -9,19 +9,12 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from ..config import (
-    AugmentationConfig,
-    ObjectiveConfig,
-    SamplingConfig,
-    ScheduleConfig,
-    StageConfig,
-    StageTrainConfig,
-    TrainConfig,
-)
+from ..config import SamplingConfig, StageConfig, StageTrainConfig, TrainConfig
 from ..config_file import config_from_dict
 from ..data.packing.rows import is_table
 from ..data.survey import Survey, survey
 from ..data_config import DataConfig, TextConfig
+from ..diffusion_config import AugmentationConfig, ObjectiveConfig, ScheduleConfig
 from ..files import atomic_file
 from ..network_config import UNetConfig
 from ..section import Section

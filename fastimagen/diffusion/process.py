@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..config import ObjectiveConfig, ScheduleConfig
+from ..diffusion_config import ObjectiveConfig, ScheduleConfig
 from .schedule import make_schedule
 
 

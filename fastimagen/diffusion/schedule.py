@@ -15,7 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..config import SamplingConfig, ScheduleConfig
+from ..config import SamplingConfig
+from ..diffusion_config import ScheduleConfig
 from ..respacing import respaced
 
 

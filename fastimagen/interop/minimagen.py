@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import logging
-import pickle
 import re
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import __version__
 from ..cascade import Stage
 from ..config import CascadeConfig, StageConfig
 from ..config_file import validate
-from ..files import first_line, read_json_object, require_empty
+from ..files import read_json_object, read_pth, require_empty
 from ..network_config import UNetConfig
 from ..presets import MINIMAGEN, minimagen_stage
 from ..sampling.model_directory import write_model
@@ -92,7 +90,7 @@ def import_minimagen(source: str | Path, out: str | Path) -> Path:
     for index, ((parameters, checkpoint), size) in enumerate(zip(files, sizes)):
         try:
             arguments = read_json_object(parameters)
-            unet = unet_from_minimagen(_read_state_dict(checkpoint), arguments, label=f"unet_{index}")
+            unet = unet_from_minimagen(read_pth(checkpoint), arguments, label=f"unet_{index}")
         except ValueError as error:
             raise ValueError(f"unet_{index} ({parameters.name}, {checkpoint.name}): {error}") from None
         stage = stage_of(unet.config, size, imagen)
@@ -258,14 +256,3 @@ def only_file(folder: Path, pattern: str) -> Path | None:
         names = ", ".join(path.name for path in found)
         raise ValueError(f"{folder} holds several files for {pattern}: {names}; keep one of them")
     return found[0] if found else None
-
-
-def _read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The weights in a .pth file. Raises ValueError if it is damaged or holds anything else."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:  # what a damaged file may raise
-        raise ValueError(f"cannot read weights {path}: {first_line(error)}") from None
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError(f"{path} must hold a state dict: tensors by parameter name")
-    return content

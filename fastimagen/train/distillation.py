@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..cascade import Stage, encode_halves
-from ..config import CascadeConfig, DistillConfig, ObjectiveConfig, SamplingConfig, StageConfig
+from ..config import CascadeConfig, DistillConfig, SamplingConfig, StageConfig
 from ..config_file import validate
 from ..data_config import TextConfig
 from ..diffusion.distillation import Predict, Segments
 from ..diffusion.draws import Draws
 from ..diffusion.guidance import guided
 from ..diffusion.process import expand
+from ..diffusion_config import ObjectiveConfig
 from ..files import read_safetensors
 from ..networks.build import build_network
 from ..networks.network import Network
@@ -91,6 +92,8 @@ def check_distillation(cascade: CascadeConfig, distill: DistillConfig) -> None:
                 f'{label} must be sampled as it is trained: set sampling.sampler to "ddim" and sampling.guidance to 1, '
                 f"or let `fastimagen distill` write the configuration"
             )
+        if stage.objective.perceptual is not None:
+            raise ValueError(f"{label}: distillation has a loss of its own: set objective.perceptual to null")
         if not other.unet.has_null_text:
             raise ValueError(f'{label}: a network of kind "{other.unet.kind}" cannot be distilled yet')
         for name in ("size", "schedule", "augmentation"):

@@ -19,6 +19,7 @@ from ..sampling.model_directory import check_shapes, read_shapes
 from .adapters import check_adapters
 from .distillation import check_distillation
 from .length import has_own_length
+from .perceptual import check_perceptual
 
 
 def check_fields(config: FastimagenConfig) -> None:
@@ -47,6 +48,11 @@ def check_fields(config: FastimagenConfig) -> None:
             Stage(stage, cascade.below(stage.name))  # raises for noise schedules that are out of reach
         except ValueError as error:
             raise ValueError(f'stage "{stage.name}": {error}') from None
+        if stage.objective.perceptual is not None:
+            try:
+                check_perceptual(stage.objective.perceptual)
+            except ValueError as error:
+                raise ValueError(f'stage "{stage.name}": {error}') from None
         settings = config.train.stages.get(stage.name, StageTrainConfig())
         if settings.init_from is not None:
             _check_initial_weights(stage, settings.init_from)

@@ -13,6 +13,7 @@ from ..config import TrainConfig
 from ..diffusion.draws import Draws
 from ..text.embeddings import TextEmbeddings
 from .distillation import distillations
+from .perceptual import perceptual_objective
 
 
 class Objective(Protocol):
@@ -36,10 +37,14 @@ class Objective(Protocol):
 def objectives(
     stage: Stage, settings: TrainConfig, steps: int, device: torch.device, dtype: torch.dtype
 ) -> Callable[[int], Objective]:
-    """The objective by step, counted from 1: the stage itself, or distillation from the model of train.distill.
+    """The objective by step, counted from 1: the stage itself, with perceptual losses if its objective has any, or
+    distillation from the model of train.distill.
 
-    device, dtype: of the teacher's weights. steps: of the whole training.
+    device, dtype: of the weights of a teacher or of the networks of perceptual losses. steps: of the whole training.
     """
-    if settings.distill is None:
-        return lambda step: stage
-    return distillations(stage, settings.distill, steps, device, dtype)
+    if settings.distill is not None:
+        return distillations(stage, settings.distill, steps, device, dtype)
+    objective: Objective = stage
+    if stage.config.objective.perceptual is not None:
+        objective = perceptual_objective(stage, device, dtype)
+    return lambda step: objective

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from ..config import AugmentationConfig, ObjectiveConfig, SamplingConfig, StageConfig
+from ..config import SamplingConfig, StageConfig
 from ..data.survey import Survey
+from ..diffusion_config import AugmentationConfig, ObjectiveConfig
 from ..network_config import UNetConfig
 from ..networks.build import build_network
 from ..presets import shapes

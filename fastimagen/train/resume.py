@@ -41,6 +41,7 @@ RULES = {
     "objective.prediction": PROCESS,
     "objective.loss": ACTS,
     "objective.difference_weight": ACTS,
+    "objective.perceptual": ACTS,
     "objective.weighting": ACTS,
     "objective.min_snr_gamma": ACTS,
     "objective.times": ACTS,

@@ -21,6 +21,7 @@ from .deepspeed_config import json_like, resolve_deepspeed, total_batch_size
 from .distillation import describe_distillation
 from .engine import choose_accelerator
 from .length import planned_epochs, planned_steps, steps_of_epochs
+from .perceptual import describe_perceptual
 from .plan import this_machine
 from .resume import check_resuming, check_trained, settings_of, without_deepspeed
 from .run_config import write_config
@@ -94,6 +95,8 @@ class Run:
             notices.append("no validation data: no val_loss, and preview grids show the first training captions")
         if self.settings.distill is not None:
             notices.append(describe_distillation(config, self.settings.distill))
+        elif config.objective.perceptual is not None:
+            notices.append(describe_perceptual(config))
         steps, preview_steps = config.sampling.steps, preview_sampling(config).steps
         if preview_steps < steps:
             notices.append(f"preview grids take {preview_steps} sampling steps, not the stage's {steps}")

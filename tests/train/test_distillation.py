@@ -202,6 +202,10 @@ def test_what_cannot_be_distilled_is_one_line(
         ({"size": 12}, 'stage "base" differs from that of .* in size'),
         ({"schedule": {"shift": 2.0}}, 'stage "base" differs from that of .* in schedule'),
         ({"name": "first"}, 'has no stage "first"'),
+        (
+            {"objective": {"perceptual": {"dino": {"model": "dino"}}, "caption_dropout": 0.0}},
+            'stage "base": distillation has a loss of its own: set objective.perceptual to null',
+        ),
     ],
 )
 def test_a_cascade_that_the_model_cannot_teach_is_refused(
