@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from fastimagen.cascade import Stage
-from fastimagen.config import CascadeConfig
+from fastimagen.config import CascadeConfig, DistillConfig
 from fastimagen.networks.build import build_network
 from fastimagen.sampling.pipeline import ImagenPipeline
 from fastimagen.text.embeddings import TextEmbeddings
+from fastimagen.train.distillation import distillations, student_cascade
 from fastimagen.train.flops import unet_flops
 from tests.conftest import TOY_STAGES, TOY_TRANSFORMER, write_toy_model
 
@@ -46,6 +47,30 @@ def test_an_image_depends_on_its_caption_and_seed_only(pipe: ImagenPipeline) -> 
     assert not torch.allclose(pipe(text=TEXT, seed=7).images[1], both[1])
     unguided = pipe(text=TEXT, seed=5, guidance=1.0).images
     assert not torch.allclose(unguided, both)
+
+
+@pytest.mark.parametrize("name", ["base", "sr"])
+def test_a_student_of_four_steps_learns_from_a_transformer(name: str, pipe: ImagenPipeline, tmp_path: Path) -> None:
+    """It is asked for what its teacher does with guidance, learns in every parameter, and is called four times."""
+    config = student_cascade(cascade(), 4)
+    student, network = Stage(config.stage(name), config.below(name)), build_network(config.stage(name).unet)
+    with torch.no_grad():  # films begin as zeros, through which time and pooled text get no gradient
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    settings = DistillConfig(model=str(write_toy_model(tmp_path / "teacher", None, cascade())), substeps=2)
+    objective = distillations(student, settings, 1, torch.device("cpu"), torch.float32)(1)
+    images = torch.rand(2, 3, 8, 8) * 2 - 1
+    objective.training_loss(network, images, TEXT, student.draw(0, [0, 1], images)).mean().backward()
+    unused = {"text.null_tokens", "text.null_vector"}  # captions are never dropped
+    learned = {
+        key for key, parameter in network.named_parameters() if parameter.grad is not None and parameter.grad.any()
+    }
+    assert learned == {key for key, _ in network.named_parameters()} - unused
+    calls: list[int] = []
+    network.register_forward_hook(lambda module, args, output: calls.append(len(output)))
+    lowres = images if name == "sr" else None
+    assert student.sample(network, TEXT, [0, 1], lowres=lowres).isfinite().all()
+    assert calls == [2] * 4
 
 
 def test_tiles_where_positions_allow_them() -> None:
