@@ -1,12 +1,13 @@
 """Drill: two ranks save after 10 steps; 1, 2 and 4 ranks at other ZeRO stages resume and take 10 more.
 
-    python -m tests.drills.resume_anywhere
+    python -m tests.drills.resume_anywhere [unet|transformer]
 
 Weights and EMA that are read, also by `fastimagen export`, must equal those of the save. Losses of the 10 steps after
 it must be within 1e-6 of the run that went on undisturbed. In fp32 on a CPU; DeepSpeed's Muon iterates in bf16 on a CPU
 that multiplies in bf16, which would turn the rounding of another order of additions into differences of 1e-5, so that
-oneDNN is held to older instructions. The result is in tests/drills/results/resume_anywhere.json, written again after
-each number of ranks. A short version is in tests/train/test_two_ranks.py.
+oneDNN is held to older instructions. The result is in tests/drills/results/resume_anywhere.json or, of the pixel
+transformer, resume_anywhere_transformer.json, written again after each number of ranks. A short version is in
+tests/train/test_two_ranks.py.
 """
 
 from __future__ import annotations
@@ -25,9 +26,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tests.conftest import ROOT, toy_cascade
+from tests.conftest import ROOT, TOY_TRANSFORMER, TOY_UNET, toy_cascade
 
-RESULT = ROOT / "tests/drills/results/resume_anywhere.json"
+RESULTS = ROOT / "tests/drills/results"
+NETWORKS: dict[str, tuple[dict[str, Any], str]] = {
+    "unet": ({**TOY_UNET, "zero_init": False}, "resume_anywhere.json"),
+    "transformer": ({**TOY_TRANSFORMER, "patch": 2}, "resume_anywhere_transformer.json"),
+}
+"""The stage's network, and the file of its result."""
 STEPS, BATCH, TOLERANCE = 10, 4, 1e-6
 OPTIMIZERS = {
     "AdamW": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
@@ -49,7 +55,7 @@ READERS = {
 class Run:
     """A stage in training: engine, weights, average."""
 
-    def __init__(self, optimizer: str, zero: dict[str, Any]) -> None:
+    def __init__(self, network: str, optimizer: str, zero: dict[str, Any]) -> None:
         from fastimagen.cascade import Stage
         from fastimagen.config import EMAConfig
         from fastimagen.networks.parameters import muon_parameters
@@ -59,7 +65,7 @@ class Run:
         from fastimagen.train.flat_weights import FlatWeights
         from fastimagen.train.stage_setup import initial_unet
 
-        self.stage = Stage(toy_cascade().stages[0], None)
+        self.stage = Stage(toy_cascade(unet=NETWORKS[network][0]).stages[0], None)
         unet = initial_unet(self.stage.config, seed=0)
         scheduler = {"type": "WarmupLR", "params": {"warmup_num_steps": 15, "warmup_max_lr": 1e-3}}
         keys = {"train_batch_size": BATCH, "optimizer": OPTIMIZERS[optimizer], "zero_optimization": zero}
@@ -109,7 +115,7 @@ def largest(losses: list[float], others: list[float]) -> float:
     return max(abs(loss - other) for loss, other in zip(losses, others, strict=True))
 
 
-def write(folder: Path) -> None:
+def write(folder: Path, network: str) -> None:
     """Save every kind of checkpoint after STEPS steps, and what the run was like at 2 STEPS."""
     from safetensors.torch import save_file
 
@@ -117,7 +123,7 @@ def write(folder: Path) -> None:
 
     for optimizer in OPTIMIZERS:
         for name, zero in WRITERS.items():
-            run, place = Run(optimizer, zero), folder / optimizer / name
+            run, place = Run(network, optimizer, zero), folder / optimizer / name
             run.train(range(1, STEPS + 1))
             saver = CheckpointWriter(place, "drill", keep=1, keep_every=None)
             saver.save(run.engine, run.weights, run.ema, {"step": STEPS})
@@ -133,7 +139,7 @@ def write(folder: Path) -> None:
     dist.barrier()
 
 
-def read(folder: Path) -> list[dict[str, Any]]:
+def read(folder: Path, network: str) -> list[dict[str, Any]]:
     """Resume every checkpoint in every way on this number of ranks. Returns a row for each."""
     from safetensors.torch import load_file
 
@@ -152,7 +158,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
             exported = checkpoint.read_average(saved)
             equal = all(weight.equal(at_save[f"ema {name}"]) for name, weight in exported.items())
             for reader, zero in READERS.items():
-                run = Run(optimizer, zero)
+                run = Run(network, optimizer, zero)
                 engine_state.load(saved, run.engine, run.weights, run.ema)
                 restored = all(value.equal(at_save[key]) for key, value in run.state().items())
                 losses = run.train(range(STEPS + 1, 2 * STEPS + 1))
@@ -176,25 +182,25 @@ def read(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def in_each_process(phase: str, folder: Path) -> None:
+def in_each_process(phase: str, folder: Path, network: str) -> None:
     from fastimagen.train.engine import init_distributed
 
     init_distributed()
     if phase == "write":
-        write(folder)
+        write(folder, network)
         return
-    rows = read(folder)
+    rows = read(folder, network)
     if dist.get_rank() == 0:
         (folder / f"rows-{dist.get_world_size()}.json").write_text(json.dumps(rows))
 
 
-def launch(phase: str, folder: Path, world_size: int) -> None:
+def launch(phase: str, folder: Path, network: str, world_size: int) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     common = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "OMP_NUM_THREADS": "1"}
     common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ONEDNN_MAX_CPU_ISA": "AVX2"}
-    command = [sys.executable, "-m", "tests.drills.resume_anywhere", phase, str(folder)]
+    command = [sys.executable, "-m", "tests.drills.resume_anywhere", phase, str(folder), network]
     processes = [
         subprocess.Popen(
             command,
@@ -209,7 +215,7 @@ def launch(phase: str, folder: Path, world_size: int) -> None:
         sys.exit((folder / f"{phase}-{world_size}-0.log").read_text()[-3000:])
 
 
-def report(rows: list[dict[str, Any]]) -> bool:
+def report(network: str, rows: list[dict[str, Any]]) -> bool:
     """Write the result file of the resumes so far; returns whether all passed."""
     import deepspeed
 
@@ -219,28 +225,35 @@ def report(rows: list[dict[str, Any]]) -> bool:
         f"loss_difference_{name}": max(row["loss_difference"] for row in rows if row["optimizer"] == name)
         for name in OPTIMIZERS
     }
-    about = {"date": str(date.today()), "torch": torch.__version__, "deepspeed": deepspeed.__version__}
+    about = {
+        "date": str(date.today()),
+        "network": network,
+        "torch": torch.__version__,
+        "deepspeed": deepspeed.__version__,
+    }
     about |= {"machine": platform.machine(), "resumes": len(rows), "passed": passed, "all_exact_at_load": exact}
-    RESULT.parent.mkdir(exist_ok=True)
+    RESULTS.mkdir(exist_ok=True)
     lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
-    RESULT.write_text(f'{{\n"about": {json.dumps(about | worst)},\n"rows": [\n{lines}\n]\n}}\n')
+    (RESULTS / NETWORKS[network][1]).write_text(
+        f'{{\n"about": {json.dumps(about | worst)},\n"rows": [\n{lines}\n]\n}}\n'
+    )
     print(json.dumps(about | worst), flush=True)
     return passed
 
 
-def main() -> int:
+def main(network: str = "unet") -> int:
     with tempfile.TemporaryDirectory() as name:
         folder, rows, passed = Path(name), [], True
-        launch("write", folder, 2)
+        launch("write", folder, network, 2)
         for world_size in (1, 2, 4):
-            launch("read", folder, world_size)
+            launch("read", folder, network, world_size)
             rows += json.loads((folder / f"rows-{world_size}.json").read_text())
-            passed = report(rows)
+            passed = report(network, rows)
     return 0 if passed else 1
 
 
 if __name__ == "__main__":
-    if sys.argv[1:]:
-        in_each_process(sys.argv[1], Path(sys.argv[2]))
+    if len(sys.argv) == 4:
+        in_each_process(sys.argv[1], Path(sys.argv[2]), sys.argv[3])
     else:
-        sys.exit(main())
+        sys.exit(main(*sys.argv[1:]))
