@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from fastimagen.cascade import Cascade
-from fastimagen.presets import minimagen_test, shapes
+from fastimagen.presets import minimagen_test, shapes, shapes_transformer
 
 from .cases import attention, dynamic_threshold, group_norm, host_time, sampling, step
 from .harness import networks, peers
@@ -43,6 +43,11 @@ PROVIDERS = {
     "MinImagen": step.minimagen,
 }
 QUICKSTART = (Network("quickstart base 32", shapes, "base", 32, 8), Network("quickstart sr 64", shapes, "sr", 32, 8))
+FAMILIES = {
+    "U-Net": Network("U-Net", shapes, "base", 32, 8),
+    "pixel transformer": Network("pixel transformer", shapes_transformer, "base", 32, 8),
+}
+"""The base stage of the quickstart in both families."""
 SAMPLING_STEPS = 25
 CPU = torch.device("cpu")
 
@@ -83,6 +88,26 @@ def _nothing() -> None:
 def _all(steps: list[step.Step], _: None) -> None:
     for one in steps:
         one()
+
+
+def families(bench: Bench) -> None:
+    """Training steps of the quickstart's base stage with a U-Net and with a pixel transformer, which alternate."""
+    names = {"op": "quickstart step", "shape": "base stage, 32 pixels, B8", "dtype": "float32"}
+    steps = {name: step.ours(network, network.batch, CPU, backend="torch") for name, network in FAMILIES.items()}
+    works = {name: Work(partial(_all, [one])) for name, one in steps.items()}
+    for name, times in bench.time(works, seconds=6).items():
+        network = FAMILIES[name]
+        bench.add(
+            **names,
+            mode="training",
+            provider=name,
+            ms=times[:3],
+            timer=times.timer,
+            images=network.batch,
+            flops=network.batch * networks.flops(network.stage().config.unet, network.side, "training"),
+            parts=step.breakdown(steps[name], CPU),
+            system_share=times.system_share,
+        )
 
 
 def memory(bench: Bench) -> None:
@@ -210,6 +235,7 @@ def data(bench: Bench) -> None:
 
 GROUPS: dict[str, Callable[[Bench], None]] = {
     "training": training,
+    "families": families,
     "memory": memory,
     "guided": guided,
     "data": data,

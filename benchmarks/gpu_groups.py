@@ -32,13 +32,13 @@ class Group:
 
 GROUPS = {
     "engine": Group(100, 80),
-    "step": Group(80, 60),
+    "step": Group(80, 63),
     "attention": Group(50, 45, ("attention",)),
     "group_norm": Group(40, 35, ("group_norm", "modulated_norm")),
     "threshold": Group(20, 15, ("threshold", "sampler_step")),
     "host_time": Group(15, 12, ("attention", "group_norm", "threshold", "sampler_step")),
     "sampling": Group(45, 35, ("attention", "group_norm", "residual", "threshold", "sampler_step")),
-    "networks": Group(80, 60),
+    "networks": Group(80, 70),
     "compilers": Group(45, 40, ()),
     "compiled_step": Group(120, 100),
 }

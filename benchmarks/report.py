@@ -8,6 +8,7 @@ with other kernels than those in the tree are marked as stale."""
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -16,9 +17,9 @@ from pathlib import Path
 from . import gpu_plan
 from .harness import svg
 from .harness.checkout import ROOT
-from .harness.rows import Measured, Row, folder, is_stale, read_all
+from .harness.rows import RESULTS, Measured, Row, folder, is_stale, read_all
 
-PAGES = ("README.md", "docs/benchmarks.md")
+PAGES = ("README.md", "docs/benchmarks.md", "docs/networks.md")
 MARKED = re.compile(r"(?P<begin><!-- benchmarks: (?P<name>\w+) -->\n).*?(?P<end><!-- end of benchmarks -->)", re.DOTALL)
 NOT_MEASURED = "not measured"
 REPRODUCE = {"cpu": "`make bench`", "gpu": "`make gpu-check`"}
@@ -120,6 +121,19 @@ def user_time(row: Row | None) -> Row | None:
     if row is None or "ms" not in row or row.get("system_share") is None:
         return None
     return {**row, "ms": [ms * (1 - row["system_share"]) for ms in row["ms"]]}
+
+
+def families(measured: Measured) -> str:
+    """A training step of the quickstart's base stage with either family of networks."""
+    rows = measured.of("cpu", op="quickstart step")
+    lines = []
+    for row in rows:
+        parts = [f"{100 * row['parts'][name] / sum(row['parts'].values()):.0f} %" for name in ("attention", "linear")]
+        flops = f"{row['flops'] / row['images'] / 1e9:.3g}"
+        lines.append([row["provider"], milliseconds(user_time(row)), per_second(row), flops, *parts])
+    head = ("base network", "user time of a step, 8 images", "images/s", "GFLOP an image", "attention", "linear")
+    note = when(rows, "`python -m benchmarks.cpu --only families`")
+    return f"{table(head, lines)}\n\n{note}" if lines else note
 
 
 def mebibytes(row: Row | None) -> str:
@@ -296,8 +310,29 @@ def data(measured: Measured) -> str:
     return f"{table(('', 'of', 'per second and core'), lines)}\n\n{when(rows, REPRODUCE['cpu'])}"
 
 
+def network_sizes(_: Measured) -> str:
+    """Parameters and FLOPs of the stages of presets."""
+    found = json.loads((RESULTS / "networks.json").read_text())
+    lines = [
+        [
+            f"`{row['preset']}`, {row['stage']}",
+            f"`{row['kind']}`",
+            f"{row['size']}" if row["size"] == row["trains_on"] else f"{row['size']}, crops of {row['trains_on']}",
+            f"{row['parameters'] / 1e6:,.0f} M",
+            f"{row['forward'] / 1e12:.3g}",
+            f"{1e6 * row['forward'] / row['trains_on'] ** 2 / 1e12:.3g}",
+        ]
+        for row in found["rows"]
+    ]
+    head = ("preset, stage", "kind", "pixels", "parameters", "TFLOP an image or crop", "TFLOP a megapixel")
+    return (
+        f"{table(head, lines)}\n\nForward pass; {found['about']['date']}, reproduce with `{found['about']['command']}`"
+    )
+
+
 TABLES: dict[str, Callable[[Measured], str]] = {
     "cpu": cpu,
+    "families": families,
     "engine": engine,
     "step": step,
     "breakdown": breakdown,
@@ -308,6 +343,7 @@ TABLES: dict[str, Callable[[Measured], str]] = {
     "threshold": single_op("threshold"),
     "sampler_step": single_op("sampler step"),
     "host_time": single_op("host time"),
+    "network_sizes": network_sizes,
     "gpu_plan": lambda measured: gpu_plan.page(),
 }
 

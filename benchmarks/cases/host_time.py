@@ -191,6 +191,12 @@ def group_norm_arguments(
     return ops.group_norm_silu, (x, weight, bias, 8), film_vectors
 
 
+def modulated_norm_arguments(device: torch.device) -> tuple[Callable[..., Tensor], tuple, dict[str, Any]]:
+    """64 tokens of 768 channels; scale and shift are parts of one tensor, as in the transformer."""
+    scale, shift, _ = normal(device, 2, 3 * 768).chunk(3, dim=1)  # (B, C) each
+    return ops.modulated_norm, (normal(device, 2, 64, 768), scale.detach(), shift.detach()), {}
+
+
 def step_arguments(device: torch.device, threshold: str) -> tuple[Callable[..., object], tuple, dict[str, Any]]:
     """A guided step from a U-Net's output in bf16."""
     output, x = normal(device, 4, 3, 64, 64), normal(device, 2, 3, 64, 64, dtype=torch.float32)
@@ -206,6 +212,8 @@ CASES: dict[tuple[str, str], Callable[[torch.device], Call]] = {
     ),
     ("group_norm_silu B2 64x64", TRAINING): lambda device: training(*group_norm_arguments(device, 64, film=True)),
     ("group_norm_silu B2 64x64", "forward"): lambda device: forward(*group_norm_arguments(device, 64, film=True)),
+    ("modulated_norm B2 N64", TRAINING): lambda device: training(*modulated_norm_arguments(device)),
+    ("modulated_norm B2 N64", "forward"): lambda device: forward(*modulated_norm_arguments(device)),
     ("sampler step B2 64x64", "forward"): lambda device: forward(*step_arguments(device, "static")),
     ("sampler step B2 64x64, dynamic", "forward"): lambda device: forward(*step_arguments(device, "dynamic")),
     ("dynamic_threshold B2 64x64", "forward"): lambda device: forward(

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from fastimagen import ops
+from fastimagen.diffusion.draws import Draws
 
 from ..harness import peers
 from ..harness.measure import Bench, ProviderUnavailable, compiled
@@ -30,12 +31,12 @@ Step = Callable[[], object]
 class Update:
     """What follows the backward pass. Weights in bf16 have masters in fp32, which are what is clipped and averaged."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter], *, capturable: bool = False) -> None:
         self.weights = [parameter for parameter in parameters if parameter.requires_grad]
         self.copied = self.weights[0].dtype != torch.float32
         self.masters = [w.detach().float().requires_grad_() for w in self.weights] if self.copied else self.weights
         self.average = [master.detach().clone() for master in self.masters]
-        self.optimizer = torch.optim.AdamW(self.masters, lr=1e-4, fused=True)
+        self.optimizer = torch.optim.AdamW(self.masters, lr=1e-4, fused=True, capturable=capturable)
 
     @torch.no_grad()
     def __call__(self) -> None:
@@ -61,24 +62,55 @@ def ours(
     *,
     backend: str = "auto",
     compile: bool = False,
+    graph: bool = False,
     padding: str | None = None,
 ) -> Step:
-    """fastimagen's step."""
+    """fastimagen's step. graph: loss, backward pass and update are one CUDA graph, which a step replays."""
+    if graph and device.type != "cuda":
+        raise ProviderUnavailable("CUDA graphs need a GPU")
     ops.set_backend(backend)
     stage = network.stage(padding)
     unet = make_unet(stage.config.unet, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    update = Update(unet.parameters())
+    update = Update(unet.parameters(), capturable=graph)
     if compile:
         unet.compile(dynamic=False)
     batch_images, text = images(batch, network.side, device), captions(batch, stage.config.unet.text_dim, device)
 
-    def step() -> None:
-        ops.set_backend(backend)
-        draws = stage.draw(0, range(batch), batch_images)
+    def draw() -> Draws:
+        return stage.draw(0, range(batch), batch_images)
+
+    def learn(draws: Draws) -> None:
         stage.training_loss(unet, batch_images, text, draws).mean().backward()
         update()
 
+    run = in_graph(learn, draw()) if graph else learn
+
+    def step() -> None:
+        ops.set_backend(backend)
+        run(draw())
+
     return step
+
+
+def in_graph(learn: Callable[[Draws], None], draws: Draws) -> Callable[[Draws], None]:
+    """`learn` as a CUDA graph: its tensors are those of `draws`, into which each call copies its own."""
+    others = torch.cuda.Stream()
+    others.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(others):
+        for _ in range(3):  # compiles kernels, chooses cuDNN's algorithms, makes the optimizer's state
+            learn(draws)
+    torch.cuda.current_stream().wait_stream(others)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        learn(draws)
+
+    def replay(new: Draws) -> None:
+        for own, value in zip(vars(draws).values(), vars(new).values(), strict=True):
+            if own is not None:
+                own.copy_(value)
+        graph.replay()
+
+    return replay
 
 
 def minimagen(network: Network, batch: int, device: torch.device, *, improved: bool = False) -> Step:
@@ -174,6 +206,7 @@ def diffusers(network: Network, batch: int, device: torch.device, *, improved: b
 EAGER = {
     "ours, triton": partial(ours, backend="triton"),
     "ours, torch": partial(ours, backend="torch"),
+    "ours, triton, CUDA graph": partial(ours, backend="triton", graph=True),
     "MinImagen": minimagen,
     "imagen-pytorch": imagen_pytorch,
     "diffusers": diffusers,
@@ -252,7 +285,7 @@ def _facts(bench: Bench, name: str, step: Step) -> dict[str, Any]:
             "peak_bytes": torch.cuda.max_memory_allocated(),
             "host_synchronisations": host_synchronisations(step),
         }
-    if "compiled" not in name:
+    if "compiled" not in name and "graph" not in name:
         facts["parts"] = breakdown(step, bench.device)
     return facts
 

@@ -38,7 +38,7 @@ def passes(call: str, make: Callable[[torch.device], host_time.Call], monkeypatc
     with host_time.stubbed(bound=False), monkeypatch.context() as patch:
         patch.setattr(JITFunction, "run", note)
         make(CPU)()
-    starts = ("attention_", "sampler_step_", "dynamic_threshold_", "group_norm_silu_")
+    starts = ("attention_", "sampler_step_", "dynamic_threshold_", "group_norm_silu_", "modulated_norm_")
     found = {next(name.removeprefix(start) for start in starts if name.startswith(start)) for name in launched}
     return {name.removesuffix("_kernel") for name in found}
 
