@@ -6,7 +6,7 @@ outside of its engine, and no checkpoint or export has them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -262,7 +262,7 @@ class PerceptualObjective:
     """
 
     stage: Stage
-    distances: list[tuple[float, Callable[[Tensor, Tensor], Tensor]]]
+    distances: Sequence[tuple[float, Callable[[Tensor, Tensor], Tensor]]]
     max_noise: float
 
     def training_loss(
@@ -296,8 +296,10 @@ def perceptual_objective(stage: Stage, device: torch.device, dtype: torch.dtype)
     """The objective of a stage whose configuration has perceptual losses. Loads their networks in `dtype`."""
     config = stage.config.objective.perceptual
     assert config is not None
-    distances: list[tuple[float, Callable[[Tensor, Tensor], Tensor]]] = []
-    for section, load in ((config.lpips, load_lpips), (config.dino, load_dino)):
-        if section is not None:
-            distances.append((section.weight, load(section).to(device, dtype).eval().requires_grad_(False)))
+    networks: list[tuple[float, nn.Module]] = []
+    if config.lpips is not None:
+        networks.append((config.lpips.weight, load_lpips(config.lpips)))
+    if config.dino is not None:
+        networks.append((config.dino.weight, load_dino(config.dino)))
+    distances = [(factor, network.to(device, dtype).eval().requires_grad_(False)) for factor, network in networks]
     return PerceptualObjective(stage, distances, config.max_noise)
