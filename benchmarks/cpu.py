@@ -93,8 +93,10 @@ def _all(steps: list[step.Step], _: None) -> None:
 def families(bench: Bench) -> None:
     """Training steps of the quickstart's base stage with a U-Net and with a pixel transformer, which alternate."""
     names = {"op": "quickstart step", "shape": "base stage, 32 pixels, B8", "dtype": "float32"}
-    steps = {name: step.ours(network, network.batch, CPU, backend="torch") for name, network in FAMILIES.items()}
-    works = {name: Work(partial(_all, [one])) for name, one in steps.items()}
+    works = {
+        name: Work(partial(_all, [step.ours(network, network.batch, CPU, backend="torch")]))
+        for name, network in FAMILIES.items()
+    }
     for name, times in bench.time(works, seconds=6).items():
         network = FAMILIES[name]
         bench.add(
@@ -105,7 +107,6 @@ def families(bench: Bench) -> None:
             timer=times.timer,
             images=network.batch,
             flops=network.batch * networks.flops(network.stage().config.unet, network.side, "training"),
-            parts=step.breakdown(steps[name], CPU),
             system_share=times.system_share,
         )
 

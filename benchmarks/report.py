@@ -126,12 +126,11 @@ def user_time(row: Row | None) -> Row | None:
 def families(measured: Measured) -> str:
     """A training step of the quickstart's base stage with either family of networks."""
     rows = measured.of("cpu", op="quickstart step")
-    lines = []
-    for row in rows:
-        parts = [f"{100 * row['parts'][name] / sum(row['parts'].values()):.0f} %" for name in ("attention", "linear")]
-        flops = f"{row['flops'] / row['images'] / 1e9:.3g}"
-        lines.append([row["provider"], milliseconds(user_time(row)), per_second(row), flops, *parts])
-    head = ("base network", "user time of a step, 8 images", "images/s", "GFLOP an image", "attention", "linear")
+    lines = [
+        [row["provider"], milliseconds(row), per_second(row), f"{row['flops'] / row['images'] / 1e9:.3g}"]
+        for row in rows
+    ]
+    head = ("base network", "step of 8 images", "images/s", "GFLOP an image")
     note = when(rows, "`python -m benchmarks.cpu --only families`")
     return f"{table(head, lines)}\n\n{note}" if lines else note
 
