@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from fastimagen import config as config_module
-from fastimagen import data_config, network_config
+from fastimagen import data_config, diffusion_config, network_config
 from fastimagen.config import (
     AugmentationConfig,
     CascadeChanges,
@@ -316,7 +316,7 @@ def test_configuration_is_immutable() -> None:
 
 def fields() -> Iterator[tuple[str, bool]]:
     """Every field of every section, and whether a docstring follows it."""
-    for module in (config_module, data_config, network_config):
+    for module in (config_module, data_config, diffusion_config, network_config):
         for node in ast.parse(Path(module.__file__).read_text()).body:
             if isinstance(node, ast.ClassDef) and issubclass(getattr(module, node.name), Section):
                 for statement, after in zip(node.body, [*node.body[1:], None]):
@@ -333,7 +333,7 @@ def test_every_field_has_a_docstring() -> None:
     found = dict(fields())
     sections = [
         value
-        for module in (config_module, data_config, network_config)
+        for module in (config_module, data_config, diffusion_config, network_config)
         for value in vars(module).values()
         if isinstance(value, type) and issubclass(value, Section)
     ]
