@@ -10,8 +10,10 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 
 from fastimagen.config import FastimagenConfig
 from fastimagen.data.embedding_cache import cache_path, write_cache
@@ -201,6 +203,34 @@ def test_what_is_no_shard_leaves_no_file(tmp_path, command, message):
         open_shards(command.format(tmp_path), cache=cache_in(tmp_path, patience=LITTLE))
     assert "\n" not in str(error.value)
     assert not left_over(tmp_path) and not [*(tmp_path / "cache").rglob("*.tar*")]
+
+
+def test_an_object_store_that_fails_is_asked_again_and_named(tmp_path, monkeypatch):
+    """fsspec's memory in place of a store; ranges of 1,000 bytes."""
+    store = fsspec.filesystem("memory")
+    make_tar(tmp_path / "0.tar", sample_files(20))
+    store.pipe("/bucket/0.tar", (tmp_path / "0.tar").read_bytes())
+    monkeypatch.setattr("fastimagen.data.transfer.CHUNK", 1000)
+    read, asked = MemoryFileSystem.cat_file, []
+
+    def failing(self, path, start=None, end=None, **options):
+        asked.append(start)
+        if start == 2000 and asked.count(start) < failures:
+            raise ConnectionError("reset by the store")
+        return read(self, path, start, end, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", failing)
+    for failures, patience in ((3, PATIENCE), (9, LITTLE)):
+        asked.clear()
+        cache = RemoteCache(tmp_path / f"cache{failures}", None, patience)
+        if failures == 3:
+            (shard,) = open_shards("memory://bucket/0.tar", cache=cache)
+            assert len(shard.captions()) == 20 and asked.count(0) == 1 and asked.count(2000) == 3
+            continue
+        with pytest.raises(ValueError, match=r"memory://bucket/0.tar: ConnectionError: reset by the store \(2 tries\)"):
+            open_shards("memory://bucket/0.tar", cache=cache)
+    with pytest.raises(ValueError, match=r"cannot fetch memory://bucket/1.tar: "):
+        open_shards("memory://bucket/1.tar", cache=cache)
 
 
 # ---- the cache
