@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import http.server
 import itertools
+import shutil
 import threading
 import time
 from collections import defaultdict
@@ -358,3 +359,28 @@ def test_shards_that_are_lost_while_training_are_counted_under_the_ceiling(serve
     config = remote_config(data, server, tmp_path, max_bad_share=0.01)
     with pytest.raises(ValueError, match=r"samples are in shards that cannot be downloaded.*2.tar: HTTP 404"):
         stream(config, 16)
+
+
+def test_any_number_of_ranks_continues_anywhere_with_damaged_missing_and_failing_shards(server, data, tmp_path):
+    """A mixture of a local and a remote data set; one shard of each is lost."""
+    (server.folder / "2.tar").write_bytes((server.folder / "2.tar").read_bytes()[:3000])
+    (server.folder / "7.tar").unlink()
+    ranges = [f"{server.folder}/{{0..3}}.tar", f"{server.folder}/{{4..7}}.tar"]
+
+    def mixture(*shards: str) -> dict[str, object]:
+        parts = [{"name": name, "shards": found, "weight": weight} for name, found, weight in zip("ab", shards, (2, 1))]
+        return {"shards": parts, "max_bad_share": 0.6}
+
+    local = FastimagenConfig.model_validate({"data": mixture(*ranges) | {"validation": {"share": 0.2}}})
+    undisturbed, _ = stream(local, 12, global_batch=8, micro_batch=8)
+    keys = [key for batch in undisturbed for key in batch[0]]
+    config = remote_config(data, server, tmp_path, **mixture(ranges[0], server.url("{4..7}.tar")))
+    for world_size, threads, start in ((1, 3, 5), (2, 1, 3), (4, 2, 8)):
+        for number in (4, 5, 6):
+            server.faults[f"/{number}.tar"] = ["500", "break"]
+        shutil.rmtree(tmp_path / "cache", ignore_errors=True)  # another node
+        config = config.model_copy(update={"data": config.data.model_copy(update={"threads": threads})})
+        batch = {"global_batch": 8, "micro_batch": 8 // world_size, "world_size": world_size}
+        ranks = [stream(config, 4, start=8 * start, rank=rank, **batch)[0] for rank in range(world_size)]
+        found = [key for turn in zip(*ranks) for part in turn for key in part[0]]
+        assert found == keys[8 * start : 8 * (start + 4)]
