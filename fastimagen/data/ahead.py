@@ -64,7 +64,9 @@ class Ahead:
             for item in (self.shards[shard], None if self.embeddings is None else self.embeddings[shard]):
                 if item is not None and item.download is not None:
                     try:
-                        item.download()
+                        item.download(wait=False)
+                    except BlockingIOError:
+                        break  # another process of the node is downloading it
                     except (TransferError, OSError):
                         break  # who reads the shard reports it
 

@@ -42,16 +42,17 @@ ALL = Selection()
 class Download:
     """Fetches a file when it is first needed. What could not be had is not tried again: its samples are lost."""
 
-    def __init__(self, fetch: Callable[[], None]) -> None:
+    def __init__(self, fetch: Callable[[bool], object]) -> None:
         self._fetch, self._lock = fetch, threading.Lock()
         self._problem: TransferError | None = None
 
-    def __call__(self) -> None:
-        """Make sure that the file is here. Raises TransferError, also whenever it is called again."""
+    def __call__(self, wait: bool = True) -> None:
+        """Make sure that the file is here. Raises TransferError, also whenever it is called again; without `wait`,
+        BlockingIOError if another process is downloading it."""
         with self._lock:
             if self._problem is None:
                 try:
-                    self._fetch()
+                    self._fetch(wait)
                 except TransferError as error:
                     self._problem = error
             if self._problem is not None:

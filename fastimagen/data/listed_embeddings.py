@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 from torch import Tensor
@@ -30,11 +30,10 @@ def list_embeddings(
         return ListedEmbeddings(shard, lambda whole: open_embeddings(whole, path, identity))
     suffix = path.name.removeprefix(Path(shard.path).stem)
 
-    def fetch() -> None:
-        remote.fetch_beside(suffix)
-
     return ListedEmbeddings(
-        shard, lambda whole: open_embeddings(whole, remote.fetch_beside(suffix), identity), Download(fetch)
+        shard,
+        lambda whole: open_embeddings(whole, remote.fetch_beside(suffix), identity),
+        Download(partial(remote.fetch_beside, suffix)),
     )
 
 

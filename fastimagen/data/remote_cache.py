@@ -52,16 +52,24 @@ class RemoteCache:
         return self.folder / f"{label}-{key}" / (name or "shard.tar")
 
     def get(
-        self, url: str, target: Path, check: Callable[[Path], None], *, size: int = 0, tries: int | None = None
+        self,
+        url: str,
+        target: Path,
+        check: Callable[[Path], None],
+        *,
+        size: int = 0,
+        tries: int | None = None,
+        wait: bool = True,
     ) -> Path:
         """Download a file to `target`, unless it is there. If several processes need it, one downloads it.
 
         check: examines the complete file before it gets its name, and raises ValueError. size: how much room to make;
-        tries: others than patience.tries. Raises TransferError as `download` does.
+        tries: others than patience.tries. Raises TransferError as `download` does; without `wait`, BlockingIOError if
+        another process is downloading it.
         """
         patience = self.patience if tries is None else self.patience.model_copy(update={"tries": tries})
         while not self._touch(target):
-            with _locked_part(target) as part:
+            with _locked_part(target, wait) as part:
                 if part is None:
                     continue
                 path = target.with_name(f".{target.name}.part")
@@ -161,13 +169,14 @@ def _shard_of(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _locked_part(target: Path) -> Iterator[BinaryIO | None]:
+def _locked_part(target: Path, wait: bool) -> Iterator[BinaryIO | None]:
     """The temporary file of a download, empty, for this process alone; None if it is no longer the one with that name,
-    because whoever had it has finished. Its lock ends with the process."""
+    because whoever had it has finished. Its lock ends with the process. Raises BlockingIOError if another process has
+    it and this one should not wait."""
     target.parent.mkdir(parents=True, exist_ok=True)
     path = target.with_name(f".{target.name}.part")
     with open(path, "rb+", opener=lambda name, flags: os.open(name, flags | os.O_CREAT, 0o666)) as part:
-        fcntl.flock(part, fcntl.LOCK_EX)
+        fcntl.flock(part, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         try:
             current = os.stat(path).st_ino == os.fstat(part.fileno()).st_ino
         except FileNotFoundError:

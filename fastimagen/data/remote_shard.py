@@ -24,14 +24,14 @@ class RemoteShard:
         self.url, self.cache, self.reading, self.entry = url, cache, reading, entry
         self.path = cache.place(url)
 
-    def fetch(self) -> None:
-        """Make sure that the shard is in the cache."""
+    def fetch(self, wait: bool = True) -> None:
+        """Make sure that the shard is in the cache. wait: as in RemoteCache.get."""
         found: list[Shard] = []
 
         def check(part: Path) -> None:
             found.append(self._examine(part))
 
-        self.cache.get(self.url, self.path, check, size=self.entry.bytes if self.entry else 0)
+        self.cache.get(self.url, self.path, check, size=self.entry.bytes if self.entry else 0, wait=wait)
         for shard in found:  # it was not there
             store_index(replace(shard, path=str(self.path)), self.reading)
 
@@ -49,10 +49,10 @@ class RemoteShard:
             if shard.stamp == file.stamp:
                 return replace(shard, file=file)
 
-    def fetch_beside(self, suffix: str) -> Path:
+    def fetch_beside(self, suffix: str, wait: bool = True) -> Path:
         """The file STEM + suffix beside the shard, such as its embeddings; it comes and goes with the shard."""
         path = self.path.with_name(f"{self.path.name}{suffix}")
-        return self.cache.get(sibling(self.url, f"{self.path.stem}{suffix}"), path, lambda part: None)
+        return self.cache.get(sibling(self.url, f"{self.path.stem}{suffix}"), path, lambda part: None, wait=wait)
 
     def _examine(self, part: Path) -> Shard:
         """Index what has been downloaded."""

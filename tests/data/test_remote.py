@@ -260,6 +260,9 @@ def test_the_least_recently_used_shards_make_room_and_a_kill_leaves_nothing(tmp_
             if holder:
                 fcntl.flock(file, fcntl.LOCK_EX)
             cache_in(tmp_path)  # the next start
+            if holder:
+                with pytest.raises(BlockingIOError):
+                    cache.get(f"file:{tmp_path}/4.tar", places[4], lambda part: None, wait=False)
             assert part.exists() == bool(holder)
     cache.limit = 1
     (tmp_path / "shards.manifest").write_bytes(b"x")  # not a shard, and not counted
