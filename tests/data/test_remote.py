@@ -18,6 +18,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from fastimagen.config import FastimagenConfig
 from fastimagen.data.embedding_cache import cache_path, write_cache
+from fastimagen.data.indexing import index_all
 from fastimagen.data.remote_cache import RemoteCache, sibling
 from fastimagen.data.shards import open_shards
 from fastimagen.data.source import open_data
@@ -348,6 +349,31 @@ def test_a_manifest_and_embeddings_beside_the_remote_shards_are_taken_from_there
     assert len(train) and not any(path.endswith(".tar") for path, _ in server.requests)  # nothing was downloaded
     assert stream(config, 8)[0] == local
     assert any(path.endswith(".safetensors") for path, _ in server.requests)
+
+
+def test_the_shards_that_come_next_are_downloaded_before_they_are_read(server, data, tmp_path):
+    config = remote_config(data, server, tmp_path)
+    train, _ = open_data(config, with_text=True)
+    batch = {"global_batch": 6, "micro_batch": 6, "rank": 0, "world_size": 1, "seed": 3, "crop_seed": 0}
+    batches = train.loader(config, size=8, crop=None, **batch).batches(0)
+    assert {int(key) // 100 for key in next(batches).keys} <= set(train.order(3).ahead(0, 4))  # of one block
+    until = time.monotonic() + 20
+    while len({path for path, _ in server.requests if path.endswith((".tar", "counting.safetensors"))}) < 16:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    batches.close()
+
+
+def test_a_download_with_another_checksum_than_the_manifest_says_is_lost(server, data, tmp_path, caplog):
+    config = remote_config(data, server, tmp_path)
+    index_all(config, say=lambda line: None)
+    for tar in (tmp_path / "cache").rglob("*.tar"):
+        tar.unlink()
+    content = bytearray((server.folder / "3.tar").read_bytes())
+    content[600] ^= 1  # in an image
+    (server.folder / "3.tar").write_bytes(content)
+    _, loader = stream(config, 16)
+    assert loader.counters["lost"] > 0 and "3.tar has another checksum than its manifest says" in caplog.text
 
 
 def test_shards_that_are_lost_while_training_are_counted_under_the_ceiling(server, data, tmp_path):
