@@ -159,6 +159,8 @@ class Failing(BaseHTTPRequestHandler):
             time.sleep(1.2)
         elif kind == "redirect":
             self.send(302, b"", {"Location": self.path})
+        elif kind == "moved":
+            self.send(301, b"", {"Location": "/good/moved.jpg"})
         elif kind == "html":
             self.send(200, b"<!DOCTYPE html>")
         elif kind == "noai":
@@ -202,6 +204,7 @@ def test_downloads_end_in_bounded_time_with_the_right_reasons(server, tmp_path):
         closed.bind(("127.0.0.1", 0))
         port = closed.getsockname()[1]
     paths = ["404", "403", "429", "500", "stall", "redirect", "html", "noai", "broken", "slow", "flaky", "flaky503"]
+    paths.append("moved")
     urls = [f"{server}/{path}/x.jpg" for path in paths] + [f"{server}/good/{i}.jpg" for i in range(20)]
     urls += [f"http://127.0.0.1:{port}/x.jpg", "http://no-such-host.invalid/x.jpg", "http://[bad/x.jpg"]
     # Conceptual Captions: caption and URL, without a header.
@@ -210,7 +213,7 @@ def test_downloads_end_in_bounded_time_with_the_right_reasons(server, tmp_path):
     started = time.monotonic()
     report = pack_table(tmp_path / "cc.tsv", tmp_path / "out", download=options)
     assert time.monotonic() - started < 8
-    assert report.packed == 22 and report.skipped == {
+    assert report.packed == 23 and report.skipped == {
         "HTTP 404": 1,
         "HTTP 403": 1,
         "HTTP 429": 1,

@@ -13,13 +13,11 @@ from typing import Any
 
 from ... import __version__
 from ...extras import import_extra
+from ..transfer import PASSING, retry_after
 from .samples import Item, Unusable, read_local
 
 MAX_HOSTS = 1000
 """Hosts whose connections are kept open."""
-
-PASSING = (408, 425, 429, 500, 502, 503, 504)
-"""HTTP statuses after which the request is repeated."""
 
 FORBIDDING = {"noai", "noimageai", "noindex", "noimageindex"}
 """Directives of X-Robots-Tag that exclude an image."""
@@ -60,7 +58,8 @@ class Downloader:
             maxsize=options.per_host,
             block=True,  # waits for one of the host's connections
             timeout=self.http.Timeout(connect=options.timeout, read=options.timeout),
-            retries=self.http.Retry(total=0, redirect=5, raise_on_redirect=True),
+            # total=0 would count the first redirect as one too many.
+            retries=self.http.Retry(total=None, connect=0, read=0, status=0, other=0, redirect=5),
             headers={"User-Agent": f"fastimagen/{__version__}", "Accept": "image/*"},
         )
 
@@ -100,7 +99,7 @@ class Downloader:
         complete = False
         try:
             if response.status in PASSING:
-                raise _Passing(f"HTTP {response.status}", _seconds(response.headers.get("Retry-After")))
+                raise _Passing(f"HTTP {response.status}", retry_after(response.headers.get("Retry-After")))
             if response.status != 200:
                 raise Unusable(f"HTTP {response.status}")
             directives = {part.strip().lower() for part in response.headers.get("X-Robots-Tag", "").split(",")}
@@ -134,11 +133,6 @@ class _Passing(Exception):
     def __init__(self, reason: str, pause: float | None = None) -> None:
         super().__init__(reason)
         self.reason, self.pause = reason, pause
-
-
-def _seconds(value: str | None) -> float | None:
-    """Retry-After in seconds; None for a date and for nonsense."""
-    return float(value) if value is not None and value.strip().isdigit() else None
 
 
 def _reason(error: BaseException, errors: Any) -> Exception:
