@@ -53,8 +53,8 @@ def quickstart(options: argparse.Namespace) -> int:
         seconds[name] = round(time.perf_counter() - began, 1)
         cpu_seconds[name] = round(_children_cpu_seconds() - cpu_began, 1)
     evaluation = json.loads((EVALUATION / "report.json").read_text())
-    report = {"seconds": seconds, "cpu_seconds": cpu_seconds, "total_seconds": round(sum(seconds.values()), 1)}
-    report |= evaluation
+    total = round(sum(seconds.values()), 1)
+    report: dict[str, Any] = {"seconds": seconds, "cpu_seconds": cpu_seconds, "total_seconds": total, **evaluation}
     write_json(RUN / "report.json", report)
     shutil.copy(IMAGES / "grid.png", RUN / "grid.png")
     minutes = report["total_seconds"] / 60
