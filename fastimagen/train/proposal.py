@@ -235,7 +235,8 @@ def _remarks(found: Survey, final: int) -> list[tuple[str, str]]:
     if found.foreign_letters > 0.01:
         remarks.append(
             ("fastimagen.text.encoder", f"{found.foreign_letters:.0%} of the letters in captions are not Latin. T5 was "
-             f"trained on English, and has no tokens for other scripts: translate the captions first")
+             f"trained on English, and has no tokens for other scripts: take an encoder that has them, such as "
+             f"google/umt5-small, or translate the captions")
         )  # fmt: skip
     return remarks
 
