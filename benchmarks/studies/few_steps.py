@@ -30,7 +30,7 @@ from ..harness.checkout import ROOT
 from ..harness.svg import COLORS, page, text
 
 STEPS = (1, 2, 4, 8)
-RANGES = ((0.1, 1000.0), (1.0, 1000.0), (1.0, 100.0), (5.0, 1000.0))
+RANGES = ((0.1, 1000.0), (1.0, 1000.0), (5.0, 1000.0), (0.1, 20.0), (0.1, 5.0))
 """Noise levels sigma / alpha between which guidance acts."""
 
 
@@ -134,7 +134,7 @@ def draw(rows: list[dict[str, Any]]) -> str:
                 f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>',
             ]
         if spots:
-            parts.append(text(left + width + 10, spots[-1][1] + 4, kind, color=color))
+            parts.append(text(spots[-1][0] + 6, spots[-1][1] + 18, kind, color=color))
     return page("Open captions that are right, with standard errors", parts, width=640)
 
 
