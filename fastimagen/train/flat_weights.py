@@ -70,7 +70,7 @@ class FlatWeights:
         """The frozen parameters, which ZeRO 3 partitions like the others."""
         if not any(map(is_partitioned, self.frozen.values())):
             return {name: parameter.detach().to(dtype) for name, parameter in self.frozen.items()}
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
 
         with GatheredParameters(list(self.frozen.values())):
             return {name: parameter.detach().to(dtype, copy=True) for name, parameter in self.frozen.items()}
