@@ -75,7 +75,7 @@ def test_shares_are_of_the_rates_of_the_same_run() -> None:
 
 
 def test_a_mark_without_a_table() -> None:
-    with pytest.raises(ValueError, match='no table "speed"; there are cpu, engine, step'):
+    with pytest.raises(ValueError, match='no table "speed"; there are cpu, families, engine, step'):
         report.fill("<!-- benchmarks: speed -->\n<!-- end of benchmarks -->", report.Measured([]))
 
 
