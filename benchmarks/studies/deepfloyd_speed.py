@@ -4,7 +4,7 @@
 
 Both stages have the shape of IF's with fewer channels and random weights. Both sides get prompt embeddings and run the
 same steps of ddpm with the learned variance, guidance and thresholding: diffusers through its pipelines, fastimagen
-through Stage.sample, which encodes the text once for all steps. They take turns, and a row has the median CPU seconds
+through Stage.sample, which encodes the text once for all steps. The two alternate; a row has the median CPU seconds
 of a step. `evaluations` are the steps of an image: diffusers' defaults, and 25 of dpmpp_2m (docs/samplers.md).
 """
 

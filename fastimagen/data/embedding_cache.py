@@ -233,7 +233,7 @@ def claim(path: Path) -> Iterator[bool]:
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
         handle = open(lock, "w")  # noqa: SIM115 - closed below
-    except OSError:  # a folder that cannot be written: complete caches in it can be checked all the same
+    except OSError:  # the folder is read-only: complete caches in it can still be checked
         yield True
         return
     with handle:

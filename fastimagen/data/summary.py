@@ -38,7 +38,7 @@ ASPECTS = ((1, 3), (9, 16), (2, 3), (3, 4), (1, 1), (4, 3), (3, 2), (16, 9), (3,
 def describe_data(
     train: Split, validation: Split | None, config: FastimagenConfig, stages: Sequence[StageConfig]
 ) -> list[str]:
-    """The lines about training data, each data set of a mixture by itself, and validation data.
+    """The lines about training data, one for each data set of a mixture, and validation data.
 
     Sizes are those of MAX_HEADERS images, lengths those of MAX_CAPTIONS captions. stages: none for shards alone, whose
     text encoder is not known.

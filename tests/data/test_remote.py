@@ -183,7 +183,7 @@ def test_a_bad_server_costs_bounded_time_and_is_named(tmp_path, server, faults, 
         with pytest.raises(ValueError, match=rf"^cannot fetch {url}: {message}"):  # without the signature
             open_shards(f"{url}?sig=secret", cache=cache)
     assert time.monotonic() - started < 10 and len(server.asked("0.tar")) == requests
-    if faults[0] == "break":  # goes on where it broke off
+    if faults[0] == "break":  # continues with a range request
         assert server.asked("0.tar")[0] is None and server.asked("0.tar")[1].startswith("bytes=")
     assert not left_over(tmp_path)
 

@@ -181,17 +181,17 @@ def main() -> None:
         train(folder, "adapters", tree, "base16")
         adapted = export(folder / "adapters", folder / "adapted")
 
-        rows, pictures, captions = {}, [], []
+        rows, shown, captions = {}, [], []
         for label, model in (("before", full), ("after", adapted)):
             for kind, colors in (("old colours", OLD), ("new colour", (NEW,))):
                 rows[f"{kind}, {label}"], images, texts = judge(model, colors, 2 if kind == "old colours" else 5)
                 chosen = range(0, 45, 8) if kind == "old colours" else range(6)
-                pictures += [images[index] for index in chosen]
+                shown += [images[index] for index in chosen]
                 captions += [f"{label}: {texts[index]}" for index in chosen]
                 print(kind, label, rows[f"{kind}, {label}"], flush=True)
     import torch
 
-    grid(torch.stack(pictures), captions).save(RESULT.with_suffix(".png"))
+    grid(torch.stack(shown), captions).save(RESULT.with_suffix(".png"))
     RESULT.write_text(
         json.dumps(
             {
