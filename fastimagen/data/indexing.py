@@ -13,7 +13,7 @@ from .embedding_cache import claim
 from .listed import ListedShard
 from .listing import index_some, manifest_part, store_manifest
 from .manifest import manifest_path, read_manifest, row_of, write_manifest
-from .remote_shard import checksum
+from .remote.shard import checksum
 from .shards import list_shards
 from .source import Say, open_source, reading_of, remote_cache, shard_sources
 

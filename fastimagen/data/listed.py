@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from .manifest import Row
-from .remote_shard import RemoteShard
+from .remote.shard import RemoteShard
+from .remote.transfer import TransferError
 from .shard import Shard
-from .transfer import TransferError
 
 MAX_OPEN_SHARDS = 64
 """Shards whose index is in memory: blocks of 4 (order.py) of several data sets, and those of validation."""

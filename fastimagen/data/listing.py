@@ -18,12 +18,12 @@ import numpy as np
 from ..files import first_line
 from .listed import ListedShard
 from .manifest import Entry, Row, manifest_path, read_manifest, row_of, write_manifest
-from .remote_cache import RemoteCache, sibling
-from .remote_shard import RemoteShard
+from .remote.cache import RemoteCache, sibling
+from .remote.shard import RemoteShard
+from .remote.transfer import URL, TransferError, check_protocol, shown
 from .shard import Reading, Shard
 from .shard_index import load_or_build_index, warn_not_stored
 from .tar_headers import stamp_of
-from .transfer import URL, TransferError, check_protocol, shown
 
 logger = logging.getLogger(__name__)
 

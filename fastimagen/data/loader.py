@@ -25,11 +25,11 @@ from ..images import from_uint8, open_rgb, resize_and_crop, to_pixels
 from ..network_config import NetworkConfig
 from ..seeds import random_bits
 from ..text.embeddings import PackedEmbeddings, TextEmbeddings
-from .ahead import Ahead
 from .mixture import Mixture
 from .order import CAPTIONS, CROPS, FLIPS, Order
+from .remote.ahead import Ahead
+from .remote.transfer import TransferError
 from .samples import Embeddings, Samples
-from .transfer import TransferError
 
 logger = logging.getLogger(__name__)
 

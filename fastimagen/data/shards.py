@@ -13,9 +13,9 @@ from ..extras import import_extra
 from ..words import counted
 from .listed import ListedShard
 from .listing import list_local, list_remote, lost_shard
-from .remote_cache import RemoteCache
+from .remote.cache import RemoteCache
+from .remote.transfer import URL, shown
 from .shard import PLAIN, Reading
-from .transfer import URL, shown
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,6 @@ from ..data_config import DataConfig, HeldOutConfig
 from ..text.embeddings import TextEmbeddings
 from ..text.t5 import encoder_identity, hub_commit
 from ..words import counted
-from .ahead import Ahead
 from .embedding_cache import cache_path, captions_hash, open_cache
 from .held_out import choose_held_out
 from .listed import ListedShard
@@ -25,7 +24,8 @@ from .listed_embeddings import ListedEmbeddings, list_embeddings
 from .loader import Batch, Loader
 from .mixture import Mixture, Part
 from .order import Order
-from .remote_cache import RemoteCache
+from .remote.ahead import Ahead
+from .remote.cache import RemoteCache
 from .shard import Reading
 from .shards import list_shards, open_shards
 

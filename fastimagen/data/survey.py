@@ -20,8 +20,8 @@ from .packing.rows import is_table, read_table
 from .packing.samples import Item, Unusable, read_local
 from .packing.table import table_items
 from .packing.writer import PackOptions
+from .remote.transfer import URL
 from .shards import list_shards, open_shards
-from .transfer import URL
 
 T = TypeVar("T")
 Read = Callable[[], bytes]

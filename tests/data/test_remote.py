@@ -19,7 +19,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fastimagen.config import FastimagenConfig
 from fastimagen.data.embedding_cache import cache_path, write_cache
 from fastimagen.data.indexing import index_all
-from fastimagen.data.remote_cache import RemoteCache, sibling
+from fastimagen.data.remote.cache import RemoteCache, sibling
 from fastimagen.data.shards import open_shards
 from fastimagen.data.source import open_data
 from fastimagen.data_config import RemoteConfig
@@ -212,7 +212,7 @@ def test_an_object_store_that_fails_is_asked_again_and_named(tmp_path, monkeypat
     store = fsspec.filesystem("memory")
     make_tar(tmp_path / "0.tar", sample_files(20))
     store.pipe("/bucket/0.tar", (tmp_path / "0.tar").read_bytes())
-    monkeypatch.setattr("fastimagen.data.transfer.CHUNK", 1000)
+    monkeypatch.setattr("fastimagen.data.remote.transfer.CHUNK", 1000)
     read, asked = MemoryFileSystem.cat_file, []
 
     def failing(self, path, start=None, end=None, **options):

@@ -13,7 +13,7 @@ from typing import Any
 
 from ... import __version__
 from ...extras import import_extra
-from ..transfer import PASSING, retry_after
+from ..remote.transfer import PASSING, retry_after
 from .samples import Item, Unusable, read_local
 
 MAX_HOSTS = 1000

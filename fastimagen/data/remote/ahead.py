@@ -6,7 +6,7 @@ import threading
 from collections.abc import Sequence
 from typing import Protocol
 
-from .listed import Download
+from ..listed import Download
 from .transfer import TransferError
 
 SHARDS_AHEAD = 12

@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from ..data_config import RemoteConfig
-from ..files import first_line
+from ...data_config import RemoteConfig
+from ...files import first_line
 from .transfer import TransferError, download, shown
 
 QUERY = re.compile(r"\?[^\s'\"]*")

@@ -6,11 +6,11 @@ import hashlib
 from dataclasses import replace
 from pathlib import Path
 
-from .manifest import Entry
-from .remote_cache import RemoteCache, sibling
-from .shard import Reading, Shard
-from .shard_index import index_shard, load_or_build_index, store_index
-from .tar_headers import OpenFile
+from ..manifest import Entry
+from ..shard import Reading, Shard
+from ..shard_index import index_shard, load_or_build_index, store_index
+from ..tar_headers import OpenFile
+from .cache import RemoteCache, sibling
 from .transfer import TransferError, shown
 
 

@@ -17,10 +17,10 @@ import time
 from functools import lru_cache
 from typing import Any, BinaryIO, Protocol
 
-from .. import __version__
-from ..data_config import RemoteConfig
-from ..extras import import_extra
-from ..files import first_line
+from ... import __version__
+from ...data_config import RemoteConfig
+from ...extras import import_extra
+from ...files import first_line
 
 URL = re.compile(r"(?:pipe|file):|[a-zA-Z][a-zA-Z0-9+.-]*://")
 

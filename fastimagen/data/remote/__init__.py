@@ -1,0 +1,1 @@
+"""Shards behind URLs: downloaded in bounded time into a bounded cache, ahead of the position."""
