@@ -108,7 +108,7 @@ def test_settings_reproduce_the_same_files(model: Path, tmp_path: Path) -> None:
         threshold={"base": "static"},
         negative=["a cross"],
     )
-    output.save(tmp_path / "first")
+    output.save(tmp_path / "first", filetype="webp")
     sample("--model", model, "--settings", tmp_path / "first/samples.json", "--out", tmp_path / "second")
     assert files(tmp_path / "second") == files(tmp_path / "first")
 

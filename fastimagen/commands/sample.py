@@ -20,7 +20,7 @@ from ..files import read_json_object, require_empty
 from ..sampling.distributed import exit_process, rank_and_world_size, sample_distributed
 from ..sampling.image_files import read_init_image, read_square_image
 from ..sampling.pipeline import ImagenPipeline
-from ..sampling.request import SamplingRequest
+from ..sampling.request import SamplingRequest, recorded_filetype
 from ..sampling.settings import sampling_settings
 from ..text.embeddings import TextEmbeddings
 
@@ -38,7 +38,9 @@ def sample(options: argparse.Namespace) -> None:
     callback = progress(pipe, request) if sys.stderr.isatty() else None
     output = sample_distributed(pipe, request, batch_size=options.batch_size, callback=callback)
     if output is not None:
-        print(output.save(options.out or unused_folder(DEFAULT_OUT), filetype=options.filetype))
+        recorded = recorded_filetype(options.settings) if options.settings else "png"
+        folder = options.out or unused_folder(DEFAULT_OUT)
+        print(output.save(folder, filetype=options.filetype or recorded))
     if rank_and_world_size()[1] > 1:
         exit_process()
 

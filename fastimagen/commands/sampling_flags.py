@@ -42,7 +42,9 @@ def _sample_flags(sample: argparse.ArgumentParser) -> None:
     source.add_argument("--settings", type=Path, help="samples.json, also from the web page: reproduce its images")
     sample.add_argument("--out", type=Path, help="new folder (default: samples, or samples-2, ... if that is taken)")
     sample.add_argument(
-        "--filetype", choices=["png", "jpg", "webp"], default="png", help="of the images (default: %(default)s)"
+        "--filetype",
+        choices=["png", "jpg", "webp"],
+        help="of the images (default: that of the images in the file of --settings, or png)",
     )
     sample.add_argument("--count", type=int, help="images of each caption; without captions, of the model (default: 1)")
     sample.add_argument("--seed", type=int, help="seed of the first image; the next ones count up (default: 0)")

@@ -6,14 +6,16 @@ import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
+import numpy as np
 from torch import Tensor
 
 from .. import __version__
 from ..config import SamplingConfig
 from ..diffusion.inpainting import InitImage
 from ..files import read_json_object
+from ..images import FileType
 from ..text.embeddings import TextEmbeddings
 from .settings import require_known, sampling_settings
 
@@ -204,6 +206,14 @@ class SamplingRequest:
         return cls(captions=captions, seeds=seeds, negative=negative, stop_at=stop_at, settings=settings)
 
 
+def recorded_filetype(path: str | Path) -> FileType:
+    """The file type of the images that a samples.json names; "png" if it names none, as older files."""
+    record = read_json_object(path)
+    names = [sample.get("image", "") for sample in record["samples"]]
+    ending = Path(names[0]).suffix.removeprefix(".") if names else ""
+    return cast(FileType, ending) if ending in get_args(FileType) else "png"
+
+
 KINDS: dict[str, tuple[type, str]] = {
     "text": (TextEmbeddings, "TextEmbeddings"),
     "init_image": (InitImage, "an InitImage; fastimagen.sampling.image_files.read_init_image reads one from a file"),
@@ -245,14 +255,21 @@ def _negative(captions: str | Sequence[str] | TextEmbeddings | None) -> list[str
 
 def _integer(value: int, name: str) -> int:
     try:
-        return operator.index(value)
+        return _index(value)
     except TypeError:
         raise ValueError(f"{name} must be an integer, got {value!r}") from None
 
 
+def _index(value: int) -> int:
+    """An integer of any kind as Python's; True and False, which a forgotten value looks like, are none."""
+    if isinstance(value, bool | np.bool_):
+        raise TypeError
+    return operator.index(value)
+
+
 def _integers(seeds: Iterable[int]) -> list[int]:
     try:
-        return [operator.index(seed) for seed in seeds]
+        return [_index(seed) for seed in seeds]
     except TypeError:
         raise ValueError(f"seeds must be a list of integers, one for each image, got {seeds!r}") from None
 

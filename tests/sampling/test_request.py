@@ -81,7 +81,7 @@ def test_seeds_are_integers_of_any_kind(seeds: Any) -> None:
     assert without_text.seeds == [5, 2] and without_text.labels == ["", ""]
 
 
-@pytest.mark.parametrize("seeds", [[0.0, 1.0], np.array([0.5, 1]), torch.tensor([0.0, 1.0]), ["0", "1"], 3])
+@pytest.mark.parametrize("seeds", [[0.0, 1.0], np.array([0.5, 1]), torch.tensor([0.0, 1.0]), ["0", "1"], [True, 2], 3])
 def test_seeds_that_are_not_integers_are_refused(seeds: Any) -> None:
     with pytest.raises(ValueError, match="seeds must be a list of integers"):
         SamplingRequest.of("a", count=2, seeds=seeds)
