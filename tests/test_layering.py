@@ -39,7 +39,7 @@ SAMPLER = {  # what sampling needs: runs with the core dependencies and reaches 
     "diffusion": "config diffusion_config images ops respacing",
     "text": "extras files",
     "cascade": "config config_file config_rules diffusion diffusion_config images networks seeds text",
-    "sampling": "cascade config config_file diffusion extras fastimagen files images text",
+    "sampling": "cascade config config_file diffusion extras fastimagen files images networks.lora text",
 }
 TRAINING = {
     "data": "config data_config network_config extras fastimagen files images seeds text words",

@@ -17,6 +17,7 @@ from ..cascade import Callback
 from ..diffusion.inpainting import InitImage
 from ..extras import require_extra
 from ..files import read_json_object, require_empty
+from ..sampling.adapters import parse_adapters
 from ..sampling.distributed import exit_process, rank_and_world_size, sample_distributed
 from ..sampling.image_files import read_init_image, read_square_image
 from ..sampling.pipeline import ImagenPipeline
@@ -103,6 +104,7 @@ def load_pipeline(options: argparse.Namespace) -> ImagenPipeline:
         compile=options.compile,
         offload=options.offload,
         guide=getattr(options, "guide", None),  # the web page and encode have no such flag
+        lora=parse_adapters(getattr(options, "lora", None) or []),  # encode has no such flag
     )
 
 
@@ -147,10 +149,18 @@ def recorded_request(options: argparse.Namespace) -> SamplingRequest:
         if getattr(options, name) is not None:
             flag = f"--{name.replace('_', '-')}"
             raise ValueError(f"--settings already sets {flag}: give only one of the two")
-    guide = read_json_object(options.settings).get("guide")
+    record = read_json_object(options.settings)
+    guide = record.get("guide")
     if (guide is None) != (options.guide is None):
         advice = f"give --guide {guide}" if guide else "leave out --guide"
         raise ValueError(f"{options.settings} was sampled {'with' if guide else 'without'} a guide: {advice}")
+    lora = record.get("lora") or {}  # older files have none
+    if sorted(lora.values()) != sorted(parse_adapters(options.lora or []).values()):  # the files may have moved
+        given = " ".join(f"{path}:{scale:g}" for path, scale in lora.items())
+        raise ValueError(
+            f"{options.settings} was sampled {'with' if lora else 'without'} adapters: "
+            f"{f'give --lora {given}' if lora else 'leave out --lora'}"
+        )
     return SamplingRequest.from_record(options.settings)
 
 

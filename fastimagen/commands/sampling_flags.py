@@ -24,6 +24,7 @@ def add_commands(command: Callable[[str, Callable[[argparse.Namespace], Any], st
     demo.add_argument("--port", type=int, default=7860, help="default: %(default)s")
     demo.add_argument("--auth", metavar="USER:PASSWORD", help="ask visitors for a password (default: ask for nothing)")
     _model_flags(demo)
+    _lora_flag(demo)
 
     evaluate = command("evaluate", _evaluate, "read the attributes in the captions back from sampled images")
     evaluate.add_argument("--data", choices=["shapes"], default="shapes", help="test captions; default: %(default)s")
@@ -102,8 +103,18 @@ def _model_flags(sub: argparse.ArgumentParser, *, batches: bool = False) -> None
         help="keep a stage on the GPU only while it runs; auto: if the weights fill the GPU (default: %(default)s)",
     )
     if batches:
+        _lora_flag(sub)
         sub.add_argument("--guide", metavar="MODEL", help="smaller or earlier model that guides (autoguidance)")
         sub.add_argument("--batch-size", type=int, default=32, help="images at a time (default: %(default)s)")
+
+
+def _lora_flag(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--lora",
+        nargs="+",
+        metavar="PATH[:SCALE]",
+        help="adapters (LoRA) to add to the weights, in memory: files or folders, each with a factor (default: 1)",
+    )
 
 
 def _sample(options: argparse.Namespace) -> None:

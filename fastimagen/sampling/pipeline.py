@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,14 +17,15 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..cascade import Callback, Cascade, StopSampling
-from ..config import CascadeConfig, CompileMode, SamplingConfig
+from ..config import CompileMode, SamplingConfig
 from ..diffusion.inpainting import InitImage
 from ..files import first_line
 from ..images import resize, with_channels
 from ..text.embeddings import TextEmbeddings
 from ..text.t5 import T5Encoder
 from .hub import locate_model, push_model
-from .model_directory import load_weights, read_model, write_model
+from .load import Lora, check_guide, load_cascade, scales_of
+from .model_directory import write_model
 from .output import Output
 from .request import SamplingRequest
 from .settings import Offload, require_known
@@ -43,7 +43,8 @@ class ImagenPipeline:
 
     text_encoder: entry of model_index.json. source: what samples.json calls the model. folder: its model directory,
     which holds the text encoder if that is included. guide: a worse model, with its source, that guides the stages of
-    the same names (autoguidance).
+    the same names (autoguidance). lora: the adapters that the weights of the cascade contain, by path, with their
+    scales.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class ImagenPipeline:
         compile: CompileMode | None = None,
         offload: Offload = "auto",
         guide: tuple[Cascade, str] | None = None,
+        lora: Mapping[str, float] | None = None,
     ) -> None:
         _require_one_of("compile", compile, (None, *get_args(CompileMode)))
         _require_one_of("offload", offload, get_args(Offload))
@@ -80,6 +82,7 @@ class ImagenPipeline:
                 for unet in part.unets.values():
                     unet.compile(mode=compile)
         self.text_encoder, self.source, self.folder = text_encoder, source, folder
+        self.lora = dict(lora or {})
         self._encoder: T5Encoder | None = None
 
     def __repr__(self) -> str:
@@ -114,6 +117,7 @@ class ImagenPipeline:
         compile: CompileMode | None = None,
         offload: Offload = "auto",
         guide: str | Path | None = None,
+        lora: Lora | None = None,
     ) -> ImagenPipeline:
         """Load a model directory, or OWNER/NAME from the Hugging Face hub at a branch, tag or commit `revision`.
 
@@ -123,15 +127,19 @@ class ImagenPipeline:
         all stages on `device`, "auto" offloads if the weights need more than half of the GPU's free memory.
         guide: another model, smaller or trained for less long, whose estimate with the same captions takes the place of
         that without captions in guidance (autoguidance, Karras et al. 2024).
+        lora: adapters that are added to the weights in memory, not to those of the guide: a file or folder (as
+        `fastimagen export --adapters` and diffusers write them), or several with a scale each, {path: scale}.
         Raises ValueError with one line if the folder is not a model directory or is damaged, if the hub has no such
-        model, or if the device is not available; ImportError for a model from the hub without huggingface_hub.
+        model, if adapters do not fit the model, or if the device is not available; ImportError for a model from the hub
+        without huggingface_hub.
         """
         folder, source = locate_model(path, revision)
-        cascade, index = _load_cascade(folder)
+        scales = scales_of(lora)
+        cascade, index = load_cascade(folder, scales)
         guiding = None
         if guide is not None:
             guide_folder, guide_source = locate_model(guide, None)
-            guiding = _load_cascade(guide_folder)[0], guide_source
+            guiding = load_cascade(guide_folder)[0], guide_source
         return cls(
             cascade,
             text_encoder=index.get("text_encoder"),
@@ -142,6 +150,7 @@ class ImagenPipeline:
             compile=compile,
             offload=offload,
             guide=guiding,
+            lora=scales,
         )
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None) -> ImagenPipeline:
@@ -286,7 +295,7 @@ class ImagenPipeline:
         settings = self._settings(request)
         running = self.cascade.running(request.start_at, request.stop_at, request.lowres)
         stages = {stage.name: settings[stage.name] for stage in running}
-        return request.record(model=self.source, guide=self.guide_source, stages=stages)
+        return request.record(model=self.source, guide=self.guide_source, lora=self.lora, stages=stages)
 
     def _settings(self, request: SamplingRequest) -> dict[str, SamplingConfig]:
         """Sampling settings of every stage. Raises ValueError if the request does not fit the model."""
@@ -389,38 +398,6 @@ class ImagenPipeline:
         """
         with tempfile.TemporaryDirectory(prefix="fastimagen-push-") as folder:
             return push_model(self.save_pretrained(Path(folder) / "model"), name, private=private, revision=revision)
-
-
-def _load_cascade(folder: Path) -> tuple[Cascade, dict[str, Any]]:
-    """The cascade of a model directory with its weights, and its model_index.json."""
-    config, weights, index = read_model(folder)
-    with torch.device("meta"):
-        cascade = Cascade(config)
-    for stage in config.stages:
-        load_weights(cascade.unets[stage.name], weights[stage.name], str(folder / stage.name), assign=True)
-    return cascade, index
-
-
-def check_guide(config: CascadeConfig, guide: CascadeConfig, source: str) -> None:
-    """Raise ValueError if the stages that both have do not compute the same thing, or if there are none."""
-    stages = {stage.name: stage for stage in config.stages}
-    shared = [stage for stage in guide.stages if stage.name in stages]
-    if not shared:
-        raise ValueError(f"the guide {source} has none of the stages {', '.join(stages)}")
-    for stage in shared:
-        for key in (
-            "size",
-            "schedule",
-            "augmentation",
-            "objective.prediction",
-            "objective.sigma_data",
-            "unet.channels",
-            "unet.lowres",
-            "unet.text_dim",
-        ):
-            own, other = (attrgetter(key)(one) for one in (stages[stage.name], stage))
-            if own != other:
-                raise ValueError(f'the guide {source} cannot guide stage "{stage.name}": its {key} is another')
 
 
 def _for_each_image(rows: Any, count: int) -> Any:

@@ -155,9 +155,16 @@ class SamplingRequest:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         return [self[start : start + batch_size] for start in range(0, len(self), batch_size)]
 
-    def record(self, *, model: str, stages: Mapping[str, SamplingConfig], guide: str | None = None) -> dict[str, Any]:
+    def record(
+        self,
+        *,
+        model: str,
+        stages: Mapping[str, SamplingConfig],
+        guide: str | None = None,
+        lora: Mapping[str, float] | None = None,
+    ) -> dict[str, Any]:
         """The content of samples.json. stages: the settings of every stage that runs, by name. guide: the other model
-        that guides."""
+        that guides. lora: the scales of the model's adapters by path."""
         negative = self.negative
         samples = [
             {"image": f"images/{index:06d}.png", "caption": caption, "seed": seed}
@@ -166,6 +173,7 @@ class SamplingRequest:
         return {
             "model": model,
             "guide": guide,
+            "lora": dict(lora or {}),
             "version": __version__,
             "text": EMBEDDINGS if self.text is not None and self.captions is None else None,
             "negative": EMBEDDINGS if isinstance(negative, TextEmbeddings) else negative,

@@ -19,11 +19,8 @@ from ..files import read_safetensors, write_safetensors
 from ..network_config import LoraConfig
 from ..networks.build import build_network
 from ..networks.lora import merge, target_layers
+from ..sampling.adapters import PREFIX
 
-ADAPTER_FILE = "pytorch_lora_weights.safetensors"
-"""What diffusers looks for in a folder with adapters."""
-PREFIX = "unet."
-"""Of names in that file: diffusers' pipelines may have adapters of their text encoder too."""
 BLOCKS, BLOCK_BYTES = 256, 1 << 16
 """What a fingerprint reads of a file: training changes every weight."""
 

@@ -16,9 +16,10 @@ from ..config import CascadeConfig, Config, StageConfig, StageTrainConfig, Train
 from ..config_file import load_config, validate
 from ..files import atomic_folder, read_safetensors, require_empty
 from ..presets import resolve
+from ..sampling.adapters import ADAPTER_FILE
 from ..sampling.model_directory import write_model
 from ..text.t5 import is_path
-from .adapters import ADAPTER_FILE, base_weights, merge_into_base, saved_lora, write_adapters
+from .adapters import base_weights, merge_into_base, saved_lora, write_adapters
 from .checkpoint import best, checkpoints, damage, read_average, read_state
 from .model_card import StageFacts, model_card
 from .power_average import MAX_SIGMA_REL
