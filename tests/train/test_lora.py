@@ -17,15 +17,18 @@ from fastimagen.files import read_safetensors
 from fastimagen.network_config import LoraConfig
 from fastimagen.networks.build import build_network
 from fastimagen.networks.lora import merge
+from fastimagen.sampling.adapters import ADAPTER_FILE
 from fastimagen.sampling.model_directory import read_model
-from fastimagen.train.adapters import ADAPTER_FILE
+from fastimagen.seeds import mix_seed
+from fastimagen.text.embeddings import TextEmbeddings
 from fastimagen.train.checkpoint import read_average
 from fastimagen.train.export import export, export_adapters
 from fastimagen.train.plan import Target, headline, plan_stage
 from fastimagen.train.run_config import as_trained
-from fastimagen.train.stage_setup import resolve_cascade
+from fastimagen.train.stage_setup import initial_unet, resolve_cascade
 from fastimagen.train.trainer import Trainer
 from tests.conftest import toy_cascade, toy_tree, write_toy_model
+from tests.drills.forked import free_port
 from tests.forked import ForkedProcess
 
 LORA = {"rank": 2, "alpha": 8.0}
@@ -35,7 +38,7 @@ def tree(data: Path, model: Path, lora: dict[str, Any] | None = LORA, **stage: A
     """A configuration that trains adapters of the base stage of a model."""
     found = toy_tree(data)
     found["fastimagen"]["cascade"] = {"model": str(model)}
-    found["fastimagen"]["train"] |= {"steps": 4, "stages": {"base": {"lora": lora, **stage}}}
+    found["fastimagen"]["train"] |= {"steps": 3, "validation_samples": 4, "stages": {"base": {"lora": lora, **stage}}}
     return found
 
 
@@ -44,14 +47,27 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_toy_model(tmp_path_factory.mktemp("lora") / "model")
 
 
-def train(config: dict[str, Any], run: Path) -> str:
+def train(config: dict[str, Any], run: Path, ranks: int = 1) -> str:
+    """Train the base stage. Returns what the first rank printed."""
     run.parent.mkdir(exist_ok=True)
     path = run.parent / "ds.json"
     path.write_text(json.dumps(config))
-    process = ForkedProcess(["train", "--config", str(path), "--run-dir", str(run), "--stage", "base"])
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, output
-    return output
+    world = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
+    world["MASTER_PORT"] = str(free_port())
+    arguments = ["train", "--config", str(path), "--run-dir", str(run), "--stage", "base"]
+    processes = [
+        ForkedProcess(arguments, environment=world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {})
+        for rank in range(ranks)
+    ]
+    outputs = [process.communicate(timeout=240)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * ranks, "\n".join(outputs)
+    return outputs[0]
+
+
+def records(run: Path, key: str) -> dict[int, float]:
+    """{step: value} of metrics.jsonl."""
+    found = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return {record["step"]: record[key] for record in found if key in record}
 
 
 def check(config: dict[str, Any], run: Path) -> None:
@@ -62,25 +78,31 @@ def check(config: dict[str, Any], run: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_keeps_adapters_resumes_and_is_exported(toy_data: Path, tmp_path: Path) -> None:
+def test_a_run_of_two_ranks_keeps_adapters_resumes_on_one_and_is_exported(toy_data: Path, tmp_path: Path) -> None:
     run, model = tmp_path / "run", write_toy_model(tmp_path / "model")
     before = (model / "base/model.safetensors").read_bytes()
-    output = train(tree(toy_data, model), run)
+    output = train(tree(toy_data, model) | {"zero_optimization": {"stage": 2}}, run, ranks=2)
     assert "of them in adapters, which alone are trained)" in output
     checkpoints = run / "checkpoints/base"
-    adapters = read_average(checkpoints / "step-00000004")
+    adapters = read_average(checkpoints / "step-00000003")
     assert all(".lora_A.weight" in name or ".lora_B.weight" in name for name in adapters)
     assert all(weight.any() for weight in adapters.values()), "every adapter has learned"
+    seed = mix_seed(0, "base", "weights")
+    drawn = initial_unet(toy_cascade().stages[0], seed=seed, init_from=str(model), lora=LoraConfig(**LORA)).state_dict()
+    for name, weight in adapters.items():
+        assert (weight - drawn[name]).abs().max() < 0.05, "both ranks start from the same adapters"
 
-    # What a killed run has: the checkpoint of step 2. It ends as the one that was not killed, also where the frozen
-    # weights are partitioned, which validation and export gather.
+    # What a killed run has: the checkpoint of step 2. It ends as the one that was not killed, also on one rank, where
+    # the frozen weights are partitioned, which validation and export gather.
     killed = tmp_path / "killed"
     shutil.copytree(run, killed)
-    shutil.rmtree(killed / "checkpoints/base/step-00000004")
-    partitioned = tree(toy_data, model) | {"zero_optimization": {"stage": 3}}
-    assert "resuming from step 2" in (output := train(partitioned, killed)) and "base 4/4  val_loss" in output
-    again = read_average(killed / "checkpoints/base/step-00000004")
-    torch.testing.assert_close(again, adapters)
+    shutil.rmtree(killed / "checkpoints/base/step-00000003")
+    output = train(tree(toy_data, model) | {"zero_optimization": {"stage": 3}}, killed)
+    assert "resuming from step 2" in output and "base 3/3  val_loss" in output
+    torch.testing.assert_close(read_average(killed / "checkpoints/base/step-00000003"), adapters)
+    for key, steps in (("loss", {1, 2, 3}), ("val_loss", {3})):
+        ours, theirs = records(killed, key), records(run, key)
+        assert ours.keys() == theirs.keys() == steps and ours == pytest.approx(theirs, rel=0, abs=2e-6)
     recorded = json.loads((killed / "config.json").read_text())["fastimagen"]["train"]["stages"]["base"]
     assert recorded["lora"] == {**LORA, "targets": None}
 
@@ -98,6 +120,15 @@ def test_a_run_keeps_adapters_resumes_and_is_exported(toy_data: Path, tmp_path: 
     ]
     assert all(torch.equal(weights["sr"][name], base["sr"][name]) for name in base["sr"])
     assert (model / "base/model.safetensors").read_bytes() == before
+
+    # Not merged: the adapters beside the layers, as they were trained, compute the same.
+    unmerged = initial_unet(cascade.stages[0], seed=0, init_from=str(model), lora=LoraConfig(**LORA))
+    unmerged.load_state_dict(adapters, strict=False)
+    merged = initial_unet(cascade.stages[0], seed=0, init_from=str(tmp_path / "exported"))
+    inputs = torch.randn(2, 3, 8, 8), torch.tensor([7.0, 500.0])
+    text = TextEmbeddings(torch.randn(2, 5, 64), torch.ones(2, 5, dtype=torch.bool))
+    expected_output = unmerged(*inputs, text=text)
+    assert (merged(*inputs, text=text) - expected_output).abs().max() <= 1e-5 * expected_output.abs().max()
 
     # Alone: names of PEFT, alpha equal to the rank; and averages of another length.
     alone = read_safetensors(export_adapters(run, tmp_path / "alone") / "base" / ADAPTER_FILE)

@@ -120,7 +120,9 @@ def take_step(engine: Any, ema: EMA, step: int) -> None:
 
 
 CPU = {"device": "cpu"}
+ADAPTERS = "adapters, "  # the network is frozen beside them
 RESUMES: dict[str, tuple[dict, dict, str, dict, str]] = {  # optimizer, ZeRO and dtype that write; those that read
+    f"{ADAPTERS}AdamW, fp32, ZeRO 3 -> 2": (ADAMW, {"stage": 3}, "fp32", {"stage": 2}, "fp32"),
     "Muon, bf16, ZeRO 3 -> 1": (MUON, {"stage": 3}, "bf16", {"stage": 1}, "bf16"),
     "Muon, fp32, ZeRO 2 -> 1 with offloading": (
         MUON,
@@ -149,13 +151,18 @@ RESUMES: dict[str, tuple[dict, dict, str, dict, str]] = {  # optimizer, ZeRO and
 
 def check_resuming(optimizer: dict, wrote: dict, dtype: str, reads: dict, reads_dtype: str, folder: Path) -> None:
     """A checkpoint has the same weights, averages and moments in any engine that reads it, and steps go on alike."""
+    from fastimagen.network_config import LoraConfig
+    from fastimagen.networks.lora import add_lora
     from fastimagen.train import engine_state
     from fastimagen.train.checkpoint_writer import CheckpointWriter
     from fastimagen.train.flat_weights import FlatWeights
 
     def start(zero: dict, dtype: str) -> tuple[Any, FlatWeights, EMA]:
         torch.manual_seed(0)
-        engine = make_engine(Net(), {"first.weight", "second.weight"}, optimizer, zero, dtype)
+        net = Net()
+        if folder.name.startswith(ADAPTERS):
+            add_lora(net, LoraConfig(rank=2, targets=("first", "second", "third")))
+        engine = make_engine(net, {"first.weight", "second.weight"}, optimizer, zero, dtype)
         weights = FlatWeights(engine)
         return engine, weights, EMA(weights.shards, EMAConfig())
 
@@ -177,7 +184,8 @@ def check_resuming(optimizer: dict, wrote: dict, dtype: str, reads: dict, reads_
         from deepspeed.runtime.zero import GatheredParameters
 
         with GatheredParameters(list(engine.module.parameters())):
-            return {name: weight.detach().clone() for name, weight in engine.module.named_parameters()}
+            trained = filter(lambda item: item[1].requires_grad, engine.module.named_parameters())
+            return {name: weight.detach().clone() for name, weight in trained}
 
     engine, weights, ema = start(wrote, dtype)
     for step in (1, 2, 3):
