@@ -120,6 +120,13 @@ class Stage:
             return {"text": text, "keep_text": keep}
         return {"text": text.where(keep, self._empty_text(text))}
 
+    def null_text(self, text: TextEmbeddings) -> TextEmbeddings | None:
+        """What stands for no caption beside text (B, L, E), for each of its rows; None where the network has null text.
+
+        Raises ValueError if the embeddings of the empty caption are not given.
+        """
+        return None if self.config.unet.has_null_text else self._empty_text(text)[[0] * len(text)]
+
     def _empty_text(self, like: TextEmbeddings) -> TextEmbeddings:
         """The embeddings (1, L, E) of the empty caption, on the device and in the dtype of `like`."""
         if self.empty_text is None:
@@ -246,8 +253,7 @@ class Stage:
         if text is None or weight is None:
             state = None if text is None else unet.encode_text(text)
             return Denoiser(self._network(unet, state, condition, sampling), self.diffusion, sampling)
-        if negative is None and not self.config.unet.has_null_text:
-            negative = self._empty_text(text)[[0] * len(text)]  # B empty captions
+        negative = self.null_text(text) if negative is None else negative
         conditional = None
         if guide is not None or sampling.guidance_range is not None:
             conditional = self._network(unet, unet.encode_text(text), condition, sampling)

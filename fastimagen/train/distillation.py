@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from ..diffusion.distillation import Predict, Segments
 from ..diffusion.draws import Draws
 from ..diffusion.guidance import guided
 from ..diffusion.process import expand
+from ..diffusion.schedule import make_schedule
 from ..diffusion_config import ObjectiveConfig
 from ..files import read_safetensors
 from ..networks.build import build_network
@@ -35,6 +36,8 @@ from ..text.t5 import T5_NAMES, encoder_identity
 FIRST_SUBSTEPS = 4  # of consistency distillation, which doubles them in the training, as in its paper
 STUDENT_STEPS, ENLARGING_STEPS = 4, 2
 """Steps of a student by default; its low-resolution input decides nearly all of a super-resolution stage's image."""
+SMALL_ALPHA = 1e-3
+"""At the noisiest time, 5e-5 for DeepFloyd IF: errors of a predicted epsilon reach x0 more than a thousandfold."""
 
 
 # ---- configuration
@@ -59,10 +62,11 @@ def student_cascade(teacher: CascadeConfig, steps: int | Mapping[str, int] | Non
 
 
 def student_of(teacher: StageConfig, steps: int) -> StageConfig:
-    """The stage of a student that samples in `steps` steps of DDIM."""
+    """The stage of a student that samples in `steps` steps of DDIM. What its network predicts of a variance is not
+    trained, because DDIM needs none."""
     old = teacher.objective
     objective = ObjectiveConfig(  # captions are never dropped, and the loss has a weight of its own
-        prediction=old.prediction,
+        prediction=_prediction_of_student(teacher),
         loss=old.loss,
         difference_weight=old.difference_weight,
         sigma_data=old.sigma_data,
@@ -80,6 +84,17 @@ def student_of(teacher: StageConfig, steps: int) -> StageConfig:
     return validate(StageConfig, changed, f"the student of stage {teacher.name}")
 
 
+def _prediction_of_student(teacher: StageConfig) -> Literal["epsilon", "x0", "v", "edm", "flow"]:
+    """The teacher's own, or v in place of epsilon where x0 = (x - sigma epsilon) / alpha has nothing left of it at the
+    time from which a student takes its first, large step."""
+    prediction = teacher.objective.prediction
+    if prediction != "epsilon":
+        return prediction
+    schedule = make_schedule(teacher.schedule)
+    alpha, _ = schedule.alpha_sigma(schedule.sampling_times(1)[:1])
+    return "v" if alpha.item() < SMALL_ALPHA else prediction
+
+
 def check_distillation(cascade: CascadeConfig, distill: DistillConfig) -> None:
     """Raise ValueError, with one line that names the key, for a cascade that the model of `distill` cannot teach."""
     teacher = read_cascade(distill.model)[0]
@@ -94,8 +109,6 @@ def check_distillation(cascade: CascadeConfig, distill: DistillConfig) -> None:
             )
         if stage.objective.perceptual is not None:
             raise ValueError(f"{label}: distillation has a loss of its own: set objective.perceptual to null")
-        if not other.unet.has_null_text:
-            raise ValueError(f'{label}: a network of kind "{other.unet.kind}" cannot be distilled yet')
         for name in ("size", "schedule", "augmentation"):
             if getattr(stage, name) != getattr(other, name):
                 raise ValueError(f"{label} differs from that of {distill.model} in {name}")
@@ -117,10 +130,12 @@ def describe_distillation(student: StageConfig, distill: DistillConfig) -> str:
     teacher = read_cascade(distill.model)[0].stage(student.name)
     halves = 1 if teacher.unet.text_dim is None or teacher.sampling.guidance == 1 else 2
     calls = halves * distill.substeps if distill.method == "progressive" else halves + 1
+    own, others = student.objective.prediction, teacher.objective.prediction
+    changed = "" if own == others else f" It predicts {own} and its teacher {others}: give it more training steps."
     return (
         f"learns {student.sampling.steps} steps from {distill.model}, {distill.method}, {distill.substeps} substeps "
         f"each; its frozen teacher adds {parameters / 1e6:.2f} M parameters in memory and {calls} forward passes to "
-        f"a training step: estimates leave both out"
+        f"a training step: estimates leave both out.{changed}"
     )
 
 
@@ -169,7 +184,7 @@ class Teacher:
 
     def __init__(self, student: Stage, model: str, device: torch.device, dtype: torch.dtype) -> None:
         config = read_cascade(model)[0].stage(student.name)
-        self.stage = Stage(config)
+        self.stage = Stage(config, empty_text=student.empty_text)
         with torch.device("meta"):
             self.network: Network = build_network(config.unet)
         path = Path(model) / config.name / "model.safetensors"
@@ -184,8 +199,10 @@ class Teacher:
         keywords: dict[str, Any] = dict(condition)
         if weight is not None:
             keywords = {name: torch.cat([value, value]) for name, value in condition.items()}  # (2B, ...)
-        if text is not None:
-            keywords["text"] = network.encode_text(text) if weight is None else encode_halves(network, text)
+        if text is not None and weight is None:
+            keywords["text"] = network.encode_text(text)
+        elif text is not None:
+            keywords["text"] = encode_halves(network, text, self.stage.null_text(text))
 
         def predict(x: Tensor, time: Tensor) -> Tensor:
             model_input, network_time = diffusion.network_input(x, time), diffusion.schedule.network_time(time)
@@ -197,9 +214,14 @@ class Teacher:
                 conditional, unconditional = both.chunk(2)  # (B, C, H, W) each
                 weights = torch.where(guided(diffusion, sampling, time), weight, 1.0)  # (B,)
                 output = unconditional.lerp(conditional, expand(weights, x).to(x.dtype))
-            return _thresholded(diffusion.x0(output, x, time), sampling)
+            return _thresholded(diffusion.x0(_without_variance(output, x), x, time), sampling)
 
         return predict
+
+
+def _without_variance(output: Tensor, x: Tensor) -> Tensor:
+    """The prediction for x (B, C, H, W) in a network's output (B, C or 2 C, H, W)."""
+    return output[:, : x.shape[1]]  # (B, C, H, W)
 
 
 def _thresholded(x0: Tensor, sampling: SamplingConfig) -> Tensor:
@@ -237,7 +259,7 @@ class Distillation:
         def predict(x: Tensor, time: Tensor) -> Tensor:
             keywords: dict[str, Any] = condition if text is None else {**condition, "text": text}
             output = unet(diffusion.network_input(x, time), diffusion.schedule.network_time(time), **keywords)
-            return diffusion.x0(output, x, time)
+            return diffusion.x0(_without_variance(output, x), x, time)
 
         def predict_as_sampled(x: Tensor, time: Tensor) -> Tensor:
             return _thresholded(predict(x, time), self.student.config.sampling)

@@ -15,6 +15,7 @@ from fastimagen.cli import main, parser
 from fastimagen.commands.distill import student_config
 from fastimagen.config import CascadeConfig, Config, DistillConfig
 from fastimagen.config_file import config_from_dict
+from fastimagen.networks.build import build_network
 from fastimagen.sampling.pipeline import ImagenPipeline
 from fastimagen.seeds import image_noise
 from fastimagen.text.embeddings import TextEmbeddings
@@ -30,7 +31,7 @@ TEXT = TextEmbeddings(
 PREDICTIONS: list[dict[str, Any]] = [
     {"prediction": "v"},
     {"prediction": "x0", "loss": "huber", "difference_weight": 1.0},
-    {"prediction": "epsilon"},
+    {"prediction": "epsilon", "schedule": {"name": "linear", "timesteps": 1000}},
     {"prediction": "edm", "times": "edm"},
 ]
 
@@ -89,15 +90,70 @@ def test_a_target_is_what_the_teacher_samples(name: str, sampling: dict, tmp_pat
 @pytest.mark.parametrize("changes", PREDICTIONS, ids=lambda changes: changes["prediction"])
 def test_a_student_that_is_its_teacher_has_no_error(name: str, changes: dict, tmp_path: Path) -> None:
     """In one step of the teacher without guidance, for every kind of prediction; with guidance it has to learn."""
-    plain = teacher(tmp_path / "plain", {"guidance": 1.0, "threshold": "none"}, objective=changes)
+    schedule = {"schedule": changes["schedule"]} if "schedule" in changes else {}
+    changes = {"objective": {key: value for key, value in changes.items() if key != "schedule"}, **schedule}
+    plain = teacher(tmp_path / "plain", {"guidance": 1.0, "threshold": "none"}, **changes)
     unet = ImagenPipeline.from_pretrained(plain).cascade.unets[name]
     own = objective(plain, name, 5, substeps=1)
     pixels = images(own.student.config.size)
     draws = own.student.draw(0, [0, 1], pixels)
     assert own.training_loss(unet, pixels, TEXT, draws).tolist() == pytest.approx([0, 0], abs=1e-8)
     if name == "base":
-        guided = teacher(tmp_path / "guided", {"guidance": 4.0, "threshold": "none"}, objective=changes)
+        guided = teacher(tmp_path / "guided", {"guidance": 4.0, "threshold": "none"}, **changes)
         assert objective(guided, name, 5, substeps=1).training_loss(unet, pixels, TEXT, draws).min() > 1e-6
+
+
+IF_UNET = {
+    **dict(kind="if", dims=(16, 32), num_blocks=1, attention=(False, True), head_dim=16, pool_heads=4, groups=8),
+    **dict(text_dim=64, max_text_length=4, zero_init=False),
+}
+EMPTY = TextEmbeddings(
+    torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(2)), torch.ones(1, 4, dtype=torch.bool)
+)
+
+
+@pytest.mark.parametrize("name", ["base", "sr"])
+def test_a_network_of_deepfloyd_if_teaches_its_guided_steps(name: str, tmp_path: Path) -> None:
+    """Guided against the empty caption, on IF's schedule, with a variance behind its prediction that stays as it is."""
+    stages = toy_cascade().model_dump()["stages"]
+    for stage in stages:
+        stage["unet"] = IF_UNET | {"lowres": stage["name"] == "sr"}
+        stage["schedule"] = {"name": "squaredcos", "timesteps": 1000}
+        stage["objective"] = {"prediction": "epsilon", "variance": "hybrid"}
+        stage["sampling"] = {
+            "guidance": 3.0,
+            "percentile": 0.9,
+            "ceiling": 1.5,
+            "variance": "learned",
+            "sampler": "ddpm",
+        }
+    model = write_toy_model(tmp_path / "if", config=CascadeConfig.model_validate({"stages": stages}))
+    pipe = ImagenPipeline.from_pretrained(model)
+    stage, size = pipe.cascade.stages[["base", "sr"].index(name)], {"base": 8, "sr": 16}[name]
+    stage.empty_text = EMPTY
+    config = student_cascade(pipe.cascade.config, 1).stage(name)
+    assert (config.objective.prediction, config.objective.variance) == ("v", "frozen")  # alpha is 5e-5 at the start
+    assert config.unet == stage.config.unet
+    student = Stage(config, pipe.cascade.config.below(name), empty_text=EMPTY)
+    own = distillations(student, DistillConfig(model=str(model), substeps=3), 8, CPU, FLOAT)(1)
+
+    noise, lowres = image_noise([3, 4], (3, size, size), stage=name, step=-1, device=CPU), None
+    condition: dict[str, torch.Tensor] = {}
+    if name == "sr":
+        lowres = images(8)
+        added = image_noise([3, 4], (3, size, size), stage="sr/augmentation", step=0, device=CPU)
+        condition = stage.lowres_condition(lowres, torch.tensor(0.1, dtype=torch.float64), added)
+    settings = stage.config.sampling.model_copy(update={"sampler": "ddim", "variance": "small", "steps": 3})
+    sampled = stage.sample(pipe.cascade.unets[name], TEXT, [3, 4], lowres=lowres, sampling=settings)
+    with torch.no_grad():
+        target = own.segments.target(torch.zeros(2, dtype=torch.long), noise, own.teacher.predict(TEXT, condition))
+    torch.testing.assert_close(target.clamp(-1, 1), sampled, rtol=0, atol=2e-5)
+
+    unet = build_network(config.unet)
+    pixels = images(size)
+    own.training_loss(unet, pixels, TEXT, student.draw(0, [0, 1], pixels)).mean().backward()
+    last = unet.get_parameter("conv_out.weight").grad
+    assert last is not None and last[:3].any() and not last[3:].any(), "the variance is not trained"
 
 
 def test_gradients_reach_the_student_and_not_the_teacher(tmp_path: Path) -> None:
