@@ -383,6 +383,17 @@ def open_cache(
     return cache
 
 
+def check_download(path: Path) -> None:
+    """Read all of a cache that has been downloaded. Raises ValueError, one line without its temporary name, if it is
+    damaged."""
+    from safetensors import SafetensorError
+
+    try:
+        EmbeddingCache(path).check()
+    except (SafetensorError, ValueError) as error:
+        raise ValueError("it is damaged: bytes have changed") from error
+
+
 def _difference(found: Sequence[str], expected: Sequence[str]) -> str:
     """How the samples of a cache differ from those of the shard."""
     if len(found) != len(expected):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ class Download:
 
     def __init__(self, fetch: Callable[[bool], object]) -> None:
         self._fetch, self._lock = fetch, threading.Lock()
-        self._problem: TransferError | None = None
+        self._problem: tuple[str, bool] | None = None  # an error itself would keep the frames of all who raised it
 
     def __call__(self, wait: bool = True) -> None:
         """Make sure that the file is here. Raises TransferError, also whenever it is called again; without `wait`,
@@ -54,9 +55,9 @@ class Download:
                 try:
                     self._fetch(wait)
                 except TransferError as error:
-                    self._problem = error
+                    self._problem = str(error), error.missing
             if self._problem is not None:
-                raise self._problem
+                raise TransferError(self._problem[0], missing=self._problem[1])
 
 
 class ListedShard:
@@ -142,6 +143,7 @@ class ListedShard:
 def _open(listed: ListedShard) -> tuple[Shard, np.ndarray | None]:
     if listed.download is not None:
         listed.download()
+        _close_removed()
     shard, entry = open_whole(listed.opener), listed.row.entry
     if (len(shard), shard.samples_hash) != (entry.samples, entry.samples_hash):
         raise ValueError(f"shard {listed.path} has changed since it was indexed: rerun the command")
@@ -154,4 +156,36 @@ def _open(listed: ListedShard) -> tuple[Shard, np.ndarray | None]:
 @lru_cache(maxsize=MAX_OPEN_SHARDS)
 def open_whole(opener: Callable[[], Shard]) -> Shard:
     """The shard that an opener opens, of which several selections and the embeddings have need."""
-    return opener()
+    shard = opener()
+    if shard.file is not None:
+        with _held_lock:
+            _held[shard.path] = os.fstat(shard.file.fd).st_ino
+    return shard
+
+
+CLOSE: list[Callable[[], None]] = [_open.cache_clear, open_whole.cache_clear]
+"""Forget what is open: files are closed when nobody reads them."""
+
+_held: dict[str, int] = {}
+"""The remote shards that have been opened since the last time that all were closed, with their inodes."""
+
+_held_lock = threading.Lock()
+
+
+def _close_removed() -> None:
+    """Close all shards if the cache of remote ones has removed one of them: open files keep their space on the disk.
+    Those that are still read are opened again."""
+    with _held_lock:
+        if all(_inode(path) == inode for path, inode in _held.items()):
+            return
+        _held.clear()
+        for close in CLOSE:
+            close()
+
+
+def _inode(path: str) -> int | None:
+    """None if there is no such file."""
+    try:
+        return os.stat(path).st_ino
+    except FileNotFoundError:
+        return None

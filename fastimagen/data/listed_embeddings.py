@@ -10,8 +10,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .embedding_cache import EmbeddingCache, cache_path, open_cache
-from .listed import MAX_OPEN_SHARDS, Download, ListedShard, open_whole
+from .embedding_cache import EmbeddingCache, cache_path, check_download, open_cache
+from .listed import CLOSE, MAX_OPEN_SHARDS, Download, ListedShard, open_whole
 from .shard import Shard
 
 
@@ -28,13 +28,18 @@ def list_embeddings(
         if not (trust or shard.lost) and not _matches(path, identity, shard.row.entry.samples_hash):
             open_embeddings(open_whole(shard.opener), path, identity)  # says what is wrong
         return ListedEmbeddings(shard, lambda whole: open_embeddings(whole, path, identity))
-    suffix = path.name.removeprefix(Path(shard.path).stem)
+    fetch = partial(remote.fetch_beside, path.name.removeprefix(Path(shard.path).stem), check=check_download)
 
-    return ListedEmbeddings(
-        shard,
-        lambda whole: open_embeddings(whole, remote.fetch_beside(suffix), identity),
-        Download(partial(remote.fetch_beside, suffix)),
-    )
+    def opener(whole: Shard) -> EmbeddingCache:
+        while True:
+            path = fetch()
+            try:
+                return open_embeddings(whole, path, identity)
+            except ValueError:
+                if path.exists():
+                    raise  # otherwise it was removed for another one since it was fetched
+
+    return ListedEmbeddings(shard, opener, Download(fetch))
 
 
 def open_embeddings(shard: Shard, path: Path, identity: Mapping[str, str]) -> EmbeddingCache:
@@ -88,3 +93,6 @@ def _open_embeddings(listed: ListedEmbeddings) -> EmbeddingCache:
     if listed.download is not None:
         listed.download()
     return listed.opener(open_whole(listed.shard.opener))
+
+
+CLOSE.append(_open_embeddings.cache_clear)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import fcntl
-import http.server
 import itertools
 import shutil
 import threading
 import time
-from collections import defaultdict
 from pathlib import Path
 
 import fsspec
@@ -26,67 +24,10 @@ from fastimagen.data_config import RemoteConfig
 from fastimagen.text.embeddings import TextEmbeddings
 from tests.data.test_loader import image
 from tests.data.test_shards import make_tar, sample_files
+from tests.faulty_server import Server
 
 PATIENCE = RemoteConfig(timeout=0.3, tries=3, pause=0.01, longest_pause=0.05)
 LITTLE = PATIENCE.model_copy(update={"tries": 2})
-
-
-class Server(http.server.ThreadingHTTPServer):
-    """Serves a folder. faults: what happens at the next requests of a path; requests: (path, Range) of all."""
-
-    daemon_threads = True
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.folder, self.faults, self.requests = folder, defaultdict(list), []
-        self.ending = threading.Event()
-
-    def url(self, name: str) -> str:
-        return f"http://127.0.0.1:{self.server_port}/{name}"
-
-    def asked(self, name: str) -> list[str | None]:
-        return [range_ for path, range_ in self.requests if path == f"/{name}"]
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    server: Server
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def do_GET(self) -> None:
-        path, range_ = self.path.partition("?")[0], self.headers.get("Range")
-        self.server.requests.append((path, range_))
-        fault = self.server.faults[path].pop(0) if self.server.faults[path] else ""
-        file = self.server.folder / path.lstrip("/")
-        if fault[:3].isdigit() or not file.is_file():
-            self.send_response(int(fault[:3] or 404))
-            if "wait" in fault:
-                self.send_header("Retry-After", fault.rpartition(" ")[2])
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        content, start = file.read_bytes(), 0
-        if fault == "stall":
-            self.server.ending.wait(2)
-            return
-        if range_ and fault != "no ranges":
-            start = int(range_.removeprefix("bytes=").rstrip("-"))
-            self.send_response(206)
-            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-        else:
-            self.send_response(200)
-        self.send_header("ETag", f'"{len(content)}"')
-        self.send_header("Content-Length", str(len(content) - start))
-        self.end_headers()
-        if fault == "break":
-            self.wfile.write(content[start : (start + len(content)) // 2])
-        elif fault == "slow":
-            while not self.server.ending.wait(0.02):
-                self.wfile.write(content[start : start + 10])
-        else:
-            self.wfile.write(content[start:])
-        self.close_connection = True
 
 
 @pytest.fixture

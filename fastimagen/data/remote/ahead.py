@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -14,6 +15,9 @@ SHARDS_AHEAD = 12
 
 THREADS = 2
 """Downloads at a time and process. The processes of a node share their cache, and download different shards."""
+
+PATIENCE = 5.0
+"""Seconds that `close` waits. A thread that is killed with the process inside of PyTorch would abort it."""
 
 
 class Remote(Protocol):
@@ -39,14 +43,15 @@ class Ahead:
         self.shards, self.embeddings, self.order = shards, embeddings, order
         self._wanted: list[int] = []
         self._begun: set[int] = set()
-        self._changed, self._threads, self._closed = threading.Condition(), 0, False
+        self._threads: list[threading.Thread] = []
+        self._changed, self._closed = threading.Condition(), False
 
     def reach(self, position: int) -> None:
         """Say that samples from `position` on are about to be read."""
         wanted = self.order.ahead(position, SHARDS_AHEAD)
-        while self._threads < THREADS:
-            self._threads += 1
-            threading.Thread(target=self._work, daemon=True, name=f"ahead-{self._threads}").start()
+        while len(self._threads) < THREADS:
+            self._threads.append(threading.Thread(target=self._work, daemon=True, name=f"ahead-{len(self._threads)}"))
+            self._threads[-1].start()
         with self._changed:
             if wanted != self._wanted:
                 self._wanted = wanted
@@ -54,15 +59,18 @@ class Ahead:
                 self._changed.notify_all()
 
     def close(self) -> None:
-        """Begin no other download."""
+        """Begin no other download, and wait a little for those that have begun: a server may not answer for long."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+        deadline = time.monotonic() + PATIENCE
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     def _work(self) -> None:
         while (shard := self._next()) is not None:
             for item in (self.shards[shard], None if self.embeddings is None else self.embeddings[shard]):
-                if item is not None and item.download is not None:
+                if item is not None and item.download is not None and not self._closed:
                     try:
                         item.download(wait=False)
                     except BlockingIOError:

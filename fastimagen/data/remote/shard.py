@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,10 +50,19 @@ class RemoteShard:
             if shard.stamp == file.stamp:
                 return replace(shard, file=file)
 
-    def fetch_beside(self, suffix: str, wait: bool = True) -> Path:
-        """The file STEM + suffix beside the shard, such as its embeddings; it comes and goes with the shard."""
-        path = self.path.with_name(f"{self.path.name}{suffix}")
-        return self.cache.get(sibling(self.url, f"{self.path.stem}{suffix}"), path, lambda part: None, wait=wait)
+    def fetch_beside(self, suffix: str, wait: bool = True, check: Callable[[Path], None] = lambda part: None) -> Path:
+        """The file STEM + suffix beside the shard, such as its embeddings; it comes and goes with the shard.
+
+        check: raises ValueError if what has been downloaded is damaged."""
+        path, url = self.path.with_name(f"{self.path.name}{suffix}"), sibling(self.url, f"{self.path.stem}{suffix}")
+
+        def examine(part: Path) -> None:
+            try:
+                check(part)
+            except ValueError as error:
+                raise TransferError(f"cannot use {shown(url)}: {error}") from None
+
+        return self.cache.get(url, path, examine, wait=wait)
 
     def _examine(self, part: Path) -> Shard:
         """Index what has been downloaded."""
