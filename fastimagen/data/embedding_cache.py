@@ -7,7 +7,8 @@ A shard of S samples has U distinct captions. The file contains
     rows (C,) int64: the distinct caption of each of C captions, those of a sample after each other; C = S in general
     starts (S + 1,) int64: those of sample i begin at starts[i]; only where a sample has several
     keys: the names of the samples, JSON as uint8
-and, in its header, the encoder's identity, the hash of keys and captions, and the schema. Reading a file that differs
+and, in its header, the encoder's identity, the hash of keys and captions, that of all tensors but the tokens, and the
+schema. Reading a file that differs
 from what is expected is an error.
 """
 
@@ -136,6 +137,7 @@ def write_cache(
         "dim": str(encoder.dim),
         "truncated": str(encoder.truncated - already_truncated),
         "unknown": str(encoder.unknown - already_unknown),
+        "tables": _hash_of_tables(tensors),
     }
     write_safetensors(path, tensors, header)
 
@@ -148,6 +150,14 @@ def _checksum(tokens: Tensor) -> int:
     words = tokens.contiguous().view(torch.int16).numpy().reshape(-1)
     words = words.view(np.int64) if words.size % 4 == 0 else words
     return int(words.sum(dtype=np.int64))
+
+
+def _hash_of_tables(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 of the tensors that say which tokens are whose."""
+    found = hashlib.sha256()
+    for name in sorted(tensors.keys() - {"tokens"}):
+        found.update(name.encode() + tensors[name].contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 @dataclass
@@ -344,8 +354,15 @@ class EmbeddingCache:
 
     def check(self) -> None:
         """Read everything. Raises ValueError if bytes have changed; caches without checksums are not checked."""
+        self.check_tables()
         for row in range(len(self.offsets) - 1):
             self._distinct(row)
+
+    def check_tables(self) -> None:
+        """Raises ValueError if other bytes than tokens have changed; caches without their hash are not checked."""
+        tables = {name: self._file.get_tensor(name) for name in self._file.keys() if name != "tokens"}  # noqa: SIM118
+        if self.metadata.get("tables") not in (None, _hash_of_tables(tables)):
+            raise ValueError(f"embedding cache {self.path} is damaged: bytes of its tables have changed")
 
 
 def open_cache(
@@ -380,6 +397,10 @@ def open_cache(
         raise ValueError(f"embedding cache {path} belongs to other samples: {difference}{ADVICE}")
     if not _is_consistent(cache, counts):
         raise ValueError(f"embedding cache {path} is damaged: its tensors do not fit together{ADVICE}")
+    try:
+        cache.check_tables()
+    except ValueError as error:
+        raise ValueError(f"{error}{ADVICE}") from error
     return cache
 
 

@@ -25,6 +25,7 @@ from ..images import from_uint8, open_rgb, resize_and_crop, to_pixels
 from ..network_config import NetworkConfig
 from ..seeds import random_bits
 from ..text.embeddings import PackedEmbeddings, TextEmbeddings
+from ..words import counted
 from .mixture import Mixture
 from .order import CAPTIONS, CROPS, FLIPS, Order
 from .remote.ahead import Ahead
@@ -365,7 +366,7 @@ class Loader:
         if shard in self._reported:
             return
         self._reported.add(shard)
-        logger.warning("lost shard, its %d samples are replaced: %s", len(self.shards[shard]), reason)
+        logger.warning("lost shard, replacing its %s: %s", counted(len(self.shards[shard]), "sample"), reason)
         samples = sum(len(self.shards[other]) for other in self._reported)
         if samples > (self.max_bad_share - self._excluded_share) * self._known:
             raise ValueError(

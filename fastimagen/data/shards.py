@@ -106,7 +106,7 @@ def open_shards(
         for path, problem in lost.items():
             place = cache.place(path) if cache is not None and URL.match(path) else path
             shards[path] = lost_shard(str(place), round(mean))
-            logger.warning("lost shard, counted with %d samples: %s", round(mean), problem)
+            logger.warning("lost shard, counted with %s: %s", counted(round(mean), "sample"), problem)
     excluded: Counter[str] = Counter()
     for shard in shards.values():
         excluded.update(shard.excluded)

@@ -211,6 +211,7 @@ def test_missing_damaged_and_other_files_are_errors_that_say_how_to_rebuild(cach
         r"is damaged \(.*offsets": lambda path: save_file({"tokens": tensors["tokens"]}, path, metadata),
         "do not fit together": lambda path: save_file(tensors | {"rows": tensors["rows"] + 1}, path, metadata),
         "do not fit": lambda path: save_file(tensors | {"offsets": torch.ones(5)}, path, metadata),
+        "bytes of its tables": lambda path: save_file(tensors | {"rows": tensors["rows"].flip(0)}, path, metadata),
     }
     for message, damage in cases.items():
         cached.write_bytes(content)

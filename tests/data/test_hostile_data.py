@@ -1,4 +1,4 @@
-"""Short versions of the drills with damaged shards and failing servers (tests/drills/soak.py, data_kills.py)."""
+"""A short version of the drill with damaged shards and failing servers, tests/drills/soak.py."""
 
 from __future__ import annotations
 

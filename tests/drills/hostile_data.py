@@ -39,7 +39,7 @@ FOREVER = {"/r000.tar": "403", "/r006.tar": "500"}
 """What the server does at every request of a file; it has no r004.tar, and no embeddings of r005.tar."""
 
 FLAKY = """n=$(cat "$1.asked" 2>/dev/null || echo 0); echo $((n + 1)) > "$1.asked"
-case $((n % 4)) in 0) exit 3 ;; 1) head -c 2000 "$1"; exit 1 ;; 2) [ -e "$1" ] && sleep 600 ;; esac
+case $((n % 4)) in 0) exit 3 ;; 1) head -c 2000 "$1"; exit 1 ;; 2) [ -e "$1" ] && sleep 20 ;; esac
 exec cat "$1"
 """
 """A command that gives an error, breaks off, stalls, and then works."""
@@ -171,7 +171,7 @@ def write_data(
                         member.size = len(content)
                         tar.addfile(member, io.BytesIO(content))
             first += samples
-            _embed(folder / part / f"{name}.tar")
+            embed(folder / part / f"{name}.tar")
     (folder / "flaky.sh").write_text(FLAKY)
     use_counting_embeddings()
     everything = FastimagenConfig.model_validate({"data": {"shards": str(folder / "remote"), "validation": None}})
@@ -199,7 +199,8 @@ def write_data(
     return data, truths
 
 
-def _embed(tar: Path) -> None:
+def embed(tar: Path) -> None:
+    """Write the embeddings of a shard, with CountingEncoder."""
     shard = index_shard(tar)
     write_cache(cache_path(tar, IDENTITY), shard.keys, shard.captions(), CountingEncoder(), 64)
 
