@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .files import first_line
 from .lettering import Lettering
+from .png_strips import shrink_png
 
 EXTENSIONS = {
     "JPEG": ("jpg", "jpeg", "jpe", "jfif", "mpo"),
@@ -90,23 +91,31 @@ def open_rgb(data: bytes, *, at_least: int | None = None) -> Image.Image:
     with white. 16-bit grey is scaled to 8 bits. The EXIF orientation is applied. An animation gives its first frame.
     at_least: a JPEG whose sides are at least 3, 6 or 12 times this is decoded at 1/2, 1/4 or 1/8 of its size. For
     `resize_and_crop` to this size that is about twice as fast and differs by less than 1 of 255 (RMS;
-    benchmarks/studies/decode.py).
+    benchmarks/studies/decode.py). A large PNG is shrunk as `resize_and_crop` would begin to, in strips (png_strips.py).
     Raises ValueError with one line for data that is damaged, truncated, too large (MAX_PIXELS) or not an image.
     """
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
-        if at_least is not None:
+        if at_least is not None and image.format == "PNG":
+            shrunk = shrink_png(data, at_least, _to_rgb, lambda strip: _turn(strip) is not None)
+            if shrunk is not None:
+                return shrunk
+        elif at_least is not None:
             image.draft(None, (math.ceil(1.5 * at_least),) * 2)
         image.load()
-        turn = UPRIGHT.get(image.getexif().get(ORIENTATION_TAG, 1))
+        turn = _turn(image)
         rgb = _to_rgb(image)
         return rgb if turn is None else rgb.transpose(turn)
     except Image.UnidentifiedImageError as error:
         raise ValueError(f"unreadable image: {_not_an_image(data)}") from error
     except DECODE_ERRORS as error:
         raise ValueError(f"unreadable image: {first_line(error)}") from error
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    return UPRIGHT.get(image.getexif().get(ORIENTATION_TAG, 1))
 
 
 def file_extension(data: bytes) -> str:

@@ -1,12 +1,11 @@
-"""Images from a shard to batches on one core: ours beside webdataset with PIL; how exact the fast path is; memory.
+"""Images from a shard to batches on one core: ours beside webdataset with PIL; how exact the fast path is.
 
     python -m benchmarks.studies.decode --out benchmarks/results/cpu/decode.json
 
 Speed: CPU milliseconds an image, the least of ROUNDS rounds that alternate between the two, both in this process with
 one thread. webdataset decodes with PIL, and its images are scaled (bicubic, antialiased), cropped and made float
 tensors; ours are what a training step gets, made float as well. Exactness: RMS differences of the pixels, of 255, to
-full decodes that are scaled in other ways. Memory: the highest of a process that has nothing but its loader, with
-10,000 images in the shard, the first one of 8192x8192.
+full decodes that are scaled in other ways. Memory is in decode_memory.py.
 The photograph comes with matplotlib, the other images are noise with the spectrum of photographs, and disks.
 """
 
@@ -17,8 +16,6 @@ import io
 import json
 import os
 import platform
-import subprocess
-import sys
 import tarfile
 import tempfile
 import time
@@ -39,12 +36,9 @@ from fastimagen.data.shard_index import index_shard
 from fastimagen.files import write_json
 from fastimagen.images import open_rgb, resize_and_crop
 
-from ..harness.checkout import ROOT
-
 SIZE = 256
 SOURCES = (512, 1024)
 IMAGES, DISTINCT, ROUNDS = 24, 6, 5
-MEMORY_SAMPLES, LARGEST = 10_000, 8192
 
 
 def photograph(side: int) -> Image.Image:
@@ -161,49 +155,11 @@ def exactness(side: int) -> dict[str, Any]:
     return row
 
 
-def memory(folder: Path, extension: str) -> dict[str, Any]:
-    """MiB of a process of its own that reads a shard with a large image in it."""
-    path = folder / f"large-{extension}.tar"
-    buffer = io.BytesIO()
-    large = Image.fromarray(
-        np.kron(np.arange(256, dtype=np.uint8).reshape(16, 16, 1), np.ones((512, 512, 3), np.uint8))
-    )
-    large.save(buffer, {"jpg": "JPEG", "png": "PNG"}[extension])
-    small = jpeg(synthetic(64, 0))
-    write_shard(path, [(extension, buffer.getvalue()), *[("jpg", small)] * (MEMORY_SAMPLES - 1)])
-    command = [sys.executable, "-m", "benchmarks.studies.decode", "--read", str(path)]
-    child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if child.returncode:
-        sys.exit(child.stderr)
-    return {"samples": MEMORY_SAMPLES, "largest": f"{LARGEST}x{LARGEST} {extension}", **json.loads(child.stdout)}
-
-
-def read(path: Path) -> None:
-    """Print the peak memory before and after reading the large image and others."""
-    before = peak_mib()
-    found = loader(path, 4)
-    found.fixed_batch(range(64))
-    with closing(found.batches(0)) as batches:
-        for _ in range(100):
-            next(batches)
-    print(json.dumps({"imports_mib": before, "peak_mib": peak_mib()}))
-
-
-def peak_mib() -> int:
-    """The highest memory of this process; getrusage has that of the parent, too, where it is higher."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
-    return int(line.split()[1]) // 1024
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--read", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    if options.read:
-        read(options.read)
-        return
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -212,7 +168,6 @@ def main() -> None:
             "timer": f"CPU ms an image on one core, the least of {ROUNDS} rounds of {IMAGES} images",
             "speed": [speed(side, folder) for side in SOURCES],
             "exactness": [exactness(side) for side in (320, 384, *SOURCES)],
-            "memory": [memory(folder, extension) for extension in ("jpg", "png")],
             "versions": {"pillow": PIL.__version__, "torch": torch.__version__, "python": platform.python_version()},
             "machine": platform.machine(),
             "date": date.today().isoformat(),
