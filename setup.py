@@ -14,6 +14,7 @@ PACKAGES = [
     "commands",
     "data",
     "data.packing",
+    "data.remote",
     "demo",
     "diffusion",
     "evaluation",

@@ -99,6 +99,7 @@ def parser() -> argparse.ArgumentParser:
         return sub
 
     quickstart = command("quickstart", _quickstart, "train a small cascade on captioned shapes and sample from it")
+    quickstart.add_argument("--config", default="ds.json", help="file in that folder (default: %(default)s)")
     quickstart.add_argument(
         "--dir", type=Path, default=Path(), help="folder to work in (default: the current one); rerun to resume"
     )

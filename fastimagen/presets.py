@@ -60,7 +60,7 @@ def shapes(text_dim: int = 64) -> CascadeConfig:
         ),
         schedule=ScheduleConfig(shift=4.0),
         objective=ObjectiveConfig(prediction="x0", difference_weight=1.0),
-        sampling=SamplingConfig(steps=20, guidance=2.0, threshold="static"),
+        sampling=SamplingConfig(steps=20, guidance=1.5, threshold="static"),
     )
     super_resolution = StageConfig(
         name="sr",

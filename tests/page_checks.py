@@ -235,7 +235,7 @@ def _files(options: argparse.Namespace) -> list[str]:
     if getattr(options, "config", None) and options.config != WRITTEN_BY_INIT:
         try:
             with contextlib.chdir(ROOT):
-                plan(load_config(options.config, options.overrides), getattr(options, "stage", "all"))
+                plan(load_config(options.config, getattr(options, "overrides", ())), getattr(options, "stage", "all"))
         except ValueError as error:
             found.append(str(error))
     return found

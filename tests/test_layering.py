@@ -52,7 +52,7 @@ TRAINING = {
     "demo": "cascade config files images sampling text",
     "starting_files": "",
     "commands": "cascade config config_file data data_config demo diffusion diffusion_config evaluation extras files "
-    "network_config sampling section starting_files text train",
+    "network_config presets sampling section starting_files text train",
     "cli": "commands config_file fastimagen info interop logs sampling starting_files train",
     "__main__": "cli",
 }

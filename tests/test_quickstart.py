@@ -24,23 +24,36 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
     def start(command: list[str]) -> subprocess.CompletedProcess[str]:
         commands.append(command[2:])  # without python -u
-        (quickstart.EVALUATION).mkdir(parents=True, exist_ok=True)
-        (quickstart.EVALUATION / "report.json").write_text("{}")
-        quickstart.IMAGES.mkdir(parents=True, exist_ok=True)
-        (quickstart.IMAGES / "grid.png").write_text("grid")
+        for run in ("runs/quickstart", "runs/shapes-transformer"):
+            for folder, name in ((quickstart.EVALUATION, "report.json"), (quickstart.IMAGES, "grid.png")):
+                Path(run, folder).mkdir(parents=True, exist_ok=True)
+                Path(run, folder, name).write_text("{}")
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(subprocess, "run", start)
     return commands
 
 
+@pytest.mark.parametrize(
+    ("flags", "run"),
+    [
+        ([], "runs/quickstart"),
+        (["--config", "launch/configs/shapes_transformer.json"], "runs/shapes-transformer"),
+    ],
+)
 def test_it_runs_commands_that_exist_in_an_empty_folder(
-    started: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    flags: list[str],
+    run: str,
+    started: list[list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["quickstart", "--dir", "here"]) == 0
+    assert main(["quickstart", "--dir", "here", *flags]) == 0
     assert "copied ds.json, launch/captions.txt" in capsys.readouterr().out
-    assert json.loads(Path("runs/quickstart/report.json").read_text())["total_seconds"] >= 0  # the folder is `here`
+    assert json.loads(Path(run, "report.json").read_text())["total_seconds"] >= 0  # the folder is `here`
+    assert Path(run, "grid.png").exists()
     assert [command[:3] for command in started if command[0] == "-m"] and len(started) == 7
     for command in started:
         words = command[2:]

@@ -81,10 +81,10 @@ def _are_shapes(source: str) -> bool:
 
 def _renders(source: str, data: DataConfig) -> bool:
     """Whether `prepare_shapes` will write these shards."""
-    return data.shapes is not None and Path(source).parent == _shapes_folder(data) and not Path(source).exists()
+    return data.shapes is not None and Path(source).parent == shapes_folder(data) and not Path(source).exists()
 
 
-def _shapes_folder(data: DataConfig) -> Path:
+def shapes_folder(data: DataConfig) -> Path:
     """The folder that contains the built-in shapes, for a configuration that `_check_shapes` accepts."""
     assert isinstance(data.shards, str)
     return Path(data.shards).parent
@@ -97,7 +97,7 @@ def _builds_encoder(config: FastimagenConfig) -> bool:
         return False
     if config.data.shapes is None:
         return config.text.random_weights and is_path(encoder)
-    return is_path(encoder) or Path(encoder).parent == _shapes_folder(config.data)
+    return is_path(encoder) or Path(encoder).parent == shapes_folder(config.data)
 
 
 # ---- making them
@@ -114,7 +114,7 @@ def prepare_shapes(config: FastimagenConfig, *, say: Say) -> None:
     if shapes is None:
         return
     check_data(config)
-    folder, encoder = _shapes_folder(config.data), config.text.encoder
+    folder, encoder = shapes_folder(config.data), config.text.encoder
     build_encoder = _builds_encoder(config)
     if not has_shards(folder, shapes.count, shapes.size, shapes.seed):
         say(f"{folder}: rendering {shapes.count} captioned shapes of {shapes.size}x{shapes.size}")
