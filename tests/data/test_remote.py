@@ -7,6 +7,7 @@ import itertools
 import shutil
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import fsspec
@@ -17,7 +18,10 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fastimagen.config import FastimagenConfig
 from fastimagen.data.embedding_cache import cache_path, write_cache
 from fastimagen.data.indexing import index_all
+from fastimagen.data.listed import Download
+from fastimagen.data.remote.ahead import Ahead
 from fastimagen.data.remote.cache import RemoteCache, sibling
+from fastimagen.data.remote.shard import RemoteShard
 from fastimagen.data.shards import open_shards
 from fastimagen.data.source import open_data
 from fastimagen.data_config import RemoteConfig
@@ -303,6 +307,44 @@ def test_the_shards_that_come_next_are_downloaded_before_they_are_read(server, d
         assert time.monotonic() < until
         time.sleep(0.01)
     batches.close()
+
+
+def test_embeddings_that_another_process_removes_are_downloaded_again(server, data, tmp_path, monkeypatch):
+    local, _ = stream(data, 8)
+    fetch, removed = RemoteShard.fetch_beside, Counter()
+
+    def racing(self, suffix, *arguments, **options):
+        path = fetch(self, suffix, *arguments, **options)
+        removed[path] += 1
+        if removed[path] <= 3:  # in advance, and twice when it is opened
+            path.unlink()
+        return path
+
+    monkeypatch.setattr(RemoteShard, "fetch_beside", racing)
+    assert stream(remote_config(data, server, tmp_path), 8)[0] == local
+    assert max(removed.values()) > 3
+
+
+def test_a_loader_waits_for_the_downloads_that_have_begun():
+    begun, done = threading.Event(), threading.Event()
+
+    def slow(wait: bool) -> None:
+        begun.set()
+        time.sleep(0.2)
+        done.set()
+
+    class Item:
+        download = Download(slow)
+
+    class Always:
+        def ahead(self, position, count):
+            return [0]
+
+    ahead = Ahead([Item()], None, Always())
+    ahead.reach(0)
+    assert begun.wait(5)
+    ahead.close()
+    assert done.is_set() and not any(thread.name.startswith("ahead") for thread in threading.enumerate())
 
 
 def test_a_download_with_another_checksum_than_the_manifest_says_is_lost(server, data, tmp_path, caplog):
