@@ -13,6 +13,10 @@ from ..files import write_json
 
 MAX_REMEMBERED = 200
 
+MIN_REMEMBERED_BYTES = 64 << 20
+"""Files that are smaller together take a fraction of a second to read. The weights of the built-in encoder are smaller:
+copies of it in temporary folders would fill the memory."""
+
 
 def sha256_of(files: Sequence[Path]) -> str:
     """sha256 of the content of files, one after the other. Reads them in full."""
@@ -27,9 +31,12 @@ def sha256_of(files: Sequence[Path]) -> str:
 def remembered_sha256(files: Sequence[Path]) -> str:
     """As `sha256_of`, from memory if path, size and modification time of all files are those of an earlier call.
 
-    The memory is a file in $XDG_CACHE_HOME (~/.cache); where that cannot be written, the files are read every time.
+    Files of less than MIN_REMEMBERED_BYTES together are read every time. The memory is a file in $XDG_CACHE_HOME
+    (~/.cache); where that cannot be written, all files are read every time.
     """
     stats = [(str(path.resolve()), path.stat()) for path in files]
+    if sum(stat.st_size for _, stat in stats) < MIN_REMEMBERED_BYTES:
+        return sha256_of(files)
     key = json.dumps([[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats])
     memory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastimagen" / "checksums.json"
     known = _read(memory)

@@ -6,7 +6,9 @@ The tokens of a caption include the special ones, such as T5's </s>.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -239,9 +241,10 @@ def _load_model(name: str, config_file: Path, commit: str | None, dtype: torch.d
         longest = getattr(config, "max_position_embeddings", None) or max_length
         if max_length > longest:
             raise ValueError(f"it reads at most {longest} tokens, but fastimagen.text.max_length is {max_length}")
-        model, info = transformers.AutoModelForTextEncoding.from_pretrained(
-            name, revision=commit, config=config, dtype=dtype, output_loading_info=True
-        )
+        with bars_in_terminals_only():
+            model, info = transformers.AutoModelForTextEncoding.from_pretrained(
+                name, revision=commit, config=config, dtype=dtype, output_loading_info=True
+            )
     except (OSError, ValueError) as error:
         raise ValueError(f"text encoder {name} cannot be loaded: {first_line(error)}") from error
     missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))  # it is not used
@@ -253,6 +256,23 @@ def _load_model(name: str, config_file: Path, commit: str | None, dtype: torch.d
 def import_for_text(module: str) -> ModuleType:
     """Import a dependency of the text encoder. Raises ImportError that says how to install it."""
     return import_extra(module, user="the text encoder", extra="text")
+
+
+@contextmanager
+def bars_in_terminals_only() -> Iterator[None]:
+    """Within, transformers draws its loading bars only if stderr is a terminal: in a log file a bar is a page of lines.
+
+    Whoever has disabled them sees none in a terminal either.
+    """
+    bars = import_for_text("transformers").utils.logging
+    hide = bars.is_progress_bar_enabled() and not sys.stderr.isatty()
+    if hide:
+        bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if hide:
+            bars.enable_progress_bar()
 
 
 def _locate(name_or_path: str | Path, revision: str | None) -> tuple[str, Path, str | None]:

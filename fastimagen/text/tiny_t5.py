@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..files import atomic_folder, require_empty
-from .t5 import RANDOM_WEIGHTS, RANDOM_WEIGHTS_README, import_for_text
+from .t5 import RANDOM_WEIGHTS, RANDOM_WEIGHTS_README, bars_in_terminals_only, import_for_text
 from .tokens import preprocess
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def build_tiny_t5(
         random=RANDOM_WEIGHTS_README,
         seed=seed,
     )
-    with atomic_folder(folder) as temporary:
+    with atomic_folder(folder) as temporary, bars_in_terminals_only():
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         (temporary / "README.md").write_text(readme)

@@ -24,6 +24,7 @@ from ..extras import import_extra
 from ..files import first_line, read_json_object, read_pth, read_safetensors
 from ..sampling.model_directory import load_weights
 from ..text.embeddings import TextEmbeddings
+from ..text.t5 import bars_in_terminals_only
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -175,13 +176,14 @@ def load_dino(config: DINOConfig) -> DINO:
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # instead of its table of weights that do not fit, the line below
     try:
-        model, info = transformers.AutoModel.from_pretrained(
-            config.model,
-            local_files_only=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            dtype=torch.float32,
-        )
+        with bars_in_terminals_only():
+            model, info = transformers.AutoModel.from_pretrained(
+                config.model,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                dtype=torch.float32,
+            )
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"objective.perceptual.dino.model: {config.model}: {first_line(error)}") from None
     finally:

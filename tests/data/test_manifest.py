@@ -121,6 +121,9 @@ def test_the_weights_of_an_encoder_are_hashed_once(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(b"weights")
+    assert checksums.remembered_sha256([weights]) == checksums.sha256_of([weights])
+    assert not (tmp_path / "cache").exists()  # not worth a note in the user's cache
+    monkeypatch.setattr(checksums, "MIN_REMEMBERED_BYTES", len(b"weights"))
     first = checksums.remembered_sha256([weights])
     assert first == checksums.sha256_of([weights])
     with monkeypatch.context() as patch:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from fastimagen.text.t5 import T5Encoder, encoder_identity, is_path, text_width
+from fastimagen.text.tiny_t5 import build_tiny_t5
 from tests.conftest import ROOT
 from tests.text.conftest import CAPTIONS
 
@@ -33,6 +34,21 @@ def test_a_batch_equals_transformers_one_caption_at_a_time(tiny, encoder):
         assert length == len(expected)
         torch.testing.assert_close(encoded.embeds[i, :length].double(), expected, rtol=1e-5, atol=1e-5)
         assert encoded.embeds[i, length:].abs().sum() == 0
+
+
+def test_loading_and_writing_an_encoder_draw_no_bars_into_a_log(tiny, tmp_path, capsys):
+    from transformers.utils import logging as bars
+
+    shown = bars.is_progress_bar_enabled()
+    bars.enable_progress_bar()  # as in a process without the command line's settings
+    capsys.readouterr()
+    try:
+        T5Encoder(tiny)
+        build_tiny_t5(tmp_path / "encoder", FEW)
+        assert capsys.readouterr().err == "" and bars.is_progress_bar_enabled()
+    finally:
+        if not shown:
+            bars.disable_progress_bar()
 
 
 def test_embeddings_can_be_trained_on(encoder):
