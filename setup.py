@@ -97,6 +97,7 @@ setup(
             *DEMO,
             *HUB,
             *PLOT,
+            "fonttools",  # to make a font
             "diffusers",  # to compare DeepFloyd IF with
             "peft",  # with which diffusers loads adapters
             "pytest",

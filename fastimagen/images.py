@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 
 from .files import first_line
@@ -348,7 +348,6 @@ def grid(
     below = [line * n + line // 2 if n else 0 for n in lines]  # pixels
     size = margin + columns * (width + margin), margin + sum(below) + len(rows) * (height + margin)
     canvas = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(canvas)
     top = margin
     for row, space in zip(rows, below):
         for column, i in enumerate(row):
@@ -356,7 +355,7 @@ def grid(
             image = from_pixels(pixels[i]).resize((width, height), Image.Resampling.NEAREST)
             canvas.paste(image, (left, top))
             for number, text in enumerate(texts[i]):
-                letters.draw(draw, left, top + height + line // 3 + number * line, text, fill=(48, 48, 48))
+                letters.draw(canvas, left, top + height + line // 3 + number * line, text, fill=(48, 48, 48))
         top += height + space + margin
     return canvas
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
 from pathlib import Path
 
-from PIL import ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 
 logger = logging.getLogger(__name__)
 
@@ -35,10 +37,16 @@ PREFERRED = (
 STYLES = ("bold", "italic", "oblique", "mono", "serif", "light", "thin", "condensed", "black")
 """Parts of file names that are tried last."""
 
+BITMAP_SIZES = (109, 160)
+"""Pixels of the only size of colour emoji: Noto's (and others with bitmaps of 128 pixels) and Apple's."""
+
+JOINING = ("Mn", "Mc", "Me", "Cf")
+"""Unicode categories of what belongs to the character before it: accents, vowel signs, variation selectors, joiners."""
+
 
 @dataclass(frozen=True)
 class Lettering:
-    """Fonts of one size, the first of them for everything that it has."""
+    """Fonts of one size, the first of them for everything that it has. Fonts of colour emoji are scaled to it."""
 
     fonts: Sequence[ImageFont.FreeTypeFont]
 
@@ -52,9 +60,8 @@ class Lettering:
         assert isinstance(default, ImageFont.FreeTypeFont)  # Pillow's default since 10.1, where FreeType is built in
         fonts, missing = [default], {letter for text in texts for letter in text if not has(default, letter)}
         for path in font_files() if missing else ():
-            try:
-                font = ImageFont.truetype(path, size)
-            except OSError:  # bitmaps of another size, or damaged
+            font = load(path, size)
+            if font is None:
                 continue
             found = {letter for letter in missing if has(font, letter)}
             if found:
@@ -77,24 +84,53 @@ class Lettering:
         if text.isascii():
             yield text, self.fonts[0]
             return
-        whole = next((font for font in self.fonts if all(has(font, letter) for letter in text)), None)
-        if whole is not None:
-            yield text, whole
+        whole = (font for font in self.fonts if font.size == self.size and all(has(font, letter) for letter in text))
+        if font := next(whole, None):
+            yield text, font
             return
-        first = {letter: next((font for font in self.fonts if has(font, letter)), self.fonts[0]) for letter in text}
-        for font, letters in groupby(text, key=first.__getitem__):
-            yield "".join(letters), font
+        clusters: list[str] = []
+        for letter in text:
+            if clusters and unicodedata.category(letter) in JOINING:
+                clusters[-1] += letter
+            else:
+                clusters.append(letter)
+        for font, parts in groupby(clusters, key=self._font_of):
+            yield "".join(parts), font
+
+    def _font_of(self, cluster: str) -> ImageFont.FreeTypeFont:
+        """The first font that has a character and all that joins it, or else the character."""
+        complete = (font for font in self.fonts if all(has(font, letter) for letter in cluster))
+        usable = (font for font in self.fonts if has(font, cluster[0]))
+        return next(complete, None) or next(usable, self.fonts[0])
 
     def width(self, text: str) -> float:
         """Pixels."""
-        return sum(font.getlength(part) for part, font in self.runs(text))
+        return sum(font.getlength(part) * self.size / font.size for part, font in self.runs(text))
 
-    def draw(self, canvas: ImageDraw.ImageDraw, left: float, top: float, text: str, fill: tuple[int, int, int]) -> None:
+    def draw(self, canvas: Image.Image, left: float, top: float, text: str, fill: tuple[int, int, int]) -> None:
         """Draw one line; all fonts stand on one base line."""
         base = top + self.fonts[0].getmetrics()[0]
         for part, font in self.runs(text):
-            canvas.text((left, base), part, fill=fill, font=font, anchor="ls")
-            left += font.getlength(part)
+            if font.size == self.size:
+                ImageDraw.Draw(canvas).text((left, base), part, fill=fill, font=font, anchor="ls")
+            else:
+                ascent, descent = font.getmetrics()
+                emoji = Image.new("RGBA", (max(1, math.ceil(font.getlength(part))), ascent + descent))
+                ImageDraw.Draw(emoji).text((0, ascent), part, font=font, anchor="ls", embedded_color=True)
+                scale = self.size / font.size
+                emoji = emoji.resize((max(1, round(emoji.width * scale)), max(1, round(emoji.height * scale))))
+                canvas.paste(emoji, (round(left), round(base - ascent * scale)), emoji)
+            left += font.getlength(part) * self.size / font.size
+
+
+def load(path: str, size: int) -> ImageFont.FreeTypeFont | None:
+    """A font in this size, or in that of its bitmaps; None for damaged files."""
+    for pixels in (size, *BITMAP_SIZES):
+        try:
+            return ImageFont.truetype(path, pixels)
+        except OSError:  # there is no such size, or the file is damaged
+            continue
+    return None
 
 
 @cache

@@ -10,6 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fontTools.fontBuilder import FontBuilder
+from fontTools.ttLib import newTable
+from fontTools.ttLib.tables.sbixGlyph import Glyph
+from fontTools.ttLib.tables.sbixStrike import Strike
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -385,6 +389,42 @@ def test_a_grid_shows_any_script_that_a_font_of_the_machine_has(monkeypatch: pyt
     image = torch.zeros(1, 3, 64, 64)
     shown = [np.asarray(grid(image, [caption])) for caption in ("красный", "краснай", "\uffff" * 7)]
     assert not np.array_equal(shown[0], shown[1]) and not np.array_equal(shown[0], shown[2])
+
+
+def write_emoji_font(path: Path) -> None:
+    """A font of one red square, as fonts of colour emoji are: bitmaps of one size."""
+    builder = FontBuilder(1000, isTTF=True)
+    names = {" ": "space", "\u200d": "joiner", "🟥": "square"}
+    builder.setupGlyphOrder([".notdef", *names.values()])
+    builder.setupCharacterMap({ord(letter): name for letter, name in names.items()})
+    builder.setupHorizontalMetrics({name: (1000, 0) for name in (".notdef", *names.values())})
+    builder.setupHorizontalHeader(ascent=900, descent=-100)
+    builder.setupNameTable({"familyName": "Squares"})
+    builder.setupPost()
+    png = io.BytesIO()
+    Image.new("RGBA", (109, 109), "red").save(png, "PNG")
+    strike = Strike(ppem=109, resolution=72)
+    strike.glyphs = {name: Glyph(glyphName=name) for name in (".notdef", "space", "joiner")}
+    strike.glyphs["square"] = Glyph(glyphName="square", graphicType="png ", imageData=png.getvalue())
+    builder.font["sbix"] = sbix = newTable("sbix")
+    sbix.version, sbix.flags, sbix.numStrikes, sbix.strikes = 1, 1, 1, {109: strike}
+    builder.save(path)
+
+
+def test_a_grid_shows_emoji_in_colour_and_in_the_size_of_its_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_emoji_font(tmp_path / "emoji.ttf")
+    monkeypatch.setattr(lettering, "font_files", lambda: (str(tmp_path / "emoji.ttf"),))
+    pixels = np.asarray(grid(torch.zeros(1, 3, 64, 64), ["a 🟥"])).astype(int)
+    red = (pixels == (255, 0, 0)).all(axis=2)
+    height, width = red.any(axis=1).sum(), red.any(axis=0).sum()
+    size = lettering.Lettering.of(["a"], 14).size
+    assert size - 2 <= height <= size + 2 and size - 2 <= width <= size + 2 and red.sum() == height * width
+    letters = lettering.Lettering.of(["🟥"], 20)
+    assert letters.width("🟥 a") == pytest.approx(20 + letters.width(" a"), abs=0.5)
+    assert [part for part, _ in letters.runs("1 🟥\u200d🟥")] == ["1 ", "🟥\u200d🟥"]
+    assert not caplog.text
 
 
 def test_letters_that_no_font_has_are_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
