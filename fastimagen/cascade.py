@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from .networks.build import build_network
 from .networks.conditioning import TextState
 from .networks.network import Network
 from .seeds import image_noise
+from .sizes import ImageSize
 from .text.embeddings import TextEmbeddings
 
 Callback = Callable[[str, int, Tensor, Tensor], object]
@@ -158,8 +160,8 @@ class Stage:
     def shrink(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W), or crops of them, at the resolution of the stage below: (B, C, h, w)."""
         assert self.lowres_size is not None, "a stage without a stage below has no low-resolution size"
-        side = images.shape[-1] * self.lowres_size // self.config.size
-        return resize(images, side)  # (B, C, h, w)
+        shown = ImageSize(*images.shape[-2:])
+        return resize(images, shown.scaled(self.lowres_size, self.config.size))  # (B, C, h, w)
 
     def lowres_condition(self, lowres: Tensor, level: Tensor, noise: Tensor) -> dict[str, Tensor]:
         """The U-Net's low-resolution arguments: lowres (B, C, h, w), resized to noise (B, C, H, W) and noised.
@@ -171,7 +173,7 @@ class Stage:
         alpha, sigma = self.augmentation.alpha_sigma(time)
         network_time = self.augmentation.network_time(time)
         enlarge = resize if self._augmentation_config.resize == "bicubic" else enlarge_by_corners
-        lowres = enlarge(lowres, noise.shape[-1])  # (B, C, H, W)
+        lowres = enlarge(lowres, ImageSize(*noise.shape[-2:]))  # (B, C, H, W)
         if level.dim():
             alpha, sigma = (c.to(noise)[:, None, None, None] for c in (alpha, sigma))  # (B, 1, 1, 1)
             return {"lowres": alpha * lowres + sigma * noise, "lowres_time": network_time}
@@ -190,6 +192,7 @@ class Stage:
         text: TextEmbeddings | None,
         seeds: list[int],
         *,
+        size: ImageSize | None = None,
         lowres: Tensor | None = None,
         negative: TextEmbeddings | None = None,
         init_image: InitImage | None = None,
@@ -199,13 +202,15 @@ class Stage:
     ) -> Tensor:
         """Images (B, C, H, W) in [-1, 1], fp32. Image i is a function of caption i, seeds[i] and lowres[i].
 
-        lowres (B, C, h, w) in [-1, 1] is the input of super-resolution. negative: captions in place of the null text in
-        guidance. init_image: starts from an image. sampling: overrides the stage's own settings. guide: a worse
-        network of this stage, with the same captions in place of the null text (autoguidance).
+        size: of the images; None is the stage's square. lowres (B, C, h, w) in [-1, 1] is the input of
+        super-resolution. negative: captions in place of the null text in guidance. init_image: starts from an image.
+        sampling: overrides the stage's own settings. guide: a worse network of this stage, with the same captions in
+        place of the null text (autoguidance).
         """
         sampling = sampling or self.config.sampling
         device = next(unet.parameters()).device
-        shape = (self.config.unet.channels, self.config.size, self.config.size)
+        size = size or ImageSize.of(self.config.size)
+        shape = (self.config.unet.channels, *size)
         condition: dict[str, Tensor] = {}
         if self.config.unet.lowres:
             assert lowres is not None, "a super-resolution stage needs lowres"
@@ -231,7 +236,7 @@ class Stage:
             x = sample_from_image(
                 sample_fn,
                 denoise,
-                init_image.at(self.config.size, device),
+                init_image.at(size, device),
                 times,
                 schedule=schedule,
                 noise=step_noise,
@@ -270,12 +275,15 @@ class Stage:
     ) -> NetworkCall:
         """network(x, time) with text and low-resolution image, on tiles if the settings say so."""
         tile = sampling.tile
-        if tile is None or tile >= self.config.size:
+        if tile is None:
             return partial(unet, text=state, **condition)
         maps = {name: value for name, value in condition.items() if name == "lowres"}  # cut into tiles like x
         others = {name: value for name, value in condition.items() if name != "lowres"}
 
         def network(x: Tensor, time: Tensor) -> Tensor:
+            if tile >= max(x.shape[-2:]):
+                return unet(x, time, text=state, **condition)
+
             def on_tile(x_tile: Tensor, **map_tiles: Tensor) -> Tensor:
                 return unet(x_tile, time, text=state, **others, **map_tiles)
 
@@ -326,6 +334,7 @@ class Cascade(nn.Module):
         seeds: list[int],
         *,
         settings: Mapping[str, SamplingConfig],
+        sizes: Mapping[str, ImageSize] = MappingProxyType({}),
         negative: TextEmbeddings | None = None,
         init_image: InitImage | None = None,
         lowres: Tensor | None = None,
@@ -337,7 +346,8 @@ class Cascade(nn.Module):
     ) -> Tensor:
         """Run the stages from start_at to stop_at: images (B, C, H, W) of the last one, in [-1, 1].
 
-        lowres (B, C, h, w) in [-1, 1] is the input of a super-resolution stage that runs first. An init image without
+        sizes: by stage, of one aspect ratio, where they are not its squares. lowres (B, C, h, w) in [-1, 1] of that
+        aspect ratio is the input of a super-resolution stage that runs first. An init image without
         mask is the start of the first stage; with a mask, every stage keeps the known region. guide: its stages of the
         same names guide ours (autoguidance). With `device`, offloading is on: a U-Net is on that device only while its
         stage runs. Raises ValueError for arguments that do not fit.
@@ -358,6 +368,7 @@ class Cascade(nn.Module):
                     unet,
                     text if reads_text else None,
                     seeds,
+                    size=sizes.get(stage.name),
                     lowres=images,
                     negative=negative if reads_text else None,
                     sampling=settings[stage.name],

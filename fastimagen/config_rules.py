@@ -8,10 +8,12 @@ train/field_checks.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from .respacing import respaced
+from .sizes import ImageSize
 
 if TYPE_CHECKING:
     from .config import CascadeConfig, SamplingConfig, StageConfig
@@ -225,13 +227,7 @@ def check_sampling(stage: StageConfig, sampling: SamplingConfig) -> None:
             f"{label}: guidance {sampling.guidance:g} needs a network that was trained without captions too, but "
             f"objective.caption_dropout is 0: set sampling.guidance to 1, or train with caption_dropout, such as 0.1"
         )
-    if sampling.tile is not None and sampling.tile < stage.size:
-        if sampling.tile % unet.stride:
-            raise ValueError(
-                f"{label}: tile {sampling.tile} must be a multiple of {unet.stride}, the stride of its U-Net"
-            )
-        if unet.sees_positions:
-            raise ValueError(f"{label} has a positional encoding of the whole image: it cannot use tiles")
+    check_tile(stage, ImageSize.of(stage.size), sampling.tile)
     if sampling.augmentation_level is not None:
         if stage.augmentation is None:
             raise ValueError(f"{label} has no low-resolution input: it takes no augmentation_level")
@@ -241,6 +237,36 @@ def check_sampling(stage: StageConfig, sampling: SamplingConfig) -> None:
                 f"{label}: augmentation_level {sampling.augmentation_level:g} lies outside of {low:g} to {high:g}, the "
                 f"train_range of its augmentation"
             )
+
+
+def sizes_of_stages(stages: Sequence[StageConfig], size: ImageSize, *, of: int, key: str) -> dict[str, ImageSize]:
+    """The size of each stage's images, where a stage of `of` pixels has images of `size`, which need not be square.
+
+    Raises ValueError that starts with `key` for a size that a stage cannot have.
+    """
+    sizes = {}
+    for stage in stages:
+        label, stride = f'{key}: stage "{stage.name}"', stage.unet.stride
+        try:
+            own = sizes[stage.name] = size.scaled(stage.size, of)
+        except ValueError as error:
+            raise ValueError(f"{label}: {error}") from None
+        if own.height % stride or own.width % stride:
+            raise ValueError(
+                f"{label} would have {own}, but sides must be multiples of {stride}, the total stride of its network"
+            )
+    return sizes
+
+
+def check_tile(stage: StageConfig, size: ImageSize, tile: int | None) -> None:
+    """Whether a stage's images of a size can be sampled in tiles; None is without."""
+    if tile is None or tile >= max(size):
+        return
+    label, stride = f'stage "{stage.name}"', stage.unet.stride
+    if tile % stride:
+        raise ValueError(f"{label}: tile {tile} must be a multiple of {stride}, the stride of its U-Net")
+    if stage.unet.sees_positions:
+        raise ValueError(f"{label} has a positional encoding of the whole image: it cannot use tiles")
 
 
 def check_cascade(cascade: CascadeConfig) -> None:

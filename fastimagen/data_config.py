@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from .section import Section
+from .sizes import ImageSize
+
+
+class DataSet(NamedTuple):
+    """Shards, and what makes a sample of them: the key of its caption, and the conditions on it, as in DataConfig.
+
+    name: None if it is not one of a mixture.
+    """
+
+    shards: str | tuple[str, ...]
+    caption_key: str | None = None
+    where: tuple[str, ...] = ()
+    name: str | None = None
 
 
 class ShapesConfig(Section):
@@ -31,6 +44,10 @@ class SourceConfig(Section):
     """Its share of the samples, relative to the weights of the others."""
     loss_weight: float = Field(1.0, gt=0)
     """Factor on the loss of its samples, as of the images that preserve what a fine-tuned model can do already."""
+    caption_key: str | None = Field(None, min_length=1)
+    """Key in KEY.json with its captions; None takes data.caption_key."""
+    where: tuple[str, ...] = ()
+    """Conditions on its samples, besides those of data.where."""
 
 
 class HeldOutConfig(Section):
@@ -113,6 +130,19 @@ class DataConfig(Section):
     longer one divided by it. Samples that do not fulfil all of them are left out and counted as filtered."""
     flip: bool = False
     """Mirror half of the training images, except those whose English caption names a side."""
+    buckets: tuple[str, ...] = ()
+    """Sizes of images that are not square, as WIDTHxHEIGHT in pixels of the first stage: ["64x64", "80x48", "48x80"].
+    Every image goes to the bucket with the nearest aspect ratio, and every batch has images of one bucket. Previews,
+    and `fastimagen sample` without --size, take the first one. Without buckets images are cropped to squares."""
+
+    @field_validator("buckets")
+    @classmethod
+    def _different(cls, buckets: tuple[str, ...]) -> tuple[str, ...]:
+        sizes = [ImageSize.parse(text) for text in buckets]
+        for size in sizes:
+            if [other.same_shape(*size) for other in sizes].count(True) > 1:
+                raise ValueError(f"every bucket needs an aspect ratio of its own, but another one has that of {size}")
+        return buckets
 
     @property
     def mixture(self) -> tuple[SourceConfig, ...]:
@@ -120,12 +150,25 @@ class DataConfig(Section):
         return tuple(source for source in self.shards if isinstance(source, SourceConfig))
 
     @property
-    def training(self) -> list[str | tuple[str, ...]]:
-        """The shards of each training data set."""
-        mixture = self.mixture
-        if mixture:
-            return [source.shards for source in mixture]
-        return [self.shards]  # type: ignore[list-item]  # not a mixture
+    def training(self) -> list[DataSet]:
+        """The training data sets: those of the mixture, or the one there is."""
+        if not self.mixture:
+            return [self._data_set(self.shards)]  # type: ignore[arg-type]  # not a mixture
+        sets = []
+        for source in self.mixture:
+            key = source.caption_key or self.caption_key
+            sets.append(DataSet(source.shards, key, (*self.where, *source.where), source.name))
+        return sets
+
+    @property
+    def data_sets(self) -> list[DataSet]:
+        """Those of training, and of validation where it names shards of its own."""
+        if self.validation is None or isinstance(self.validation, HeldOutConfig):
+            return self.training
+        return [*self.training, self._data_set(self.validation)]
+
+    def _data_set(self, shards: str | tuple[str, ...]) -> DataSet:
+        return DataSet(shards, self.caption_key, self.where)
 
     @model_validator(mode="after")
     def _consistent(self) -> DataConfig:

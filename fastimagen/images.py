@@ -19,6 +19,7 @@ from torch import Tensor
 from .files import first_line
 from .lettering import Lettering
 from .png_strips import shrink_png
+from .sizes import ImageSize
 
 EXTENSIONS = {
     "JPEG": ("jpg", "jpeg", "jpe", "jfif", "mpo"),
@@ -252,57 +253,72 @@ def save_image(image: Tensor | Image.Image, path: str | Path) -> None:
 
 
 def resize_and_crop(
-    image: Image.Image, size: int, *, crop: Literal["center"] | tuple[int, int, int] = "center"
+    image: Image.Image, size: int | ImageSize, *, crop: Literal["center"] | tuple[int, int, int] = "center"
 ) -> Image.Image:
-    """Scale the smaller side to `size`, keeping the aspect ratio, and crop a square. Never mirrors.
+    """Scale to cover `size`, keeping the aspect ratio, and crop. Never mirrors.
 
-    crop: "center" is the (size, size) square in the middle; (top, left, side) is a crop of that square. Areas are
-    averaged by the whole number in the factor, as `resize` does for the low-resolution images of the cascade, and as
-    ADM prepares its data (Dhariwal and Nichol 2021); the rest is bicubic and antialiased. Smaller images are enlarged.
-    Raises ValueError for a crop outside of the square.
+    size: of a square, or height and width. crop: "center" is the part of that size in the middle; (top, left, side) is
+    a square crop of that part. Areas are averaged by the whole number in the factor, as `resize` does for the
+    low-resolution images of the cascade, and as ADM prepares its data (Dhariwal and Nichol 2021); the rest is bicubic
+    and antialiased. Smaller images are enlarged. Raises ValueError for a crop outside of that part.
     """
-    top, left, side = (0, 0, size) if crop == "center" else crop
-    if size < 1 or side < 1 or min(top, left) < 0 or max(top, left) + side > size:
+    size = ImageSize.of(size)
+    top, left, height, width = (0, 0, *size) if crop == "center" else (crop[0], crop[1], crop[2], crop[2])
+    if min(*size, height, width) < 1 or min(top, left) < 0 or top + height > size.height or left + width > size.width:
         raise ValueError(f"crop {crop} is outside of an image of size {size}")
-    width, height = image.size
-    smallest = min(width, height)
-    if smallest == size:  # whole pixels: no resampling
-        x, y = (width - size) // 2 + left, (height - size) // 2 + top
-        return image if (width, height) == (side, side) else image.crop((x, y, x + side, y + side))
-    if (factor := smallest // size) > 1:  # less than `factor` pixels at the edges are left out
-        columns, rows = width // factor * factor, height // factor * factor
-        x, y = (width - columns) // 2, (height - rows) // 2
+    full = ImageSize(image.height, image.width)
+    if min(full.height - size.height, full.width - size.width) == 0:  # whole pixels: no resampling
+        x, y = (full.width - size.width) // 2 + left, (full.height - size.height) // 2 + top
+        return image if full == (height, width) else image.crop((x, y, x + width, y + height))
+    if (factor := min(full.height // size.height, full.width // size.width)) > 1:
+        columns, rows = full.width // factor * factor, full.height // factor * factor
+        x, y = (full.width - columns) // 2, (full.height - rows) // 2  # less than `factor` pixels are left out
         return resize_and_crop(image.reduce(factor, (x, y, x + columns, y + rows)), size, crop=crop)
-    pixel = smallest / size  # source pixels per pixel of the result
-    x0, y0 = (width - smallest) / 2 + left * pixel, (height - smallest) / 2 + top * pixel
-    box = (x0, y0, min(x0 + side * pixel, width), min(y0 + side * pixel, height))  # min against rounding errors
-    return image.resize((side, side), Image.Resampling.BICUBIC, box=box)
+    # What is covered of the image, in its pixels: all of one side.
+    is_wide = full.width * size.height >= full.height * size.width
+    covered_height = full.height if is_wide else size.height * full.width / size.width
+    covered_width = size.width * full.height / size.height if is_wide else full.width
+    pixel = covered_height / size.height  # source pixels per pixel of the result
+    x0, y0 = (full.width - covered_width) / 2 + left * pixel, (full.height - covered_height) / 2 + top * pixel
+    box = (x0, y0, min(x0 + width * pixel, full.width), min(y0 + height * pixel, full.height))  # rounding errors
+    return image.resize((width, height), Image.Resampling.BICUBIC, box=box)
 
 
-def resize(images: Tensor, size: int) -> Tensor:
-    """Square images (B, C, H, H) in [-1, 1] at another size: (B, C, size, size), antialiased, same dtype.
+def is_enlarged(image: Image.Image, size: ImageSize) -> bool:
+    """Whether `resize_and_crop` to this size enlarges the image."""
+    return image.width < size.width or image.height < size.height
 
-    Shrinking by an integer factor averages areas; everything else is bicubic, clamped to [-1, 1]. The cascade uses it
-    for the low-resolution images of training and of sampling. Raises ValueError for images that are not square.
+
+def resize(images: Tensor, size: int | ImageSize) -> Tensor:
+    """Images (B, C, H, W) in [-1, 1] at another size of the same aspect ratio: (B, C, h, w), antialiased, same dtype.
+
+    size: of a square, or height and width. Shrinking by an integer factor averages areas; everything else is bicubic,
+    clamped to [-1, 1]. The cascade uses it for the low-resolution images of training and of sampling. Raises ValueError
+    for images of another aspect ratio.
     """
-    if images.ndim != 4 or images.shape[2] != images.shape[3] or size < 1:
-        raise ValueError(f"expected square images (B, C, H, H) and a size, got {tuple(images.shape)} and {size}")
-    side = images.shape[3]
-    if side == size:
+    size = ImageSize.of(size)
+    if images.ndim != 4 or min(size) < 1 or not size.same_shape(*images.shape[2:]):
+        wanted = (
+            "square images (B, C, H, H)" if size.height == size.width else "images (B, C, H, W) of its aspect ratio"
+        )
+        raise ValueError(f"expected {wanted} for the size {size}, got {tuple(images.shape)}")
+    height, width = images.shape[2:]
+    if (height, width) == size:
         return images
-    if side % size == 0:
-        return F.avg_pool2d(images.float(), side // size).to(images.dtype)  # (B, C, size, size)
-    resized = F.interpolate(images.float(), (size, size), mode="bicubic", antialias=True)  # (B, C, size, size)
-    return resized.clamp(-1, 1).to(images.dtype)  # (B, C, size, size)
+    if height % size.height == 0 and width % size.width == 0:
+        return F.avg_pool2d(images.float(), height // size.height).to(images.dtype)  # (B, C, h, w)
+    resized = F.interpolate(images.float(), tuple(size), mode="bicubic", antialias=True)  # (B, C, h, w)
+    return resized.clamp(-1, 1).to(images.dtype)  # (B, C, h, w)
 
 
-def enlarge_by_corners(images: Tensor, size: int) -> Tensor:
-    """Square images (B, C, H, H) as (B, C, size, size): bilinear, with corner pixels on corner pixels, same dtype.
+def enlarge_by_corners(images: Tensor, size: int | ImageSize) -> Tensor:
+    """Images (B, C, H, W) as (B, C, h, w): bilinear, with corner pixels on corner pixels, same dtype.
 
-    As in DeepFloyd IF, where other images are shifted by parts of a pixel against what the second stage has learned.
+    size: of a square, or height and width. As in DeepFloyd IF, where other images are shifted by parts of a pixel
+    against what the second stage has learned.
     """
-    enlarged = F.interpolate(images.float(), (size, size), mode="bilinear", align_corners=True)
-    return enlarged.to(images.dtype)  # (B, C, size, size)
+    enlarged = F.interpolate(images.float(), tuple(ImageSize.of(size)), mode="bilinear", align_corners=True)
+    return enlarged.to(images.dtype)  # (B, C, h, w)
 
 
 # ---- grids

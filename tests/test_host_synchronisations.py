@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastimagen import cascade as cascade_module
 from fastimagen.cascade import Stage
 from fastimagen.config import CascadeConfig, SamplingConfig, ScheduleConfig
-from fastimagen.data.loader import Batch
+from fastimagen.data.batch import Batch
 from fastimagen.diffusion.draws import Draws, draw
 from fastimagen.diffusion.inpainting import InitImage
 from fastimagen.diffusion.samplers import SAMPLERS

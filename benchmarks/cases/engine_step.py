@@ -26,7 +26,7 @@ from ..harness.timing import MIN_SAMPLES, Times
 from .step import cudnn_benchmark, first_step_seconds, host_synchronisations
 
 if TYPE_CHECKING:
-    from fastimagen.data.loader import Batch
+    from fastimagen.data.batch import Batch
 
 NUM_BATCHES = 4  # different ones, which steps use in rotation
 MAX_TOKENS = 200  # of a caption
@@ -83,7 +83,7 @@ class Engine:
 
 def ragged_batches(network: Network, batch: int, *, pin: bool) -> Iterator[Batch]:
     """Micro-batches without end: random images and captions, the longest of each of another length."""
-    from fastimagen.data.loader import Batch
+    from fastimagen.data.batch import Batch
     from fastimagen.text.embeddings import PackedEmbeddings
 
     generator = torch.Generator().manual_seed(0)

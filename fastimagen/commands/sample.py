@@ -19,7 +19,7 @@ from ..extras import require_extra
 from ..files import read_json_object, require_empty
 from ..sampling.adapters import parse_adapters
 from ..sampling.distributed import exit_process, rank_and_world_size, sample_distributed
-from ..sampling.image_files import read_init_image, read_square_image
+from ..sampling.image_files import read_cropped_image, read_init_image
 from ..sampling.pipeline import ImagenPipeline
 from ..sampling.request import SamplingRequest, recorded_filetype
 from ..sampling.settings import sampling_settings
@@ -133,9 +133,10 @@ def request_from(options: argparse.Namespace) -> SamplingRequest:
         text=text,
         count=1 if options.count is None else options.count,
         seed=options.seed,
+        size=options.size,
         negative=options.negative,
         init_image=init_image_from(options),
-        lowres=None if options.lowres is None else read_square_image(options.lowres),
+        lowres=None if options.lowres is None else read_cropped_image(options.lowres, options.size),
         start_at=options.start_at,
         stop_at=options.stop_at,
         settings=settings_from(options),
@@ -144,7 +145,19 @@ def request_from(options: argparse.Namespace) -> SamplingRequest:
 
 def recorded_request(options: argparse.Namespace) -> SamplingRequest:
     """The request of the samples.json that --settings names; no other flag may change it."""
-    inputs = ("count", "seed", "negative", "image", "strength", "mask", "resamples", "lowres", "start_at", "stop_at")
+    inputs = (
+        "count",
+        "seed",
+        "size",
+        "negative",
+        "image",
+        "strength",
+        "mask",
+        "resamples",
+        "lowres",
+        "start_at",
+        "stop_at",
+    )
     for name in (*inputs, *(setting.name for setting in sampling_settings())):
         if getattr(options, name) is not None:
             flag = f"--{name.replace('_', '-')}"
@@ -208,7 +221,9 @@ def init_image_from(options: argparse.Namespace) -> InitImage | None:
         if any(getattr(options, name) is not None for name in ("mask", "strength", "resamples")):
             raise ValueError("--mask, --strength and --resamples need --image")
         return None
-    return read_init_image(options.image, options.mask, strength=options.strength, resamples=options.resamples)
+    return read_init_image(
+        options.image, options.mask, size=options.size, strength=options.strength, resamples=options.resamples
+    )
 
 
 def progress(pipe: ImagenPipeline, request: SamplingRequest) -> Callback:

@@ -49,9 +49,12 @@ def _sample_flags(sample: argparse.ArgumentParser) -> None:
     )
     sample.add_argument("--count", type=int, help="images of each caption; without captions, of the model (default: 1)")
     sample.add_argument("--seed", type=int, help="seed of the first image; the next ones count up (default: 0)")
+    sample.add_argument("--size", metavar="WIDTHxHEIGHT", help="of the images, in pixels (default: the model's)")
     sample.add_argument("--negative", metavar="CAPTION", help="negative caption: guidance steers away from it")
     sample.add_argument(
-        "--image", type=Path, help="init image, cropped to its central square; with --mask, the image to inpaint"
+        "--image",
+        type=Path,
+        help="init image, cropped to the aspect ratio of --size; with --mask, the image to inpaint",
     )
     sample.add_argument(
         "--strength",

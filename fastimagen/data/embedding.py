@@ -21,7 +21,6 @@ from .source import (
     identity_of,
     open_source,
     open_split,
-    shard_sources,
 )
 
 MAX_PLANNED = 10000
@@ -116,7 +115,7 @@ def plan_embedding(config: FastimagenConfig, *, say: Say) -> None:
 def is_embedded(config: FastimagenConfig) -> bool:
     """Whether the embedding caches are complete; the text encoder is not loaded."""
     try:
-        for source in shard_sources(config.data):
+        for source in config.data.data_sets:
             open_split(source, config, with_text=True)
         empty_text(config)
     except ValueError:
@@ -139,7 +138,7 @@ def _sources(config: FastimagenConfig, rank: int = 0, world_size: int = 1) -> li
     """The shards of training and validation that can be read."""
     shards = [
         shard
-        for source in shard_sources(config.data)
+        for source in config.data.data_sets
         for shard in open_source(source, config, captions=True, rank=rank, world_size=world_size)
     ]
     return [shard for shard in shards if not shard.lost]

@@ -14,8 +14,9 @@ from .listed import ListedShard
 from .listing import index_some, manifest_part, store_manifest
 from .manifest import manifest_path, read_manifest, row_of, write_manifest
 from .remote.shard import checksum
+from .shard import Reading
 from .shards import list_shards
-from .source import Say, open_source, reading_of, remote_cache, shard_sources
+from .source import Say, open_source, reading_of, remote_cache
 
 LOOK_AGAIN = 0.2
 """Seconds after which the first process looks whether the others have finished."""
@@ -23,9 +24,10 @@ LOOK_AGAIN = 0.2
 
 def index_share(config: FastimagenConfig, rank: int, world_size: int) -> None:
     """Index this rank's share of the shards that manifests do not know. Problems are left to who opens the data."""
-    for source in shard_sources(config.data):
+    for source in config.data.data_sets:
         with suppress(ValueError, OSError, ImportError):
-            index_some(list_shards(source)[rank::world_size], remote_cache(config.data), reading_of(config))
+            shards = list_shards(source.shards)[rank::world_size]
+            index_some(shards, remote_cache(config.data), reading_of(source, config))
 
 
 def index_all(config: FastimagenConfig, *, say: Say, rank: int = 0, world_size: int = 1) -> None:
@@ -35,29 +37,32 @@ def index_all(config: FastimagenConfig, *, say: Say, rank: int = 0, world_size: 
     Raises ValueError as `open_source`.
     """
     shards = _shards(config, rank, world_size)
-    new = [shard for shard in shards if shard.row.entry.checksum is None]
+    new = [(shard, reading) for shard, reading in shards if shard.row.entry.checksum is None]
     start = rank * len(new) // world_size
     left = new[start:] + new[:start]
     while left:
-        left = [shard for shard in left if not _add_checksum(shard, config)]
+        left = [(shard, reading) for shard, reading in left if not _add_checksum(shard, reading)]
         if left and rank:
             return  # others are at them
         time.sleep(LOOK_AGAIN if left else 0)
     if rank:
         return
-    for folder in {Path(shard.path).parent for shard in shards}:
-        rows = read_manifest(manifest_path(folder, reading_of(config)))
-        parts = {shard.path: _part(shard, config) for shard in new if Path(shard.path).parent == folder}
+    for folder, reading in dict.fromkeys((Path(shard.path).parent, reading) for shard, reading in shards):
+        rows = read_manifest(manifest_path(folder, reading))
+        parts = {
+            shard.path: _part(shard, own) for shard, own in new if (Path(shard.path).parent, own) == (folder, reading)
+        }
         rows |= {Path(path).name: row for path, part in parts.items() for row in read_manifest(part).values()}
-        store_manifest(folder, reading_of(config), rows)
+        store_manifest(folder, reading, rows)
         for part in parts.values():
             part.unlink(missing_ok=True)
-        say(f"{manifest_path(folder, reading_of(config))}: {counted(len(rows), 'shard')}")
+        say(f"{manifest_path(folder, reading)}: {counted(len(rows), 'shard')}")
     excluded: Counter[str] = Counter()
-    for shard in shards:
+    for shard, _ in shards:
         excluded.update(shard.excluded)
     reasons = ", ".join(f"{count} {reason}" for reason, count in excluded.most_common()) or "nothing"
-    say(f"{counted(sum(map(len, shards)), 'sample')} in {counted(len(shards), 'shard')}; excluded: {reasons}")
+    samples = sum(len(shard) for shard, _ in shards)
+    say(f"{counted(samples, 'sample')} in {counted(len(shards), 'shard')}; excluded: {reasons}")
 
 
 def check_index(config: FastimagenConfig, *, say: Say, rank: int = 0, world_size: int = 1) -> None:
@@ -67,7 +72,7 @@ def check_index(config: FastimagenConfig, *, say: Say, rank: int = 0, world_size
     """
     shards = _shards(config, trust=True)[rank::world_size]
     problems, unchecked = [], 0
-    for shard in shards:
+    for shard, _ in shards:
         try:
             entry, whole = shard.row.entry, shard.opener()
             tar = Path(shard.path)
@@ -87,23 +92,25 @@ def check_index(config: FastimagenConfig, *, say: Say, rank: int = 0, world_size
     say(f"{counted(len(shards), 'shard')} intact{without}")
 
 
-def _shards(config: FastimagenConfig, rank: int = 0, world_size: int = 1, *, trust: bool = False) -> list[ListedShard]:
-    """The shards of training and validation that can be read, each once. trust: as in `open_shards`."""
+def _shards(
+    config: FastimagenConfig, rank: int = 0, world_size: int = 1, *, trust: bool = False
+) -> list[tuple[ListedShard, Reading]]:
+    """The shards of training and validation that can be read, each once for a reading. trust: as in `open_shards`."""
     listed = {
-        shard.path: shard
-        for source in shard_sources(config.data)
+        (shard.path, reading_of(source, config)): shard
+        for source in config.data.data_sets
         for shard in open_source(source, config, rank=rank, world_size=world_size, trust=trust)
     }
-    return [shard for shard in listed.values() if not shard.lost]
+    return [(shard, reading) for (_, reading), shard in listed.items() if not shard.lost]
 
 
-def _part(shard: ListedShard, config: FastimagenConfig) -> Path:
-    return manifest_part(Path(shard.path), reading_of(config))
+def _part(shard: ListedShard, reading: Reading) -> Path:
+    return manifest_part(Path(shard.path), reading)
 
 
-def _add_checksum(shard: ListedShard, config: FastimagenConfig) -> bool:
+def _add_checksum(shard: ListedShard, reading: Reading) -> bool:
     """Write the shard's row with its checksum, unless that is done. False if another process is at it."""
-    part = _part(shard, config)
+    part = _part(shard, reading)
     with claim(part) as free:
         if not free:
             return False

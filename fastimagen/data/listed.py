@@ -94,6 +94,14 @@ class ListedShard:
         return self.row.hashes if self.selection == ALL else self.row.hashes[self.selection.mask(self.row)]
 
     @property
+    def image_sizes(self) -> np.ndarray:
+        """Width and height of each image, (S, 2) uint16; of a reading with sizes."""
+        if self.lost:
+            return np.empty((0, 2), dtype=np.uint16)
+        assert self.row.image_sizes is not None, "a reading without sizes"
+        return self.row.image_sizes if self.selection == ALL else self.row.image_sizes[self.selection.mask(self.row)]
+
+    @property
     def ends(self) -> tuple[str, ...]:
         """What the first and the last sample are recognised by: their keys, or the hashes of these in a selection."""
         if self.selection == ALL:

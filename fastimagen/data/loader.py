@@ -21,11 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..images import from_uint8, open_rgb, resize_and_crop, to_pixels
-from ..network_config import NetworkConfig
+from ..images import is_enlarged, open_rgb, resize_and_crop, to_pixels
 from ..seeds import random_bits
-from ..text.embeddings import PackedEmbeddings, TextEmbeddings
+from ..sizes import ImageSize
+from ..text.embeddings import PackedEmbeddings
 from ..words import counted
+from .batch import Batch, Origin
+from .buckets import BucketOrder
 from .mixture import Mixture
 from .order import CAPTIONS, CROPS, FLIPS, Order
 from .remote.ahead import Ahead
@@ -34,57 +36,8 @@ from .samples import Embeddings, Samples
 
 logger = logging.getLogger(__name__)
 
-Origin = tuple[int, int]
-"""Where a sample is: (shard, index)."""
-
 MIN_READ = 100
 """Images read before the share of bad ones is checked. As many unreadable images in a row also stop the run."""
-
-
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """B samples.
-
-    images (B, C, H, W): uint8; packed: None if the loader has no embeddings; positions (B,): int64, in the
-    data order; keys: of the samples, or of the replacement if an image was unreadable; origins: where these are;
-    loss_weights (B,): factors on their losses, None if all are 1.
-    """
-
-    images: Tensor
-    packed: PackedEmbeddings | None
-    positions: Tensor
-    keys: list[str]
-    origins: Sequence[Origin] = ()
-    loss_weights: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    @property
-    def text(self) -> TextEmbeddings | None:
-        """The embeddings on the CPU, padded to the longest caption."""
-        return None if self.packed is None else self.packed.unpacked(torch.device("cpu"))
-
-    def images_for(self, device: torch.device) -> Tensor:
-        """The images (B, C, H, W) on `device`, float32 in [-1, 1]. uint8 is a quarter of the bytes to copy, and copies
-        from pinned memory do not block."""
-        return from_uint8(self.images.to(device, non_blocking=True))
-
-    def weighted(self, losses: Tensor) -> Tensor:
-        """The losses (B,) with the weights of the samples' data sets."""
-        if self.loss_weights is None:
-            return losses
-        return losses * self.loss_weights.to(losses.device, losses.dtype, non_blocking=True)
-
-    def text_for(self, unet: NetworkConfig, device: torch.device) -> TextEmbeddings | None:
-        """The embeddings on `device`, or None for a U-Net without text path.
-
-        They are padded (TextEmbeddings.padded), except on a CPU: nothing is compiled there, and padding costs time.
-        """
-        if unet.text_dim is None:
-            return None
-        assert self.packed is not None, "a text-conditioned U-Net needs a loader with embeddings"
-        return self.packed.unpacked(device, None if device.type == "cpu" else unet.max_text_length)
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,14 +57,16 @@ def names_side(caption: str) -> bool:
     return SIDE.search(caption) is not None
 
 
-Locate = Callable[[int], tuple[int, int]]  # position -> (shard, index)
+Locate = Callable[[int, int], tuple[int, int]]
+"""(position, count) -> (shard, index) of the sample there, or of the count-th one that may replace it."""
 
 
 class Loader:
     """The micro-batches of one rank.
 
     shards, caches: the tars, and the text embeddings of each (None: no text); order: of their samples. size: of the
-    centre square of the scaled image; crop_size: of a random crop of it, which depends on (crop_seed, position).
+    middle of the scaled image, a square by its side; buckets: their sizes instead, for a BucketOrder. crop_size: of a
+    random square crop of it, which depends on (crop_seed, position).
     channels: 3 for colour, 1 for grey; other files are converted.
     global_batch: samples per optimizer step on all ranks, a multiple of world_size * micro_batch. threads: that decode
     images; prefetch: micro-batches prepared in advance; ahead: downloads remote shards before they are read; pin: in
@@ -135,9 +90,10 @@ class Loader:
         self,
         shards: Sequence[Samples],
         caches: Sequence[Embeddings] | None,
-        order: Order | Mixture,
+        order: Order | Mixture | BucketOrder,
         *,
-        size: int,
+        size: int | ImageSize,
+        buckets: Sequence[ImageSize] = (),
         crop_size: int | None = None,
         channels: int = 3,
         global_batch: int,
@@ -161,12 +117,15 @@ class Loader:
                 f"a global batch of {global_batch} cannot be split into micro-batches of "
                 f"{micro_batch} on {world_size} ranks"
             )
-        if crop_size is not None and not 1 <= crop_size <= size:
-            raise ValueError(f"crop_size must lie between 1 and size {size}, got {crop_size}")
+        self.image_sizes = list(buckets) or [ImageSize.of(size)]
+        smallest = min(map(min, self.image_sizes))
+        if crop_size is not None and not 1 <= crop_size <= smallest:
+            raise ValueError(f"crop_size must lie between 1 and size {smallest}, got {crop_size}")
+        assert not isinstance(order, BucketOrder) or (len(buckets), order.batch) == (len(order.buckets), global_batch)
         if caches is not None and [len(cache) for cache in caches] != sizes:
             raise ValueError("the text embeddings belong to other shards: rebuild them with fastimagen embed")
         self.shards, self.caches, self.order = shards, caches, order
-        self.size, self.crop_size, self.channels, self.crop_seed = size, crop_size, channels, crop_seed
+        self.crop_size, self.channels, self.crop_seed = crop_size, channels, crop_seed
         self.global_batch, self.micro_batch = global_batch, micro_batch
         self.rank, self.world_size = rank, world_size
         self.threads, self.prefetch, self.max_bad_share, self.pin = threads, prefetch, max_bad_share, pin
@@ -195,21 +154,34 @@ class Loader:
     def batches(self, start: int) -> Generator[Batch, None, None]:
         """This rank's micro-batches, without end. The first global batch begins at position `start`.
 
-        Closing the generator stops the decoding threads; their errors are raised here.
+        Closing the generator stops the decoding threads; their errors are raised here. Raises ValueError if buckets of
+        this batch size do not begin at `start`.
         """
+        if isinstance(self.order, BucketOrder) and start % self.global_batch:
+            raise ValueError(f"position {start} is not the start of a batch of {self.global_batch} of one bucket")
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
         pending: deque[Future[tuple[Batch, list[_Sample]]]] = deque()
         try:
             for positions in self._schedule(start):
                 if self.ahead is not None:
                     self.ahead.reach(positions[0])
-                pending.append(self._submit(pool, positions, self.order.__getitem__))
+                pending.append(self._submit(pool, positions, self.order.after))
                 if len(pending) > self.prefetch:
                     yield self._count(*pending.popleft().result())
         finally:
             if self.ahead is not None:
                 self.ahead.close()
             pool.shutdown(wait=True, cancel_futures=True)
+
+    def describe_buckets(self) -> list[str]:
+        """Lines about the samples of each bucket; none without buckets."""
+        return self.order.describe() if isinstance(self.order, BucketOrder) else []
+
+    def samples_by_size(self) -> dict[ImageSize, int]:
+        """The sizes of training images, crops or whole ones, and the samples that have them."""
+        if self.crop_size is not None or not isinstance(self.order, BucketOrder):
+            return {self.image_sizes[0] if self.crop_size is None else ImageSize.of(self.crop_size): self.order.total}
+        return dict(zip(self.image_sizes, self.order.counts.sum(axis=0).tolist()))
 
     def fixed_batch(self, indices: Sequence[int]) -> Batch:
         """Samples by their index in the unshuffled sequence of all shards: the same in every run.
@@ -229,29 +201,35 @@ class Loader:
             for position in range(first, first + share, self.micro_batch):
                 yield range(position, position + self.micro_batch)
 
-    def _in_sequence(self, number: int) -> tuple[int, int]:
-        number %= self.order.total
+    def _in_sequence(self, number: int, count: int = 0) -> tuple[int, int]:
+        number = (number + count) % self.order.total
         shard = int(np.searchsorted(self._ends, number, side="right"))
         return shard, number - int(self._ends[shard] - self.order.sizes[shard])
 
     def _submit(
         self, pool: ThreadPoolExecutor, positions: Sequence[int], locate: Locate
     ) -> Future[tuple[Batch, list[_Sample]]]:
-        side = self.crop_size or self.size
+        size = self._size(positions[0], locate)
         # Filled by the decoding threads.
-        shape = (len(positions), self.channels, side, side)
+        shape = (len(positions), self.channels, *(size if self.crop_size is None else (self.crop_size,) * 2))
         images = torch.empty(shape, dtype=torch.uint8, pin_memory=self.pin)  # (B, C, H, W)
         rows = images.numpy()
-        samples = [pool.submit(self._read, position, locate, rows[i]) for i, position in enumerate(positions)]
+        samples = [pool.submit(self._read, position, locate, size, rows[i]) for i, position in enumerate(positions)]
         # The pool starts tasks in order: the images that _assemble waits for are being decoded already, so that it
         # cannot keep their threads from them.
         return pool.submit(self._assemble, images, positions, samples)
 
-    def _read(self, position: int, locate: Locate, pixels: np.ndarray) -> _Sample:
+    def _size(self, position: int, locate: Locate) -> ImageSize:
+        """The size to which the images of a batch are scaled, before they are cropped."""
+        if isinstance(self.order, BucketOrder) and locate != self._in_sequence:
+            return self.image_sizes[self.order.bucket(position)]
+        return self.image_sizes[0]
+
+    def _read(self, position: int, locate: Locate, size: ImageSize, pixels: np.ndarray) -> _Sample:
         """Decode one image into `pixels` (C, H, W); runs in a decoding thread."""
         bad = []
-        for candidate in range(position, position + MIN_READ):
-            shard, index = locate(candidate)
+        for count in range(MIN_READ):
+            shard, index = locate(position, count)
             try:
                 data = self.shards[shard].image(index)
                 number = self._caption_number(shard, index, position, locate)
@@ -261,15 +239,15 @@ class Loader:
                 bad.append((shard, index, str(error)))
                 continue
             try:
-                image = open_rgb(data, at_least=self.size)
+                image = open_rgb(data, at_least=max(size))
             except ValueError as error:
                 bad.append((shard, index, str(error)))
                 continue
-            square = resize_and_crop(image, self.size, crop=self._crop(position))
-            pixels[:] = to_pixels(square, self.channels)  # (C, H, W)
+            cropped = resize_and_crop(image, size, crop=self._crop(position, size))
+            pixels[:] = to_pixels(cropped, self.channels)  # (C, H, W)
             if locate != self._in_sequence and self._mirrored(shard, index, position, number):
                 pixels[:] = pixels[:, :, ::-1].copy()  # (C, H, W)
-            return _Sample(self.shards[shard].key(index), (shard, index), tokens, min(image.size) < self.size, bad)
+            return _Sample(self.shards[shard].key(index), (shard, index), tokens, is_enlarged(image, size), bad)
         raise ValueError(f"{len(bad)} images in a row are unreadable, first {self._describe(*bad[0])}")
 
     def _caption_number(self, shard: int, index: int, position: int, locate: Locate) -> int:
@@ -289,12 +267,11 @@ class Loader:
             return False
         return not names_side(self.shards[shard].captions_of(index)[number])
 
-    def _crop(self, position: int) -> Literal["center"] | tuple[int, int, int]:
+    def _crop(self, position: int, size: ImageSize) -> Literal["center"] | tuple[int, int, int]:
         if self.crop_size is None:
             return "center"
-        num_offsets = self.size - self.crop_size + 1
         top, left = random_bits(self.crop_seed, CROPS, (position, 0), 2).tolist()
-        return top % num_offsets, left % num_offsets, self.crop_size
+        return top % (size.height - self.crop_size + 1), left % (size.width - self.crop_size + 1), self.crop_size
 
     def _assemble(
         self, images: Tensor, positions: Sequence[int], futures: list[Future[_Sample]]
@@ -312,7 +289,7 @@ class Loader:
 
     def _loss_weights(self, origins: Sequence[Origin]) -> Tensor | None:
         """Factors (B,) on the losses of samples of a mixture; None if all of its data sets have 1."""
-        if not isinstance(self.order, Mixture) or all(part.loss_weight == 1 for part in self.order.parts):
+        if isinstance(self.order, Order) or all(part.loss_weight == 1 for part in self.order.parts):
             return None
         weights = torch.tensor([self.order.part_of(shard).loss_weight for shard, _ in origins])  # (B,)
         return weights.pin_memory() if self.pin else weights
@@ -325,7 +302,7 @@ class Loader:
             self.counters["bad"] += len(sample.bad) - lost
             self.counters["lost"] += lost
             self.counters["upscaled"] += sample.upscaled
-            if isinstance(self.order, Mixture):
+            if not isinstance(self.order, Order) and self.order.parts:
                 self._delivered[self.order.part_of(sample.origin[0]).name] += 1
             for shard, index, reason in sample.bad:
                 if shard in self._lost:
@@ -346,14 +323,14 @@ class Loader:
     def captions(self, batch: Batch) -> list[str]:
         """The captions of a batch of `batches`, each the one whose embeddings the sample has."""
         return [
-            self.shards[shard].captions_of(index)[self._caption_number(shard, index, position, self.order.__getitem__)]
+            self.shards[shard].captions_of(index)[self._caption_number(shard, index, position, self.order.after)]
             for (shard, index), position in zip(batch.origins, batch.positions.tolist())
         ]
 
     def mixture_values(self, position: int) -> dict[str, float]:
         """For the record at a position in a mixture: each data set's share of the samples of this rank since the start
         of the process, and how often its samples have been read; {} for one data set."""
-        if not isinstance(self.order, Mixture):
+        if isinstance(self.order, Order) or not self.order.parts:
             return {}
         values, delivered = {}, self._delivered.total()
         for name, epochs in self.order.epochs(position).items():

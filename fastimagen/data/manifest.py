@@ -3,7 +3,8 @@
 One safetensors file for a folder and a reading. Its header has an entry for each shard; its tensors are
     hashes (S of all shards,) int64: the hash of each key (key_hash.py), which decides on samples held out
     passes (S of all shards,) bool: whether data.where takes the sample; only with conditions
-in the order of the entries. It is memory-mapped, so that the processes of a node share a copy: 8 or 9 bytes a sample.
+    image_sizes (S of all shards, 2) uint16: width and height; only with buckets
+in the order of the entries. It is memory-mapped, so that the processes of a node share a copy: 8 to 13 bytes a sample.
 The index files beside the tars, and the tars themselves, are what it is made from.
 """
 
@@ -49,11 +50,13 @@ class Entry:
 
 
 class Row(NamedTuple):
-    """A shard in a manifest, with its samples: hashes (S,) uint64, and passes (S,) bool or None."""
+    """A shard in a manifest, with its samples: hashes (S,) uint64, passes (S,) bool or None, and image_sizes (S, 2)
+    uint16 or None."""
 
     entry: Entry
     hashes: np.ndarray
     passes: np.ndarray | None
+    image_sizes: np.ndarray | None = None
 
 
 def row_of(shard: Shard, checksum: str | None = None) -> Row:
@@ -68,7 +71,8 @@ def row_of(shard: Shard, checksum: str | None = None) -> Row:
         ends=shard.ends,
         checksum=checksum,
     )
-    return Row(entry, shard.hashes, None if shard.passes is None else shard.passes.copy())
+    passes, sizes = (None if array is None else array.copy() for array in (shard.passes, shard.image_sizes))
+    return Row(entry, shard.hashes, passes, sizes)
 
 
 def manifest_path(folder: str | Path, reading: Reading) -> Path:
@@ -91,12 +95,13 @@ def read_manifest(path: str | Path) -> dict[str, Row]:
     except (OSError, SafetensorError, ValueError) as error:
         logger.warning("rebuilding %s: %s", path, first_line(error))
         return {}
-    hashes, passes = tensors["hashes"].view(np.uint64), tensors.get("passes")
+    hashes, passes, sizes = tensors["hashes"].view(np.uint64), tensors.get("passes"), tensors.get("image_sizes")
     rows, start = {}, 0
     for name, fields in json.loads(header["shards"]).items():
         entry = Entry(**fields | {"ends": tuple(fields["ends"])})
         own = slice(start, start := start + entry.samples)
-        rows[name] = Row(entry, hashes[own], None if passes is None else passes[own])
+        passed, sized = (None if array is None else array[own] for array in (passes, sizes))
+        rows[name] = Row(entry, hashes[own], passed, sized)
     return rows
 
 
@@ -105,8 +110,9 @@ def write_manifest(path: str | Path, rows: Mapping[str, Row]) -> None:
     names = sorted(rows)
     hashes = np.concatenate([np.empty(0, dtype=np.uint64), *(rows[name].hashes for name in names)])
     tensors = {"hashes": torch.from_numpy(hashes.view(np.int64))}
-    passes = [rows[name].passes for name in names]
-    if any(mask is not None for mask in passes):
-        tensors["passes"] = torch.from_numpy(np.concatenate([mask for mask in passes if mask is not None]))
+    for column in ("passes", "image_sizes"):
+        arrays = [array for name in names if (array := getattr(rows[name], column)) is not None]
+        if arrays:
+            tensors[column] = torch.from_numpy(np.concatenate(arrays))
     entries = {name: asdict(rows[name].entry) for name in names}
     write_safetensors(path, tensors, {"format": MANIFEST_FORMAT, "shards": json.dumps(entries)})

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..seeds import random_bits
 
-SHARDS, SAMPLES, CROPS, CAPTIONS, FLIPS, SOURCES = range(6)
+SHARDS, SAMPLES, CROPS, CAPTIONS, FLIPS, SOURCES, BUCKETS = range(7)
 """Streams of random numbers, independent of each other."""
 
 
@@ -46,6 +46,10 @@ class Order:
         shards, indices = self._samples(epoch, block)
         offset = offset_in_epoch - int(starts[block])
         return int(shards[offset]), int(indices[offset])
+
+    def after(self, position: int, count: int) -> tuple[int, int]:
+        """The sample `count` positions after this one, which may replace that of this position."""
+        return self[position + count]
 
     def ahead(self, position: int, count: int) -> list[int]:
         """The shards of the block that a position is in, and of the blocks after it: at least `count`, unless there are

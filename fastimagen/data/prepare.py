@@ -13,7 +13,7 @@ from ..text.tokens import CaptionTokens
 from ..words import counted
 from .listed import ListedShard
 from .shards import open_shards
-from .source import Say, open_source, shard_sources, uses_text
+from .source import Say, open_source, uses_text
 from .where import parse_conditions
 
 TINY_T5_WIDTH = 64
@@ -28,7 +28,8 @@ def check_data(config: FastimagenConfig) -> None:
     data.shapes renders the built-in shapes, so that data.shards must be these; and only they work with the built-in
     text encoder, whose weights are random, unless text.random_weights accepts it. Opens no shards.
     """
-    parse_conditions(config.data.where)
+    for source in config.data.data_sets:
+        parse_conditions(source.where)
     if config.data.shapes is not None:
         _check_shapes(config.data)
     if uses_text(config):
@@ -40,7 +41,7 @@ def _check_shapes(data: DataConfig) -> None:
     if not isinstance(data.shards, str) or Path(data.shards).name != "train":
         raise ValueError(
             f"fastimagen.data.shapes renders the built-in shapes into FOLDER/train, but fastimagen.data.shards is "
-            f"{data.training}: set it to FOLDER/train, or, for your own images, {own_images}"
+            f"{data.shards}: set it to FOLDER/train, or, for your own images, {own_images}"
         )
     if Path(data.shards).exists() and not _are_shapes(data.shards):
         raise ValueError(
@@ -68,7 +69,8 @@ def check_encoder(config: FastimagenConfig) -> None:
 
 def _sources(config: FastimagenConfig) -> list[str]:
     """Where the training and validation shards are."""
-    return [path for source in shard_sources(config.data) for path in ([source] if isinstance(source, str) else source)]
+    listed = [source.shards for source in config.data.data_sets]
+    return [path for shards in listed for path in ([shards] if isinstance(shards, str) else shards)]
 
 
 def _are_shapes(source: str) -> bool:
@@ -121,7 +123,7 @@ def prepare_shapes(config: FastimagenConfig, *, say: Say) -> None:
         write_shards(folder, shapes.count, shapes.size, shapes.seed)
     if build_encoder:
         say(f"{encoder}: building the built-in text encoder (random weights, for the shapes only)")
-        captions = [caption for shard in open_shards(config.data.training[0]) for caption in shard.captions()]
+        captions = [caption for shard in open_shards(config.data.training[0].shards) for caption in shard.captions()]
         build_tiny_t5(encoder, captions, dim=TINY_T5_WIDTH)
 
 
@@ -133,7 +135,7 @@ def prepare_encoder(config: FastimagenConfig, *, say: Say) -> None:
         return
     captions = [
         caption
-        for source in shard_sources(config.data)
+        for source in config.data.data_sets
         for shard in open_source(source, config, captions=True)
         for caption in shard.captions()
     ]

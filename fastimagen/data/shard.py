@@ -25,19 +25,21 @@ class Reading:
     """What counts as a sample.
 
     caption_key: the key in KEY.json with the caption or the list of captions; None reads KEY.txt. where: conditions on
-    KEY.json, as `parse_conditions` takes them. captions: whether a sample needs one.
+    KEY.json, as `parse_conditions` takes them. captions: whether a sample needs one. sizes: whether the sizes of the
+    images are read, which does not change what counts.
     """
 
     caption_key: str | None = None
     where: tuple[str, ...] = ()
     captions: bool = True
+    sizes: bool = False
 
     @property
     def suffix(self) -> str:
         """Of the files of indices and manifests: other readings have others. "" for PLAIN."""
         if self == PLAIN:
             return ""
-        text = json.dumps([self.caption_key, self.where, self.captions])
+        text = json.dumps([self.caption_key, self.where, self.captions, *(["sizes"] if self.sizes else [])])
         return f".{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
@@ -53,7 +55,8 @@ class Shard:
     size in bytes of image, caption and json (size 0: none); names (S,): keys as bytes; excluded: number of keys that do
     not make a sample, by reason; caption_key: of the captions in the json, None for those in the .txt; counts (S,):
     captions of each sample, None for one; passes (S,) bool: whether data.where takes the sample; filtered: those it
-    does not take, by condition; samples_hash: of all keys and captions of the tar (embedding_cache.captions_hash), ""
+    does not take, by condition; image_sizes (S, 2) uint16: width and height, 0 for what is not an image, None if the
+    reading has no sizes; samples_hash: of all keys and captions of the tar (embedding_cache.captions_hash), ""
     if captions are not read; file: the open tar, which may be deleted while it is read; None opens it when it is read.
     Reading raises ValueError if the tar has changed.
     """
@@ -68,6 +71,7 @@ class Shard:
     passes: np.ndarray | None = None
     filtered: dict[str, int] = field(default_factory=dict)
     samples_hash: str = ""
+    image_sizes: np.ndarray | None = None
     file: OpenFile | None = None
 
     def __len__(self) -> int:
@@ -120,7 +124,7 @@ class Shard:
 
     def select(self, mask: np.ndarray) -> Shard:
         """The shard with only the samples of a mask (S,)."""
-        arrays = {name: getattr(self, name) for name in ("extents", "names", "counts", "passes")}
+        arrays = {name: getattr(self, name) for name in ("extents", "names", "counts", "passes", "image_sizes")}
         return replace(self, **{name: values[mask] for name, values in arrays.items() if values is not None})
 
     def _read(self, index: int, column: int) -> bytes:

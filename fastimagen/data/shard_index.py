@@ -12,7 +12,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch
 from ..files import first_line, write_safetensors
 from ..images import IMAGE_EXTENSIONS
 from .embedding_cache import captions_hash
+from .image_header import stored_size
 from .shard import PLAIN, Reading, Shard, captions_in
 from .tar_headers import OpenFile, decode_name, tar_members
 from .where import Condition, parse_conditions
@@ -59,7 +60,7 @@ def index_shard(path: str | Path, reading: Reading = PLAIN) -> Shard:
             files.setdefault(kind, (offset, size))
         elif extension.rpartition(".")[2] in IMAGE_EXTENSIONS:
             dotted[key] += 1
-    extents, names, counts, passes, texts = [], [], [], [], []
+    extents, names, counts, passes, texts, sizes = [], [], [], [], [], []
     filtered: Counter[str] = Counter()
     conditions = parse_conditions(reading.where)
     for key, files in samples.items():
@@ -74,6 +75,8 @@ def index_shard(path: str | Path, reading: Reading = PLAIN) -> Shard:
             counts.append(len(captions))
             texts += captions
             passes.append(refused is None)
+            if reading.sizes:
+                sizes.append(stored_size(partial(file.read, files["image"][0]), files["image"][1]))
             filtered.update([] if refused is None else [refused])
     return Shard(
         str(path),
@@ -86,6 +89,7 @@ def index_shard(path: str | Path, reading: Reading = PLAIN) -> Shard:
         np.array(passes, dtype=bool) if reading.where else None,
         dict(filtered),
         captions_hash([decode_name(name) for name in names], texts) if reading.captions else "",
+        np.array(sizes, dtype=np.uint16).reshape(-1, 2) if reading.sizes else None,
     )
 
 
@@ -160,6 +164,7 @@ def load_index(path: str, reading: Reading) -> Shard | None:
         arrays.get("passes"),
         json.loads(header["filtered"]),
         header["samples"],
+        arrays.get("image_sizes"),
     )
 
 
@@ -167,7 +172,7 @@ def store_index(shard: Shard, reading: Reading) -> None:
     """Write the index next to the tar; where that is not possible, the log says so once for a folder."""
     names = shard.names.view(np.uint8).reshape(len(shard), shard.names.itemsize)  # (S, longest)
     tensors = {"places": torch.from_numpy(shard.extents), "names": torch.from_numpy(names)}
-    for name in ("counts", "passes"):
+    for name in ("counts", "passes", "image_sizes"):
         if (values := getattr(shard, name)) is not None:
             tensors[name] = torch.from_numpy(values)
     header = {"format": INDEX_FORMAT, "tar": shard.stamp, "samples": shard.samples_hash}

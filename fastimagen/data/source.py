@@ -9,19 +9,23 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..config import CascadeConfig, FastimagenConfig
-from ..data_config import DataConfig, HeldOutConfig
+from ..data_config import DataConfig, DataSet, HeldOutConfig
+from ..sizes import ImageSize
 from ..text.embeddings import TextEmbeddings
 from ..text.t5 import encoder_identity, hub_commit
 from ..words import counted
+from .batch import Batch
+from .buckets import BucketOrder, bucket_numbers
 from .embedding_cache import cache_path, captions_hash, open_cache
 from .held_out import choose_held_out
 from .listed import ListedShard
 from .listed_embeddings import ListedEmbeddings, list_embeddings
-from .loader import Batch, Loader
+from .loader import Loader
 from .mixture import Mixture, Part
 from .order import Order
 from .remote.ahead import Ahead
@@ -29,7 +33,6 @@ from .remote.cache import RemoteCache
 from .shard import Reading
 from .shards import list_shards, open_shards
 
-Source = str | tuple[str, ...]
 Say = Callable[[str], None]
 
 
@@ -49,8 +52,11 @@ class Split:
     def __len__(self) -> int:
         return sum(len(shard) for shard in self.shards)
 
-    def order(self, seed: int) -> Order | Mixture:
-        """The order of the samples. Raises ValueError if a data set of the mixture has none."""
+    def order(self, seed: int, *, buckets: Sequence[ImageSize] = (), batch: int = 1) -> Order | Mixture | BucketOrder:
+        """The order of the samples; with buckets every `batch` of them has one. Raises ValueError if a data set of the
+        mixture has none."""
+        if buckets:
+            return BucketOrder(self.shards, buckets, batch, seed, self.mixture)
         sizes = [len(shard) for shard in self.shards]
         return Mixture(self.mixture, sizes, seed) if self.mixture else Order(sizes, seed)
 
@@ -70,7 +76,8 @@ class Split:
         self,
         config: FastimagenConfig,
         *,
-        size: int,
+        size: int | ImageSize,
+        buckets: Sequence[ImageSize] = (),
         crop: int | None,
         global_batch: int,
         rank: int,
@@ -80,17 +87,18 @@ class Split:
         crop_seed: int,
         pin: bool = False,
     ) -> Loader:
-        """A loader of training batches: images of `size`, or random crops of side `crop` from them.
+        """A loader of training batches: images of `size`, or of the sizes of buckets; or random crops of side `crop`.
 
         seed: of the order; crop_seed: of the crops, which differ between stages. pin: in pinned memory, which only a
         process with a GPU can allocate."""
-        order = self.order(seed)
+        order = self.order(seed, buckets=buckets, batch=global_batch)
         return Loader(
             self.shards,
             self.caches,
             order,
             held_out=self.held_out,
             size=size,
+            buckets=buckets,
             crop_size=crop,
             channels=image_channels(config),
             global_batch=global_batch,
@@ -105,7 +113,9 @@ class Split:
             ahead=Ahead(self.shards, self.caches, order) if any(shard.remote for shard in self.shards) else None,
         )
 
-    def fixed_batch(self, config: FastimagenConfig, indices: Sequence[int], *, size: int, crop: int | None) -> Batch:
+    def fixed_batch(
+        self, config: FastimagenConfig, indices: Sequence[int], *, size: int | ImageSize, crop: int | None
+    ) -> Batch:
         """Samples by number, always the same: for validation."""
         loader = self.loader(
             config,
@@ -120,10 +130,26 @@ class Split:
         )
         return loader.fixed_batch(indices)
 
+    def in_chunks(self, count: int, length: int, buckets: Sequence[ImageSize] = ()) -> list[tuple[Sequence[int], int]]:
+        """The numbers of the first `count` samples, at most `length` at a time, with the number of their bucket."""
+        if not buckets:
+            return [(range(first, min(first + length, count)), 0) for first in range(0, count, length)]
+        sizes = np.concatenate([shard.image_sizes for shard in self._first_shards(count)])[:count]
+        chunks: list[tuple[Sequence[int], int]] = []
+        for bucket in range(len(buckets)):
+            own = np.flatnonzero(bucket_numbers(sizes, buckets) == bucket).tolist()
+            chunks += [(own[first : first + length], bucket) for first in range(0, len(own), length)]
+        return chunks
+
+    def _first_shards(self, count: int) -> list[ListedShard]:
+        """The shards that have the first `count` samples."""
+        ends = np.cumsum([len(shard) for shard in self.shards])
+        return self.shards[: int(np.searchsorted(ends, count)) + 1]
+
     def examples(
-        self, count: int, config: FastimagenConfig, *, size: int
+        self, count: int, config: FastimagenConfig, *, size: int | ImageSize
     ) -> tuple[list[str], TextEmbeddings | None, Tensor]:
-        """The first `count` samples: captions, embeddings, images (n, C, size, size) in [-1, 1]."""
+        """The first `count` samples: captions, embeddings, images (n, C, H, W) of `size` in [-1, 1]."""
         count = min(count, len(self))
         batch = self.fixed_batch(config, range(count), size=size, crop=None)
         captions = islice((shard.caption(index) for shard in self.shards for index in range(len(shard))), count)
@@ -142,7 +168,7 @@ def open_data(config: FastimagenConfig, *, with_text: bool, trust: bool = False)
         return _hold_out(everything, validation)
     if validation is None:
         return everything, None
-    return everything, open_split(validation, config, with_text=with_text, trust=trust)
+    return everything, open_split(config.data.data_sets[-1], config, with_text=with_text, trust=trust)
 
 
 def _open_training(config: FastimagenConfig, *, with_text: bool, trust: bool) -> Split:
@@ -184,14 +210,15 @@ def _select(split: Split, *, reports: bool = True, **changes: Any) -> Split:
     return replace(split, shards=shards, caches=caches)
 
 
-def open_split(source: Source, config: FastimagenConfig, *, with_text: bool, trust: bool = False) -> Split:
+def open_split(source: DataSet, config: FastimagenConfig, *, with_text: bool, trust: bool = False) -> Split:
     """List shards and embeddings. trust: as in `open_data`. Raises ValueError that names the key to change or the
     command to run."""
     shards = open_source(source, config, trust=trust)
     if not with_text:
-        return _apply_where(Split(shards, None))
+        return _apply_where(Split(shards, None), source)
     identity, folder = identity_of(config), config.text.cache
-    return _apply_where(Split(shards, [list_embeddings(shard, identity, folder, trust=trust) for shard in shards]))
+    caches = [list_embeddings(shard, identity, folder, trust=trust) for shard in shards]
+    return _apply_where(Split(shards, caches), source)
 
 
 def identity_of(config: FastimagenConfig) -> dict[str, str]:
@@ -202,8 +229,8 @@ def identity_of(config: FastimagenConfig) -> dict[str, str]:
     )
 
 
-def _apply_where(split: Split) -> Split:
-    """The samples that data.where takes."""
+def _apply_where(split: Split, source: DataSet) -> Split:
+    """The samples that the conditions of a data set take."""
     if all(shard.passes is None for shard in split.shards):
         return split
     kept = _select(split, where=True)
@@ -212,12 +239,13 @@ def _apply_where(split: Split) -> Split:
         for shard in split.shards:
             filtered.update(shard.filtered)
         counts = ", ".join(f"{count} by {condition}" for condition, count in filtered.most_common())
-        raise ValueError(f"fastimagen.data.where leaves no samples: {counts}")
+        of = f" of {source.name}" if source.name else ""
+        raise ValueError(f"fastimagen.data.where leaves no samples{of}: {counts}")
     return kept
 
 
 def open_source(
-    source: Source,
+    source: DataSet,
     config: FastimagenConfig,
     *,
     captions: bool = False,
@@ -225,15 +253,15 @@ def open_source(
     world_size: int = 1,
     trust: bool = False,
 ) -> list[ListedShard]:
-    """The shards of one of `shard_sources`. captions: a sample needs one also if no stage is conditioned on text; rank,
-    world_size, trust: as in `open_shards`.
+    """The shards of one of `data.data_sets`. captions: a sample needs one also if no stage is conditioned on text;
+    rank, world_size, trust: as in `open_shards`.
 
     Raises ValueError that names the key if there are none.
     """
     try:
-        list_shards(source)
+        list_shards(source.shards)
     except ValueError as error:
-        if source == config.data.validation:
+        if source.shards == config.data.validation:
             raise ValueError(
                 f"fastimagen.data.validation: {error}; set it to null to train without validation, or to "
                 f'{{"share": 0.01}} to hold out samples of data.shards'
@@ -242,9 +270,9 @@ def open_source(
             f"fastimagen.data.shards: {error}; pack a folder of images with: fastimagen shards folder"
         ) from None
     return open_shards(
-        source,
+        source.shards,
         cache=remote_cache(config.data),
-        reading=reading_of(config, captions=captions),
+        reading=reading_of(source, config, captions=captions),
         max_lost=config.data.max_bad_share,
         rank=rank,
         world_size=world_size,
@@ -252,9 +280,10 @@ def open_source(
     )
 
 
-def reading_of(config: FastimagenConfig, *, captions: bool = False) -> Reading:
-    """What counts as a sample. captions: as in `open_source`."""
-    return Reading(config.data.caption_key, config.data.where, captions=captions or uses_text(config))
+def reading_of(source: DataSet, config: FastimagenConfig, *, captions: bool = False) -> Reading:
+    """What counts as a sample of a data set, and what is read of it. captions: as in `open_source`."""
+    captions = captions or uses_text(config)
+    return Reading(source.caption_key, source.where, captions=captions, sizes=bool(config.data.buckets))
 
 
 def remote_cache(data: DataConfig) -> RemoteCache | None:
@@ -274,13 +303,6 @@ def uses_text(config: FastimagenConfig) -> bool:
 def image_channels(config: FastimagenConfig) -> int:
     """Channels of the images that the stages take; 3 for a preset, and until a cascade with changes is resolved."""
     return config.cascade.channels if isinstance(config.cascade, CascadeConfig) else 3
-
-
-def shard_sources(data: DataConfig) -> list[Source]:
-    """The data sets of data.shards, and data.validation where it names shards of its own."""
-    if data.validation is None or isinstance(data.validation, HeldOutConfig):
-        return data.training
-    return [*data.training, data.validation]
 
 
 # ---- text

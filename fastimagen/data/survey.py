@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from PIL import Image
 
-from ..images import DECODE_ERRORS, FORMATS, open_rgb
+from ..images import FORMATS, open_rgb
+from .image_header import image_size
 from .packing.folder import CaptionOptions, folder_items
 from .packing.report import PackReport
 from .packing.rows import is_table, read_table
@@ -24,6 +23,7 @@ from .remote.transfer import URL
 from .shards import list_shards, open_shards
 
 T = TypeVar("T")
+Shard = TypeVar("Shard", bound=Sized)
 Read = Callable[[], bytes]
 
 MAX_HEADERS = 2000
@@ -83,12 +83,11 @@ def survey(source: str | Path) -> Survey:
             f"{source} is remote: look at one downloaded shard, and put the URL into data.shards afterwards"
         )
     shards = open_shards(str(source))
-    where = [(shard, index) for shard in shards for index in range(len(shard))]
-    chosen = spread(where, MAX_HEADERS)
+    chosen = spread_samples(shards, MAX_HEADERS)
     readers = [partial(shard.image, index) for shard, index in chosen]
     captions = [shard.caption(index) for shard, index in chosen]
     excluded = sum(sum(shard.excluded.values()) for shard in shards)
-    return _survey(readers, captions, excluded, packed=True, count=len(where))
+    return _survey(readers, captions, excluded, packed=True, count=sum(map(len, shards)))
 
 
 def _listed_items(path: Path) -> tuple[list[Item], int]:
@@ -147,19 +146,22 @@ def _survey(
     )
 
 
+def spread_samples(shards: Sequence[Shard], most: int) -> list[tuple[Shard, int]]:
+    """(shard, index) of at most `most` samples, evenly spread over all. Memory does not grow with their number."""
+    ends = np.cumsum([len(shard) for shard in shards], dtype=np.int64)  # (shards,)
+    total = int(ends[-1]) if len(ends) else 0
+    numbers = np.arange(0, total, max(1, -(-total // most)))  # (n,)
+    owners = np.searchsorted(ends, numbers, side="right")
+    return [
+        (shards[owner], number - int(ends[owner]) + len(shards[owner]))
+        for owner, number in zip(owners.tolist(), numbers.tolist())
+    ]
+
+
 def spread(items: Sequence[T], most: int) -> list[T]:
     """At most `most` items, evenly spread."""
     step = max(1, -(-len(items) // most))
     return list(items[::step])
-
-
-def image_size(read: Read) -> tuple[int, int] | None:
-    """Width and height from the file's header; None if it is not an image."""
-    try:
-        with Image.open(io.BytesIO(read()), formats=FORMATS) as image:
-            return image.size
-    except DECODE_ERRORS:
-        return None
 
 
 def _is_grey(read: Read) -> bool:

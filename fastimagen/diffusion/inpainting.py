@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..images import resize
+from ..sizes import ImageSize
 from .samplers import Callback, Denoise, Noise, Update, take_step
 from .schedule import Schedule
 
@@ -29,9 +30,9 @@ class InitImage:
     """
 
     image: Tensor
-    """(B, C, H, H) floating point in [-1, 1]."""
+    """(B, C, H, W) floating point in [-1, 1], of the aspect ratio of the images to sample."""
     mask: Tensor | None = None
-    """(B, 1, H, H) bool, true where to sample and false in the known region; None samples everywhere."""
+    """(B, 1, H, W) bool, true where to sample and false in the known region; None samples everywhere."""
     strength: float | None = None
     """Share of the sampling steps that run, in (0, 1]; SDEdit's t_0 (Meng et al. 2022, section 3). At 1 sampling starts
     from pure noise: without a mask nothing of the image is left. None is 1 with a mask, and otherwise the
@@ -49,12 +50,12 @@ class InitImage:
         for name, value in (("init image", self.image), ("inpainting mask", self.mask)):
             if value is not None and not isinstance(value, Tensor):
                 raise ValueError(
-                    f"the {name} is of type {type(value).__name__}, but must be a tensor (B, C, H, H); "
+                    f"the {name} is of type {type(value).__name__}, but must be a tensor (B, C, H, W); "
                     f"fastimagen.sampling.image_files.read_init_image reads both from files"
                 )
         shape = tuple(self.image.shape)
-        if len(shape) != 4 or shape[2] != shape[3] or not self.image.is_floating_point():
-            raise ValueError(f"the init image must be square and floating point (B, C, H, H), got {shape}")
+        if len(shape) != 4 or not self.image.is_floating_point():
+            raise ValueError(f"the init image must be floating point (B, C, H, W), got {self.image.dtype} {shape}")
         if not bool((self.image.abs() <= 1).all()):
             raise ValueError("the init image must lie in [-1, 1]")
         if self.strength is not None and not 0 < self.strength <= 1:
@@ -87,19 +88,21 @@ class InitImage:
     def __getitem__(self, rows: slice | list[int]) -> InitImage:
         return replace(self, image=self.image[rows], mask=None if self.mask is None else self.mask[rows])
 
-    def at(self, size: int, device: torch.device) -> InitImage:
-        """The same for a stage of `size` pixels, fp32. A pixel is known if all pixels that it covers are known.
+    def at(self, size: int | ImageSize, device: torch.device) -> InitImage:
+        """The same for images of `size` (h, w), or of a square, fp32. A pixel is known if all pixels that it covers
+        are known.
 
         Resized on the CPU: Apple GPUs lack some of the operations.
         """
-        image = resize(self.image.cpu().float(), size).to(device)  # (B, C, size, size)
+        size = ImageSize.of(size)
+        image = resize(self.image.cpu().float(), size).to(device)  # (B, C, h, w)
         if self.mask is None:
             return replace(self, image=image)
-        sampled = self.mask.cpu().float()  # (B, 1, H, H)
-        if sampled.shape[-1] > size:
-            sampled = F.adaptive_max_pool2d(sampled, size)  # (B, 1, size, size)
-        elif sampled.shape[-1] < size:
-            sampled = F.interpolate(sampled, (size, size), mode="area")  # (B, 1, size, size)
+        sampled = self.mask.cpu().float()  # (B, 1, H, W)
+        if sampled.shape[-1] > size.width:
+            sampled = F.adaptive_max_pool2d(sampled, tuple(size))  # (B, 1, h, w)
+        elif sampled.shape[-1] < size.width:
+            sampled = F.interpolate(sampled, tuple(size), mode="area")  # (B, 1, h, w)
         return replace(self, image=image, mask=(sampled > 0).to(device))
 
     def with_known_region(self, denoise: Denoise) -> Denoise:
@@ -123,20 +126,20 @@ def default_strength(schedule: Schedule, steps: int) -> float:
 
 
 class KnownRegionDenoiser:
-    """A denoiser whose x0 (B, C, H, H) is `image` wherever the mask (B, 1, H, H) is false."""
+    """A denoiser whose x0 (B, C, H, W) is `image` wherever the mask (B, 1, H, W) is false."""
 
     def __init__(self, denoise: Denoise, image: Tensor, mask: Tensor) -> None:
         self.denoise, self.image, self.mask = denoise, image, mask
 
     def __call__(self, x: Tensor, time: Tensor) -> Tensor:
-        return torch.where(self.mask, self.denoise(x, time), self.image.to(x.dtype))  # (B, C, H, H)
+        return torch.where(self.mask, self.denoise(x, time), self.image.to(x.dtype))  # (B, C, H, W)
 
     def step(
         self, x: Tensor, time: Tensor, update: Update, *, previous: Tensor | None = None, noise: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """(x_next, x0). A step is linear in x0, so a change of x0 changes x_next by c_x0 times as much."""
         x_next, x0 = take_step(self.denoise, x, time, update, previous=previous, noise=noise)
-        known = torch.where(self.mask, x0, self.image.to(x.dtype))  # (B, C, H, H)
+        known = torch.where(self.mask, x0, self.image.to(x.dtype))  # (B, C, H, W)
         return x_next + update.c_x0 * (known - x0), known
 
 
@@ -150,7 +153,7 @@ def sample_from_image(
     noise: Noise,
     callback: Callback | None = None,
 ) -> Tensor:
-    """Run a sampler of samplers.py from `init_image`, at the stage's size, to the clean image: (B, C, H, H).
+    """Run a sampler of samplers.py from `init_image`, at the stage's size, to the clean image: (B, C, H, W).
 
     noise(-1) starts; every further draw has the next number, however often an interval is repeated.
     """

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 
 from torch import Tensor
 
 from ..diffusion.inpainting import InitImage
 from ..images import open_rgb, to_tensor
+from ..sizes import ImageSize
 
 logger = logging.getLogger(__name__)
 
 
 def read_init_image(
-    path: Path, mask_path: Path | None = None, *, strength: float | None = None, resamples: int | None = None
+    path: Path,
+    mask_path: Path | None = None,
+    *,
+    size: str | None = None,
+    strength: float | None = None,
+    resamples: int | None = None,
 ) -> InitImage:
-    """The central square of an image file, and of its inpainting mask, which is white where to inpaint.
+    """The middle of an image file, and of its inpainting mask, which is white where to inpaint.
 
-    strength, resamples: as InitImage; None keeps the default. Raises ValueError if a file cannot be read, if image and
-    mask have different sizes, and as InitImage does.
+    size: WIDTHxHEIGHT of the images to sample, to whose aspect ratio both are cropped; None is a square. strength,
+    resamples: as InitImage; None keeps the default. Raises ValueError if a file cannot be read, if image and mask have
+    different sizes, and as InitImage does.
     """
     image, mask = read_image(path), None
     if mask_path is not None:
@@ -28,31 +36,40 @@ def read_init_image(
             raise ValueError(
                 f"mask and image must have the same size: {mask_path} is {_size(mask)}, {path} is {_size(image)}"
             )
-        mask = center_square(mask)
-    image = cropped_with_notice(image, path)
+        mask = crop_to_shape(mask, size)
+    image = cropped_with_notice(image, path, size)
     chosen = {} if resamples is None else {"num_resamples": resamples}
     return InitImage(image, mask, strength, **chosen)
 
 
-def read_square_image(path: Path) -> Tensor:
-    """An image file as (1, 3, H, H) in [-1, 1], cropped if it is not square."""
-    return cropped_with_notice(read_image(path), path)
+def read_cropped_image(path: Path, size: str | None = None) -> Tensor:
+    """An image file as (1, 3, H, W) in [-1, 1], cropped to the aspect ratio of WIDTHxHEIGHT; None is a square."""
+    return cropped_with_notice(read_image(path), path, size)
 
 
-def cropped_with_notice(image: Tensor, path: Path) -> Tensor:
-    """The central square of an image (1, C, H, W). Says what was cropped."""
-    square = center_square(image)
-    if square.shape != image.shape:
-        logger.info(f"{path} is {_size(image)}: only its central {_size(square)} is used")
-    return square
+def cropped_with_notice(image: Tensor, path: Path, size: str | None = None) -> Tensor:
+    """The middle of an image (1, C, H, W), as `crop_to_shape` has it. Says what was cropped."""
+    cropped = crop_to_shape(image, size)
+    if cropped.shape != image.shape:
+        logger.info(f"{path} is {_size(image)}: only its central {_size(cropped)} is used")
+    return cropped
 
 
-def center_square(image: Tensor) -> Tensor:
-    """The central square of (B, C, H, W): (B, C, S, S), S the smaller side."""
+def crop_to_shape(image: Tensor, size: str | None = None) -> Tensor:
+    """The largest middle part of (B, C, H, W) with the aspect ratio of WIDTHxHEIGHT, exactly; None is a square.
+
+    Raises ValueError if the image is too small to have one.
+    """
+    shape = ImageSize(1, 1) if size is None else ImageSize.parse(size)
+    divisor = math.gcd(*shape)
+    shape = ImageSize(shape.height // divisor, shape.width // divisor)
     height, width = image.shape[2:]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    return image[:, :, top : top + side, left : left + side]  # (B, C, S, S)
+    times = min(height // shape.height, width // shape.width)
+    if not times:
+        raise ValueError(f"an image of {_size(image)} has no part with the aspect ratio of {size}")
+    rows, columns = times * shape.height, times * shape.width
+    top, left = (height - rows) // 2, (width - columns) // 2
+    return image[:, :, top : top + rows, left : left + columns]  # (B, C, rows, columns)
 
 
 def read_image(path: Path) -> Tensor:

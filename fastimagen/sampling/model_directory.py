@@ -1,6 +1,6 @@
 """The model directory on disk: what `fastimagen export` writes and the pipeline reads.
 
-model_index.json              format, stages in order, reference to the text encoder
+model_index.json              format, stages in order, reference to the text encoder, sizes of images
 <stage>/config.json           the stage's configuration
 <stage>/model.safetensors     EMA weights by parameter name, the configuration in the header
 text_encoder/                 only if the encoder is included; otherwise the index names it
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from .. import __version__
 from ..config import CascadeConfig, StageConfig
 from ..config_file import validate
 from ..files import atomic_folder, first_line, read_json_object, read_safetensors
+from ..sizes import ImageSize
 
 FORMAT = "fastimagen.model.1"
 
@@ -42,12 +43,14 @@ def write_model(
     card: str,
     grid: Path | None = None,
     dtype: torch.dtype | None = None,
+    sizes: Mapping[str, Sequence[ImageSize]] | None = None,
 ) -> Path:
     """Write a model directory from weights by stage and parameter name, complete or not at all.
 
     text_encoder: {"name", "revision", "max_length", "encoding", "included"}; an included one is copied from
     encoder_folder. grid: image of samples for the card, copied as samples.png. dtype: of the weights; None keeps
-    theirs. Raises ValueError if the folder is not empty.
+    theirs. sizes: of the images that each stage was trained on, the one to sample by default first; None for its
+    squares. Raises ValueError if the folder is not empty.
     """
     with atomic_folder(path) as temporary:
         for stage in cascade.stages:
@@ -69,6 +72,9 @@ def write_model(
             "stages": [stage.name for stage in cascade.stages],
             "text_encoder": text_encoder,
         }
+        squares = {stage.name: [ImageSize.of(stage.size)] for stage in cascade.stages}
+        if sizes is not None and sizes != squares:
+            index["sizes"] = {name: [str(size) for size in sizes[name]] for name in squares}
         (temporary / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
         (temporary / "README.md").write_text(card, encoding="utf-8")
         if grid is not None:
@@ -106,6 +112,11 @@ def read_cascade(path: str | Path) -> tuple[CascadeConfig, dict[str, Any]]:
         for name in index.get("stages", [])
     ]
     return validate(CascadeConfig, {"stages": stages}, f"{path}/model_index.json"), index
+
+
+def read_sizes(index: Mapping[str, Any]) -> dict[str, list[ImageSize]]:
+    """By stage: the sizes of images that model_index.json names; {} if the stages were trained on squares."""
+    return {stage: [ImageSize.parse(text) for text in texts] for stage, texts in index.get("sizes", {}).items()}
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str, *, assign: bool = False) -> None:

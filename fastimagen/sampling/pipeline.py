@@ -21,11 +21,13 @@ from ..config import CompileMode, SamplingConfig
 from ..diffusion.inpainting import InitImage
 from ..files import first_line
 from ..images import resize, with_channels
+from ..sizes import ImageSize
 from ..text.embeddings import TextEmbeddings
 from ..text.t5 import T5Encoder
 from .hub import locate_model, push_model
+from .image_sizes import choose_sizes, size_warnings
 from .load import Lora, check_guide, load_cascade, scales_of
-from .model_directory import write_model
+from .model_directory import read_sizes, write_model
 from .output import Output
 from .request import SamplingRequest
 from .settings import Offload, require_known
@@ -44,7 +46,8 @@ class ImagenPipeline:
     text_encoder: entry of model_index.json. source: what samples.json calls the model. folder: its model directory,
     which holds the text encoder if that is included. guide: a worse model, with its source, that guides the stages of
     the same names (autoguidance). lora: the adapters that the weights of the cascade contain, by path, with their
-    scales.
+    scales. sizes: of the images that each stage was trained on, where these are not its squares; the first one is
+    sampled if none is given.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class ImagenPipeline:
         offload: Offload = "auto",
         guide: tuple[Cascade, str] | None = None,
         lora: Mapping[str, float] | None = None,
+        sizes: Mapping[str, Sequence[ImageSize]] | None = None,
     ) -> None:
         _require_one_of("compile", compile, (None, *get_args(CompileMode)))
         _require_one_of("offload", offload, get_args(Offload))
@@ -83,6 +87,10 @@ class ImagenPipeline:
                     unet.compile(mode=compile)
         self.text_encoder, self.source, self.folder = text_encoder, source, folder
         self.lora = dict(lora or {})
+        self.sizes: dict[str, Sequence[ImageSize]]
+        self.sizes = {stage.name: [ImageSize.of(stage.size)] for stage in self.cascade.config.stages} | dict(
+            sizes or {}
+        )
         self._encoder: T5Encoder | None = None
 
     def __repr__(self) -> str:
@@ -151,6 +159,7 @@ class ImagenPipeline:
             offload=offload,
             guide=guiding,
             lora=scales,
+            sizes=read_sizes(index),
         )
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None) -> ImagenPipeline:
@@ -217,6 +226,7 @@ class ImagenPipeline:
         count: int = 1,
         seed: int | None = None,
         seeds: Sequence[int] | None = None,
+        size: str | None = None,
         negative: str | Sequence[str] | TextEmbeddings | None = None,
         init_image: InitImage | None = None,
         lowres: Tensor | None = None,
@@ -240,6 +250,7 @@ class ImagenPipeline:
             count=count,
             seed=seed,
             seeds=seeds,
+            size=size,
             negative=negative,
             init_image=init_image,
             lowres=lowres,
@@ -260,10 +271,14 @@ class ImagenPipeline:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         settings = self._settings(request)
+        sizes = choose_sizes(self.cascade, self.sizes, request)
         self._encode_empty(request, settings)
         encoded, warnings = self._encode_request(request)  # last: loading the text encoder may take minutes
         encoded, converted = self._with_channels(encoded)
         warnings += converted
+        for warning in size_warnings(self.cascade, self.sizes, request):
+            logger.warning(warning)
+            warnings.append(warning)
         images: list[Tensor] = []
         for batch in encoded.batches(batch_size):
             lowres = _for_each_image(batch.lowres, len(batch))  # (b, C, h, w)
@@ -272,6 +287,7 @@ class ImagenPipeline:
                     None if batch.text is None else batch.text.to(device=self.device),
                     list(batch.seeds),
                     settings=settings,
+                    sizes=sizes,
                     negative=_for_each_image(batch.negative, len(batch)),
                     init_image=_for_each_image(batch.init_image, len(batch)),
                     lowres=None if lowres is None else lowres.to(self.device),
@@ -282,8 +298,8 @@ class ImagenPipeline:
                     device=self.device if self.offload else None,
                 )
             except StopSampling as stop:
-                last = self.cascade.running(request.start_at, request.stop_at, request.lowres)[-1]
-                images.append(resize(stop.x0.float().clamp(-1, 1), last.config.size).cpu())  # (b, C, H, W)
+                last = list(sizes.values())[-1]
+                images.append(resize(stop.x0.float().clamp(-1, 1), last).cpu())  # (b, C, H, W)
                 total, request = len(request), request[: sum(map(len, images))]
                 warnings.append(f"{stop}: {len(request)} of {total} images, the last {len(batch)} are unfinished")
                 break
@@ -295,7 +311,8 @@ class ImagenPipeline:
         settings = self._settings(request)
         running = self.cascade.running(request.start_at, request.stop_at, request.lowres)
         stages = {stage.name: settings[stage.name] for stage in running}
-        return request.record(model=self.source, guide=self.guide_source, lora=self.lora, stages=stages)
+        size = str(choose_sizes(self.cascade, self.sizes, request)[running[-1].name])
+        return request.record(model=self.source, guide=self.guide_source, lora=self.lora, stages=stages, size=size)
 
     def _settings(self, request: SamplingRequest) -> dict[str, SamplingConfig]:
         """Sampling settings of every stage. Raises ValueError if the request does not fit the model."""
@@ -319,7 +336,6 @@ class ImagenPipeline:
             captions += request.labels
             request = replace(request, text=self.encode(request.labels))
         warnings = self.caption_warnings(captions) if captions else []
-        warnings += self._lowres_warning(request)
         return self._padded(request) if self.compiled else request, warnings
 
     def _encode_empty(self, request: SamplingRequest, settings: dict[str, SamplingConfig]) -> None:
@@ -355,18 +371,6 @@ class ImagenPipeline:
             logger.warning(warning)
         return request, warnings
 
-    def _lowres_warning(self, request: SamplingRequest) -> list[str]:
-        """A line if the low-resolution image has another size than those that the stage was trained on."""
-        first = self.cascade.running(request.start_at, request.stop_at, request.lowres)[0]
-        if request.lowres is None or first.lowres_size in (None, request.lowres.shape[-1]):
-            return []
-        size = request.lowres.shape[-1]
-        warning = (
-            f"the low-resolution image is {size} pixels wide, stage {first.name} was trained on {first.lowres_size}"
-        )
-        logger.warning(warning)
-        return [warning]
-
     def save_pretrained(
         self, path: str | Path, *, card: str | None = None, dtype: torch.dtype | str | None = None
     ) -> Path:
@@ -388,6 +392,7 @@ class ImagenPipeline:
             card=card,
             grid=grid if grid is not None and grid.is_file() else None,
             dtype=None if dtype is None else _floating_dtype(dtype),
+            sizes=self.sizes,
         )
 
     def push_to_hub(self, name: str, *, private: bool = False, revision: str | None = None) -> str:

@@ -16,6 +16,7 @@ from ..config import SamplingConfig
 from ..diffusion.inpainting import InitImage
 from ..files import read_json_object
 from ..images import FileType
+from ..sizes import ImageSize
 from ..text.embeddings import TextEmbeddings
 from .settings import require_known, sampling_settings
 
@@ -37,6 +38,8 @@ class SamplingRequest:
     """Precomputed embeddings: the text encoder is not loaded."""
     seeds: Sequence[int] = ()
     """One for each image; 0, 1, 2, ... if not given."""
+    size: str | None = None
+    """Of the images, WIDTHxHEIGHT; None is the model's."""
     negative: Sequence[str] | TextEmbeddings | None = field(default=None, repr=False)
     """Captions that guidance steers away from."""
     init_image: InitImage | None = field(default=None, repr=False)
@@ -66,6 +69,8 @@ class SamplingRequest:
             raise ValueError(
                 f"{_counted(len(seeds), 'seed')} for {_counted(count, 'image')}: give one seed for each image"
             )
+        if self.size is not None:
+            ImageSize.parse(self.size)
         negative = self.negative
         if negative is not None and not isinstance(negative, TextEmbeddings):
             negative = _strings(negative, "negative captions")
@@ -160,11 +165,13 @@ class SamplingRequest:
         *,
         model: str,
         stages: Mapping[str, SamplingConfig],
+        size: str | None = None,
         guide: str | None = None,
         lora: Mapping[str, float] | None = None,
     ) -> dict[str, Any]:
-        """The content of samples.json. stages: the settings of every stage that runs, by name. guide: the other model
-        that guides. lora: the scales of the model's adapters by path."""
+        """The content of samples.json. stages: the settings of every stage that runs, by name. size: of the images, by
+        default that of the request. guide: the other model that guides. lora: the scales of the model's adapters by
+        path."""
         negative = self.negative
         samples = [
             {"image": f"images/{index:06d}.png", "caption": caption, "seed": seed}
@@ -175,6 +182,7 @@ class SamplingRequest:
             "guide": guide,
             "lora": dict(lora or {}),
             "version": __version__,
+            "size": size or self.size,
             "text": EMBEDDINGS if self.text is not None and self.captions is None else None,
             "negative": EMBEDDINGS if isinstance(negative, TextEmbeddings) else negative,
             "start_at": self.start_at,
@@ -211,7 +219,8 @@ class SamplingRequest:
             for setting in sampling_settings():
                 if setting.name in values:
                     settings.setdefault(setting.name, {})[stage] = values[setting.name]
-        return cls(captions=captions, seeds=seeds, negative=negative, stop_at=stop_at, settings=settings)
+        size = record.get("size")  # missing in older files
+        return cls(captions=captions, seeds=seeds, size=size, negative=negative, stop_at=stop_at, settings=settings)
 
 
 def recorded_filetype(path: str | Path) -> FileType:
@@ -225,7 +234,7 @@ def recorded_filetype(path: str | Path) -> FileType:
 KINDS: dict[str, tuple[type, str]] = {
     "text": (TextEmbeddings, "TextEmbeddings"),
     "init_image": (InitImage, "an InitImage; fastimagen.sampling.image_files.read_init_image reads one from a file"),
-    "lowres": (Tensor, "a tensor; fastimagen.sampling.image_files.read_square_image reads one from a file"),
+    "lowres": (Tensor, "a tensor; fastimagen.sampling.image_files.read_cropped_image reads one from a file"),
 }
 """Fields that take no list, and what they take."""
 

@@ -15,6 +15,7 @@ from ..config import StageConfig
 from ..network_config import LoraConfig
 from ..networks.build import build_network
 from ..ops.dispatch import meta_is_gpu
+from ..sizes import ImageSize
 from .flops import example_inputs
 
 
@@ -62,18 +63,28 @@ class _LiveBytes(TorchDispatchMode):
 
 
 def measure(
-    stage: StageConfig, micro_batch: int, dtype: torch.dtype, *, tokens: int, gpu: bool, lora: LoraConfig | None = None
+    stage: StageConfig,
+    micro_batch: int,
+    dtype: torch.dtype,
+    *,
+    tokens: int,
+    gpu: bool,
+    lora: LoraConfig | None = None,
+    size: ImageSize | None = None,
 ) -> Peaks:
     """Peak memory of a micro-batch of the stage's training images in `dtype`.
 
-    gpu: the ops take the path of a GPU with the kernels, and otherwise that of a CPU. lora: train adapters alone.
+    size: of the images; None is a crop if the stage trains on crops, or its square. gpu: the ops
+    take the path of a GPU with the kernels, and otherwise that of a CPU. lora: train adapters alone.
     """
-    return Peaks(*(_peak(stage, micro_batch, dtype, tokens, gpu, lora, keep) for keep in (False, True)))
+    images = size or ImageSize.of(stage.crop or stage.size)
+    return Peaks(*(_peak(stage, micro_batch, images, dtype, tokens, gpu, lora, keep) for keep in (False, True)))
 
 
 def _peak(
     stage: StageConfig,
     micro_batch: int,
+    size: ImageSize,
     dtype: torch.dtype,
     tokens: int,
     gpu: bool,
@@ -97,7 +108,7 @@ def _peak(
             if parameter.requires_grad and not keep:
                 parameter.register_post_accumulate_grad_hook(_drop_gradient)
         with counter:
-            images, arguments = example_inputs(stage.unet, micro_batch, stage.crop or stage.size, tokens)
+            images, arguments = example_inputs(stage.unet, micro_batch, size, tokens)
             noise, x, target = (torch.empty_like(images) for _ in range(3))
             output = unet(x, **arguments)
             prediction = output[:, : target.shape[1]]  # without a variance behind it

@@ -14,10 +14,12 @@ from torch import Tensor
 
 from ..config import CascadeConfig, Config, StageConfig, StageTrainConfig, TrainConfig
 from ..config_file import load_config, validate
+from ..data.buckets import bucket_sizes
 from ..files import atomic_folder, read_safetensors, require_empty
 from ..presets import resolve
 from ..sampling.adapters import ADAPTER_FILE
 from ..sampling.model_directory import write_model
+from ..sizes import ImageSize
 from ..text.t5 import is_path
 from .adapters import base_weights, merge_into_base, saved_lora, write_adapters
 from .checkpoint import best, checkpoints, damage, read_average, read_state
@@ -66,6 +68,8 @@ def export(
     trained = _read(run, planned, config.fastimagen.train, step, ema, say)
     untrained = _starting_points(config, [stage for stage in planned if trained and stage.name not in trained])
     stages, weights, facts, lines = [], {}, [], []
+    resolved = config.fastimagen.model_copy(update={"cascade": CascadeConfig(stages=planned)})
+    sizes = {stage.name: bucket_sizes(resolved, stage) or [ImageSize.of(stage.size)] for stage in planned}
     for name in _contiguous(run, [stage.name for stage in planned], {*trained, *untrained}, say):
         if name in trained:
             stage = trained[name]
@@ -78,7 +82,7 @@ def export(
             weights[name], steps, averaged = read_safetensors(untrained[name]), 0, "none"
             lines.append(f"{name}: not trained, as in {untrained[name].parent}")
         parameters = sum(weight.numel() for weight in weights[name].values())
-        facts.append(StageFacts(name, stages[-1].size, parameters, steps, averaged))
+        facts.append(StageFacts(name, sizes[name], parameters, steps, averaged))
     first = [stage.name for stage in planned].index(stages[0].name)
     if first:  # the stage below is not trained: this one still enlarges its size
         stages[0] = stages[0].model_copy(update={"lowres_size": planned[first - 1].size})
@@ -101,6 +105,7 @@ def export(
         ),
         grid=grid,
         dtype=getattr(torch, dtype),
+        sizes=sizes,
     )
     for line in lines:
         say(line)

@@ -12,6 +12,8 @@ from torch import nn
 
 from ..cascade import Stage
 from ..config import CascadeConfig, FastimagenConfig, StageConfig, StageTrainConfig, TrainConfig
+from ..config_rules import MIN_LPIPS
+from ..data.buckets import bucket_sizes
 from ..data.prepare import encoder_width
 from ..data.source import uses_text
 from ..networks.build import build_network
@@ -36,6 +38,7 @@ def check_fields(config: FastimagenConfig) -> None:
             f"images that it will get"
         )
     _check_data(config, cascade)
+    _check_buckets(config, cascade)
     _check_length(config.train, cascade)
     if uses_text(config):
         _check_text(config, cascade)
@@ -91,6 +94,29 @@ def _check_data(config: FastimagenConfig, cascade: CascadeConfig) -> None:
             f'fastimagen.data.shapes.size {shapes.size} is smaller than stage "{largest.name}": set it to '
             f"{largest.size}, in another folder than smaller shapes"
         )
+
+
+def _check_buckets(config: FastimagenConfig, cascade: CascadeConfig) -> None:
+    """Every stage can have images of the sizes of all buckets."""
+    for stage in cascade.stages:
+        below = cascade.below(stage.name)
+        lowres_size = stage.lowres_size if below is None else below.size
+        for size, text in zip(bucket_sizes(config, stage), config.data.buckets):
+            label = f'fastimagen.data.buckets: {text}: stage "{stage.name}"'
+            if stage.crop is not None and stage.crop > min(size):
+                raise ValueError(f"{label} has images of {size}, and cannot take crops of {stage.crop} pixels of them")
+            if lowres_size is not None:
+                try:
+                    size.scaled(lowres_size, stage.size)
+                except ValueError as error:
+                    raise ValueError(f"{label}: {error}") from None
+            perceptual = stage.objective.perceptual
+            if stage.crop is not None or perceptual is None:
+                continue
+            if perceptual.dino is not None and size.height != size.width:
+                raise ValueError(f"{label}: objective.perceptual.dino compares squares: train on crops, or remove it")
+            if perceptual.lpips is not None and min(size) < MIN_LPIPS:
+                raise ValueError(f"{label} has {size}, but objective.perceptual.lpips needs {MIN_LPIPS} pixels or more")
 
 
 def _check_length(train: TrainConfig, cascade: CascadeConfig) -> None:

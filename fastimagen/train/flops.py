@@ -10,6 +10,7 @@ from .. import ops
 from ..config import StageConfig
 from ..network_config import LoraConfig, NetworkConfig
 from ..networks.build import build_network
+from ..sizes import ImageSize
 from ..text.embeddings import LENGTH_MULTIPLE, TextEmbeddings
 
 
@@ -25,24 +26,28 @@ class Flops(NamedTuple):
     recomputed: int
 
 
-def stage_flops(stage: StageConfig, tokens: int = LENGTH_MULTIPLE, lora: LoraConfig | None = None) -> Flops:
-    """The FLOPs of a stage for one training image, a crop if the stage trains on crops, with `tokens` text tokens.
-
-    lora: train adapters alone, without gradients of the other weights.
+def stage_flops(
+    stage: StageConfig,
+    tokens: int = LENGTH_MULTIPLE,
+    lora: LoraConfig | None = None,
+    size: ImageSize | None = None,
+) -> Flops:
+    """The FLOPs of a stage for one training image of `size` with `tokens` text tokens. size: by default a crop if the
+    stage trains on crops, or its square. lora: train adapters alone, without gradients of the other weights.
     """
-    return unet_flops(stage.unet, stage.crop or stage.size, tokens, lora)
+    return unet_flops(stage.unet, size or stage.crop or stage.size, tokens, lora)
 
 
 def unet_flops(
-    config: NetworkConfig, side: int, tokens: int = LENGTH_MULTIPLE, lora: LoraConfig | None = None
+    config: NetworkConfig, size: int | ImageSize, tokens: int = LENGTH_MULTIPLE, lora: LoraConfig | None = None
 ) -> Flops:
-    """The FLOPs of a network for one image of side x side pixels."""
-    forward, training = _count(config.model_copy(update={"checkpoint_levels": ()}), side, tokens, lora)
-    recomputed = _count(config, side, tokens, lora)[1] - training if config.checkpoint_levels else 0
+    """The FLOPs of a network for one image, a square if `size` is a number."""
+    forward, training = _count(config.model_copy(update={"checkpoint_levels": ()}), size, tokens, lora)
+    recomputed = _count(config, size, tokens, lora)[1] - training if config.checkpoint_levels else 0
     return Flops(forward, training, recomputed)
 
 
-def _count(config: NetworkConfig, side: int, tokens: int, lora: LoraConfig | None) -> tuple[int, int]:
+def _count(config: NetworkConfig, size: int | ImageSize, tokens: int, lora: LoraConfig | None) -> tuple[int, int]:
     """FLOPs of the forward pass, and of forward and backward together as they would run."""
     from torch.nn.attention import SDPBackend, sdpa_kernel  # these two read files when they are imported
     from torch.utils.flop_counter import FlopCounterMode
@@ -52,7 +57,7 @@ def _count(config: NetworkConfig, side: int, tokens: int, lora: LoraConfig | Non
     try:
         with torch.device("meta"), sdpa_kernel(SDPBackend.MATH):
             unet = build_network(config, lora)
-            x, arguments = example_inputs(config, 1, side, tokens)
+            x, arguments = example_inputs(config, 1, size, tokens)
             with FlopCounterMode(display=False) as counter:
                 output = unet(x, **arguments)
                 forward = counter.get_total_flops()
@@ -62,9 +67,11 @@ def _count(config: NetworkConfig, side: int, tokens: int, lora: LoraConfig | Non
         ops.set_backend(backend)
 
 
-def example_inputs(config: NetworkConfig, batch: int, side: int, tokens: int) -> tuple[torch.Tensor, dict[str, Any]]:
+def example_inputs(
+    config: NetworkConfig, batch: int, size: int | ImageSize, tokens: int
+) -> tuple[torch.Tensor, dict[str, Any]]:
     """x (B, C, H, W) and the other arguments of `Network.forward` in training, without values, on PyTorch's device."""
-    x, time = torch.empty(batch, config.channels, side, side), torch.empty(batch)
+    x, time = torch.empty(batch, config.channels, *ImageSize.of(size)), torch.empty(batch)
     arguments: dict[str, Any] = {"time": time}
     if config.lowres:
         arguments |= {"lowres": torch.empty_like(x), "lowres_time": time}

@@ -13,10 +13,11 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from ..config import CascadeConfig, FastimagenConfig
+from ..data.shard import Reading
 from ..data.shard_index import index_shard
 from ..data.shards import list_shards
-from ..data.source import shard_sources
 from ..data_config import DataConfig
+from ..sizes import ImageSize
 from ..text.t5 import T5_NAMES, is_random_encoder
 
 NUM_EXAMPLES = 4
@@ -69,7 +70,7 @@ class StageFacts:
     """What the card says about a stage."""
 
     name: str
-    size: int
+    sizes: Sequence[ImageSize]
     parameters: int
     steps: int
     average: str
@@ -108,7 +109,7 @@ def model_card(
         version=__version__,
         grid="\n![sampled during training](samples.png)\n" if has_grid else "",
         stages="\n".join(
-            f"| {stage.name} | {stage.size}x{stage.size} | {stage.parameters / 1e6:.2f} M | {stage.steps} "
+            f"| {stage.name} | {', '.join(map(str, stage.sizes))} | {stage.parameters / 1e6:.2f} M | {stage.steps} "
             f"| {stage.average} |"
             for stage in stages
         ),
@@ -138,7 +139,8 @@ def _widget(captions: Sequence[str]) -> str:
 
 def _sources(data: DataConfig) -> str:
     """Where the training data came from, without what only the trainer's machine knows: paths, commands, passwords."""
-    sources = [path for source in data.training for path in ([source] if isinstance(source, str) else source)]
+    listed = [source.shards for source in data.training]
+    sources = [path for shards in listed for path in ([shards] if isinstance(shards, str) else shards)]
     names = ", ".join(f"`{_public_name(path)}`" for path in sources)
     return f"{names} (the built-in captioned shapes)" if data.shapes else names
 
@@ -158,9 +160,9 @@ def _encoder(encoder: str, included: bool) -> str:
 
 def example_captions(data: DataConfig) -> list[str]:
     """Up to NUM_EXAMPLES different captions of the validation data, else of the training data; [] if both are gone."""
-    for source in reversed(shard_sources(data)):
+    for source in reversed(data.data_sets):
         try:
-            shard = index_shard(list_shards(source)[0])
+            shard = index_shard(list_shards(source.shards)[0], Reading(source.caption_key))
             lines = (" ".join(shard.caption(row).split()) for row in range(min(len(shard), 100 * NUM_EXAMPLES)))
             return list(dict.fromkeys(lines))[:NUM_EXAMPLES]
         except (ValueError, OSError, IndexError):

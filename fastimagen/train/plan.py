@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from ..config import StageConfig
 from ..network_config import LoraConfig
 from ..networks.build import build_network
 from ..networks.parameters import muon_parameters
+from ..sizes import ImageSize
 from ..text.embeddings import LENGTH_MULTIPLE
 from ..words import counted
 from .activations import measure
@@ -86,10 +88,17 @@ class StagePlan(NamedTuple):
 
 
 def plan_stage(
-    stage: StageConfig, deepspeed: dict[str, Any], steps: int, where: Target, lora: LoraConfig | None = None
+    stage: StageConfig,
+    deepspeed: dict[str, Any],
+    steps: int,
+    where: Target,
+    lora: LoraConfig | None = None,
+    buckets: Sequence[ImageSize] = (),
 ) -> StagePlan:
     """Count and measure a stage, of which `lora` trains adapters alone. Seconds for the largest U-Nets; nothing is
-    computed."""
+    computed.
+
+    buckets: sizes of the images, of which the largest is counted and measured, unless the stage trains on crops."""
     with torch.device("meta"):
         unet = build_network(stage.unet, lora)
     sizes = {name: weight.numel() for name, weight in unet.named_parameters() if weight.requires_grad}
@@ -98,7 +107,9 @@ def plan_stage(
     tokens = min(LENGTH_MULTIPLE, stage.unet.max_text_length)
     width, gpu = weight_bytes(deepspeed), where.device == "cuda"
     dtype = torch.bfloat16 if width == 2 else torch.float32
-    peaks = measure(stage, deepspeed["train_micro_batch_size_per_gpu"], dtype, tokens=tokens, gpu=gpu, lora=lora)
+    size = max(buckets, key=math.prod) if buckets and stage.crop is None else None
+    micro_batch = deepspeed["train_micro_batch_size_per_gpu"]
+    peaks = measure(stage, micro_batch, dtype, tokens=tokens, gpu=gpu, lora=lora, size=size)
     memory = process_memory(deepspeed, parameters, muon, peaks, processes=where.processes, gpu=gpu, frozen=frozen)
     sent = (where.processes - 1) / where.processes  # of a ring, for each byte
     accumulation, zero_stage = deepspeed["gradient_accumulation_steps"], deepspeed["zero_optimization"]["stage"]
@@ -108,7 +119,7 @@ def plan_stage(
     gathered = round(width * (parameters + (frozen if zero_stage == 3 else 0)) * gathers * sent)
     snapshots = 4 * parameters * len(TRACKED) * MAX_SNAPSHOTS
     checkpoint = round(4 * parameters * (1 + AVERAGES + moments_per_weight(deepspeed, parameters, muon)))
-    flops = stage_flops(stage, tokens, lora)
+    flops = stage_flops(stage, tokens, lora, size)
     seconds = _step_seconds(flops, deepspeed, parameters, reduced, gathered, where)
     return StagePlan(
         stage.name,
@@ -156,31 +167,40 @@ def describe(
     resolve: Resolve,
     steps: Callable,
     lora: Callable[[StageConfig], LoraConfig | None],
+    buckets: Callable[[StageConfig], Sequence[ImageSize]],
 ) -> list[str]:
     """The lines of a dry run before the configuration: each stage with what is decided, and what it needs.
 
-    steps(stage, processes): the stage's optimizer steps. lora(stage): its adapters.
+    steps(stage, processes): the stage's optimizer steps. lora(stage): its adapters. buckets(stage): sizes.
     """
     lines, plans = [], []
     for stage in stages:
         deepspeed, notices = resolve(stage, where.processes, where.device)
-        found = plan_stage(stage, deepspeed, steps(stage, where.processes), where, lora(stage))
+        sizes = buckets(stage)
+        found = plan_stage(stage, deepspeed, steps(stage, where.processes), where, lora(stage), sizes)
         plans.append(found)
         counts = found.parameters, found.trained
-        lines.append(headline(stage, counts, found.steps, deepspeed, where.processes, where.device))
+        lines.append(headline(stage, counts, found.steps, deepspeed, where.processes, where.device, sizes))
         lines += [f"{stage.name}: {notice}" for notice in notices]
         lines.append(f"{stage.name}: DeepSpeed {json.dumps(deepspeed)}")
     return [*lines, "", *table(plans, where), ""]
 
 
 def headline(
-    stage: StageConfig, counts: tuple[int, int], steps: int, deepspeed: dict[str, Any], processes: int, device: str
+    stage: StageConfig,
+    counts: tuple[int, int],
+    steps: int,
+    deepspeed: dict[str, Any],
+    processes: int,
+    device: str,
+    buckets: Sequence[ImageSize] = (),
 ) -> str:
-    """A stage in one line. counts: of its parameters, and of those that are trained."""
+    """A stage in one line. counts: of its parameters, and of those that are trained. buckets: sizes of its images."""
     parameters, trained = counts
+    sizes = ", ".join(map(str, buckets or [ImageSize.of(stage.size)]))
     adapters = "" if trained == parameters else f" ({trained / 1e6:.2f} M of them in adapters, which alone are trained)"
     return (
-        f"{stage.name}: {stage.size}x{stage.size}, {parameters / 1e6:.2f} M parameters{adapters}, "
+        f"{stage.name}: {sizes}, {parameters / 1e6:.2f} M parameters{adapters}, "
         f"{counted(steps, 'step')} of "
         f"{counted(deepspeed['train_batch_size'], 'image')} on {processes} x {device}"
     )

@@ -26,6 +26,7 @@ TEXT = "the network has learned the other text embeddings"
 DATA = "positions in the data would mean other samples"
 START = "it acts on initial weights only"
 ADAPTERS = "the checkpoint has the adapters of the other settings, or of other weights under them"
+BATCHES = "with data.buckets every batch has one size, so that positions would mean other samples"
 OPTIMIZER = "the optimizer's state belongs to the other type"
 
 RULES = {
@@ -71,6 +72,7 @@ RULES = {
     "data.caption_key": ACTS,
     "data.where": ACTS,
     "data.flip": ACTS,
+    "data.buckets": DATA,
     "text.encoder": TEXT,
     "text.random_weights": ACTS,
     "text.revision": TEXT,
@@ -138,6 +140,8 @@ def settings_of(
         data["samples"] = describe_samples(shards)
     if config.data.mixture:
         data["weights"] = {source.name: source.weight for source in config.data.mixture}
+    if not data["buckets"]:
+        del data["buckets"]  # which earlier checkpoints do not have either
     text["encoder"] = Path(config.text.encoder).name  # a folder may move; the embedding cache knows its content
     sections = {"data": data, "text": text, "train": train}
     own_fields = stage.model_dump(mode="json") | {"lowres_size": lowres_size}
@@ -194,6 +198,8 @@ def refusal(key: str, saved: dict[str, Any], now: dict[str, Any]) -> str | None:
     """Why a changed key is refused; None if it acts."""
     if key == "optimizer.type" and {str(saved.get(key)).lower(), str(now.get(key)).lower()} == {"adam", "adamw"}:
         return None  # they have the same state
+    if key == "train_batch_size" and "data.buckets" in now:
+        return BATCHES
     rule = rule_of(key)
     return None if rule == ACTS else rule
 

@@ -12,9 +12,11 @@ from typing import Any
 
 from ..cascade import Stage
 from ..config import Config, StageConfig, StageTrainConfig
+from ..data.buckets import bucket_sizes
 from ..data.listed import ListedShard
 from ..data.source import Split, count_training_samples, open_data, pin_encoder, uses_text
 from ..network_config import LoraConfig
+from ..sizes import ImageSize
 from ..words import counted
 from . import checkpoint
 from .deepspeed_config import json_like, resolve_deepspeed, total_batch_size
@@ -109,6 +111,10 @@ class Run:
     def lora(self, config: StageConfig) -> LoraConfig | None:
         """The adapters that a stage trains; None if it trains its whole network."""
         return self.stage_settings(config).lora
+
+    def sizes(self, config: StageConfig) -> list[ImageSize]:
+        """The sizes of data.buckets for a stage; none without buckets."""
+        return bucket_sizes(self.config.fastimagen, config)
 
     def checkpoints(self, config: StageConfig) -> Path:
         """The folder of a stage's checkpoints."""

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 from torch import Tensor
 
-from ..data.loader import Loader, Origin
+from ..data.batch import Origin
+from ..data.loader import Loader
 
 MAX_NAMED = 8
 """Samples that a report names."""

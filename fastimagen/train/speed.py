@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from ..config import StageConfig
 from ..network_config import LoraConfig
+from ..sizes import ImageSize
 from .devices import Precision, device_by_cuda_name
 from .flops import stage_flops
 
@@ -17,7 +18,8 @@ class Speed:
     """Turns steps and seconds into the numbers of a record.
 
     The share of the peak rate (model FLOPs utilization, PaLM, appendix B) counts the forward and backward pass of the
-    U-Net once, for captions of at most 64 tokens, without what activation checkpointing computes again. It is left out,
+    U-Net once, for captions of at most 64 tokens, without what activation checkpointing computes again, on average over
+    the sizes of the images. It is left out,
     and `say` gets one line, where the peak rate of the device is unknown.
     """
 
@@ -31,6 +33,7 @@ class Speed:
         precision: Precision,
         say: Callable[[str], None],
         lora: LoraConfig | None = None,
+        samples_by_size: Mapping[ImageSize, int] | None = None,
     ) -> None:
         self.batch_size = batch_size
         self.peak_images_per_s: float | None = None
@@ -39,7 +42,9 @@ class Speed:
         if known is None:
             say(f"{config.name}: no share of the peak rate (mfu) in the records: that of this {name} is unknown")
         else:
-            self.peak_images_per_s = world_size * known.peak(precision) / stage_flops(config, lora=lora).training
+            samples = samples_by_size or {ImageSize.of(config.crop or config.size): 1}
+            flops = sum(count * stage_flops(config, lora=lora, size=size).training for size, count in samples.items())
+            self.peak_images_per_s = world_size * known.peak(precision) * sum(samples.values()) / flops
 
     def values(self, steps: int, seconds: float) -> dict[str, float]:
         """images_per_s and, where it is known, mfu, for `steps` steps in `seconds`."""

@@ -81,7 +81,7 @@ class Trainer:
         """
         self.run.where = where or this_machine()
         resuming = [line for lines in self.run.check_run(self.run.look_for_checkpoint).values() for line in lines]
-        lines = describe(self.stages, self.run.where, self.run.resolve, self.run.steps, self.run.lora)
+        lines = describe(self.stages, self.run.where, self.run.resolve, self.run.steps, self.run.lora, self.run.sizes)
         return "\n".join([*resuming, *lines, self.config.to_json()])
 
     def fit(self) -> None:
@@ -136,6 +136,7 @@ class Trainer:
             start_step, samples = state["step"], state["samples"]
             averages = Averages(self.device, state["averages"])
         loader = self._loader(train_data, config, deepspeed)
+        self._print(*(f"{config.name}: {line}" for line in loader.describe_buckets()))
         metrics = Metrics(
             self.run_dir, stage=config.name, steps=steps, start=start_step, rank=self.rank, monitor=engine.monitor
         )
@@ -146,7 +147,7 @@ class Trainer:
         unfinished = self.run.unfinished.get(config.name, [])
         on_first_rank(lambda: metrics.drop_later_records(keep_validation="validation" not in unfinished))
         validator = self._validator(stage, objective_at, metrics, stop)
-        speed = self._speed(config, engine, metrics)
+        speed = self._speed(config, engine, metrics, loader)
         profiler = StepProfiler(self.run_dir, config.name, settings.profile if self.rank == 0 else 0, metrics.say)
         nonfinite_in_a_row = 0
         phases.take_seconds()  # the records count the time from here on
@@ -269,6 +270,7 @@ class Trainer:
         return data.loader(
             self.config.fastimagen,
             size=config.size,
+            buckets=self.run.sizes(config),
             crop=config.crop,
             rank=self.rank,
             world_size=self.world_size,
@@ -321,7 +323,8 @@ class Trainer:
         sizes = [(weight.numel(), weight.requires_grad) for weight in unet.parameters()]
         counts = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
         steps = self.run.steps(config, self.world_size)
-        self._print(headline(config, counts, steps, deepspeed, self.world_size, self.device.type))
+        buckets = self.run.sizes(config)
+        self._print(headline(config, counts, steps, deepspeed, self.world_size, self.device.type, buckets))
         for notice in notices:
             self._print(f"{config.name}: {notice}")
         muon = muon_parameters(unet)
@@ -333,7 +336,7 @@ class Trainer:
 
     # ---- reports
 
-    def _speed(self, config: StageConfig, engine: Any, metrics: Metrics) -> Speed:
+    def _speed(self, config: StageConfig, engine: Any, metrics: Metrics, loader: Loader) -> Speed:
         return Speed(
             config,
             batch_size=engine.train_batch_size(),
@@ -342,6 +345,7 @@ class Trainer:
             precision=engine_precision(engine),
             say=metrics.say,
             lora=self.run.lora(config),
+            samples_by_size=loader.samples_by_size(),
         )
 
     def _log(

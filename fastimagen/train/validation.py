@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..cascade import Stage
 from ..config import Config, SamplingConfig, StageConfig, StageTrainConfig
+from ..data.buckets import bucket_sizes
 from ..data.source import Split
 from ..files import atomic_file, first_line
 from ..images import grid
@@ -23,6 +24,7 @@ from ..network_config import LoraConfig
 from ..networks.build import build_network
 from ..networks.network import Network
 from ..seeds import mix_seed
+from ..sizes import ImageSize
 from .ema import EMA
 from .flat_weights import FlatWeights
 from .metrics import Metrics
@@ -144,15 +146,18 @@ def validation_loss(
     settings = config.fastimagen.train
     count = len(split) if settings.validation_samples == "all" else min(settings.validation_samples, len(split))
     total = torch.zeros((), dtype=torch.float64, device=device)
-    chunks = [range(first, min(first + CHUNK_SIZE, count)) for first in range(0, count, CHUNK_SIZE)]
+    buckets = bucket_sizes(config.fastimagen, stage.config)
+    chunks = split.in_chunks(count, CHUNK_SIZE, buckets)
     for first in range(0, len(chunks), dist.get_world_size()):
         check()
         index = first + dist.get_rank()
         if index >= len(chunks):
             continue
-        batch = split.fixed_batch(config.fastimagen, chunks[index], size=stage.config.size, crop=stage.config.crop)
+        indices, bucket = chunks[index]
+        size = buckets[bucket] if buckets else stage.config.size
+        batch = split.fixed_batch(config.fastimagen, indices, size=size, crop=stage.config.crop)
         images, text = batch.images_for(device), batch.text_for(stage.config.unet, device)
-        draws = stage.draw(mix_seed(settings.seed, "validation"), chunks[index], images)
+        draws = stage.draw(mix_seed(settings.seed, "validation"), indices, images)
         loss = objective.training_loss(unet, images, text, draws, drop_captions=False)
         total += loss.double().sum()
     dist.all_reduce(total)
@@ -167,7 +172,8 @@ def preview_sampling(stage: StageConfig) -> SamplingConfig:
 def sample_grid(
     stage: Stage, unet: Network, split: Split, config: Config, path: Path, check: Callable[[], None] = lambda: None
 ) -> str | None:
-    """Save a captioned grid of images of this stage for fixed captions and seeds. All ranks call it.
+    """Save a captioned grid of images of this stage for fixed captions and seeds, of the size of the first bucket if
+    there are some. All ranks call it.
 
     check: called after every sampling step, as often on all ranks; what it raises ends the sampling. Returns a line on
     rank 0 if the grid could not be saved: a full disk does not end training.
@@ -176,7 +182,8 @@ def sample_grid(
     grid shows this stage only."""
     device = next(unet.parameters()).device
     settings = config.fastimagen.train
-    captions, text, images = split.examples(settings.sample_count, config.fastimagen, size=stage.config.size)
+    size = next(iter(bucket_sizes(config.fastimagen, stage.config)), ImageSize.of(stage.config.size))
+    captions, text, images = split.examples(settings.sample_count, config.fastimagen, size=size)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     own = list(range(rank, len(captions), world_size))
     sampled: Tensor | None = None
@@ -189,7 +196,7 @@ def sample_grid(
             assert text is not None
             own_text = text[own].to(device=device)
         sampled = stage.sample(
-            unet, own_text, own, lowres=lowres, sampling=sampling, callback=lambda *_: check()
+            unet, own_text, own, size=size, lowres=lowres, sampling=sampling, callback=lambda *_: check()
         ).cpu()  # (n, C, H, W)
     else:
         for _ in range(sampling.steps):

@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fastimagen.data.loader import Batch, Loader, names_side
+from fastimagen.data.batch import Batch
+from fastimagen.data.loader import Loader, names_side
 from fastimagen.data.order import Order
 from fastimagen.data.shard import Reading, Shard
 from fastimagen.data.shard_index import index_shard

@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fastimagen.data.loader import Batch, Loader
+from fastimagen.data.batch import Batch
+from fastimagen.data.loader import Loader
 from fastimagen.data.order import Order
 from fastimagen.data.shard_index import index_shard
 from fastimagen.images import resize_and_crop

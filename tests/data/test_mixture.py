@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import Counter
 from itertools import islice
@@ -15,12 +16,15 @@ from hypothesis import strategies as st
 
 from fastimagen.config import FastimagenConfig
 from fastimagen.config_file import config_from_dict
+from fastimagen.data.indexing import check_index, index_all
 from fastimagen.data.loader import Loader
-from fastimagen.data.mixture import BLOCK, Mixture, Part
+from fastimagen.data.mixture import Mixture, Part
 from fastimagen.data.source import open_data
+from fastimagen.data.turns import BLOCK
 from fastimagen.train.metrics import console_line
 from fastimagen.train.resume import check_resuming, describe_samples
 from fastimagen.train.run import Run
+from tests.data.test_shards import make_tar
 
 SIZES = [5, 0, 7, 11, 2]
 PARTS = [Part("a", 3, 2), Part("b", 1, 1), Part("c", 0.5, 2)]  # 5, 7 and 13 samples
@@ -181,3 +185,36 @@ def test_a_wrong_mixture_is_one_line(change: dict[str, Any], message: str, confi
     with pytest.raises(ValueError, match=message) as raised:
         config_from_dict(config)
     assert "\n" not in str(raised.value)
+
+
+def test_a_data_set_has_a_caption_key_and_conditions_of_its_own(
+    toy_config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {f"{number}.jpg": b"x" for number in range(6)} | {f"{number}.txt": b"plain" for number in range(6)}
+    metadata = {f"{n}.json": json.dumps({"alt": f"long {n}", "width": 10 * n, "height": 30}).encode() for n in range(6)}
+    for name in ("plain", "rich"):
+        (tmp_path / name).mkdir()
+        make_tar(tmp_path / name / "0.tar", files | metadata)
+    rich = {
+        "name": "rich",
+        "shards": str(tmp_path / "rich"),
+        "weight": 1,
+        "caption_key": "alt",
+        "where": ["width > 20"],
+    }
+    sources = [{"name": "plain", "shards": str(tmp_path / "plain"), "weight": 1}, rich]
+    toy_config["fastimagen"]["data"] = {"shards": sources, "validation": None, "where": ["width < 50"]}
+    section = config_from_dict(toy_config).fastimagen
+    train, _ = open_data(section, with_text=False)
+    assert [[shard.caption(index) for index in range(len(shard))] for shard in train.shards] == [
+        ["plain"] * 5,
+        ["long 3", "long 4"],
+    ]
+    assert [shard.filtered for shard in train.shards] == [{"width < 50": 1}, {"width < 50": 1, "width > 20": 3}]
+    index_all(section, say=print)  # the manifest of each reading
+    check_index(section, say=print)
+    written = capsys.readouterr().out.splitlines()
+    assert "2 shards intact" in written and len({line for line in written if ".manifest: 1 shard" in line}) == 2
+    sources[1]["where"] = ["width > 200"]
+    with pytest.raises(ValueError, match=r"data.where leaves no samples of rich: 5 by width > 200, 1 by width < 50"):
+        open_data(config_from_dict(toy_config).fastimagen, with_text=False)

@@ -137,12 +137,12 @@ def test_missing_shards_name_the_key_and_the_command_that_packs_them(
     with pytest.raises(
         ValueError, match=r"fastimagen.data.validation: no shards: .*none/val .*; set it to null to train"
     ):
-        open_split(data["validation"], section(toy_config), with_text=True)
+        open_split(section(toy_config).data.data_sets[1], section(toy_config), with_text=True)
     data["shards"], data["validation"] = str(tmp_path / "none"), train
     with pytest.raises(
         ValueError, match=r"fastimagen.data.shards: no shards: .*; pack .* with: fastimagen shards folder"
     ):
-        open_split(data["shards"], section(toy_config), with_text=False)
+        open_split(section(toy_config).data.data_sets[0], section(toy_config), with_text=False)
 
 
 def test_random_weights_are_built_from_own_captions_and_refuse_what_they_cannot_read(

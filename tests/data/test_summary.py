@@ -6,6 +6,7 @@ import io
 import json
 import re
 import tarfile
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from PIL import Image
 from fastimagen.cli import main
 from fastimagen.config_file import config_from_dict
 from fastimagen.data.source import open_data
+from fastimagen.data.survey import spread_samples
 from fastimagen.seeds import mix_seed
 
 
@@ -88,3 +90,42 @@ def test_a_configuration_is_described_by_data_set_and_drawn_by_stage(
     tile = 8 * -(-192 // 8)
     assert np.array_equal(sheet[margin : margin + tile : tile // 8, margin : margin + tile : tile // 8], first)
     assert (tmp_path / "sheet-base.png").exists()
+
+
+def test_buckets_are_counted_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    unet = {"dim": 8, "dim_mults": [1], "groups": 4, "heads": 1, "head_dim": 16, "stem_kernels": [3]}
+    stage = {"name": "base", "size": 16, "unet": unet | {"cross_attention": False}, "sampling": {"guidance": 1}}
+    data = {"shards": str(write_own(tmp_path / "own")), "validation": None, "buckets": ["16x16", "8x24", "24x8"]}
+    config = {"fastimagen": {"cascade": {"stages": [stage]}, "data": {**data, "max_bad_share": 0.5}}}
+    (tmp_path / "ds.json").write_text(json.dumps(config))
+    assert main(["info", "--data", str(tmp_path / "ds.json"), "--out", str(tmp_path / "sheet.png")]) == 0
+    text = capsys.readouterr().out
+    for line in (
+        r"samples +12 in 1 shard",
+        r"base +27\.3% are smaller than the size of their bucket and enlarged",
+        r"central square +would keep \d+\.\d% of the area",
+        r"buckets +16x16 66\.7%, 8x24 33\.3%, 24x8 0\.0%; they keep 9\d\.\d% of the area",
+    ):
+        assert re.search(line, text), (line, text)
+    assert Image.open(tmp_path / "sheet-base.png").size[0] > 500
+
+
+def test_looking_at_data_takes_no_memory_for_each_sample() -> None:
+    """100 million samples are 10,000 shards, and not 100 million pairs of a shard and a number."""
+
+    class Samples:
+        def __init__(self, size: int) -> None:
+            self.size = size
+
+        def __len__(self) -> int:
+            return self.size
+
+    shards = [Samples(size) for size in (10_000, 0, 9_999, 10_001) * 2500]
+    tracemalloc.start()
+    found = spread_samples(shards, 2000)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 4 * 2**20 and 1900 < len(found) <= 2000 and all(index < len(shard) for shard, index in found)
+    few = [Samples(3), Samples(0), Samples(2)]
+    assert spread_samples(few, 9) == [(few[0], 0), (few[0], 1), (few[0], 2), (few[2], 0), (few[2], 1)]
+    assert spread_samples(few, 2) == [(few[0], 0), (few[2], 0)] and spread_samples([], 5) == []

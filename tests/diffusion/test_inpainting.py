@@ -224,7 +224,7 @@ def test_images_do_not_depend_on_the_batch_size(pipe: ImagenPipeline, text: Text
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(image=torch.zeros(1, 3, 8, 6)), "must be square"),
+        (dict(image=torch.zeros(3, 8, 6)), r"must be floating point \(B, C, H, W\)"),
         (dict(image=torch.full((1, 3, 8, 8), 1.5)), r"must lie in \[-1, 1\]"),
         (dict(image=torch.full((1, 3, 8, 8), torch.nan)), r"must lie in \[-1, 1\]"),
         (dict(strength=0.0), r"strength must lie in \(0, 1\], got 0.0"),

@@ -37,7 +37,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from fastimagen.data.loader import Batch
+from fastimagen.data.batch import Batch
 from tests.conftest import ROOT
 from tests.drills import forked
 from tests.drills.hostile_data import FOREVER, Expected, open_loader, store_truths, write_data

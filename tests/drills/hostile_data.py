@@ -22,9 +22,10 @@ from PIL import Image
 
 from fastimagen.config import FastimagenConfig
 from fastimagen.data import source
+from fastimagen.data.batch import Batch
 from fastimagen.data.embedding_cache import cache_path, write_cache
 from fastimagen.data.indexing import index_all
-from fastimagen.data.loader import Batch, Loader
+from fastimagen.data.loader import Loader
 from fastimagen.data.shard_index import index_shard
 from fastimagen.text.embeddings import TextEmbeddings
 

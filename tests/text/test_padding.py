@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastimagen.cascade import Stage
 from fastimagen.config import CompileMode
-from fastimagen.data.loader import Batch
+from fastimagen.data.batch import Batch
 from fastimagen.network_config import UNetConfig
 from fastimagen.networks.unet import UNet
 from fastimagen.sampling.pipeline import ImagenPipeline

@@ -12,6 +12,7 @@ import pytest
 
 from fastimagen.cli import parser
 from fastimagen.config import CascadeConfig, FastimagenConfig
+from fastimagen.sizes import ImageSize
 from fastimagen.train.model_card import StageFacts, example_captions, model_card
 from tests.conftest import TOY_STAGES, toy_tree
 
@@ -32,7 +33,10 @@ def card_of(
         tree["text"] = {"encoder": encoder}
     config = FastimagenConfig.model_validate(tree)
     assert isinstance(config.cascade, CascadeConfig)
-    facts = [StageFacts(stage.name, stage.size, 1_500_000, 20, "decay 0.5") for stage in config.cascade.stages]
+    facts = [
+        StageFacts(stage.name, [ImageSize.of(stage.size)], 1_500_000, 20, "decay 0.5")
+        for stage in config.cascade.stages
+    ]
     return model_card("mine", config, config.cascade, facts, includes_encoder=encoder is None, has_grid=grid)
 
 
