@@ -17,6 +17,7 @@ from torch import nn
 from ..config import TimeoutConfig
 from ..files import first_line
 from .peers import Peers
+from .preemption import TrainingInterrupted
 from .rendezvous import failed_to_connect, set_launcher_defaults
 from .watchdog import is_of_collectives
 
@@ -78,8 +79,14 @@ def init_distributed(timeouts: TimeoutConfig | None = None, peers: Peers | None 
         if peers is None:
             raise
         raise failed_to_connect(peers, backend(), error) from None
-    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeouts.longest))
+    _set_timeout(timedelta(seconds=timeouts.longest))
     return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+
+
+def _set_timeout(timeout: timedelta) -> None:
+    """Let the process group have this time-out. torch has a public way since 2.14, and warns of the old one."""
+    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+    set_timeout(timeout)
 
 
 def _set_default_timeout(timeout: timedelta) -> None:
@@ -106,7 +113,7 @@ def make_engine(model: nn.Module, deepspeed_config: dict[str, Any], muon: set[st
                 model=model, model_parameters=trained, config=copy.deepcopy(deepspeed_config)
             )
     except Exception as error:  # DeepSpeed raises all kinds, down to AssertionError, for what it does not support
-        if isinstance(error, torch.OutOfMemoryError) or is_of_collectives(error):
+        if isinstance(error, (torch.OutOfMemoryError, TrainingInterrupted)) or is_of_collectives(error):
             raise
         logger.debug("deepspeed.initialize failed", exc_info=True)
         raise ValueError(

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
+from torch import nn
 
-from fastimagen.train import preemption
+from fastimagen.train import engine, preemption
 from fastimagen.train.exit_status import STATUS_FILE, STOP_FILE, record
 from fastimagen.train.peers import Member, Peers
 from fastimagen.train.phases import Phases
@@ -72,6 +76,23 @@ def test_before_training_a_signal_interrupts_at_once(prepare: Callable[[Phases],
     prepare(phases)
     with pytest.raises(TrainingInterrupted, match=r"SIGUSR1: stopped in .*, before a step"), StopRequest(None, phases):
         os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def test_a_signal_while_deepspeed_starts_is_not_called_a_refused_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    def initialize(**_: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(initialize=initialize, set_optimizer_flags=None))
+    with pytest.raises(TrainingInterrupted, match=r"^SIGTERM: stopped in"), StopRequest(None, Phases()):
+        engine.make_engine(nn.Linear(1, 1), {}, muon=set())
+
+
+def test_torchs_public_function_sets_the_time_out_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Since torch 2.14: every process would print a warning about the old one."""
+    given: list[timedelta] = []
+    monkeypatch.setattr(dist, "set_timeout", given.append, raising=False)
+    engine._set_timeout(timedelta(seconds=5))
+    assert given == [timedelta(seconds=5)]
 
 
 def test_a_signal_is_noticed_while_the_main_thread_is_in_a_call() -> None:
