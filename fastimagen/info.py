@@ -29,7 +29,8 @@ def report() -> str:
     from .ops.dispatch import no_triton
 
     rows = [("fastimagen", __version__), ("python", platform.python_version()), ("system", platform.platform())]
-    rows += [(name, _version(name)) for name in PACKAGES]
+    # The metadata of PyTorch's own wheels lacks the build: 2.13.0 and not 2.13.0+cu130.
+    rows += [(name, torch.__version__ if name == "torch" else _version(name)) for name in PACKAGES]
     rows.append(("cuda", torch.version.cuda or "none (CPU build)"))
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 
 
 def configure_logging() -> None:
@@ -15,6 +16,9 @@ def configure_logging() -> None:
     """
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when huggingface_hub is imported
+    # DeepSpeed calls these by their names before torch 2.13; every process would say so.
+    renamed = r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
+    warnings.filterwarnings("ignore", renamed, FutureWarning)
     logging.getLogger("DeepSpeed").addFilter(_not_about_a_new_scheduler)
     logger = logging.getLogger("fastimagen")
     if not any(isinstance(handler, _StderrHandler) for handler in logger.handlers):

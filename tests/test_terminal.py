@@ -7,12 +7,14 @@ import os
 import shlex
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 
 from fastimagen import __version__
 from fastimagen.cli import EXIT_BROKEN_PIPE, main, parser
+from fastimagen.logs import configure_logging
 from tests.conftest import ROOT
 
 
@@ -107,3 +109,12 @@ def test_nothing_is_coloured_in_a_terminal(toy_model: Path, tmp_path: Path) -> N
     printed = os.read(master, 65536)
     os.close(master)
     assert b"step 1 of 1" in printed and b"\x1b" not in printed
+
+
+def test_names_that_deepspeed_should_not_use_are_no_concern_of_a_run() -> None:
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        configure_logging()
+        for name in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_gather"):
+            warnings.warn(f"`torch.distributed.{name}` is deprecated. Please use another.", FutureWarning, stacklevel=1)
+    assert [str(warning.message).split("`")[1] for warning in shown] == ["torch.distributed.all_gather"]
