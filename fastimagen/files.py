@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
 import pickle
+import re
 import shutil
+import socket
+import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+OWNER = re.compile(r"\.([0-9a-f]{8})-(\d+)-(\d+)\.[0-9a-f]{8}\.tmp$")
+"""In the name of a temporary file: machine, process number and start of the process that writes it."""
+
+ABANDONED = 24 * 3600.0
+"""Seconds after which a temporary file of a process elsewhere counts as one of a killed process."""
 
 
 def first_line(error: BaseException) -> str:
@@ -29,9 +43,69 @@ def require_empty(folder: str | Path) -> None:
 
 
 def temporary_path(path: str | Path) -> Path:
-    """A new name beside `path`, on the same file system, hidden and with the suffix .tmp."""
+    """A new name beside `path`, on the same file system, hidden and with the suffix .tmp. It names this process."""
     path = Path(path)
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    owner = f"{_machine()}-{os.getpid()}-{_started(os.getpid()) or 0}"
+    return path.with_name(f".{path.name}.{owner}.{uuid.uuid4().hex[:8]}.tmp")
+
+
+def remove_abandoned(folder: str | Path) -> int:
+    """Remove the temporary files and folders in `folder` whose process was killed, and return how many.
+
+    Whether one of this machine lives is known. Those of other machines, and of earlier versions, which name no process,
+    are removed when nobody has changed them for ABANDONED seconds. One line says what was removed.
+    """
+    removed, folder = 0, Path(folder)
+    try:
+        names = [name for name in os.listdir(folder) if name.startswith(".") and name.endswith(".tmp")]
+    except OSError:
+        return 0  # who needs the folder says what is wrong with it
+    for path in (folder / name for name in names):
+        with suppress(OSError):  # another process has removed it, or may remove it and this one may not
+            if not _is_abandoned(path):
+                continue
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            removed += 1
+    if removed:
+        logger.warning("%s: removed %d temporary files of killed processes", folder, removed)
+    return removed
+
+
+def _is_abandoned(path: Path) -> bool:
+    """Whether no process writes a temporary file or folder any more."""
+    owner = OWNER.search(path.name)
+    if owner is None or owner[1] != _machine():
+        return time.time() - path.stat().st_mtime > ABANDONED
+    return _started(int(owner[2])) != int(owner[3])
+
+
+def _started(pid: int) -> int | None:
+    """When a process of this machine started, in clock ticks since boot; None if there is none. 0 if only that is known
+    that it lives, as without /proc."""
+    if not os.path.exists("/proc/self/stat"):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return None
+        except PermissionError:
+            pass
+        return 0
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return int(fields[19])  # field 22 of proc(5)
+
+
+@lru_cache(maxsize=1)
+def _machine() -> str:
+    """What tells this machine, since it was started, and this container apart from others: process numbers are unique
+    within it."""
+    parts = [socket.gethostname()]
+    for path in ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"):
+        with suppress(OSError):
+            parts.append(os.readlink(path) if path.endswith("pid") else Path(path).read_text())
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:8]
 
 
 @contextmanager
@@ -109,17 +183,26 @@ def write_json(path: str | Path, content: Any) -> None:
 def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file atomically. tensors: any device, any shape; metadata: strings for the header.
 
-    Raises OSError if the file cannot be written.
+    In a temporary folder, because safetensors makes a temporary file of its own. Raises OSError if the file cannot be
+    written.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     on_cpu = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-    with atomic_file(path) as temporary:
-        try:
-            save_file(on_cpu, temporary, dict(metadata))
-        except SafetensorError as error:
-            raise OSError(f"cannot write {path}: {first_line(error)}") from error
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = temporary_path(path)
+    folder.mkdir()
+    try:
+        with atomic_file(folder / "content") as temporary:
+            try:
+                save_file(on_cpu, temporary, dict(metadata))
+            except SafetensorError as error:
+                raise OSError(f"cannot write {path}: {first_line(error)}") from error
+        os.replace(folder / "content", path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,16 +14,19 @@ import torch
 
 from fastimagen.extras import import_extra
 from fastimagen.files import (
+    ABANDONED,
     atomic_file,
     atomic_folder,
     first_line,
     read_json_object,
     read_safetensors,
+    remove_abandoned,
     require_empty,
     temporary_path,
     write_json,
     write_safetensors,
 )
+from tests.conftest import ROOT
 
 
 def test_an_atomic_file_replaces_the_old_one_when_its_block_ends(tmp_path: Path) -> None:
@@ -165,3 +171,65 @@ def test_a_package_without_its_own_dependency_is_not_reported_as_missing(
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="no_such_dependency"):
         import_extra("incomplete_package", user="the page", extra="demo")
+
+
+# ---- what killed processes leave
+
+WRITES = """
+import sys, time
+from fastimagen.files import atomic_file, temporary_path
+folder = temporary_path(sys.argv[1] + ".index")
+folder.mkdir()
+(folder / ".tmpAbCdEf").write_text("half")
+with atomic_file(sys.argv[1]) as temporary:
+    temporary.write_text("half")
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_temporary_files_of_a_killed_process_are_removed_and_those_of_a_live_one_stay(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    command = [sys.executable, "-c", WRITES, str(tmp_path / "0.tar")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    writer = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    assert writer.stdout is not None and writer.stdout.readline() == "ready\n"
+    (tmp_path / ".keep").write_text("another hidden file")
+    with atomic_file(tmp_path / "own") as own:
+        assert remove_abandoned(tmp_path) == 0 and len(os.listdir(tmp_path)) == 4
+        writer.kill()
+        writer.wait()
+        assert remove_abandoned(tmp_path) == 2
+        assert sorted(os.listdir(tmp_path)) == sorted([".keep", own.name])
+    assert f"{tmp_path}: removed 2 temporary files of killed processes" in caplog.text
+    assert remove_abandoned(tmp_path / "missing") == 0
+
+
+def test_temporary_files_of_other_machines_are_removed_after_a_day(tmp_path: Path) -> None:
+    other, older = tmp_path / f".a.{'0' * 8}-1-1.{'0' * 8}.tmp", tmp_path / ".b.12345678.tmp"
+    for path in (other, older):
+        path.write_text("half")
+    assert remove_abandoned(tmp_path) == 0
+    for path in (other, older):
+        os.utime(path, (0, time.time() - ABANDONED - 60))
+    assert remove_abandoned(tmp_path) == 2 and os.listdir(tmp_path) == []
+
+
+def test_a_process_of_the_same_number_is_another_one(tmp_path: Path) -> None:
+    """As after a restart of a container, in which process numbers begin again."""
+    own = temporary_path(tmp_path / "a")
+    own.write_text("half")
+    assert remove_abandoned(tmp_path) == 0
+    earlier = own.with_name(own.name.replace(f"-{os.getpid()}-", f"-{os.getpid()}-1"))
+    own.rename(earlier)
+    assert remove_abandoned(tmp_path) == 1
+
+
+def test_safetensors_leave_nothing_beside_the_file(tmp_path: Path) -> None:
+    write_safetensors(tmp_path / "new/a.safetensors", {"a": torch.zeros(2)}, {})
+    write_safetensors(tmp_path / "new/a.safetensors", {"a": torch.ones(2)}, {})
+    assert os.listdir(tmp_path / "new") == ["a.safetensors"]
+    umask = os.umask(0)
+    os.umask(umask)
+    assert (tmp_path / "new/a.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..files import first_line, write_safetensors
+from ..files import first_line, remove_abandoned, write_safetensors
 from ..text.embeddings import TextEmbeddings
 
 logger = logging.getLogger(__name__)
@@ -201,6 +201,8 @@ def embed_shards(
     identity = encoder.identity()
     paths = [cache_path(shard.path, identity, cache_dir) for shard in shards]
     _refuse_collisions(shards, paths)
+    for folder in {path.parent for path in paths} if rank == 0 else ():
+        remove_abandoned(folder)
     report = EmbedReport()
     own_shards = range(rank, len(shards), world_size)
     others = [index for index in range(len(shards)) if index % world_size != rank]

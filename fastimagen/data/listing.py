@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..files import first_line
+from ..files import first_line, remove_abandoned
 from .listed import ListedShard
 from .manifest import Entry, Row, manifest_path, read_manifest, row_of, write_manifest
 from .remote.cache import RemoteCache, sibling
@@ -36,7 +36,11 @@ DOWNLOADS = 4
 
 def list_local(paths: Sequence[str], reading: Reading, rank: int, world_size: int, *, trust: bool) -> Listed:
     """Shards of local tars. trust: a manifest is right; otherwise a tar that has another size or time is indexed."""
-    known = {folder: read_manifest(manifest_path(folder, reading)) for folder in {*map(os.path.dirname, paths)}}
+    folders = {*map(os.path.dirname, paths)}
+    if rank == 0 and not trust:
+        for folder in folders:
+            remove_abandoned(folder or ".")
+    known = {folder: read_manifest(manifest_path(folder, reading)) for folder in folders}
     rows: dict[str, Row] = {}
     lost: dict[str, ValueError] = {}
     for path in paths:

@@ -16,6 +16,7 @@ from fastimagen.data.indexing import check_index, index_all
 from fastimagen.data.manifest import manifest_path, read_manifest
 from fastimagen.data.shard import PLAIN, Reading, Shard
 from fastimagen.data.shards import open_shards
+from fastimagen.files import temporary_path
 from fastimagen.text import checksums
 from tests.data.test_shards import make_tar, sample_files
 
@@ -131,3 +132,14 @@ def test_the_weights_of_an_encoder_are_hashed_once(tmp_path, monkeypatch):
         assert checksums.remembered_sha256([weights]) == first
     weights.write_bytes(b"other weights")
     assert checksums.remembered_sha256([weights]) != first
+
+
+def test_a_start_removes_what_killed_processes_left(folder):
+    own = temporary_path(folder / "0.tar.index")
+    left = own.with_name(own.name.replace(f"-{os.getpid()}-", f"-{os.getpid()}-1"))  # of an earlier process
+    for path in (own, left):
+        path.mkdir()
+    open_shards(folder, trust=True)
+    assert left.exists()
+    open_shards(folder)
+    assert own.exists() and not left.exists()

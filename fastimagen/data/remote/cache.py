@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ...data_config import RemoteConfig
-from ...files import first_line
+from ...files import first_line, remove_abandoned
 from .transfer import TransferError, download, shown
 
 QUERY = re.compile(r"\?[^\s'\"]*")
@@ -27,9 +27,6 @@ TAR = re.compile(r"[^\s/'\"?&=:]+\.tar\b")
 
 MIN_SHARDS = 16
 """Shards that must fit: those that training reads at a time, and those that are downloaded ahead of it."""
-
-OLD = 3600.0
-"""Seconds after which a temporary file is one that a killed process has left."""
 
 
 class RemoteCache:
@@ -138,10 +135,8 @@ class RemoteCache:
             with contextlib.suppress(OSError), open(path, "rb+") as part:
                 fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises while a process downloads
                 path.unlink()
-        for path in self.folder.glob("*/.*.tmp"):
-            with contextlib.suppress(OSError):
-                if time.time() - path.stat().st_mtime > OLD:
-                    path.unlink()
+        for folder in self.folder.glob("*/"):
+            remove_abandoned(folder)
 
 
 def sibling(url: str, name: str) -> str:
