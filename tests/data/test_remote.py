@@ -18,7 +18,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fastimagen.config import FastimagenConfig
 from fastimagen.data.embedding_cache import cache_path, write_cache
 from fastimagen.data.indexing import index_all
-from fastimagen.data.listed import Download
+from fastimagen.data.listed import MAX_REMOVED, Download
 from fastimagen.data.remote.ahead import Ahead
 from fastimagen.data.remote.cache import RemoteCache, sibling
 from fastimagen.data.remote.shard import RemoteShard
@@ -28,6 +28,7 @@ from fastimagen.data_config import RemoteConfig
 from fastimagen.text.embeddings import TextEmbeddings
 from tests.data.test_loader import image
 from tests.data.test_shards import make_tar, sample_files
+from tests.drills.soak import open_files
 from tests.faulty_server import Server
 
 PATIENCE = RemoteConfig(timeout=0.3, tries=3, pause=0.01, longest_pause=0.05)
@@ -217,6 +218,18 @@ def test_the_least_recently_used_shards_make_room_and_a_kill_leaves_nothing(tmp_
     assert manifest.exists() and not any(place.exists() for place in places)
     with pytest.raises(ValueError, match=r"data.cache_gb is .*, but .* need 0.016: set it to more"):
         cache.check_limit(1_000_000)
+
+
+def test_shards_that_the_cache_has_removed_do_not_stay_open(tmp_path):
+    for number in range(30):
+        make_tar(tmp_path / f"{number}.tar", sample_files(9))
+    cache = cache_in(tmp_path, limit=17 * (tmp_path / "0.tar").stat().st_size)
+    shards = open_shards([f"file:{tmp_path}/{number}.tar" for number in range(30)], cache=cache)
+    deleted = []
+    for shard in shards:
+        assert shard.image(0).startswith(b"image 0")
+        deleted.append(open_files(tmp_path / "cache")["deleted"])
+    assert max(deleted) <= 2 * MAX_REMOVED and shards[0].image(1).startswith(b"image 1")  # tars and indices
 
 
 # ---- the stream

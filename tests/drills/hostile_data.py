@@ -8,6 +8,7 @@ encode.
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import random
 import tarfile
@@ -27,12 +28,16 @@ from fastimagen.data.embedding_cache import cache_path, write_cache
 from fastimagen.data.indexing import index_all
 from fastimagen.data.loader import Loader
 from fastimagen.data.shard_index import index_shard
+from fastimagen.sizes import ImageSize
 from fastimagen.text.embeddings import TextEmbeddings
 
 IDENTITY = {"encoder": "counting"}
 WEIGHTS = {"remote": 5, "local": 2, "piped": 1}
 LOSS_WEIGHTS = {"remote": 1.0, "local": 1.0, "piped": 0.5}
 SIZE = 8
+BUCKETS = ("8x8", "12x6", "6x12")
+"""For images of a number n, whose sides are n modulo 3: about square, wide, tall."""
+
 PADDING = 3000
 """Bytes of metadata that a sample has beside its image, so that a tar arrives in several parts."""
 
@@ -91,7 +96,8 @@ def color_of(number: int) -> tuple[int, int, int]:
 
 def image(number: int, side: int = 24, kind: str = "PNG") -> bytes:
     buffer = io.BytesIO()
-    Image.new("RGB", (side + 3, side), color_of(number)).save(buffer, kind, quality=95)
+    size = [(side + 3, side), (2 * side, side), (side, 2 * side)][number % 3]
+    Image.new("RGB", size, color_of(number)).save(buffer, kind, quality=95)
     return buffer.getvalue()
 
 
@@ -151,13 +157,14 @@ def write_data(
     piped: int = 8,
     samples: int = 60,
     timeout: float = 2.0,
+    buckets: tuple[str, ...] = (),
     seed: int = 0,
 ) -> tuple[dict[str, Any], dict[str, Truth]]:
     """Write the shards, with embeddings and a manifest of the remote ones. Returns `data` of a configuration, and what
     is true of each shard.
 
     url: of a server of FOLDER/remote with the faults FOREVER. At least 8 remote, 7 local and 3 piped shards. timeout:
-    of requests, in seconds.
+    of requests, in seconds; buckets: none, or BUCKETS.
     """
     chance, truths, first = random.Random(seed), {}, 0
     for part, count in (("remote", remote), ("local", local), ("piped", piped)):
@@ -175,7 +182,9 @@ def write_data(
             embed(folder / part / f"{name}.tar")
     (folder / "flaky.sh").write_text(FLAKY)
     use_counting_embeddings()
-    everything = FastimagenConfig.model_validate({"data": {"shards": str(folder / "remote"), "validation": None}})
+    everything = FastimagenConfig.model_validate(
+        {"data": {"shards": str(folder / "remote"), "validation": None, "buckets": buckets}}
+    )
     index_all(everything, say=lambda line: None)
     for path in (folder / "remote").glob("*.index"):
         path.unlink()
@@ -192,6 +201,7 @@ def write_data(
     data = {
         "shards": parts,
         "validation": None,
+        "buckets": buckets,
         "cache_gb": (16 * largest + 1) / 1e9,
         "max_bad_share": 0.6,
         "remote": {"timeout": timeout, "tries": 8, "pause": 0.05, "longest_pause": 1.0},
@@ -258,7 +268,8 @@ def open_loader(data: dict[str, Any], cache: Path, **options: Any) -> Loader:
     use_counting_embeddings()
     config = FastimagenConfig.model_validate({"data": data | {"cache": str(cache)}})
     split, _ = source.open_data(config, with_text=True)
-    return split.loader(config, size=SIZE, crop=None, seed=3, crop_seed=0, **options)
+    buckets = [ImageSize.parse(text) for text in config.data.buckets]
+    return split.loader(config, size=SIZE, buckets=buckets, crop=None, seed=3, crop_seed=0, **options)
 
 
 class Expected:
@@ -287,14 +298,13 @@ class Expected:
 
     def walk(self, position: int) -> Iterator[tuple[int, str, str]]:
         """(shard, key, what becomes of it) of the candidates for a position; the last one is delivered."""
-        while True:
-            shard, index = self.loader.order[position]
+        for count in itertools.count():
+            shard, index = self.loader.order.after(position, count)
             key = self.truths[shard].keys[index]
             fate = "lost" if self.truths[shard].lost else "bad" if key in self.bad[shard] else "delivered"
             yield shard, key, fate
             if fate == "delivered":
                 return
-            position += 1
 
     def check(self, batch: Batch) -> None:
         """Compare keys, origins, images, embeddings and loss weights of a batch with the truth; count its samples."""
@@ -305,6 +315,8 @@ class Expected:
             self.counts.update(fate for _, _, fate in candidates)
             shard, key, _ = candidates[-1]
             assert (batch.keys[row], batch.origins[row][0]) == (key, shard), f"position {position}"
+            sizes = self.loader.image_sizes
+            assert tuple(batch.images.shape[2:]) == sizes[int(key) % 3 if len(sizes) > 1 else 0], f"size of {key}"
             color = batch.images[row].reshape(3, -1).int() - torch.tensor(color_of(int(key)))[:, None]  # (3, HW)
             assert color.abs().max() <= 2, f"image of {key}"
             tokens = tokens_of(key)  # (L, 4)

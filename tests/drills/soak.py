@@ -9,8 +9,8 @@ command fetches. Images are undecodable, captions missing. The ranks are process
 a cache which holds a third of the shards. Each takes the share --load of a core, and sleeps in between.
 
 Every batch is compared with what the makers of the shards know: keys, images, embeddings. At the end the counters must
-be exactly what was delivered and skipped, by reason; memory after the first fifth of the time must be flat; no thread,
-process or open file may be left, and the cache may have complete files only. The result,
+be exactly what was delivered and skipped, by reason; memory after the first fifth of the time must be flat; no thread
+or process may be left, and the cache may have complete files only. The result,
 tests/drills/results/soak.json, is written every minute. A short version is in tests/data/test_hostile_data.py.
 """
 
@@ -162,7 +162,7 @@ def left_in_cache(folder: Path) -> dict[str, Any]:
     for path in files:
         name = path.name.replace(".tar.counting.", ".counting.")
         sources = [place / name for place in (folder / "remote", folder / "piped") if (place / name).exists()]
-        if path.name.endswith(".index") or path.name == "shards.manifest":
+        if path.suffix in (".index", ".manifest"):
             continue  # written here
         if not sources or checksum(sources[0]) != checksum(path):
             wrong.append(path.name)
