@@ -31,13 +31,14 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start(arguments: list[str], log: Path, *, ranks: int = 1) -> list[int]:
-    """Fork `ranks` processes that run `fastimagen train` with these arguments. Returns their process ids."""
+def start(arguments: list[str], log: Path, *, ranks: int = 1, command: str = "train") -> list[int]:
+    """Fork `ranks` processes that run `fastimagen train`, or another command that trains, with these arguments. Returns
+    their process ids."""
     port, pids = free_port(), []
     for rank in range(ranks):
         pid = os.fork()
         if pid == 0:
-            _run(arguments, log, rank, ranks, port)
+            _run([command, *arguments], log, rank, ranks, port)
         pids.append(pid)
     return pids
 
@@ -56,7 +57,7 @@ def finish(pids: list[int], timeout: float = 300) -> list[int]:
 
 
 def _run(arguments: list[str], log: Path, rank: int, ranks: int, port: int) -> None:
-    """In the forked process: train, and end without the parent's clean-up."""
+    """In the forked process: run the command, and end without the parent's clean-up."""
     status = 1
     try:
         with open(log, "ab") as file:
@@ -69,7 +70,7 @@ def _run(arguments: list[str], log: Path, rank: int, ranks: int, port: int) -> N
             os.environ |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         from fastimagen.cli import main
 
-        status = main(["train", *arguments])
+        status = main(arguments)
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1
     except BaseException:
