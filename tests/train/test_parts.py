@@ -173,7 +173,7 @@ def damage_embeddings(cache: Path) -> None:
     """Replace all embeddings of a cache by NaN."""
     with safe_open(cache, framework="pt") as file:
         tensors, header = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
-    del tensors["sums"]  # as in caches from before there were checksums: with one, the change would be found
+    del tensors["sums"], header["tables"]  # as in caches from before they had checksums, which would find the change
     save_file({**tensors, "tokens": tensors["tokens"] * torch.nan}, cache, header)
 
 

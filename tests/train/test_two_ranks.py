@@ -255,6 +255,9 @@ def check_stop_in_validation() -> None:
     rank, loaded, reasons = torch.distributed.get_rank(), [], []
 
     class Data(list):
+        def in_chunks(self, count: int, size: int, buckets: Any) -> list[tuple[range, int]]:
+            return [(range(start, start + size), 0) for start in range(0, count, size)]
+
         def fixed_batch(self, config: Any, indices: range, **_: Any) -> Any:
             loaded.append(indices)
             reasons.extend(["SIGTERM"] * rank)
@@ -266,7 +269,8 @@ def check_stop_in_validation() -> None:
 
     config = SimpleNamespace(size=8, crop=None, unet=None)
     stage = SimpleNamespace(config=config, draw=lambda *_: None, training_loss=lambda *_, **__: torch.ones(32))
-    train = SimpleNamespace(fastimagen=SimpleNamespace(train=SimpleNamespace(validation_samples="all", seed=0)))
+    settings = SimpleNamespace(validation_samples="all", seed=0)
+    train = SimpleNamespace(fastimagen=SimpleNamespace(train=settings, data=SimpleNamespace(buckets=None)))
     split: Any = Data(range(96))
     with pytest.raises(Stopped, match="SIGTERM"):
         validation_loss(stage, stage, nn.Linear(1, 1), split, train, check)  # type: ignore[arg-type]
