@@ -18,7 +18,7 @@ from fastimagen.cli import main
 from fastimagen.config import CascadeConfig
 from fastimagen.sampling.pipeline import ImagenPipeline
 from fastimagen.text.embeddings import TextEmbeddings
-from tests.conftest import TOY_STAGES, write_toy_encoder, write_toy_model
+from tests.conftest import TOY_STAGES, toy_tree, write_toy_encoder, write_toy_model
 from tests.sampling.test_pipeline import files, write_toy_run
 
 CAPTIONS = ["a red circle on a blue background", "a small blue star", "a green square on a white background"]
@@ -467,6 +467,23 @@ def test_embed_refuses_a_broken_configuration(
         (tmp_path / "ds.json").write_text(content)
     options = [word for override in overrides for word in ("--set", override)]
     assert refused("embed", "--config", "ds.json", *options).startswith(message)
+
+
+@pytest.mark.parametrize("shapes", [True, False])
+def test_embed_makes_its_data_and_its_encoder_on_one_process_only(
+    shapes: bool, tmp_path: Path, toy_data: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process of a launcher would read them half written."""
+    tree = toy_tree(toy_data)
+    tree["fastimagen"]["text"] = {"encoder": str(tmp_path / "new"), "random_weights": True}
+    if not shapes:
+        tree["fastimagen"]["data"]["shapes"] = None
+    (tmp_path / "ds.json").write_text(json.dumps(tree))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert refused("embed", "--config", "ds.json").endswith("run fastimagen embed on one process")
+    assert not (tmp_path / "new").exists()
 
 
 def test_embed_fills_the_cache_once(

@@ -6,7 +6,7 @@ import argparse
 
 from ..config_file import load_config
 from ..data.embedding import check_embeddings, embed_all, plan_embedding
-from ..data.prepare import prepare_encoder, prepare_shapes
+from ..data.prepare import builds_encoder, prepare_encoder, prepare_shapes
 from ..sampling.distributed import rank_and_world_size
 
 
@@ -25,9 +25,14 @@ def embed(options: argparse.Namespace) -> None:
         if rank == 0:
             (check_embeddings if options.check else plan_embedding)(config, say=say)
         return
-    if rank == 0 or world_size == 1:
+    if world_size == 1:
         prepare_shapes(config, say=say)
         prepare_encoder(config, say=say)
     elif config.data.shapes is not None:
-        raise ValueError("fastimagen.data.shapes renders the built-in shapes: embed them with one process")
+        raise ValueError("fastimagen.data.shapes renders the built-in shapes: run fastimagen embed on one process")
+    elif builds_encoder(config):
+        raise ValueError(
+            f"fastimagen.text.encoder {config.text.encoder} does not exist, and would be built from the captions with "
+            f"random weights: run fastimagen embed on one process"
+        )
     embed_all(config, say=say, rank=rank, world_size=world_size)

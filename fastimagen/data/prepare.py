@@ -53,7 +53,7 @@ def check_encoder(config: FastimagenConfig) -> None:
     """Raise ValueError if the text encoder is missing, or has random weights, the data are not the shapes, and nobody
     said that this is meant."""
     encoder = config.text.encoder
-    built_in = _builds_encoder(config) or is_random_encoder(encoder)
+    built_in = builds_encoder(config) or is_random_encoder(encoder)
     if not built_in and is_path(encoder) and not Path(encoder).is_dir():
         raise ValueError(f"fastimagen.text.encoder: there is no folder {encoder}: set it to {TRAINED_T5}")
     if not built_in or config.text.random_weights:
@@ -92,7 +92,7 @@ def shapes_folder(data: DataConfig) -> Path:
     return Path(data.shards).parent
 
 
-def _builds_encoder(config: FastimagenConfig) -> bool:
+def builds_encoder(config: FastimagenConfig) -> bool:
     """Whether the built-in text encoder will be built: text.encoder is a folder that is missing."""
     encoder = config.text.encoder
     if not uses_text(config) or Path(encoder).exists():
@@ -117,7 +117,7 @@ def prepare_shapes(config: FastimagenConfig, *, say: Say) -> None:
         return
     check_data(config)
     folder, encoder = shapes_folder(config.data), config.text.encoder
-    build_encoder = _builds_encoder(config)
+    build_encoder = builds_encoder(config)
     if not has_shards(folder, shapes.count, shapes.size, shapes.seed):
         say(f"{folder}: rendering {shapes.count} captioned shapes of {shapes.size}x{shapes.size}")
         write_shards(folder, shapes.count, shapes.size, shapes.seed)
@@ -131,7 +131,7 @@ def prepare_encoder(config: FastimagenConfig, *, say: Say) -> None:
     """Build the built-in text encoder from the captions of training and validation, if text.random_weights accepts it
     and its folder is missing. Raises ValueError if the data cannot be opened."""
     check_data(config)
-    if not _builds_encoder(config):
+    if not builds_encoder(config):
         return
     captions = [
         caption
@@ -162,4 +162,4 @@ def refuse_unreadable(config: FastimagenConfig, shards: Sequence[ListedShard], t
 
 def encoder_width(config: FastimagenConfig) -> int:
     """Width of the text embeddings; that of the built-in encoder is known before it is built."""
-    return TINY_T5_WIDTH if _builds_encoder(config) else text_width(config.text.encoder)
+    return TINY_T5_WIDTH if builds_encoder(config) else text_width(config.text.encoder)
