@@ -6,7 +6,7 @@ Everything from nothing: shards, embeddings, training, export, sampling. Two sta
 schedule, text encoding and variance (hybrid loss), are trained in full on one object in five colours; purple never
 occurs. Then both are trained as adapters on 54 purple images, beside images of the old colours with half the loss
 (prior preservation), and a student of the first stage takes 4 steps. The reader of the built-in shapes judges the
-images. On one core, about eleven minutes; with --out, rerun to resume. The result is in
+images. On one core, about nine minutes; with --out, rerun to resume. The result is in
 tests/drills/results/deepfloyd.json, with a grid beside it.
 """
 
