@@ -18,7 +18,7 @@ def small_strips(monkeypatch):
     monkeypatch.setattr(png_strips, "STRIP_PIXELS", 700)
 
 
-def picture(mode: str, width: int, height: int) -> Image.Image:
+def random_image(mode: str, width: int, height: int) -> Image.Image:
     """Noise beside gradients: rows with each of the five filters."""
     y, x = np.mgrid[:height, :width]
     channels = len(Image.new(mode, (1, 1)).getbands())
@@ -49,7 +49,7 @@ def png(image: Image.Image, **options: object) -> bytes:
 )
 @pytest.mark.parametrize("width, height, size", [(97, 131, 16), (256, 64, 32), (90, 45, 20)])
 def test_strips_have_the_pixels_of_the_whole_image(mode, options, width, height, size):
-    data = png(picture(mode, width, height), **options)
+    data = png(random_image(mode, width, height), **options)
     shrunk = open_rgb(data, at_least=size)
     assert shrunk.size == (width // (factor := min(width, height) // size), height // factor)
     assert resize_and_crop(shrunk, size).tobytes() == resize_and_crop(open_rgb(data), size).tobytes()
@@ -64,11 +64,11 @@ def turned() -> dict[str, object]:
 @pytest.mark.parametrize(
     "data, size",
     [
-        (png(picture("RGB", 64, 64)), 40),  # less than twice as large
-        (png(picture("RGB", 64, 64), **turned()), 16),
+        (png(random_image("RGB", 64, 64)), 40),  # less than twice as large
+        (png(random_image("RGB", 64, 64), **turned()), 16),
         (png(Image.fromarray(np.full((64, 64), 40000, np.uint16))), 16),
-        (png(picture("L", 64, 64).convert("1")), 16),
-        (png(picture("RGB", 64, 64), save_all=True, append_images=[picture("RGB", 64, 64)]), 16),
+        (png(random_image("L", 64, 64).convert("1")), 16),
+        (png(random_image("RGB", 64, 64), save_all=True, append_images=[random_image("RGB", 64, 64)]), 16),
     ],
 )
 def test_what_needs_the_whole_image_is_decoded_whole(data, size):
@@ -79,11 +79,11 @@ def test_an_orientation_that_is_upright_and_texts_do_not_matter():
     upright, texts = Image.Exif(), PngImagePlugin.PngInfo()
     upright[0x0112] = 1
     texts.add_itxt("comment", "ä" * 500, zip=True)
-    assert open_rgb(png(picture("RGB", 64, 64), exif=upright, pnginfo=texts), at_least=16).size == (16, 16)
+    assert open_rgb(png(random_image("RGB", 64, 64), exif=upright, pnginfo=texts), at_least=16).size == (16, 16)
 
 
 def test_damaged_files_are_errors_of_one_line():
-    data = png(picture("RGB", 97, 131))
+    data = png(random_image("RGB", 97, 131))
     for part in (0.1, 0.5, 0.9, 0.99):
         with pytest.raises(ValueError, match=r"^unreadable image: .*truncated") as error:
             open_rgb(data[: int(len(data) * part)], at_least=16)
@@ -107,7 +107,7 @@ def test_memory_is_that_of_a_strip(monkeypatch):
         largest.append(image.width * image.height if isinstance(file, io.BytesIO) else 0)
         return image
 
-    data = png(picture("RGB", 128, 512))
+    data = png(random_image("RGB", 128, 512))
     monkeypatch.setattr(png_strips.Image, "open", opened)
     images.open_rgb(data, at_least=16)
     assert len(largest) > 50 and max(largest[1:]) <= (8 + 1) * 128 and largest[0] == 128 * 512

@@ -163,6 +163,7 @@ def main() -> None:
         }
         write_json(options.out, result)
         print(f"{group}, {name}: {100 * figures['right']['mean']:.1f} %", flush=True)
+    options.plot.parent.mkdir(parents=True, exist_ok=True)
     options.plot.write_text(draw(result["rows"]))
     for group in ("steps", "guidance"):
         print(f"\n{table(result['rows'], group)}")

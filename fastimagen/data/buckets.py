@@ -1,8 +1,8 @@
 """The order of images that are not square: whole batches of one bucket, a pure function of (seed, position).
 
-A bucket is a size, with the images whose aspect ratio is nearest to its own. The buckets take turns (turns.py), a batch
-each, as often as they have images; within a bucket the order is that of its images alone. So the end of an epoch leaves
-no incomplete batches: a batch continues with the next epoch of its bucket.
+A bucket is a size, with the images whose aspect ratio is nearest to its own. The buckets are interleaved batch by batch
+(interleaving.py), in proportion to their images; within a bucket the order is that of its images alone. So the end of
+an epoch leaves no incomplete batches: a batch is filled with images of its bucket's next epoch.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from ..config_rules import sizes_of_stages
 from ..seeds import mix_seed
 from ..sizes import ImageSize
 from ..words import counted
+from .interleaving import BLOCK, Interleaving
 from .mixture import Mixture, Part
 from .order import BUCKETS, Order
-from .turns import BLOCK, Turns
 
 
 class Sized(Protocol):
@@ -82,7 +82,9 @@ class BucketOrder:
         self._orders = [order for order, _, _ in orders]
         self._kept = [kept for _, kept, _ in orders]
         block = min(BLOCK, max(1, self.total // batch))  # at the end of a first epoch each has had its batches
-        self._turns = Turns([weight for _, _, weight in orders], mix_seed(seed, "buckets"), BUCKETS, block)
+        self._interleaving = Interleaving(
+            [weight for _, _, weight in orders], mix_seed(seed, "buckets"), BUCKETS, block
+        )
         self._indices = lru_cache(maxsize=64)(self._find_indices)
 
     def __getitem__(self, position: int) -> tuple[int, int]:
@@ -104,15 +106,15 @@ class BucketOrder:
         found: dict[int, int] = {}
         batch = 0
         while len(found) < len(self._used):
-            found.setdefault(self._turns[batch][0], batch * self.batch)
+            found.setdefault(self._interleaving[batch][0], batch * self.batch)
             batch += 1
         return list(found.values())
 
     def ahead(self, position: int, count: int) -> list[int]:
         """As Order.ahead: the shards that the buckets come to next."""
-        turns = self._turns.counts(position // self.batch)
+        counts = self._interleaving.counts(position // self.batch)
         found = [
-            self._kept[which][order.ahead(int(turns[which]) * self.batch, count)].tolist()
+            self._kept[which][order.ahead(int(counts[which]) * self.batch, count)].tolist()
             for which, order in enumerate(self._orders)
         ]
         most = max(map(len, found))
@@ -137,11 +139,11 @@ class BucketOrder:
         """As Mixture.epochs."""
         assert isinstance(self._whole, Mixture)
         batch, offset = divmod(position, self.batch)
-        current = self._turns[batch][0]
+        current = self._interleaving[batch][0]
         read = dict.fromkeys((part.name for part in self.parts), 0)
         for which, order in enumerate(self._orders):
             assert isinstance(order, Mixture)
-            own = int(self._turns.counts(batch)[which]) * self.batch + (offset if which == current else 0)
+            own = int(self._interleaving.counts(batch)[which]) * self.batch + (offset if which == current else 0)
             for name, count in order.read(own).items():
                 read[name] += count
         ends = np.cumsum([0, *(part.shards for part in self.parts)])
@@ -151,7 +153,7 @@ class BucketOrder:
     def _own(self, position: int) -> tuple[int, int]:
         """(which of the used buckets, position in its own order)."""
         batch, offset = divmod(int(position), self.batch)
-        which, own_batch = self._turns[batch]
+        which, own_batch = self._interleaving[batch]
         return which, own_batch * self.batch + offset
 
     def _order(self, counts: np.ndarray, seed: int) -> tuple[Order | Mixture, np.ndarray, Fraction]:

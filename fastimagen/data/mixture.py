@@ -1,6 +1,6 @@
 """The order of a mixture of data sets, a pure function of (seed, position) like that of one data set.
 
-The data sets take turns (turns.py). What is known of the turns before a position is the position in each data set's own
+The data sets are interleaved (interleaving.py). How often each one came before a position is the position in its own
 order: each has its own epochs, and a checkpoint stores one number for all.
 """
 
@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ..seeds import mix_seed
+from .interleaving import Interleaving
 from .order import SOURCES, Order
-from .turns import Turns
 
 
 class Part(NamedTuple):
@@ -46,10 +46,10 @@ class Mixture:
             if not sum(own):
                 raise ValueError(f"fastimagen.data.shards: {part.name} has no samples to train on: leave it out")
             self._orders.append(Order(own, mix_seed(seed, "source", number)))
-        self._turns = Turns([Fraction(str(part.weight)) for part in parts], seed, SOURCES)
+        self._interleaving = Interleaving([Fraction(str(part.weight)) for part in parts], seed, SOURCES)
 
     def __getitem__(self, position: int) -> tuple[int, int]:
-        part, own = self._turns[position]
+        part, own = self._interleaving[position]
         shard, index = self._orders[part][own]
         return int(self._starts[part]) + shard, index
 
@@ -58,10 +58,10 @@ class Mixture:
         return self[position + count]
 
     def ahead(self, position: int, count: int) -> list[int]:
-        """As Order.ahead: the shards that the parts come to next, by turns, each part with its share of `count`."""
+        """As Order.ahead: the shards that the parts come to next, interleaved, each part with its share of `count`."""
         found = [
             [int(start) + shard for shard in order.ahead(int(own), -(-count // len(self.parts)))]
-            for start, order, own in zip(self._starts, self._orders, self._turns.counts(position))
+            for start, order, own in zip(self._starts, self._orders, self._interleaving.counts(position))
         ]
         return [shard for turn in zip_longest(*found) for shard in turn if shard is not None]
 
@@ -71,7 +71,7 @@ class Mixture:
 
     def read(self, position: int) -> dict[str, int]:
         """How many samples of each part come before a position."""
-        return {part.name: int(count) for part, count in zip(self.parts, self._turns.counts(position))}
+        return {part.name: int(count) for part, count in zip(self.parts, self._interleaving.counts(position))}
 
     def epochs(self, position: int) -> dict[str, float]:
         """How often the samples of each part have been read at a position."""

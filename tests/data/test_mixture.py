@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from fastimagen.config import FastimagenConfig
 from fastimagen.config_file import config_from_dict
 from fastimagen.data.indexing import check_index, index_all
+from fastimagen.data.interleaving import BLOCK
 from fastimagen.data.loader import Loader
 from fastimagen.data.mixture import Mixture, Part
 from fastimagen.data.source import open_data
-from fastimagen.data.turns import BLOCK
 from fastimagen.train.metrics import console_line
 from fastimagen.train.resume import check_resuming, describe_samples
 from fastimagen.train.run import Run

@@ -61,9 +61,9 @@ def pair(key: str, extension: str, content: bytes) -> dict[str, bytes]:
     return {f"{key}.{extension}": content, f"{key}.txt": b"1 a caption"}
 
 
-def saved(picture: Image.Image, kind: str, **options: Any) -> bytes:
+def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 

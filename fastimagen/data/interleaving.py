@@ -1,4 +1,4 @@
-"""Several sequences that take turns in one, in proportion to weights: data sets of a mixture, buckets of images.
+"""Several sequences interleaved in proportion to weights: data sets of a mixture, buckets of images.
 
 Every block of numbers has as many of each sequence as its weight says, in random order. So how many come before a
 number is known without a walk: (seed, number) says which sequence comes, and with which of its own numbers.
@@ -18,8 +18,8 @@ BLOCK = 1024
 """Numbers that are shuffled together. Counts at their ends follow the weights, to less than one for each sequence."""
 
 
-class Turns:
-    """turns[number] -> (sequence, its own number) for any number >= 0. Threads may share it.
+class Interleaving:
+    """interleaving[number] -> (sequence, its own number) for any number >= 0. Threads may share it.
 
     weights: of the n sequences, exact. stream: of random numbers, as order.py lists them. block: as BLOCK.
     """
@@ -43,7 +43,7 @@ class Turns:
         return self._counts(block) + np.bincount(sequences[:offset], minlength=len(self._shares))
 
     def _counts(self, block: int) -> np.ndarray:
-        """The turns of each sequence before a block, (n,). Every count rises with the block: of the turns that the
+        """How often each sequence came before a block, (n,). Every count rises with the block: of the numbers that the
         sequences before it leave, each one has its share, rounded down."""
         counts, left = [], block * self.block
         for share in self._shares:
